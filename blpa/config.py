@@ -1,0 +1,270 @@
+"""What a run can be told: one dataclass per configuration group, a docstring and a check per field.
+
+The values live in blpa/conf/ as plain YAML, one file per option. Hydra composes them and this schema types them: a
+misspelt key or a value of the wrong type never gets past it. `check` then refuses what a type cannot, one line per
+mistake. Nothing here imports torch, so a mistake is answered at once.
+"""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from omegaconf import MISSING, OmegaConf
+
+CONF = Path(__file__).parent / "conf"
+
+
+@dataclass
+class DatasetConfig:
+    """A data set and the recipe it is trained by; a data set's recipe lives with the data set."""
+
+    name: str = MISSING
+    """Which data set: cifar10, cifar100 or digits."""
+    classes: int = MISSING
+    """Number of classes."""
+    image_size: int = MISSING
+    """Height and width of an image, in pixels."""
+    image_channels: int = MISSING
+    """Channels of an image."""
+    root: str = "data"
+    """Folder that holds the data set, or is to hold it after the download."""
+    download: bool = True
+    """Fetch the data set when `root` does not hold it."""
+    iterations: int = MISSING
+    """Training steps in all."""
+    batch_size: int = MISSING
+    """Images in a training step."""
+    schedule: list[list[float]] = MISSING
+    """Learning rate as [end, rate] pairs: `rate` holds up to the fraction `end` of the iterations; the last end is 1."""
+    momentum: float = 0.9
+    """Momentum of stochastic gradient descent (not Nesterov's)."""
+    weight_decay: float = 2e-4
+    """L2 penalty on convolution and classifier weights; batch norm and biases have none."""
+    augmentation: str = "per-image"
+    """How crop and flip are drawn: per-image (the field's habit), per-batch (the authors' code) or none."""
+    crop_padding: int = 4
+    """Zero pixels added on each side before a random crop of the original size."""
+    flip: bool = True
+    """Whether half of the images are mirrored (not for digits: a mirrored 2 is no digit)."""
+    eval_batch_size: int = 500
+    """Images in an evaluation step."""
+    eval_statistics: str = "running"
+    """Batch norm statistics in evaluation: running averages, or batch (the authors' code)."""
+
+
+@dataclass
+class ModeConfig:
+    """What is kept of each activation for the backward pass (see modes.py for what each combination means)."""
+
+    name: str = MISSING
+    """The mode's name in tables and file names."""
+    layers: str = MISSING
+    """stock (PyTorch's own layers), coded (ours) or checkpoint (stock layers, recomputed in the backward pass)."""
+    bits: int | None = None
+    """Bits a code: 8, 4 or 2; none keeps one full-precision tensor a unit. Coded layers only."""
+    clip: float = 3.0
+    """Half-width of the code's range, in standard deviations of the channel."""
+    forward_from_code: bool = False
+    """Feed the decoded activation forward as well (the paper's naive baseline)."""
+    width_factor: float = 1.0
+    """Factor on every channel count, on top of `width`."""
+    segments: int | None = None
+    """Checkpointed segments of the network; none takes the square root of the number of blocks. Checkpoint layers only."""
+
+
+@dataclass
+class GpuConfig:
+    """Where a run computes, and how."""
+
+    name: str = MISSING
+    """The option's name."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu or cuda."""
+    precision: str = "fp32"
+    """fp32 (strict), tf32 (tensor cores in matrix products) or bf16 (autocast)."""
+    kernels: str = "auto"
+    """Back end of the five kernel functions: auto, torch or inductor."""
+    deterministic: bool = True
+    """Refuse operations whose result can differ between runs."""
+
+
+@dataclass
+class TaskConfig:
+    """What to do."""
+
+    name: str = MISSING
+    """train, tables or plots."""
+    evaluate_every: int = 1000
+    """Training steps between evaluations on the test images; the last step is always evaluated."""
+    checkpoint_every: int = 1000
+    """Training steps between checkpoints."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    mode: ModeConfig = field(default_factory=ModeConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    depth: int = 164
+    """Layers of the network, 9 n + 2 for n blocks a group: 164, 254, 488 and 1001 are the paper's."""
+    width: float = 1.0
+    """Factor on every channel count: 4 is the paper's "4x"."""
+    seed: int = 0
+    """Seeds the weights, the order of the images and their augmentation."""
+    resume: bool = True
+    """Go on from the run's last good checkpoint; false starts anew and removes the old ones."""
+    results: str = "results"
+    """Folder for runs, records, tables and figures."""
+    experiment: str = "single"
+    """The group of table cells this run belongs to."""
+    run: str = MISSING
+    """Folder of this run under results/runs; composed from the values that tell runs apart."""
+
+
+def options(group: str) -> list[str]:
+    """The options of a configuration group: its files' names.
+
+    Args:
+        group: a folder of blpa/conf, such as mode.
+    """
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def run_name(config: Config) -> str:
+    """The folder of a run, from the values that tell runs apart: table1-cifar10-4bit-depth164-width1-seed0.
+
+    Args:
+        config: the run; its experiment leads the name unless it is `single`.
+    """
+    prefix = "" if config.experiment == "single" else f"{config.experiment}-"
+    network = f"depth{config.depth}-width{config.width:g}"
+    return f"{prefix}{config.dataset.name}-{config.mode.name}-{network}-seed{config.seed}"
+
+
+def departures(config: Config) -> str:
+    """What of the data set's recipe and of the mode differs from the option's file, and is not told by a record's columns.
+
+    Args:
+        config: the run. A mode of the user's own name has no file to differ from.
+
+    Returns:
+        dataset.schedule=[[1.0, 0.1]] mode.clip=2.0, or nothing.
+    """
+    told = {"name", "root", "download", "iterations", "batch_size", "bits"}
+    found = []
+    for group, values in (("dataset", config.dataset), ("mode", config.mode)):
+        if values.name in options(group):
+            file = OmegaConf.merge(OmegaConf.structured(type(values)), OmegaConf.load(CONF / group / f"{values.name}.yaml"))
+            for value in fields(values):
+                given = getattr(values, value.name)
+                if value.name not in told and given != file[value.name]:
+                    found.append(f"{group}.{value.name}={given}")
+    return " ".join(found)
+
+
+def check(config: Config) -> None:
+    """Refuse a configuration that cannot be run.
+
+    Args:
+        config: the run, composed and typed.
+
+    Raises:
+        ValueError: the first mistake found, on one line: the key, the value and what is allowed.
+    """
+    _check_dataset(config.dataset)
+    _check_mode(config.mode)
+    _one_of("gpu.device", config.gpu.device, ("auto", "cpu", "cuda"))
+    _one_of("gpu.precision", config.gpu.precision, ("fp32", "tf32", "bf16"))
+    _one_of("gpu.kernels", config.gpu.kernels, ("auto", "torch", "inductor"))
+    _one_of("task.name", config.task.name, options("task"))
+    _at_least("task.evaluate_every", config.task.evaluate_every, 1)
+    _at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
+    _check_depth(config.depth)
+    _above_zero("width", config.width)
+    if not 0 <= config.seed < 2**63:
+        raise ValueError(f"seed={config.seed} is not allowed: it is a whole number from 0 to 2**63 - 1")
+    _plain_name("mode.name", config.mode.name)
+    _plain_name("experiment", config.experiment)
+    _plain_name("run", config.run)
+    if not config.results:
+        raise ValueError("results= is empty: give the folder for runs, records, tables and figures")
+
+
+def _check_dataset(dataset: DatasetConfig) -> None:
+    _one_of("dataset.name", dataset.name, options("dataset"))
+    _at_least("dataset.classes", dataset.classes, 2)
+    for key in ("image_size", "image_channels", "iterations", "batch_size", "eval_batch_size"):
+        _at_least(f"dataset.{key}", getattr(dataset, key), 1)
+    _at_least("dataset.crop_padding", dataset.crop_padding, 0)
+    _check_schedule(dataset.schedule)
+    if not 0 <= dataset.momentum < 1:
+        raise ValueError(f"dataset.momentum={dataset.momentum} is not allowed: it is at least 0 and less than 1")
+    if not (dataset.weight_decay >= 0 and math.isfinite(dataset.weight_decay)):
+        raise ValueError(f"dataset.weight_decay={dataset.weight_decay} is not allowed: it is a number, at least 0")
+    _one_of("dataset.augmentation", dataset.augmentation, ("per-image", "per-batch", "none"))
+    _one_of("dataset.eval_statistics", dataset.eval_statistics, ("running", "batch"))
+
+
+def _check_mode(mode: ModeConfig) -> None:
+    _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint"))
+    if mode.bits not in (None, 2, 4, 8):
+        raise ValueError(f"mode.bits={mode.bits} is not allowed: choose 2, 4 or 8, or null for full precision")
+    if mode.bits is not None and mode.layers != "coded":
+        raise ValueError(f"mode.bits={mode.bits} needs mode.layers=coded: {mode.layers} layers keep no codes")
+    if mode.forward_from_code and mode.bits is None:
+        raise ValueError("mode.forward_from_code=true needs codes to feed forward: give mode.bits 2, 4 or 8")
+    if mode.segments is not None:
+        _at_least("mode.segments", mode.segments, 1)
+        if mode.layers != "checkpoint":
+            raise ValueError(f"mode.segments={mode.segments} needs mode.layers=checkpoint, not {mode.layers}")
+    _above_zero("mode.clip", mode.clip)
+    _above_zero("mode.width_factor", mode.width_factor)
+
+
+def _check_schedule(schedule: list[list[float]]) -> None:
+    """Pairs [end, rate]: the ends increase from above 0 to exactly 1, the rates are above 0."""
+    if not schedule or any(len(pair) != 2 for pair in schedule):
+        raise ValueError(f"dataset.schedule={schedule} is not allowed: it is a list of [end, rate] pairs")
+    previous = 0.0
+    for end, rate in schedule:
+        if not previous < end <= 1:
+            raise ValueError(f"dataset.schedule={schedule} is not allowed: its ends increase, above 0 and up to 1")
+        if not (rate > 0 and math.isfinite(rate)):
+            raise ValueError(f"dataset.schedule={schedule} is not allowed: its rates are numbers above 0")
+        previous = end
+    if previous != 1:
+        raise ValueError(f"dataset.schedule={schedule} is not allowed: its last end is 1, the end of the training")
+
+
+def _check_depth(depth: int) -> None:
+    if depth >= 11 and depth % 9 == 2:
+        return
+    below = (depth - 2) // 9 * 9 + 2
+    nearest = f"{below} and {below + 9}" if below >= 11 else "11 and 20"
+    raise ValueError(f"depth={depth} is not 9n + 2 for any n of at least 1: the nearest are {nearest}")
+
+
+def _one_of(key: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{key}={value} is not allowed: choose one of {', '.join(allowed)}")
+
+
+def _at_least(key: str, value: int, smallest: int) -> None:
+    if value < smallest:
+        raise ValueError(f"{key}={value} is not allowed: it is a whole number, at least {smallest}")
+
+
+def _above_zero(key: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{key}={value} is not allowed: it is a number above 0")
+
+
+def _plain_name(key: str, value: str) -> None:
+    """Letters, digits and . _ + -, led by a letter or digit: a file name on every system, and no path."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", value):
+        raise ValueError(f"{key}={value} is not allowed: letters, digits and . _ + -, led by a letter or a digit")

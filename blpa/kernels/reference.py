@@ -1,0 +1,159 @@
+"""The five functions in plain PyTorch: the specification that every other back end is held to.
+
+Each is a body that only writes to tensors it is given, and a method that allocates them. The bodies see an activation as
+the row blocks whose codes share bytes (Code.row_blocks), so that compiled code reads and writes each element once, in one
+loop, in place where out is the input.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blpa.codec import Code, Grid
+from blpa.kernels import Norm, compute_dtype
+
+Body = Callable[..., None]
+
+
+def channel_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
+    """Column means and biased variances of x [M, C]."""
+    the_var, the_mean = torch.var_mean(x.to(mean.dtype), 0, correction=0)
+    mean.copy_(the_mean)
+    var.copy_(the_var)
+
+
+def normalise_rectify_encode(
+    x: Sequence[Tensor], out: Sequence[Tensor], codes: Tensor | None, norm: Norm, grid: Grid | None, code: Code | None
+) -> None:
+    """a and the packed codes of the blocks x."""
+    block_codes = []
+    for x_block, out_block in zip(x, out, strict=True):
+        assert norm.mean is not None
+        x_hat = (x_block.to(norm.rstd.dtype) - norm.mean) * norm.rstd
+        y = norm.gamma * x_hat + norm.beta
+        if code is not None and grid is not None:
+            block_codes.append(code.encode(x_hat, y, grid))
+        out_block.copy_(y.clamp_min(0))
+    if code is not None and codes is not None:
+        codes.copy_(code.pack(block_codes, codes.shape[0]))
+
+
+def recover(kept: Tensor, block: int, rows: int, norm: Norm, grid: Grid | None, code: Code | None) -> tuple[Tensor, Tensor]:
+    """x_hat~ and relu_mask [rows, C] of one block."""
+    if code is not None and grid is not None:
+        return code.decode(code.unpack(kept, block, rows), grid)
+    assert norm.mean is not None
+    x_hat = (kept.to(norm.rstd.dtype) - norm.mean) * norm.rstd
+    return x_hat, norm.gamma * x_hat + norm.beta > 0
+
+
+def decode(kept: Tensor, out: Sequence[Tensor], norm: Norm, grid: Grid | None, code: Code | None) -> None:
+    """a~ of the blocks out."""
+    for k, out_block in enumerate(out):
+        x_hat, relu_mask = recover(kept, k, out_block.shape[0], norm, grid, code)
+        out_block.copy_(torch.where(relu_mask, norm.gamma * x_hat + norm.beta, 0).clamp_min(0))
+
+
+def grad_sums(
+    grad: Sequence[Tensor], kept: Tensor, dbeta: Tensor, dgamma: Tensor, norm: Norm, grid: Grid | None, code: Code | None
+) -> None:
+    """Dbeta and dgamma over the blocks grad."""
+    sums = []
+    for k, grad_block in enumerate(grad):
+        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, grid, code)
+        dy = torch.where(relu_mask, grad_block.to(dbeta.dtype), 0)
+        sums.append((dy.sum(0), (dy * x_hat).sum(0)))
+    dbeta.copy_(torch.stack([s for s, _ in sums]).sum(0))
+    dgamma.copy_(torch.stack([s for _, s in sums]).sum(0))
+
+
+def input_grad(
+    grad: Sequence[Tensor],
+    out: Sequence[Tensor],
+    kept: Tensor,
+    scale: Tensor,
+    mean_dy: Tensor,
+    mean_dy_x_hat: Tensor,
+    norm: Norm,
+    grid: Grid | None,
+    code: Code | None,
+) -> None:
+    """DX = scale (dY - mean(dY) - x_hat~ mean(dY x_hat~)) of the blocks grad, scale = gamma rstd."""
+    for k, (grad_block, out_block) in enumerate(zip(grad, out, strict=True)):
+        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, grid, code)
+        dy = torch.where(relu_mask, grad_block.to(scale.dtype), 0)
+        out_block.copy_(scale * (dy - mean_dy - x_hat * mean_dy_x_hat))
+
+
+class RowBlockKernels:
+    """A back end made of the bodies above; see kernels.Kernels for the contract.
+
+    Args:
+        name: the back end's name.
+        fuse: turns a body into one that computes the same without allocating anything as large as an activation; called
+            with the body and what it is to be specialised on. None leaves the bodies as they are.
+    """
+
+    def __init__(self, name: str, fuse: Callable[[Body, tuple[Any, ...]], Body] | None = None) -> None:
+        self.name = name
+        self._fuse = fuse
+
+    def _run(self, body: Body, first: Tensor, code: Code | None, *args: Any) -> None:
+        if self._fuse is None:
+            body(*args)
+        elif not first.is_meta:  # on the meta device only what is allocated counts, and a fused body allocates nothing
+            self._fuse(body, (code, first.dtype))(*args)
+
+    def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """See Kernels."""
+        mean, var = _channel_vectors(x)
+        self._run(channel_stats, x, None, x, mean, var)
+        return mean, var
+
+    def normalise_rectify_encode(self, x: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> Tensor | None:
+        """See Kernels."""
+        codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
+        x_blocks = _row_blocks(x, code)
+        out_blocks = x_blocks if out is x else _row_blocks(out, code)
+        self._run(normalise_rectify_encode, x, code, x_blocks, out_blocks, codes, norm, _grid(norm, code), code)
+        return codes
+
+    def decode(self, kept: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> None:
+        """See Kernels."""
+        self._run(decode, out, code, kept, _row_blocks(out, code), norm, _grid(norm, code), code)
+
+    def grad_sums(self, grad: Tensor, kept: Tensor, norm: Norm, *, code: Code | None) -> tuple[Tensor, Tensor]:
+        """See Kernels."""
+        dbeta, dgamma = _channel_vectors(grad)
+        args = (_row_blocks(grad, code), kept, dbeta, dgamma, norm, _grid(norm, code), code)
+        self._run(grad_sums, grad, code, *args)
+        return dbeta, dgamma
+
+    def input_grad(
+        self, grad: Tensor, kept: Tensor, norm: Norm, dbeta: Tensor, dgamma: Tensor, *, code: Code | None, out: Tensor
+    ) -> None:
+        """See Kernels."""
+        grad_blocks = _row_blocks(grad, code)
+        out_blocks = grad_blocks if out is grad else _row_blocks(out, code)
+        scale, rows = norm.gamma * norm.rstd, grad.shape[0]
+        args = (grad_blocks, out_blocks, kept, scale, dbeta / rows, dgamma / rows, norm, _grid(norm, code), code)
+        self._run(input_grad, grad, code, *args)
+
+
+def _row_blocks(x: Tensor, code: Code | None) -> list[Tensor]:
+    return [x] if code is None else code.row_blocks(x)
+
+
+def _grid(norm: Norm, code: Code | None) -> Grid | None:
+    # Computed ahead of the bodies: inside, a compiler would recompute it for every element.
+    return None if code is None else code.grid(norm.gamma, norm.beta)
+
+
+def _channel_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = compute_dtype(x.dtype)
+    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
+
+
+REFERENCE = RowBlockKernels("torch")

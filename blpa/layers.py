@@ -1,0 +1,125 @@
+"""Modules on the ops, with the parameters, buffers and state_dict keys of the stock modules they stand for.
+
+A batch norm and ReLU gives an Activation, a convolution takes one, so a model is written once for every kind of layer:
+
+    activation = batch_norm_relu(x)
+    out = conv(activation)
+"""
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blpa import ops
+from blpa.codec import Code
+from blpa.kernels import Kernels
+from blpa.kernels.reference import REFERENCE
+
+
+class Activation(NamedTuple):
+    """Output of a batch norm and ReLU."""
+
+    value: Tensor
+    """a [N, C, H, W]."""
+    kept: ops.Kept | None
+    """What the backward pass of its readers needs in place of a; None for stock layers, and where none is recorded."""
+
+
+class BatchNormReLU(nn.BatchNorm2d):
+    """Batch norm and ReLU that keeps a code of its activation (ops.batch_norm_relu).
+
+    Args:
+        num_features: channels C.
+        eps: added to the variance.
+        momentum: weight of the new value in the running averages; None averages over all steps.
+        code: the code to keep; None keeps one full-precision tensor.
+        forward_from_code: a is decoded from the codes in the forward pass too.
+        kernels: the back end.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        eps: float = 1e-3,
+        momentum: float | None = 0.1,
+        code: Code | None,
+        forward_from_code: bool = False,
+        kernels: Kernels = REFERENCE,
+    ) -> None:
+        super().__init__(num_features, eps=eps, momentum=momentum)
+        self.code = code
+        self.forward_from_code = forward_from_code
+        self.kernels = kernels
+
+    def forward(self, x: Tensor, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
+        """A [N, C, H, W] of x; it may take the place of x if `overwrite_x` says that x is not read again."""
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        average_all = self.momentum is None
+        return Activation(
+            *ops.batch_norm_relu(
+                x,
+                self.weight,
+                self.bias,
+                code=self.code,
+                running_mean=self.running_mean,
+                running_var=self.running_var,
+                training=self.training,
+                momentum=1 / int(self.num_batches_tracked or 1) if average_all else self.momentum,
+                eps=self.eps,
+                overwrite_x=overwrite_x,
+                forward_from_code=self.forward_from_code,
+                kernels=self.kernels,
+            )
+        )
+
+    def extra_repr(self) -> str:
+        """The stock module's, and the code."""
+        return f"{super().extra_repr()}, code={self.code}, kernels={self.kernels.name}"
+
+
+class Conv2d(nn.Conv2d):
+    """Convolution without bias that reads an Activation and does not keep it (ops.conv2d).
+
+    Args: as nn.Conv2d's.
+
+    Raises:
+        ValueError: a bias, or padding other than a number of zeros.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = False, **others: Any) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, bias=bias, **others)
+        if bias or self.padding_mode != "zeros" or isinstance(self.padding, str):
+            raise ValueError(
+                f"bias = {bias}, padding = {self.padding!r} of {self.padding_mode}: must be no bias, and a number of zeros"
+            )
+
+    def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]
+        """Out [N, C_out, H_out, W_out]."""
+        return ops.conv2d(
+            activation.value,
+            activation.kept,
+            self.weight,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+        )
+
+
+class StockBatchNormReLU(nn.BatchNorm2d):
+    """PyTorch's own batch norm and in-place ReLU."""
+
+    def forward(self, x: Tensor, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
+        """A [N, C, H, W]; x is kept for the backward pass and so never overwritten."""
+        return Activation(F.relu(super().forward(x), inplace=True), None)
+
+
+class StockConv2d(nn.Conv2d):
+    """PyTorch's own convolution, which keeps what it reads."""
+
+    def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]
+        """Out [N, C_out, H_out, W_out]."""
+        return super().forward(activation.value)

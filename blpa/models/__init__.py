@@ -1,0 +1,1 @@
+"""Networks, written once for every mode."""

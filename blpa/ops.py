@@ -1,0 +1,373 @@
+"""Batch norm + ReLU, and the convolutions that read it, with one code kept for the backward passes of both.
+
+Forward, exact (statistics per channel over N, H, W):
+
+    x_hat = (x - mean) rstd,   y = gamma x_hat + beta,   a = max(y, 0),   out = conv(a, W)
+
+Backward, from G, the gradient of out, and the codes of x_hat, which give x_hat~, a~ and relu_mask = [y > 0]:
+
+    dW = conv_weight_grad(a~, G)                                     approximate
+    dA = conv_input_grad(W, G),     dY = dA relu_mask                exact, given G
+    dbeta = sum dY                                                   exact, given G
+    dgamma = sum dY x_hat~                                           approximate
+    dX = gamma rstd (dY - mean(dY) - x_hat~ mean(dY x_hat~))         only the last term is approximate
+
+`batch_norm_relu` makes a and a `Kept`; every `conv2d` that reads a takes the Kept along, so all of them share its codes.
+Autograd saves the codes like any saved tensor, and frees them when the last reader's backward pass is done.
+
+Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from blpa.codec import Code
+from blpa.kernels import Kernels, Norm, compute_dtype
+from blpa.kernels.reference import REFERENCE
+
+Pair = tuple[int, int]
+
+
+class KeptTensors(NamedTuple):
+    """What is kept, as autograd saves it."""
+
+    values: Tensor
+    """Packed codes uint8 [code.packed_rows(N H W), C]; x itself [N, C, H, W] where there is no code."""
+    mean: Tensor | None
+    """Mean [C]; only where there is no code."""
+    rstd: Tensor
+    """1 / sqrt(var + eps) [C]."""
+    gamma: Tensor
+    """The scale parameter, not a copy."""
+    beta: Tensor
+    """The shift parameter, not a copy."""
+
+
+@dataclass
+class _Handover:
+    """The gradient of a that one convolution has just made; see _BatchNormReLU.backward."""
+
+    grad: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How to read KeptTensors: everything about them that is not a tensor."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    code: Code | None
+    kernels: Kernels
+    handover: _Handover = field(default_factory=_Handover)
+
+
+class Kept:
+    """What one batch norm and ReLU leaves for the backward pass, its own and that of the convolutions that read it."""
+
+    def __init__(self, tensors: KeptTensors, layout: _Layout) -> None:
+        self.tensors = tensors
+        self.layout = layout
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are alive only because they are kept: values and per-channel vectors, without the parameters."""
+        vectors = [self.tensors.values, self.tensors.rstd, self.tensors.mean]
+        return sum(tensor.nbytes for tensor in vectors if tensor is not None)
+
+    def decode(self, dtype: torch.dtype) -> Tensor:
+        """a~ [N, C, H, W], channels-last, in the given dtype."""
+        values, norm = self._values_and_norm()
+        a = torch.empty(
+            self.layout.shape, dtype=dtype, device=values.device, memory_format=torch.channels_last
+        )
+        self.layout.kernels.decode(values, norm, code=self.layout.code, out=rows(a))
+        return a
+
+    def batch_norm_backward(self, grad: Tensor, *, constant_stats: bool, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """dX, dgamma and dbeta for grad = dA; dX takes the place of grad if `overwrite`."""
+        (values, norm), code, kernels = self._values_and_norm(), self.layout.code, self.layout.kernels
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        dx = grad if overwrite else torch.empty_like(grad)
+        grad_rows = rows(grad)
+        dx_rows = grad_rows if overwrite else rows(dx)
+        dbeta, dgamma = kernels.grad_sums(grad_rows, values, norm, code=code)
+        through_stats = (torch.zeros_like(dbeta),) * 2 if constant_stats else (dbeta, dgamma)
+        kernels.input_grad(grad_rows, values, norm, *through_stats, code=code, out=dx_rows)
+        return dx, dgamma.to(self.tensors.gamma.dtype), dbeta.to(self.tensors.beta.dtype)
+
+    def save(self, ctx: FunctionCtx, *others: Tensor) -> None:
+        """Hand the tensors, and others after them, to autograd, and remember how to read them."""
+        ctx.save_for_backward(*self.tensors, *others)
+        cast(Any, ctx).layout = self.layout
+
+    @staticmethod
+    def saved(ctx: Any) -> tuple["Kept", list[Tensor]]:
+        """What `save` saved: the Kept and the others."""
+        count = len(KeptTensors._fields)
+        return Kept(KeptTensors(*ctx.saved_tensors[:count]), ctx.layout), list(ctx.saved_tensors[count:])
+
+    def _values_and_norm(self) -> tuple[Tensor, Norm]:
+        tensors, dtype = self.tensors, compute_dtype(self.layout.dtype)
+        values = tensors.values if self.layout.code else rows(tensors.values)
+        return values, Norm(tensors.mean, tensors.rstd, tensors.gamma.detach().to(dtype), tensors.beta.detach().to(dtype))
+
+
+def rows(x: Tensor) -> Tensor:
+    """View the data of x [N, C, H, W] in channels-last memory as [N H W, C]."""
+    return x.detach().permute(0, 2, 3, 1).reshape(-1, x.shape[1])
+
+
+@dataclass(frozen=True)
+class _Statistics:
+    """Which statistics normalise x; the arguments of batch_norm_relu of the same names."""
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    training: bool
+    momentum: float
+    eps: float
+
+    @property
+    def are_constant(self) -> bool:
+        """Whether they do not depend on x."""
+        return not self.training and self.running_mean is not None and self.running_var is not None
+
+    def mean_and_rstd(self, x: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
+        """Mean and 1 / sqrt(var + eps) [C] for x [M, C]; in training the running averages move towards them."""
+        dtype = compute_dtype(x.dtype)
+        if not self.training and self.running_mean is not None and self.running_var is not None:
+            return self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt()
+        mean, var = kernels.channel_stats(x)
+        if self.training and self.running_mean is not None and self.running_var is not None:
+            unbiased = var * (x.shape[0] / (x.shape[0] - 1))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
+        return mean, (var + self.eps).rsqrt()
+
+
+class _BatchNormReLU(torch.autograd.Function):
+    """x, gamma, beta -> a; appends the Kept to `keep`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        statistics: _Statistics,
+        layout: _Layout,
+        overwrite: bool,
+        forward_from_code: bool,
+        keep: list[Kept],
+    ) -> Tensor:
+        code, kernels = layout.code, layout.kernels
+        x_rows = rows(x)
+        mean, rstd = statistics.mean_and_rstd(x_rows, kernels)
+        norm = Norm(mean, rstd, gamma.detach().to(rstd.dtype), beta.detach().to(rstd.dtype))
+        a = x if overwrite else torch.empty_like(x)
+        a_rows = x_rows if overwrite else rows(a)
+        codes = kernels.normalise_rectify_encode(x_rows, norm, code=code, out=a_rows)
+        if forward_from_code:
+            assert codes is not None
+            kernels.decode(codes, norm, code=code, out=a_rows)
+        if overwrite:
+            ctx.mark_dirty(x)
+        kept = Kept(KeptTensors(x if codes is None else codes, mean if codes is None else None, rstd, gamma, beta), layout)
+        kept.save(ctx)
+        ctx.constant_stats = statistics.are_constant
+        keep.append(kept)
+        return a
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, _ = Kept.saved(ctx)
+        # dX may take the place of the incoming gradient only if nobody else reads that. Autograd hands one tensor to
+        # several readers, so what arrives here is ours for certain only when it is the very tensor that a conv2d made in
+        # its backward pass, for a and for nobody else. With several readers of a the sum of their gradients arrives:
+        # another tensor, for the handover holds on to the first.
+        handover = kept.layout.handover
+        overwrite, handover.grad = handover.grad is grad, None
+        dx, dgamma, dbeta = kept.batch_norm_backward(grad, constant_stats=ctx.constant_stats, overwrite=overwrite)
+        return dx, dgamma, dbeta, *(None,) * 5
+
+
+class _Conv2d(torch.autograd.Function):
+    """a, weight -> out; saves what a was made from, not a."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, weight: Tensor, kept: Kept, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+        kept.save(ctx, weight)
+        ctx.geometry = stride, padding, dilation, groups
+        return F.conv2d(a, weight, None, stride, padding, dilation, groups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, (weight,) = Kept.saved(ctx)
+        stride, padding, dilation, groups = ctx.geometry
+        grad_a = grad_weight = None
+        if ctx.needs_input_grad[1]:
+            a = kept.decode(grad.dtype)
+            grad_weight = torch.ops.aten.convolution_backward(
+                grad, a, weight.to(grad.dtype), None, stride, padding, dilation, False, (0, 0), groups, (False, True, False)
+            )[1].to(weight.dtype)
+            del a  # before dA is made: the two are of one size, and need not be alive together
+        if ctx.needs_input_grad[0]:
+            # The input gradient of a convolution is the transposed convolution; the sizes that the stride rounded away
+            # come back as output padding.
+            size, kernel = kept.layout.shape[2:], weight.shape[2:]
+            lost = [
+                size[i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1)
+                for i in range(2)
+            ]
+            grad_a = F.conv_transpose2d(grad, weight.to(grad.dtype), None, stride, padding, lost, groups, dilation)
+            grad_a = grad_a.to(kept.layout.dtype)
+            kept.layout.handover.grad = grad_a
+        return grad_a, grad_weight, *(None,) * 5
+
+
+class _AveragePool(torch.autograd.Function):
+    """x -> its mean over windows of stride x stride; saves nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, stride: int) -> Tensor:
+        ctx.stride = stride
+        return F.avg_pool2d(x, stride)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return F.interpolate(grad, scale_factor=ctx.stride, mode="nearest").div_(ctx.stride**2), None
+
+
+def average_pool(x: Tensor, stride: int) -> Tensor:
+    """Mean over windows of stride x stride, without keeping x, as F.avg_pool2d does though its gradient needs only a size.
+
+    Args:
+        x: [N, C, H, W].
+        stride: a divisor of H and W.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if x.shape[2] % stride or x.shape[3] % stride:
+        raise ValueError(f"x is {list(x.shape)}: height and width must be multiples of {stride}")
+    return cast(Tensor, _AveragePool.apply(x, stride))
+
+
+def batch_norm_relu(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    code: Code | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+    overwrite_x: bool = False,
+    forward_from_code: bool = False,
+    kernels: Kernels = REFERENCE,
+) -> tuple[Tensor, Kept | None]:
+    """Normalise, scale and rectify x, and keep a code of it for the backward pass.
+
+    a = max(gamma (x - mean) / sqrt(var + eps) + beta, 0)
+
+    Args:
+        x: float [N, C, H, W]; channels-last, else it is copied into that.
+        gamma: scale [C], of either sign or zero.
+        beta: shift [C].
+        code: the code to keep; None keeps x itself, at full precision.
+        running_mean: running average [C], updated in training, used in evaluation. None, in evaluation: statistics of x.
+        running_var: the same for the unbiased variance.
+        training: normalise by the statistics of x, else by the running averages.
+        momentum: weight of the new value in the running averages.
+        eps: added to the variance.
+        overwrite_x: x is not read again, so a may take its place (it does not where x is what is kept, or is copied).
+            What the gradient of a is handed to must not keep it without cloning it, likewise.
+        forward_from_code: a is decoded from the codes in the forward pass too; gradients pass as if it were not. This is
+            the paper's naive baseline.
+        kernels: the back end.
+
+    Returns:
+        a [N, C, H, W], channels-last, and what the convolutions that read a need; None in place of that where no
+        gradient is being recorded.
+
+    Raises:
+        ValueError: x is not floating point [N, C, H, W], gamma or beta is not [C], training has one value per channel
+            only, or forward_from_code has no code.
+
+    Source: Chakrabarti and Moseley, section 3; eps as theirs.
+    """
+    if not x.is_floating_point() or x.dim() != 4:
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W]")
+    for name, vector in (("gamma", gamma), ("beta", beta)):
+        if vector.shape != x.shape[1:2]:
+            raise ValueError(f"{name} is {list(vector.shape)}: must be [{x.shape[1]}], one value for each channel of x")
+    if training and x.numel() <= x.shape[1]:
+        raise ValueError(f"x is {list(x.shape)}: training needs more than one value per channel")
+    if forward_from_code and code is None:
+        raise ValueError("forward_from_code needs a code, and code is None")
+
+    recording = torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad or beta.requires_grad)
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    may_overwrite = overwrite_x or channels_last is not x
+    code = code if recording or forward_from_code else None
+    keeps_x = recording and code is None
+    keep: list[Kept] = []
+    a = _BatchNormReLU.apply(
+        channels_last,
+        gamma,
+        beta,
+        _Statistics(running_mean, running_var, training, momentum, eps),
+        _Layout(x.shape, x.dtype, code, kernels),
+        may_overwrite and not keeps_x,
+        forward_from_code,
+        keep,
+    )
+    return a, keep[0] if recording else None
+
+
+def conv2d(
+    a: Tensor,
+    kept: Kept | None,
+    weight: Tensor,
+    *,
+    stride: Pair = (1, 1),
+    padding: Pair = (0, 0),
+    dilation: Pair = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """Convolve a, keeping for the backward pass not a but what it was made from.
+
+    out = conv(a, W), without bias
+
+    Args:
+        a: output of batch_norm_relu [N, C, H, W], unchanged.
+        kept: what batch_norm_relu returned with it; None is a plain convolution.
+        weight: W [C_out, C / groups, k_h, k_w].
+        stride: as torch.nn.functional.conv2d; so are padding, dilation and groups.
+        padding: zeros added on each side.
+        dilation: distance between the weights.
+        groups: groups of channels that do not mix.
+
+    Returns:
+        out [N, C_out, H_out, W_out].
+
+    Raises:
+        ValueError: a is not of the shape that kept was made for.
+
+    Source: Chakrabarti and Moseley, section 3.
+    """
+    if kept is None:
+        return F.conv2d(a, weight, None, stride, padding, dilation, groups)
+    if a.shape != kept.layout.shape:
+        raise ValueError(f"a is {list(a.shape)}, kept belongs to {list(kept.layout.shape)}: pass what one call returned")
+    return cast(Tensor, _Conv2d.apply(a, weight, kept, stride, padding, dilation, groups))
