@@ -103,7 +103,7 @@ class Code:
         )
 
     def encode(self, x_hat: Tensor, y: Tensor, grid: Grid) -> Tensor:
-        """Code of each element, uint8 in [0, L - 1], not packed.
+        """Code of each element, in [0, L - 1], not packed: int32, which processors can shift where they cannot shift bytes.
 
         Args:
             x_hat: normalised activation [M, C].
@@ -112,13 +112,13 @@ class Code:
         """
         code = torch.floor(x_hat * grid.bins_per_unit + grid.frac) + self.levels // 2
         code = torch.where(y > 0, torch.maximum(code, grid.zero), torch.minimum(code, grid.zero - 1))
-        return code.clamp(0, self.levels - 1).to(torch.uint8)
+        return code.clamp(0, self.levels - 1).to(torch.int32)
 
     def decode(self, code: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Middle of the bin of each code, and whether it stands for a positive y.
 
         Args:
-            code: uint8 [M, C], not packed.
+            code: int32 [M, C], not packed.
             grid: the grid it was encoded on.
 
         Returns:
@@ -139,12 +139,12 @@ class Code:
 
     def pack(self, codes: list[Tensor], rows: int) -> Tensor:
         """Pack the codes of each row block into bytes [rows, C]; rows that a short block lacks count as code 0."""
-        packed = torch.zeros_like(codes[0])
+        packed = torch.zeros((), dtype=torch.int32, device=codes[0].device)
         for k, code in enumerate(codes):
             whole = code if code.shape[0] == rows else F.pad(code, (0, 0, 0, rows - code.shape[0]))
             packed = packed | (whole << (k * self.bits))
-        return packed
+        return packed.to(torch.uint8)
 
     def unpack(self, packed: Tensor, block: int, rows: int) -> Tensor:
-        """Codes of one row block, uint8 [rows, C], from the packed bytes."""
-        return (packed[:rows] >> (block * self.bits)) & (self.levels - 1)
+        """Codes of one row block, int32 [rows, C], from the packed bytes."""
+        return (packed[:rows].to(torch.int32) >> (block * self.bits)) & (self.levels - 1)

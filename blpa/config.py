@@ -37,7 +37,7 @@ class DatasetConfig:
     batch_size: int = MISSING
     """Images in a training step."""
     schedule: list[list[float]] = MISSING
-    """Learning rate as [end, rate] pairs: `rate` holds up to the fraction `end` of the iterations; the last end is 1."""
+    """Learning rate as [end, rate] pairs: `rate` holds up to the fraction `end` of the iterations, the last 1."""
     momentum: float = 0.9
     """Momentum of stochastic gradient descent (not Nesterov's)."""
     weight_decay: float = 2e-4
@@ -71,7 +71,7 @@ class ModeConfig:
     width_factor: float = 1.0
     """Factor on every channel count, on top of `width`."""
     segments: int | None = None
-    """Checkpointed segments of the network; none takes the square root of the number of blocks. Checkpoint layers only."""
+    """Checkpointed segments of the network; none takes the root of the number of blocks. Checkpoint layers only."""
 
 
 @dataclass
@@ -147,7 +147,7 @@ def run_name(config: Config) -> str:
 
 
 def departures(config: Config) -> str:
-    """What of the data set's recipe and of the mode differs from the option's file, and is not told by a record's columns.
+    """Name what of recipe and mode differs from the option's file, where tables would not tell it apart otherwise.
 
     Args:
         config: the run. A mode of the user's own name has no file to differ from.
@@ -155,14 +155,15 @@ def departures(config: Config) -> str:
     Returns:
         dataset.schedule=[[1.0, 0.1]] mode.clip=2.0, or nothing.
     """
-    told = {"name", "root", "download", "iterations", "batch_size", "bits"}
+    told = {"name", "root", "download", "iterations", "batch_size"}
     found = []
     for group, values in (("dataset", config.dataset), ("mode", config.mode)):
         if values.name in options(group):
-            file = OmegaConf.merge(OmegaConf.structured(type(values)), OmegaConf.load(CONF / group / f"{values.name}.yaml"))
+            file = OmegaConf.load(CONF / group / f"{values.name}.yaml")
+            option = OmegaConf.merge(OmegaConf.structured(type(values)), file)
             for value in fields(values):
                 given = getattr(values, value.name)
-                if value.name not in told and given != file[value.name]:
+                if value.name not in told and given != getattr(option, value.name):
                     found.append(f"{group}.{value.name}={given}")
     return " ".join(found)
 

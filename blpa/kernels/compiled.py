@@ -6,7 +6,7 @@ over memory: what eager PyTorch writes to a dozen temporaries stays in registers
 
 import functools
 from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 
@@ -14,14 +14,19 @@ from blpa.kernels.reference import Body, RowBlockKernels
 
 
 @functools.cache
-def _compile(body: Body, specialised_on: tuple[Any, ...]) -> Body:
-    # torch.compile limits the variants it keeps of one code object, for its guards are tried one after another. A code
-    # object for each code and dtype keeps every list of variants short, in a process that runs all the modes.
-    assert isinstance(body, FunctionType)
-    copy = FunctionType(
-        body.__code__.replace(co_name=body.__name__), body.__globals__, body.__name__, body.__defaults__, body.__closure__
-    )
-    return cast(Body, torch.compile(copy, dynamic=True, fullgraph=True))
+def _compile(body: Body, dtype: torch.dtype, *constants: Any) -> Body:
+    # torch.compile takes an integer for a constant if it comes from the defaults of a function that is called, and for an
+    # unknown if from an argument: then every element would pay for computing 2^K.
+    with_constants = FunctionType(body.__code__, body.__globals__, body.__name__, constants)
+
+    def call(*args: Any) -> None:
+        with_constants(*args)
+
+    # It also limits the variants that it keeps of one code object, and a process may well run all the modes: one object for
+    # each body, dtype and code.
+    name = "_".join([body.__name__, str(dtype).removeprefix("torch."), *(f"{c.bits}bit" for c in constants if c)])
+    call.__code__ = call.__code__.replace(co_name=name)
+    return torch.compile(call, dynamic=True, fullgraph=True)
 
 
 COMPILED = RowBlockKernels("inductor", fuse=_compile)

@@ -17,11 +17,39 @@ from blpa.kernels import Norm, compute_dtype
 Body = Callable[..., None]
 
 
+STRIP_ROWS = 64
+"""Rows of a strip: sums over rows are made strip by strip, then over the strips. That is accurate to a few roundings for
+any number of rows, and a strip stays in a processor's nearest cache while its columns are summed one after another."""
+
+
+def strips(x: Tensor) -> list[Tensor]:
+    """View [M, C] as whole strips [M // 64, 64, C] and, where rows are left over, [1, M % 64, C]."""
+    whole = x.shape[0] - x.shape[0] % STRIP_ROWS
+    parts = [x[:whole].unflatten(0, (-1, STRIP_ROWS)), x[whole:].unsqueeze(0)]
+    return [part for part in parts if part.shape[0] * part.shape[1]]
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """Sum [C] of x [M, C] over M."""
+    return torch.stack([strip.sum(1).sum(0) for strip in strips(x)]).sum(0)
+
+
 def channel_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Column means and biased variances of x [M, C]."""
-    the_var, the_mean = torch.var_mean(x.to(mean.dtype), 0, correction=0)
-    mean.copy_(the_mean)
-    var.copy_(the_var)
+    """Column means and biased variances of x [M, C], in one reading of it.
+
+    A strip's mean and sum of squares are taken about its first row, a value of the same size as the others, so nothing
+    cancels; strips combine by the parallel axis theorem (Chan, Golub and LeVeque 1983).
+    """
+    parts = []
+    for strip in strips(x.to(mean.dtype)):
+        rows, first = strip.shape[1], strip[:, :1]
+        centred = strip - first
+        offset = centred.sum(1) / rows
+        squares = (centred * centred).sum(1) - rows * offset * offset
+        parts.append((rows, offset + first[:, 0], squares.clamp_min(0)))
+    mean.copy_(torch.stack([rows * means.sum(0) for rows, means, _ in parts]).sum(0) / x.shape[0])
+    about_mean = [(squares + rows * (means - mean).square()).sum(0) for rows, means, squares in parts]
+    var.copy_(torch.stack(about_mean).sum(0) / x.shape[0])
 
 
 def normalise_rectify_encode(
@@ -63,8 +91,10 @@ def grad_sums(
     sums = []
     for k, grad_block in enumerate(grad):
         x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, grid, code)
+        if not grad_block.shape[0]:
+            continue
         dy = torch.where(relu_mask, grad_block.to(dbeta.dtype), 0)
-        sums.append((dy.sum(0), (dy * x_hat).sum(0)))
+        sums.append((column_sum(dy), column_sum(dy * x_hat)))
     dbeta.copy_(torch.stack([s for s, _ in sums]).sum(0))
     dgamma.copy_(torch.stack([s for _, s in sums]).sum(0))
 
@@ -93,23 +123,23 @@ class RowBlockKernels:
     Args:
         name: the back end's name.
         fuse: turns a body into one that computes the same without allocating anything as large as an activation; called
-            with the body and what it is to be specialised on. None leaves the bodies as they are.
+            with the body, the activation's dtype, and values for the body's last parameters. None leaves the bodies alone.
     """
 
-    def __init__(self, name: str, fuse: Callable[[Body, tuple[Any, ...]], Body] | None = None) -> None:
+    def __init__(self, name: str, fuse: Callable[..., Body] | None = None) -> None:
         self.name = name
         self._fuse = fuse
 
-    def _run(self, body: Body, first: Tensor, code: Code | None, *args: Any) -> None:
+    def _run(self, body: Body, x: Tensor, *args: Any, constants: tuple[Code | None, ...] = ()) -> None:
         if self._fuse is None:
-            body(*args)
-        elif not first.is_meta:  # on the meta device only what is allocated counts, and a fused body allocates nothing
-            self._fuse(body, (code, first.dtype))(*args)
+            body(*args, *constants)
+        elif not x.is_meta:  # on the meta device only what is allocated counts, and a fused body allocates nothing
+            self._fuse(body, x.dtype, *constants)(*args)
 
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See Kernels."""
         mean, var = _channel_vectors(x)
-        self._run(channel_stats, x, None, x, mean, var)
+        self._run(channel_stats, x, x, mean, var)
         return mean, var
 
     def normalise_rectify_encode(self, x: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> Tensor | None:
@@ -117,18 +147,19 @@ class RowBlockKernels:
         codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
         x_blocks = _row_blocks(x, code)
         out_blocks = x_blocks if out is x else _row_blocks(out, code)
-        self._run(normalise_rectify_encode, x, code, x_blocks, out_blocks, codes, norm, _grid(norm, code), code)
+        args = (x_blocks, out_blocks, codes, norm, _grid(norm, code))
+        self._run(normalise_rectify_encode, x, *args, constants=(code,))
         return codes
 
     def decode(self, kept: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> None:
         """See Kernels."""
-        self._run(decode, out, code, kept, _row_blocks(out, code), norm, _grid(norm, code), code)
+        self._run(decode, out, kept, _row_blocks(out, code), norm, _grid(norm, code), constants=(code,))
 
     def grad_sums(self, grad: Tensor, kept: Tensor, norm: Norm, *, code: Code | None) -> tuple[Tensor, Tensor]:
         """See Kernels."""
         dbeta, dgamma = _channel_vectors(grad)
-        args = (_row_blocks(grad, code), kept, dbeta, dgamma, norm, _grid(norm, code), code)
-        self._run(grad_sums, grad, code, *args)
+        args = (_row_blocks(grad, code), kept, dbeta, dgamma, norm, _grid(norm, code))
+        self._run(grad_sums, grad, *args, constants=(code,))
         return dbeta, dgamma
 
     def input_grad(
@@ -138,8 +169,8 @@ class RowBlockKernels:
         grad_blocks = _row_blocks(grad, code)
         out_blocks = grad_blocks if out is grad else _row_blocks(out, code)
         scale, rows = norm.gamma * norm.rstd, grad.shape[0]
-        args = (grad_blocks, out_blocks, kept, scale, dbeta / rows, dgamma / rows, norm, _grid(norm, code), code)
-        self._run(input_grad, grad, code, *args)
+        args = (grad_blocks, out_blocks, kept, scale, dbeta / rows, dgamma / rows, norm, _grid(norm, code))
+        self._run(input_grad, grad, *args, constants=(code,))
 
 
 def _row_blocks(x: Tensor, code: Code | None) -> list[Tensor]:

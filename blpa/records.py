@@ -1,0 +1,268 @@
+"""One record per measured number: what was measured, in which configuration, on which machine, by which commit.
+
+A run writes its own records to results/runs/<run>/records.json and touches no other run's, so that many may finish at
+once. `collect` merges those files with the rows of results/records.csv, which is committed and outlives the runs:
+
+    records.csv = newest of (records.csv + runs/*/records.json), cell by cell
+
+Two records belong to the same cell where every field of `CELL` agrees.
+"""
+
+import csv
+import importlib.metadata
+import io
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measured number; the fields are the columns of records.csv, in this order."""
+
+    experiment: str
+    """The group of table cells the run belongs to."""
+    task: str
+    """What measured it: train."""
+    metric: str
+    """What was measured: test_error_percent."""
+    unit: str
+    """Unit of value, low and high."""
+    value: float
+    """The number."""
+    low: float
+    """Lower end of its spread; the value itself where there is none."""
+    high: float
+    """Upper end of its spread; the value itself where there is none."""
+    n: int
+    """Measurements the value stands for."""
+    dataset: str
+    """The data set's name."""
+    mode: str
+    """The mode's name."""
+    bits: int | None
+    """Bits a code; None where no code is kept."""
+    depth: int
+    """Layers of the network."""
+    width: float
+    """Factor on every channel count as given on the command line; a mode's own factor comes on top of it."""
+    seed: int
+    """The run's seed."""
+    batch_size: int
+    """Images in a training step."""
+    precision: str
+    """fp32, tf32 or bf16."""
+    kernels: str
+    """Back end of the kernel functions; stock where the mode has none."""
+    iterations: int
+    """Training steps in all."""
+    predicted: bool
+    """Whether the value was computed rather than measured."""
+    device: str
+    """The machine's processor, as it names itself."""
+    torch: str
+    """Version of torch."""
+    triton: str | None
+    """Version of triton; None where it is not installed."""
+    cuda: str | None
+    """CUDA version torch was built with, where the run used CUDA."""
+    commit: str | None
+    """Commit of the source; None for an installed package."""
+    is_dirty: bool | None
+    """Whether the package's source differed from the commit."""
+    date: str
+    """When the record was made: UTC, ISO 8601, to the second."""
+    paper_value: float | None
+    """The paper's figure for the very same cell."""
+    note: str
+    """What else a reader must know."""
+
+
+COLUMNS = tuple(column.name for column in fields(Record))
+
+CELL = (
+    "experiment", "task", "metric", "dataset", "mode", "bits", "depth", "width", "seed", "batch_size", "precision",
+    "kernels", "iterations", "device", "note",
+)  # fmt: skip
+"""A newer record of the same cell replaces the older."""
+
+GROUP = ("dataset", "depth", "width", "iterations", "batch_size", "precision", "note")
+"""Records that agree here differ by mode, seed and machine alone: they share a table and a figure."""
+
+
+def provenance(device: "torch.device") -> dict[str, Any]:
+    """The fields of a record that tell where, by what and when it was made.
+
+    Args:
+        device: what the run computed on.
+
+    Returns:
+        device, torch, triton, cuda, commit, is_dirty and date, by name.
+    """
+    import torch
+
+    on_cuda = device.type == "cuda"
+    threads = torch.get_num_threads()  # on a CPU the order of summation, and so the last bits, depend on them
+    cpu = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
+    commit, is_dirty = _commit(Path(__file__).parent)
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda if on_cuda else None,
+        "commit": commit,
+        "is_dirty": is_dirty,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def write(records: Iterable[Record], run_dir: Path) -> None:
+    """Write a run's records to `run_dir`/records.json, whole or not at all.
+
+    Args:
+        records: what the run measured; replaces what it measured before.
+        run_dir: the run's own folder under results/runs.
+    """
+    rows = [asdict(record) for record in records]
+    write_atomically(run_dir / "records.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
+
+
+def read(file: Path) -> list[Record]:
+    """Read one run's records.
+
+    Args:
+        file: a records.json.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
+    try:
+        return [Record(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{file} is not a run's records ({error}): remove it, or run the cell again") from error
+
+
+def collect(results: Path) -> list[Record]:
+    """Merge every run's records into records.csv and return them all.
+
+    Args:
+        results: the folder that holds runs/ and records.csv; either may be missing.
+
+    Returns:
+        One record per cell, the newest, sorted by cell.
+
+    Raises:
+        ValueError: a file is not what its name says; it is named.
+    """
+    table = results / "records.csv"
+    found = _read_table(table) if table.exists() else []
+    for file in sorted(results.glob("runs/*/records.json")):
+        found += read(file)
+    found.sort(key=lambda record: record.date)
+    newest = {tuple(getattr(record, name) for name in CELL): record for record in found}
+    merged = [newest[cell] for cell in sorted(newest, key=_none_first)]
+    if merged:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(record) for record in merged)
+        write_atomically(table, text.getvalue())
+    return merged
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that a reader, or a crash, sees the old one or the new one and nothing between.
+
+    Args:
+        file: where; its folder is made when missing.
+        text: the whole content.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="") as temporary:
+            temporary.write(text)
+            temporary.flush()
+            os.fsync(temporary.fileno())
+        os.chmod(name, 0o644)  # mkstemp's own mode would keep the file from everyone else
+        os.replace(name, file)
+    except BaseException:
+        os.unlink(name)
+        raise
+
+
+def _read_table(table: Path) -> list[Record]:
+    with table.open(encoding="utf-8", newline="") as text:
+        rows = csv.reader(text, strict=True)
+        if tuple(next(rows, ())) != COLUMNS:
+            raise ValueError(f"{table} does not have the columns of a records table: {', '.join(COLUMNS)}")
+        try:
+            return [_from_text(cells) for cells in rows]
+        except (ValueError, csv.Error) as error:
+            raise ValueError(f"{table}, line {rows.line_num}: {error}") from error
+
+
+def _from_text(cells: list[str]) -> Record:
+    """A record from the text of its columns: empty is None where the column may be None."""
+    values: dict[str, Any] = {}
+    for column, text in zip(fields(Record), cells, strict=True):
+        kinds = get_args(column.type) or (column.type,)
+        if text == "" and type(None) in kinds:
+            values[column.name] = None
+        elif kinds[0] is bool:
+            values[column.name] = bool(("False", "True").index(text))
+        else:
+            values[column.name] = kinds[0](text)
+    return Record(**values)
+
+
+def _none_first(cell: tuple[Any, ...]) -> list[tuple[bool, Any]]:
+    return [(value is not None, value) for value in cell]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    """The processor's own name: Linux keeps it in a file, elsewhere the platform may know it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit(source: Path) -> tuple[str | None, bool | None]:
+    """The commit that holds `source` and whether `source` differs from it; None, None where no checkout tracks it.
+
+    An installed package inside somebody else's checkout is not tracked there: their commit says nothing about it.
+    """
+    tracked = _git(source, "ls-files", "__init__.py")
+    commit = _git(source, "rev-parse", "HEAD") if tracked else None
+    if not commit:
+        return None, None
+    return commit, bool(_git(source, "status", "--porcelain", "--", "."))
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    """What git says, or None where git is absent or refuses."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,63 @@
+"""The paper's own figures, so that a measured number can stand beside them (Chakrabarti and Moseley 2019, section 4).
+
+alpha is bits kept an activation over the 32 of full precision, as the paper counts it: PyTorch's own layers, which
+`exact` runs here, keep two tensors a unit where the paper's exact kept one.
+"""
+
+from typing import NamedTuple
+
+
+class Row(NamedTuple):
+    """A row of the table of errors."""
+
+    label: str
+    alpha: str
+    always: bool
+    """Whether the row is shown where nothing has been run."""
+
+
+ROWS = {
+    "exact": Row("exact", "1", True),
+    "fewer-features": Row("exact, fewer features", "1/4", True),
+    "naive-8bit": Row("naive 8-bit", "1/4", True),
+    "8bit": Row("proposed 8-bit", "1/4", True),
+    "4bit": Row("proposed 4-bit", "1/8", True),
+    "2bit": Row("2-bit (ours)", "1/16", True),
+    "exact-one-copy": Row("exact, one copy a unit", "1", False),
+    "checkpoint": Row("checkpoint (recomputed)", "-", False),
+}
+"""The paper's rows in its order, then ours, by mode."""
+
+
+class Cells(NamedTuple):
+    """What the paper's cells of one data set have in common; the names are those of a record's columns."""
+
+    dataset: str
+    depth: int
+    width: float
+    iterations: int
+    batch_size: int
+
+
+CIFAR10 = Cells("cifar10", 164, 1.0, 64000, 128)
+CIFAR100 = Cells("cifar100", 164, 1.0, 64000, 128)
+IMAGENET = Cells("imagenet", 152, 1.0, 640000, 256)
+
+ERROR_PERCENT: dict[Cells, dict[str, tuple[float, float | None]]] = {
+    CIFAR10: {
+        "exact": (5.36, 0.15),
+        "fewer-features": (9.49, 0.12),
+        "naive-8bit": (75.49, 9.09),
+        "8bit": (5.48, 0.13),
+        "4bit": (5.49, 0.16),
+    },
+    CIFAR100: {
+        "exact": (23.44, 0.26),
+        "fewer-features": (33.47, 0.50),
+        "naive-8bit": (95.41, 2.16),
+        "8bit": (23.63, 0.32),
+        "4bit": (23.58, 0.30),
+    },
+    IMAGENET: {"exact": (7.20, None), "8bit": (7.70, None), "4bit": (7.72, None)},
+}
+"""Mean and standard deviation of the error in percent (top 5 of 10 crops for ImageNet), by mode."""

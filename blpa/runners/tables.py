@@ -1,0 +1,183 @@
+"""The table of errors from every record there is: ours, mean and deviation over seeds, beside the paper's figure.
+
+results/tables/errors.md is for reading, errors.csv holds the same cells in one row each. A table belongs to a group of
+records that differ by mode and seed alone; the paper's own cells come first and are there before anything has been run.
+Where a cell was run twice with the same seed, on two machines say, the newer run counts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from blpa import records
+from blpa.config import Config
+from blpa.records import COLUMNS, GROUP, Record
+from blpa.runners import paper
+from blpa.runners.paper import ROWS
+
+Group = tuple[Any, ...]
+"""A value for each name of records.GROUP."""
+
+PAPERS_GROUPS: list[Group] = [(*cells, "fp32", "") for cells in paper.ERROR_PERCENT]
+
+TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet top-5", "digits": "digits"}
+
+OPENING = """# Test error (%)
+
+Mean over seeds ± sample standard deviation (n runs). alpha is the bits kept of an activation over 32, as the paper
+counts them; `exact` here is PyTorch's own layers, which keep two tensors a unit. Written by `blpa-run task=tables`.
+"""
+
+
+def run(config: Config) -> list[Record]:
+    """Collect every record, write both tables and print the readable one.
+
+    Args:
+        config: `results` is the folder of runs, records and tables.
+
+    Returns:
+        Every record.
+    """
+    results = Path(config.results)
+    found = records.collect(results)
+    cells = summarise(found)
+    text = markdown(cells)
+    records.write_atomically(results / "tables" / "errors.md", text)
+    records.write_atomically(results / "tables" / "errors.csv", cells.to_csv(index=False, lineterminator="\n"))
+    print(text, end="")
+    return found
+
+
+def summarise(found: list[Record]) -> pd.DataFrame:
+    """The cells of every table, in reading order.
+
+    Args:
+        found: records of any metric; test_error_percent counts.
+
+    Returns:
+        A row per group and mode: the fields of GROUP, mode, alpha, error_percent, error_percent_std (sample standard
+        deviation; empty below two runs), n, seeds, the paper's mean and deviation, device, torch, commit. A cell not
+        run has n = 0.
+    """
+    errors = [asdict(record) for record in found if record.metric == "test_error_percent"]
+    frame = pd.DataFrame(errors, columns=list(COLUMNS)).sort_values("date", kind="stable")
+    frame = frame.drop_duplicates([*GROUP, "mode", "seed"], keep="last").sort_values("seed")
+    runs: dict[Group, dict[str, pd.DataFrame]] = {group: {} for group in PAPERS_GROUPS}
+    for key, cell in frame.groupby([*GROUP, "mode"]):
+        *group, mode = key
+        runs.setdefault(tuple(group), {})[str(mode)] = cell
+    rows = []
+    for place in sorted(runs, key=_reading_order):
+        by_mode = runs[place]
+        shown = [mode for mode, row in ROWS.items() if row.always or mode in by_mode]
+        shown += sorted(set(by_mode) - set(ROWS))
+        rows += [_cell(place, mode, by_mode.get(mode, frame[:0])) for mode in shown]
+    return pd.DataFrame(rows)
+
+
+def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
+    """One row: the runs of one mode in one group, none or one for each seed."""
+    paper_mean, paper_std = paper.ERROR_PERCENT.get(paper.Cells(*group[:5]), {}).get(mode, (None, None))
+    return dict(zip(GROUP, group, strict=True)) | {
+        "mode": mode,
+        "alpha": ROWS[mode].alpha if mode in ROWS else "-",
+        "error_percent": runs["value"].mean() if len(runs) else None,
+        "error_percent_std": runs["value"].std() if len(runs) > 1 else None,
+        "n": len(runs),
+        "seeds": _listed(runs["seed"]),
+        "paper_error_percent": paper_mean,
+        "paper_error_percent_std": paper_std,
+        "device": _listed(runs["device"], "; "),
+        "torch": _listed(runs["torch"]),
+        "commit": _listed(_commits(runs)),
+    }
+
+
+def _reading_order(group: Group) -> tuple[Any, ...]:
+    """The paper's own cells in its order, then the rest by name, digits last."""
+    if group in PAPERS_GROUPS:
+        return 0, PAPERS_GROUPS.index(group)
+    return 2 if group[0] == "digits" else 1, group
+
+
+def _commits(runs: pd.DataFrame) -> list[str]:
+    return [
+        f"{commit[:9]}{' with changes' if is_dirty else ''}"
+        for commit, is_dirty in zip(runs["commit"], runs["is_dirty"], strict=True)
+        if isinstance(commit, str)  # pandas has None as NaN where other rows have one
+    ]
+
+
+def _listed(values: Iterable[object], separator: str = ", ") -> str:
+    """Each value once, in the order of the first time."""
+    return separator.join(dict.fromkeys(map(str, values)))
+
+
+def markdown(cells: pd.DataFrame) -> str:
+    """The tables for reading: the paper's own cells side by side, then one table a group.
+
+    Args:
+        cells: what `summarise` returns.
+    """
+    groups = dict(iter(cells.groupby(list(GROUP), sort=False)))
+    papers = {group: groups.pop(group) for group in PAPERS_GROUPS}
+    parts = [OPENING, "## The paper's cells\n", _table(papers), *map(_conditions, papers, papers.values()), ""]
+    for group, frame in groups.items():
+        parts += [f"## {_title(group)}, depth {group[1]}\n", _table({group: frame}), _conditions(group, frame), ""]
+    return "\n".join(parts)
+
+
+def _table(groups: dict[Group, pd.DataFrame]) -> str:
+    """The groups side by side, a row a mode; the paper's figure stands beside ours where it has one."""
+    modes = list(dict.fromkeys(mode for frame in groups.values() for mode in frame["mode"]))
+    columns = [
+        ["", *(ROWS[mode].label if mode in ROWS else mode for mode in modes)],
+        ["alpha", *(ROWS[mode].alpha if mode in ROWS else "-" for mode in modes)],
+    ]
+    for group, frame in groups.items():
+        by_mode = {cell["mode"]: cell for cell in frame.to_dict("records")}
+        columns.append([_title(group), *(_ours(by_mode.get(mode)) for mode in modes)])
+        if frame["paper_error_percent"].notna().any():
+            columns.append(["paper", *(_papers(by_mode.get(mode)) for mode in modes)])
+    widths = [max(map(len, column)) for column in columns]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
+        for row in zip(*columns, strict=True)
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:], ""])
+
+
+def _ours(cell: dict[Any, Any] | None) -> str:
+    if cell is None or not cell["n"]:
+        return "not run"
+    return f"{_mean_and_deviation(cell['error_percent'], cell['error_percent_std'])} (n={cell['n']})"
+
+
+def _papers(cell: dict[Any, Any] | None) -> str:
+    if cell is None or pd.isna(cell["paper_error_percent"]):
+        return "-"
+    return _mean_and_deviation(cell["paper_error_percent"], cell["paper_error_percent_std"])
+
+
+def _mean_and_deviation(mean: float, deviation: float) -> str:
+    return f"{mean:.2f}" if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"
+
+
+def _conditions(group: Group, frame: pd.DataFrame) -> str:
+    """What the table does not say: recipe, seeds, machine, versions."""
+    _, depth, width, iterations, batch_size, precision, note = group
+    recipe = f"depth {depth}, width {width:g}, {iterations:,} iterations of batch {batch_size}, {precision}"
+    ran = frame[frame["n"] > 0]
+    source = "not run"
+    if len(ran):
+        source = f"seeds {_listed(ran['seeds'], ' / ')}; {_listed(ran['device'], '; ')}; torch {_listed(ran['torch'])}"
+        source += f"; commit {_listed(filter(None, ran['commit'])) or 'unknown'}"
+    return f"- {_title(group)}: {recipe}{f', {note}' if note else ''}; {source}."
+
+
+def _title(group: Group) -> str:
+    return TITLES.get(group[0], str(group[0]))

@@ -1,0 +1,122 @@
+"""Train and test one network: device, kernels, data, model, training, records, in that order, cheap refusals first."""
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from blpa import data, kernels, modes, records, training
+from blpa.config import Config, departures
+from blpa.models.preact_resnet import PreActResNet
+from blpa.records import Record
+from blpa.runners import paper
+
+
+def run(config: Config) -> list[Record]:
+    """Train the configured network, or go on with it, and record what it came to.
+
+    Args:
+        config: one run, checked.
+
+    Returns:
+        Test error (%), training time (s) and speed (samples/s), as written to results/runs/<run>/records.json.
+
+    Raises:
+        ValueError: the machine or the data cannot do what the configuration asks for.
+        Stopped: the training came to a stop before its end (see training.py).
+    """
+    run_dir = Path(config.results) / "runs" / config.run
+    _refuse_unwritable(run_dir)
+    device = _device(config.gpu.device)
+    chosen = kernels.choose(config.gpu.kernels, device, elements=_encoded_elements(config))
+    config = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
+    images = data.load(config.dataset, device)
+    torch.manual_seed(config.seed)
+    model = PreActResNet(
+        config.depth,
+        mode=modes.from_config(config.mode, chosen),
+        classes=config.dataset.classes,
+        image_channels=config.dataset.image_channels,
+        width=config.width,
+    )
+    outcome = training.train(model, images, config, device=device, run_dir=run_dir)
+    measured = _records(config, outcome, device, run_dir)
+    records.write(measured, run_dir)
+    print(
+        f"{config.run}: test error {outcome.test_error_percent:.2f} % after {outcome.iterations} iterations, "
+        f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s"
+    )
+    return measured
+
+
+def _refuse_unwritable(run_dir: Path) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {run_dir} ({error.strerror}): name another folder, results=") from error
+
+
+def _device(name: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ValueError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
+    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+
+
+def _encoded_elements(config: Config) -> float:
+    """Activation elements that the whole run encodes: 168 n H W an image for n blocks a group, at width 1."""
+    if config.mode.layers != "coded":
+        return 0
+    blocks = (config.depth - 2) // 9
+    width = config.width * config.mode.width_factor
+    images = config.dataset.iterations * config.dataset.batch_size
+    return 168 * blocks * config.dataset.image_size**2 * width * images
+
+
+def _records(config: Config, outcome: training.Outcome, device: torch.device, run_dir: Path) -> list[Record]:
+    """What was measured; the records already there where the run was finished before and nothing was measured now."""
+    written = run_dir / "records.json"
+    if config.resume and written.exists():
+        before = records.read(written)
+        if any(record.metric == "train_seconds" and record.value == outcome.seconds for record in before):
+            return before  # a wall time in nanoseconds does not come twice: their date and commit stay true
+
+    cells = paper.Cells(
+        config.dataset.name, config.depth, config.width, config.dataset.iterations, config.dataset.batch_size
+    )
+    paper_error = paper.ERROR_PERCENT.get(cells, {}).get(config.mode.name)
+    source = records.provenance(device)
+    return [
+        Record(
+            experiment=config.experiment,
+            task="train",
+            metric=metric,
+            unit=unit,
+            value=value,
+            low=value,
+            high=value,
+            n=1,
+            dataset=config.dataset.name,
+            mode=config.mode.name,
+            bits=config.mode.bits,
+            depth=config.depth,
+            width=config.width,
+            seed=config.seed,
+            batch_size=config.dataset.batch_size,
+            precision=config.gpu.precision,
+            kernels=config.gpu.kernels if config.mode.layers == "coded" else "stock",
+            iterations=outcome.iterations,
+            predicted=False,
+            paper_value=paper_error[0] if paper_error and metric == "test_error_percent" else None,
+            note=departures(config),
+            **source,
+        )
+        for metric, unit, value in (
+            ("test_error_percent", "%", outcome.test_error_percent),
+            ("train_seconds", "s", outcome.seconds),
+            ("samples_per_second", "samples/s", outcome.samples_per_second),
+        )
+    ]
