@@ -50,9 +50,12 @@ class KeptTensors(NamedTuple):
 
 @dataclass
 class _Handover:
-    """The gradient of a that one convolution has just made; see _BatchNormReLU.backward."""
+    """What a convolution's backward pass leaves to that of the batch norm it reads, and that one takes away."""
 
     grad: Tensor | None = None
+    """The gradient of a that the convolution made; see _BatchNormReLU.backward."""
+    norm: Norm | None = None
+    """The per-channel vectors it worked out."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,16 @@ class Kept:
         return Kept(KeptTensors(*ctx.saved_tensors[:count]), ctx.layout), list(ctx.saved_tensors[count:])
 
     def _values_and_norm(self) -> tuple[Tensor, Norm]:
-        tensors, dtype = self.tensors, compute_dtype(self.layout.dtype)
-        values = tensors.values if self.layout.code else rows(tensors.values)
-        return values, Norm(tensors.mean, tensors.rstd, tensors.gamma.detach().to(dtype), tensors.beta.detach().to(dtype))
+        tensors, layout = self.tensors, self.layout
+        if layout.handover.norm is None:
+            layout.handover.norm = norm_of(tensors.mean, tensors.rstd, tensors.gamma, tensors.beta, layout.code)
+        return tensors.values if layout.code else rows(tensors.values), layout.handover.norm
+
+
+def norm_of(mean: Tensor | None, rstd: Tensor, gamma: Tensor, beta: Tensor, code: Code | None) -> Norm:
+    """The per-channel vectors that the kernels need, parameters in the dtype of rstd."""
+    gamma, beta = gamma.detach().to(rstd.dtype), beta.detach().to(rstd.dtype)
+    return Norm(mean, rstd, gamma, beta, code.grid(gamma, beta) if code else None)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -168,7 +178,7 @@ class _BatchNormReLU(torch.autograd.Function):
         code, kernels = layout.code, layout.kernels
         x_rows = rows(x)
         mean, rstd = statistics.mean_and_rstd(x_rows, kernels)
-        norm = Norm(mean, rstd, gamma.detach().to(rstd.dtype), beta.detach().to(rstd.dtype))
+        norm = norm_of(mean, rstd, gamma, beta, code)
         a = x if overwrite else torch.empty_like(x)
         a_rows = x_rows if overwrite else rows(a)
         codes = kernels.normalise_rectify_encode(x_rows, norm, code=code, out=a_rows)
@@ -194,6 +204,7 @@ class _BatchNormReLU(torch.autograd.Function):
         handover = kept.layout.handover
         overwrite, handover.grad = handover.grad is grad, None
         dx, dgamma, dbeta = kept.batch_norm_backward(grad, constant_stats=ctx.constant_stats, overwrite=overwrite)
+        handover.norm = None
         return dx, dgamma, dbeta, *(None,) * 5
 
 

@@ -21,7 +21,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from blpa.codec import Code
+from blpa.codec import Code, Grid
 
 
 class Norm(NamedTuple):
@@ -35,6 +35,8 @@ class Norm(NamedTuple):
     """Scale, of either sign or zero."""
     beta: Tensor
     """Shift."""
+    grid: Grid | None
+    """Where the code's bins lie, from gamma and beta; None without a code."""
 
 
 class Kernels(Protocol):

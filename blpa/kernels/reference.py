@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blpa.codec import Code, Grid
+from blpa.codec import Code
 from blpa.kernels import Norm, compute_dtype
 
 Body = Callable[..., None]
@@ -53,7 +53,7 @@ def channel_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
 
 
 def normalise_rectify_encode(
-    x: Sequence[Tensor], out: Sequence[Tensor], codes: Tensor | None, norm: Norm, grid: Grid | None, code: Code | None
+    x: Sequence[Tensor], out: Sequence[Tensor], codes: Tensor | None, norm: Norm, code: Code | None
 ) -> None:
     """a and the packed codes of the blocks x."""
     block_codes = []
@@ -61,36 +61,36 @@ def normalise_rectify_encode(
         assert norm.mean is not None
         x_hat = (x_block.to(norm.rstd.dtype) - norm.mean) * norm.rstd
         y = norm.gamma * x_hat + norm.beta
-        if code is not None and grid is not None:
-            block_codes.append(code.encode(x_hat, y, grid))
+        if code is not None and norm.grid is not None:
+            block_codes.append(code.encode(x_hat, y, norm.grid))
         out_block.copy_(y.clamp_min(0))
     if code is not None and codes is not None:
         codes.copy_(code.pack(block_codes, codes.shape[0]))
 
 
-def recover(kept: Tensor, block: int, rows: int, norm: Norm, grid: Grid | None, code: Code | None) -> tuple[Tensor, Tensor]:
+def recover(kept: Tensor, block: int, rows: int, norm: Norm, code: Code | None) -> tuple[Tensor, Tensor]:
     """x_hat~ and relu_mask [rows, C] of one block."""
-    if code is not None and grid is not None:
-        return code.decode(code.unpack(kept, block, rows), grid)
+    if code is not None and norm.grid is not None:
+        return code.decode(code.unpack(kept, block, rows), norm.grid)
     assert norm.mean is not None
     x_hat = (kept.to(norm.rstd.dtype) - norm.mean) * norm.rstd
     return x_hat, norm.gamma * x_hat + norm.beta > 0
 
 
-def decode(kept: Tensor, out: Sequence[Tensor], norm: Norm, grid: Grid | None, code: Code | None) -> None:
+def decode(kept: Tensor, out: Sequence[Tensor], norm: Norm, code: Code | None) -> None:
     """a~ of the blocks out."""
     for k, out_block in enumerate(out):
-        x_hat, relu_mask = recover(kept, k, out_block.shape[0], norm, grid, code)
+        x_hat, relu_mask = recover(kept, k, out_block.shape[0], norm, code)
         out_block.copy_(torch.where(relu_mask, norm.gamma * x_hat + norm.beta, 0).clamp_min(0))
 
 
 def grad_sums(
-    grad: Sequence[Tensor], kept: Tensor, dbeta: Tensor, dgamma: Tensor, norm: Norm, grid: Grid | None, code: Code | None
+    grad: Sequence[Tensor], kept: Tensor, dbeta: Tensor, dgamma: Tensor, norm: Norm, code: Code | None
 ) -> None:
     """Dbeta and dgamma over the blocks grad."""
     sums = []
     for k, grad_block in enumerate(grad):
-        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, grid, code)
+        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
         if not grad_block.shape[0]:
             continue
         dy = torch.where(relu_mask, grad_block.to(dbeta.dtype), 0)
@@ -107,12 +107,11 @@ def input_grad(
     mean_dy: Tensor,
     mean_dy_x_hat: Tensor,
     norm: Norm,
-    grid: Grid | None,
     code: Code | None,
 ) -> None:
     """DX = scale (dY - mean(dY) - x_hat~ mean(dY x_hat~)) of the blocks grad, scale = gamma rstd."""
     for k, (grad_block, out_block) in enumerate(zip(grad, out, strict=True)):
-        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, grid, code)
+        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
         dy = torch.where(relu_mask, grad_block.to(scale.dtype), 0)
         out_block.copy_(scale * (dy - mean_dy - x_hat * mean_dy_x_hat))
 
@@ -147,18 +146,18 @@ class RowBlockKernels:
         codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
         x_blocks = _row_blocks(x, code)
         out_blocks = x_blocks if out is x else _row_blocks(out, code)
-        args = (x_blocks, out_blocks, codes, norm, _grid(norm, code))
+        args = (x_blocks, out_blocks, codes, norm)
         self._run(normalise_rectify_encode, x, *args, constants=(code,))
         return codes
 
     def decode(self, kept: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> None:
         """See Kernels."""
-        self._run(decode, out, kept, _row_blocks(out, code), norm, _grid(norm, code), constants=(code,))
+        self._run(decode, out, kept, _row_blocks(out, code), norm, constants=(code,))
 
     def grad_sums(self, grad: Tensor, kept: Tensor, norm: Norm, *, code: Code | None) -> tuple[Tensor, Tensor]:
         """See Kernels."""
         dbeta, dgamma = _channel_vectors(grad)
-        args = (_row_blocks(grad, code), kept, dbeta, dgamma, norm, _grid(norm, code))
+        args = (_row_blocks(grad, code), kept, dbeta, dgamma, norm)
         self._run(grad_sums, grad, *args, constants=(code,))
         return dbeta, dgamma
 
@@ -169,17 +168,12 @@ class RowBlockKernels:
         grad_blocks = _row_blocks(grad, code)
         out_blocks = grad_blocks if out is grad else _row_blocks(out, code)
         scale, rows = norm.gamma * norm.rstd, grad.shape[0]
-        args = (grad_blocks, out_blocks, kept, scale, dbeta / rows, dgamma / rows, norm, _grid(norm, code))
+        args = (grad_blocks, out_blocks, kept, scale, dbeta / rows, dgamma / rows, norm)
         self._run(input_grad, grad, *args, constants=(code,))
 
 
 def _row_blocks(x: Tensor, code: Code | None) -> list[Tensor]:
     return [x] if code is None else code.row_blocks(x)
-
-
-def _grid(norm: Norm, code: Code | None) -> Grid | None:
-    # Computed ahead of the bodies: inside, a compiler would recompute it for every element.
-    return None if code is None else code.grid(norm.gamma, norm.beta)
 
 
 def _channel_vectors(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,191 @@
+"""A run's folder: checkpoints that are whole or absent, and metrics that go with them.
+
+    checkpoint-<iteration>-<first 16 hexadecimal digits of the sha256 of its bytes>.pt     named the way of torch.hub
+    metrics.csv                                                                           a row an evaluation
+
+A file is written beside its place, forced to the disk and only then renamed into it, so that a kill, a full disk or a
+power cut leaves the one before. What damages a file later is found by recomputing the digits in its name; the one
+before the newest is kept for that day. A checkpoint says what configuration it belongs to, and is good for no other.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blpa.config import Config
+
+KEPT = 2
+"""Checkpoints kept: the newest, and one to fall back on."""
+
+
+class Stopped(RuntimeError):
+    """A run came to a stop before its end, for the reason the message gives on one line."""
+
+    exit_code = 1
+    """What the process is to exit with."""
+
+
+class CannotWrite(Stopped):
+    """A file of the run could not be written; what was there before is untouched."""
+
+
+def deciding_fields(config: Config) -> dict[str, Any]:
+    """List what decides a run's result, by its name on the command line."""
+    dataset, mode, gpu = asdict(config.dataset), asdict(config.mode), asdict(config.gpu)
+    return {
+        **{f"dataset.{key}": value for key, value in dataset.items() if key not in ("root", "download")},
+        **{f"mode.{key}": value for key, value in mode.items()},
+        **{f"gpu.{key}": gpu[key] for key in ("precision", "kernels", "deterministic")},
+        "task.evaluate_every": config.task.evaluate_every,
+        "depth": config.depth,
+        "width": config.width,
+        "seed": config.seed,
+    }
+
+
+class RunFolder:
+    """The folder of one run, used by one process at a time.
+
+    Args:
+        path: created where it does not exist; what a killed process left half-written in it is removed.
+        configuration: what decides the run's result; it goes into its checkpoints.
+
+    Raises:
+        CannotWrite: the folder cannot be created.
+    """
+
+    def __init__(self, path: Path, configuration: dict[str, Any]) -> None:
+        self.path = path
+        self.configuration = configuration
+        self.known_good: list[Path] = []
+        """Checkpoints written or read by this process, the newest last."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for half_written in (*path.glob("checkpoint-*.pt.part"), *path.glob("metrics.csv.part")):
+                half_written.unlink()
+        except OSError as error:
+            raise CannotWrite(f"cannot write into {path}: {error.strerror}") from error
+
+    def checkpoints(self) -> list[Path]:
+        """List the folder's checkpoints, good or not, the oldest first."""
+        found = ((re.fullmatch(r"checkpoint-(\d+)-[0-9a-f]{16}\.pt", file.name), file) for file in self.path.iterdir())
+        return [file for _, file in sorted((int(match[1]), file) for match, file in found if match)]
+
+    def save(self, iteration: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint, and remove all but it and the good one before it.
+
+        Args:
+            iteration: training steps done.
+            state: what `torch.load(weights_only=True)` can read: tensors, numbers, strings, lists and dictionaries.
+
+        Returns:
+            The file.
+
+        Raises:
+            CannotWrite: the disk is full, or the like; the checkpoints before are untouched.
+        """
+        # Through memory, since the name is made of the bytes, and since a full disk is then a plain OSError.
+        buffer = io.BytesIO()
+        torch.save({**state, "configuration": self.configuration}, buffer)
+        content = buffer.getbuffer()
+        file = self.path / f"checkpoint-{iteration}-{_digits(content)}.pt"
+        self._write(file, content)
+        self.known_good = [*self.known_good, file][-KEPT:]
+        for other in set(self.checkpoints()) - set(self.known_good):
+            other.unlink(missing_ok=True)
+        return file
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Read the newest good checkpoint; a damaged one is named on stderr and passed over.
+
+        Returns:
+            The file and its state, tensors on the CPU; None where there is no good one.
+
+        Raises:
+            ValueError: it belongs to another configuration.
+        """
+        files = self.checkpoints()
+        for file in reversed(files):
+            try:
+                content = file.read_bytes()
+            except OSError as error:
+                print(f"{file} cannot be read ({error.strerror}); using the one before", file=sys.stderr)
+                continue
+            if file.stem.endswith(_digits(content)):
+                state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                self._refuse_another(file, state["configuration"])
+                self.known_good = [file]
+                return file, state
+            print(f"{file} is damaged (its sha256 does not match its name); using the one before", file=sys.stderr)
+        if files:
+            print(f"no good checkpoint in {self.path}: starting from the beginning", file=sys.stderr)
+        return None
+
+    def remove_checkpoints(self) -> None:
+        """Start anew.
+
+        Raises:
+            CannotWrite: a checkpoint cannot be removed.
+        """
+        for file in self.checkpoints():
+            try:
+                file.unlink()
+            except OSError as error:
+                raise CannotWrite(f"cannot remove {file}: {error.strerror}") from error
+
+    def write_metrics(self, header: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+        """Write metrics.csv anew; numbers as Python prints them, which is enough to read them back to the bit.
+
+        Raises:
+            CannotWrite: the disk is full, or the like; the file before is untouched.
+        """
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        self._write(self.path / "metrics.csv", text.getvalue().encode())
+
+    def _refuse_another(self, file: Path, there: dict[str, Any]) -> None:
+        here = self.configuration
+        different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+        if different:
+            values = ", ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in different)
+            advice = "give resume=false to start anew, or another folder by run="
+            raise ValueError(f"{file} belongs to another configuration: {values}; {advice}")
+
+    def _write(self, file: Path, content: bytes | memoryview) -> None:
+        try:
+            _write_whole(file, content)
+        except OSError as error:
+            kept = f"{self.known_good[-1].name} is kept" if self.known_good else "there is no checkpoint yet"
+            raise CannotWrite(f"cannot write {file}: {error.strerror}; {kept}") from error
+
+
+def _write_whole(file: Path, content: bytes | memoryview) -> None:
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself; elsewhere a folder cannot be opened
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _digits(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,319 @@
+"""Training: METHOD.md section 5's recipe, in a loop that can be killed at any moment.
+
+Nothing random outlives a step (see blpa/data), so that what a run does next follows from
+
+    iteration, weights, momentum, and the sums of the metrics since the last evaluation
+
+and a run that resumes from those ends with the same bits as one never stopped. (The initial weights are the caller's.)
+
+The host waits for the device only to read the losses: about once a second, at an evaluation and at a checkpoint.
+"""
+
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from blpa import signals
+from blpa.checkpoints import CannotWrite, RunFolder, Stopped, deciding_fields
+from blpa.config import Config, DatasetConfig, GpuConfig
+from blpa.data import ImageData, Split, batches, normalise
+
+__all__ = ["METRICS", "CannotWrite", "Diverged", "Interrupted", "Outcome", "Stopped", "evaluate", "train"]
+
+METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
+"""Columns of metrics.csv; the training figures are means since the row before."""
+
+READ_EVERY_ITERATIONS = 50
+READ_EVERY_SECONDS = 1.0
+"""Losses wait on the device until there are so many, or for so long."""
+
+
+class Interrupted(Stopped):
+    """A signal stopped the run, after a checkpoint."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + number
+
+
+class Diverged(Stopped):
+    """The loss or the weights are no longer finite."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to; the training figures are means since the evaluation before the last."""
+
+    test_error_percent: float
+    test_loss: float
+    train_loss: float
+    train_error_percent: float
+    iterations: int
+    seconds: float
+    """Wall time of the training steps, over all parts of a resumed run; evaluations and checkpoints left out."""
+    samples_per_second: float
+    """Training samples in each of those seconds."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: besides weights and momentum, all it needs to go on."""
+
+    iteration: int = 0
+    """Training steps done, and their losses read."""
+    loss_sum: float = 0.0
+    """Sum of the steps' mean losses since the last evaluation."""
+    wrong_sum: float = 0.0
+    """Training samples classified wrongly since the last evaluation."""
+    steps: int = 0
+    """Training steps since the last evaluation."""
+    seconds: float = 0.0
+    """As in Outcome."""
+    rows: list[list[float]] = field(default_factory=list)
+    """The rows of metrics.csv."""
+
+
+def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path) -> Outcome:
+    """Train a network, or go on with it from the last good checkpoint in its folder.
+
+    Args:
+        model: freshly initialised: float32 images [N, C, H, W], channels last, to logits [N, classes].
+        data: on `device`.
+        config: with the name of the back end that is really used in `gpu.kernels`, since it decides the result.
+        device: where to train; the model is moved there.
+        run_dir: the run's own folder, for its checkpoints and metrics.csv.
+
+    Returns:
+        The figures of the last evaluation; at once where the run is already finished.
+
+    Raises:
+        ValueError: a batch larger than the training set; a checkpoint that belongs to another configuration.
+        Interrupted: SIGINT or SIGTERM; the step under way was finished and a checkpoint written. A second signal does,
+            at once, what it would do outside of training.
+        Diverged: a loss or a weight that is not finite; no checkpoint holds it.
+        CannotWrite: a full disk, or the like; the checkpoints written before are untouched.
+    """
+    recipe = config.dataset
+    if recipe.batch_size > len(data.train.labels):
+        raise ValueError(
+            f"dataset.batch_size={recipe.batch_size}: the training set has {len(data.train.labels)} images, not as many"
+        )
+    configure_torch(config.gpu)
+    model.to(device).train()
+    optimiser = make_optimiser(model, recipe)
+    folder = RunFolder(run_dir, deciding_fields(config))
+    if not config.resume:
+        folder.remove_checkpoints()
+    progress = _resume(folder, model, optimiser)
+    folder.write_metrics(METRICS, progress.rows)
+
+    unread: list[Tensor] = []
+    clock = time.perf_counter()
+    with signals.noted() as stop, _progress_bar(progress.iteration, recipe.iterations) as bar:
+        for iteration, images, labels in batches(data.train, recipe, seed=config.seed, start=progress.iteration + 1):
+            rate = learning_rate(recipe, iteration)
+            unread.append(_step(model, optimiser, images, labels, rate=rate, gpu=config.gpu))
+
+            is_last = iteration == recipe.iterations
+            evaluates = is_last or iteration % config.task.evaluate_every == 0
+            saves = is_last or iteration % config.task.checkpoint_every == 0 or stop.received is not None
+            is_due = len(unread) == READ_EVERY_ITERATIONS or time.perf_counter() - clock > READ_EVERY_SECONDS
+            if not (evaluates or saves or is_due):
+                continue
+
+            _read(unread, progress, folder)
+            elapsed = time.perf_counter() - clock
+            progress.seconds += elapsed
+            train_loss = progress.loss_sum / progress.steps
+            train_error_percent = 100 * progress.wrong_sum / (progress.steps * recipe.batch_size)
+            speed = len(unread) * recipe.batch_size / elapsed
+            figures = f"loss {train_loss:.3f}, error {train_error_percent:.2f} %, {speed:.0f} samples/s"
+            bar.set_postfix_str(figures, refresh=False)
+            bar.update(len(unread))
+            unread.clear()
+
+            if evaluates:
+                test_loss, test_error_percent = evaluate(model, data.test, config)
+                progress.rows.append([iteration, rate, train_loss, train_error_percent, test_loss, test_error_percent])
+                progress.loss_sum, progress.wrong_sum, progress.steps = 0.0, 0.0, 0
+                folder.write_metrics(METRICS, progress.rows)
+            if saves:
+                _save(folder, model, optimiser, progress)
+                if stop.received is not None:
+                    raise Interrupted(
+                        f"stopped by {stop.received.name} at iteration {iteration} of {recipe.iterations}; "
+                        f"started again, the run goes on from {folder.known_good[-1]}",
+                        stop.received,
+                    )
+            clock = time.perf_counter()
+
+    _, _, train_loss, train_error_percent, test_loss, test_error_percent = progress.rows[-1]
+    return Outcome(
+        test_error_percent=test_error_percent,
+        test_loss=test_loss,
+        train_loss=train_loss,
+        train_error_percent=train_error_percent,
+        iterations=progress.iteration,
+        seconds=progress.seconds,
+        samples_per_second=progress.iteration * recipe.batch_size / progress.seconds,
+    )
+
+
+def configure_torch(gpu: GpuConfig) -> None:
+    """Set what PyTorch keeps for the whole process: precision of float32 products, and determinism.
+
+    Args:
+        gpu: `precision` tf32 lets tensor cores round float32 factors; fp32 and bf16 do not. `deterministic` refuses
+            what can differ between runs, also the search for the fastest convolution, which may not end alike.
+    """
+    is_tf32 = gpu.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if is_tf32 else "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not gpu.deterministic
+    torch.use_deterministic_algorithms(gpu.deterministic)
+    # Else every new tensor is first filled with NaN, a pass over memory; nothing here reads before it writes.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if gpu.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, and reads it when it starts
+
+
+def make_optimiser(model: nn.Module, recipe: DatasetConfig) -> torch.optim.SGD:
+    """Stochastic gradient descent with momentum; weight decay on the weights of convolutions and classifiers only."""
+    decayed = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    is_decayed = {id(weight) for weight in decayed}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in is_decayed]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum)  # the rate is set at every step
+
+
+def learning_rate(recipe: DatasetConfig, iteration: int) -> float:
+    """Look up the rate of a training step, the first being iteration 1.
+
+    Raises:
+        ValueError: the schedule ends before.
+    """
+    for end, rate in recipe.schedule:
+        if iteration <= round(end * recipe.iterations):
+            return rate
+    raise ValueError(f"dataset.schedule={recipe.schedule}: ends before iteration {iteration} of {recipe.iterations}")
+
+
+def evaluate(model: nn.Module, split: Split, config: Config) -> tuple[float, float]:
+    """Classify a set of images.
+
+    Args:
+        model: left in training mode.
+        split: the images, on the model's device.
+        config: `dataset.eval_batch_size`; `dataset.eval_statistics`, running averages or those of each batch.
+
+    Returns:
+        Mean loss, and error in percent.
+    """
+    recipe = config.dataset
+    sums = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
+    model.eval()
+    with torch.no_grad(), batch_statistics(model) if recipe.eval_statistics == "batch" else nullcontext():
+        for start in range(0, len(split.labels), recipe.eval_batch_size):
+            labels = split.labels[start : start + recipe.eval_batch_size]
+            images = normalise(split.images[start : start + recipe.eval_batch_size])
+            logits = _forward(model, images, config.gpu)
+            loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+            sums += torch.stack([loss_sum, (logits.argmax(dim=1) != labels).sum()])
+    model.train()
+    loss, error = (sums / len(split.labels)).tolist()
+    return loss, 100 * error
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Make every batch norm normalise by the batch's own statistics in evaluation, as the authors' code does.
+
+    A batch norm without running averages does just that, and updates nothing: they are taken away, and given back.
+    """
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    averages = [(norm.running_mean, norm.running_var) for norm in norms]
+    for norm in norms:
+        norm.running_mean = norm.running_var = None
+    try:
+        yield
+    finally:
+        for norm, (mean, var) in zip(norms, averages, strict=True):
+            norm.running_mean, norm.running_var = mean, var
+
+
+def _forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=gpu.precision == "bf16"):
+        logits: Tensor = model(images)
+    return logits.float()
+
+
+def _step(
+    model: nn.Module, optimiser: torch.optim.SGD, images: Tensor, labels: Tensor, *, rate: float, gpu: GpuConfig
+) -> Tensor:
+    """One training step; mean loss and number of samples classified wrongly, float32 [2], still on the device."""
+    for group in optimiser.param_groups:
+        group["lr"] = rate
+    optimiser.zero_grad(set_to_none=True)
+    logits = _forward(model, images, gpu)
+    loss = F.cross_entropy(logits, labels)
+    loss.backward()  # type: ignore[no-untyped-call]
+    optimiser.step()
+    return torch.stack([loss.detach(), (logits.detach().argmax(dim=1) != labels).sum()])
+
+
+def _read(unread: list[Tensor], progress: Progress, folder: RunFolder) -> None:
+    """Wait for the device, and add its steps to the sums one by one, so that the sums do not show when it was."""
+    for loss, wrong in torch.stack(unread).tolist():
+        progress.iteration += 1
+        progress.steps += 1
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at iteration {progress.iteration}; {_last_good(folder)}")
+        progress.loss_sum += loss
+        progress.wrong_sum += wrong
+
+
+def _save(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, progress: Progress) -> None:
+    weights, momentum = model.state_dict(), optimiser.state_dict()
+    values = [*weights.values(), *(value for state in momentum["state"].values() for value in state.values())]
+    if not torch.stack([value.isfinite().all() for value in values if isinstance(value, Tensor)]).all():
+        raise Diverged(f"a weight is not finite after iteration {progress.iteration}; {_last_good(folder)}")
+    folder.save(progress.iteration, {"progress": asdict(progress), "model": weights, "optimiser": momentum})
+
+
+def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD) -> Progress:
+    """Put weights and momentum where the last good checkpoint left them."""
+    found = folder.newest()
+    if found is None:
+        return Progress()
+    file, state = found
+    model.load_state_dict(state["model"])
+    optimiser.load_state_dict(state["optimiser"])
+    print(f"going on from {file}", file=sys.stderr)
+    return Progress(**state["progress"])
+
+
+def _last_good(folder: RunFolder) -> str:
+    return f"the last checkpoint is {folder.known_good[-1]}" if folder.known_good else "there is no checkpoint yet"
+
+
+def _progress_bar(done: int, iterations: int) -> "tqdm[Any]":
+    """A bar on stderr; in a log file, where each drawing is a new line, a drawing every half minute."""
+    return tqdm(
+        initial=done,
+        total=iterations,
+        bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        miniters=1,
+        dynamic_ncols=True,
+    )
