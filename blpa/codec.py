@@ -1,21 +1,22 @@
 """The K-bit code of a normalised activation that never loses the sign of what it stands for.
 
-A unit computes, per channel, y = gamma * x_hat + beta from the normalised activation x_hat. Kept for the backward pass is
-the bin of x_hat among L = 2^K equal bins over [-clip, clip], which are d = 2 clip / L wide:
+A unit computes, per channel, y = gamma * x_hat + beta from the normalised activation x_hat. Kept for the backward pass
+is the bin of x_hat among L = 2^K equal bins over [-clip, clip], which are d = 2 clip / L wide:
 
     s    = -1 where gamma < 0, else 1
     r    = beta / (|gamma| d)                     where y changes sign, in bins from the middle
-    frac = r - round(r)                           shifts the bins by at most half of one, so that an edge lies just there
-    zero = clamp(L/2 - round(r), 1, L - 1)        the first code that means "y is positive"
+    frac = r - round(r)                           shifts the bins by at most half of one, so that an edge lies just
+    there zero = clamp(L/2 - round(r), 1, L - 1)        the first code that means "y is positive"
 
     code  = floor(s x_hat / d + frac) + L/2       kept in [zero, L - 1] where y > 0, in [0, zero - 1] where y <= 0
     y > 0 = code >= zero                          always, by construction
     x_hat ~ s (code - L/2 + 1/2 - frac) d         the middle of the bin
 
-frac and zero follow from gamma and beta whenever they are wanted, so the codes are all that is stored: K bits an element.
+frac and zero follow from gamma and beta whenever they are wanted, so the codes are all that is stored: K bits an
+element.
 
-Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.2. Departures: the grid stays over the data whatever beta / gamma
-is, both ends of the range are guarded, and gamma may be negative or zero (README, "Departures").
+Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.2. Departures: the grid stays over the data whatever beta /
+gamma is, both ends of the range are guarded, and gamma may be negative or zero (README, "Departures").
 """
 
 from dataclasses import dataclass
@@ -103,7 +104,7 @@ class Code:
         )
 
     def encode(self, x_hat: Tensor, y: Tensor, grid: Grid) -> Tensor:
-        """Code of each element, in [0, L - 1], not packed: int32, which processors can shift where they cannot shift bytes.
+        """Code of each element, in [0, L - 1], not packed: int32, which processors can shift, as they cannot bytes.
 
         Args:
             x_hat: normalised activation [M, C].
@@ -129,10 +130,10 @@ class Code:
         return x_hat, code >= grid.zero
 
     def row_blocks(self, x: Tensor) -> list[Tensor]:
-        """View [M, C] as the blocks of rows whose codes share bytes: byte row r holds row r of every block.
+        """View [M, C] as blocks of rows: byte row r holds the codes of row r of every block.
 
-        Sharing a byte across rows, not across channels, keeps every block contiguous and lets C be any number. Where M is
-        not a multiple of the codes in a byte, the last blocks are short.
+        Sharing a byte across rows, not across channels, keeps every block contiguous and lets C be any number. Where M
+        is not a multiple of the codes in a byte, the last blocks are short.
         """
         rows = self.packed_rows(x.shape[0])
         return [x[k * rows : (k + 1) * rows] for k in range(self.codes_per_byte)]

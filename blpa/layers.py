@@ -6,13 +6,14 @@ A batch norm and ReLU gives an Activation, a convolution takes one, so a model i
     out = conv(activation)
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blpa import ops
 from blpa.codec import Code
+from blpa.kept import Kept
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 
@@ -22,7 +23,7 @@ class Activation(NamedTuple):
 
     value: Tensor
     """a [N, C, H, W]."""
-    kept: ops.Kept | None
+    kept: Kept | None
     """What the backward pass of its readers needs in place of a; None for stock layers, and where none is recorded."""
 
 
@@ -57,7 +58,9 @@ class BatchNormReLU(nn.BatchNorm2d):
         """A [N, C, H, W] of x; it may take the place of x if `overwrite_x` says that x is not read again."""
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-        average_all = self.momentum is None
+        momentum = self.momentum
+        if momentum is None:
+            momentum = 1 / max(int(self.num_batches_tracked), 1) if self.num_batches_tracked is not None else 0.0
         return Activation(
             *ops.batch_norm_relu(
                 x,
@@ -67,7 +70,7 @@ class BatchNormReLU(nn.BatchNorm2d):
                 running_mean=self.running_mean,
                 running_var=self.running_var,
                 training=self.training,
-                momentum=1 / int(self.num_batches_tracked or 1) if average_all else self.momentum,
+                momentum=momentum,
                 eps=self.eps,
                 overwrite_x=overwrite_x,
                 forward_from_code=self.forward_from_code,
@@ -77,7 +80,7 @@ class BatchNormReLU(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         """The stock module's, and the code."""
-        return f"{super().extra_repr()}, code={self.code}, kernels={self.kernels.name}"
+        return f"{nn.BatchNorm2d.extra_repr(self)}, code={self.code}, kernels={self.kernels.name}"
 
 
 class Conv2d(nn.Conv2d):
@@ -89,11 +92,13 @@ class Conv2d(nn.Conv2d):
         ValueError: a bias, or padding other than a number of zeros.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = False, **others: Any) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = False, **others: Any
+    ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, bias=bias, **others)
         if bias or self.padding_mode != "zeros" or isinstance(self.padding, str):
             raise ValueError(
-                f"bias = {bias}, padding = {self.padding!r} of {self.padding_mode}: must be no bias, and a number of zeros"
+                f"bias = {bias}, padding = {self.padding!r} of {self.padding_mode}: must be no bias, and so many zeros"
             )
 
     def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]
@@ -102,9 +107,9 @@ class Conv2d(nn.Conv2d):
             activation.value,
             activation.kept,
             self.weight,
-            stride=self.stride,
-            padding=self.padding,
-            dilation=self.dilation,
+            stride=cast(ops.Pair, self.stride),
+            padding=cast(ops.Pair, self.padding),
+            dilation=cast(ops.Pair, self.dilation),
             groups=self.groups,
         )
 

@@ -1,9 +1,9 @@
 """Bytes that a training step needs, counted without running it.
 
-On the meta device tensors have shapes and lifetimes but no data, so a whole step (forward, loss, backward) takes seconds for
-any network and batch. Every storage is counted from the operation that makes it until its last reference goes; the most that
-is alive at once is the step's peak. What a single operation allocates and frees inside itself (a convolution's workspace) is
-not seen.
+On the meta device tensors have shapes and lifetimes but no data, so a whole step (forward, loss, backward) takes
+seconds for any network and batch. Every storage is counted from the operation that makes it until its last reference
+goes; the most that is alive at once is the step's peak. What a single operation allocates and frees inside itself (a
+convolution's workspace) is not seen.
 
 Bytes kept have a formula. A unit whose activation is [M, C], with a K-bit code, keeps
 
@@ -36,7 +36,7 @@ class LiveBytes(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        TorchDispatchMode.__init__(self)
         self.live_bytes = 0
         self.peak_bytes = 0
         self._counted: set[int] = set()

@@ -12,124 +12,26 @@ Backward, from G, the gradient of out, and the codes of x_hat, which give x_hat~
     dgamma = sum dY x_hat~                                           approximate
     dX = gamma rstd (dY - mean(dY) - x_hat~ mean(dY x_hat~))         only the last term is approximate
 
-`batch_norm_relu` makes a and a `Kept`; every `conv2d` that reads a takes the Kept along, so all of them share its codes.
-Autograd saves the codes like any saved tensor, and frees them when the last reader's backward pass is done.
+`batch_norm_relu` makes a and a `Kept`; every `conv2d` that reads a takes the Kept along, so all of them share its
+codes.
 
 Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.
 """
 
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import once_differentiable
 
 from blpa.codec import Code
-from blpa.kernels import Kernels, Norm, compute_dtype
+from blpa.kept import Kept, KeptTensors, Layout, norm_of, rows
+from blpa.kernels import Kernels, compute_dtype
 from blpa.kernels.reference import REFERENCE
 
 Pair = tuple[int, int]
-
-
-class KeptTensors(NamedTuple):
-    """What is kept, as autograd saves it."""
-
-    values: Tensor
-    """Packed codes uint8 [code.packed_rows(N H W), C]; x itself [N, C, H, W] where there is no code."""
-    mean: Tensor | None
-    """Mean [C]; only where there is no code."""
-    rstd: Tensor
-    """1 / sqrt(var + eps) [C]."""
-    gamma: Tensor
-    """The scale parameter, not a copy."""
-    beta: Tensor
-    """The shift parameter, not a copy."""
-
-
-@dataclass
-class _Handover:
-    """What a convolution's backward pass leaves to that of the batch norm it reads, and that one takes away."""
-
-    grad: Tensor | None = None
-    """The gradient of a that the convolution made; see _BatchNormReLU.backward."""
-    norm: Norm | None = None
-    """The per-channel vectors it worked out."""
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How to read KeptTensors: everything about them that is not a tensor."""
-
-    shape: torch.Size
-    dtype: torch.dtype
-    code: Code | None
-    kernels: Kernels
-    handover: _Handover = field(default_factory=_Handover)
-
-
-class Kept:
-    """What one batch norm and ReLU leaves for the backward pass, its own and that of the convolutions that read it."""
-
-    def __init__(self, tensors: KeptTensors, layout: _Layout) -> None:
-        self.tensors = tensors
-        self.layout = layout
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes that are alive only because they are kept: values and per-channel vectors, without the parameters."""
-        vectors = [self.tensors.values, self.tensors.rstd, self.tensors.mean]
-        return sum(tensor.nbytes for tensor in vectors if tensor is not None)
-
-    def decode(self, dtype: torch.dtype) -> Tensor:
-        """a~ [N, C, H, W], channels-last, in the given dtype."""
-        values, norm = self._values_and_norm()
-        a = torch.empty(
-            self.layout.shape, dtype=dtype, device=values.device, memory_format=torch.channels_last
-        )
-        self.layout.kernels.decode(values, norm, code=self.layout.code, out=rows(a))
-        return a
-
-    def batch_norm_backward(self, grad: Tensor, *, constant_stats: bool, overwrite: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """dX, dgamma and dbeta for grad = dA; dX takes the place of grad if `overwrite`."""
-        (values, norm), code, kernels = self._values_and_norm(), self.layout.code, self.layout.kernels
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = grad if overwrite else torch.empty_like(grad)
-        grad_rows = rows(grad)
-        dx_rows = grad_rows if overwrite else rows(dx)
-        dbeta, dgamma = kernels.grad_sums(grad_rows, values, norm, code=code)
-        through_stats = (torch.zeros_like(dbeta),) * 2 if constant_stats else (dbeta, dgamma)
-        kernels.input_grad(grad_rows, values, norm, *through_stats, code=code, out=dx_rows)
-        return dx, dgamma.to(self.tensors.gamma.dtype), dbeta.to(self.tensors.beta.dtype)
-
-    def save(self, ctx: FunctionCtx, *others: Tensor) -> None:
-        """Hand the tensors, and others after them, to autograd, and remember how to read them."""
-        ctx.save_for_backward(*self.tensors, *others)
-        cast(Any, ctx).layout = self.layout
-
-    @staticmethod
-    def saved(ctx: Any) -> tuple["Kept", list[Tensor]]:
-        """What `save` saved: the Kept and the others."""
-        count = len(KeptTensors._fields)
-        return Kept(KeptTensors(*ctx.saved_tensors[:count]), ctx.layout), list(ctx.saved_tensors[count:])
-
-    def _values_and_norm(self) -> tuple[Tensor, Norm]:
-        tensors, layout = self.tensors, self.layout
-        if layout.handover.norm is None:
-            layout.handover.norm = norm_of(tensors.mean, tensors.rstd, tensors.gamma, tensors.beta, layout.code)
-        return tensors.values if layout.code else rows(tensors.values), layout.handover.norm
-
-
-def norm_of(mean: Tensor | None, rstd: Tensor, gamma: Tensor, beta: Tensor, code: Code | None) -> Norm:
-    """The per-channel vectors that the kernels need, parameters in the dtype of rstd."""
-    gamma, beta = gamma.detach().to(rstd.dtype), beta.detach().to(rstd.dtype)
-    return Norm(mean, rstd, gamma, beta, code.grid(gamma, beta) if code else None)
-
-
-def rows(x: Tensor) -> Tensor:
-    """View the data of x [N, C, H, W] in channels-last memory as [N H W, C]."""
-    return x.detach().permute(0, 2, 3, 1).reshape(-1, x.shape[1])
 
 
 @dataclass(frozen=True)
@@ -170,7 +72,7 @@ class _BatchNormReLU(torch.autograd.Function):
         gamma: Tensor,
         beta: Tensor,
         statistics: _Statistics,
-        layout: _Layout,
+        layout: Layout,
         overwrite: bool,
         forward_from_code: bool,
         keep: list[Kept],
@@ -187,7 +89,9 @@ class _BatchNormReLU(torch.autograd.Function):
             kernels.decode(codes, norm, code=code, out=a_rows)
         if overwrite:
             ctx.mark_dirty(x)
-        kept = Kept(KeptTensors(x if codes is None else codes, mean if codes is None else None, rstd, gamma, beta), layout)
+        kept = Kept(
+            KeptTensors(x if codes is None else codes, mean if codes is None else None, rstd, gamma, beta), layout
+        )
         kept.save(ctx)
         ctx.constant_stats = statistics.are_constant
         keep.append(kept)
@@ -198,8 +102,8 @@ class _BatchNormReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, _ = Kept.saved(ctx)
         # dX may take the place of the incoming gradient only if nobody else reads that. Autograd hands one tensor to
-        # several readers, so what arrives here is ours for certain only when it is the very tensor that a conv2d made in
-        # its backward pass, for a and for nobody else. With several readers of a the sum of their gradients arrives:
+        # several readers, so what arrives here is ours for certain only when it is the very tensor that a conv2d made
+        # in its backward pass, for a and for nobody else. With several readers of a the sum of their gradients arrives:
         # another tensor, for the handover holds on to the first.
         handover = kept.layout.handover
         overwrite, handover.grad = handover.grad is grad, None
@@ -212,7 +116,9 @@ class _Conv2d(torch.autograd.Function):
     """a, weight -> out; saves what a was made from, not a."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: Tensor, kept: Kept, stride: Pair, padding: Pair, dilation: Pair, groups: int) -> Tensor:
+    def forward(
+        ctx: Any, a: Tensor, weight: Tensor, kept: Kept, stride: Pair, padding: Pair, dilation: Pair, groups: int
+    ) -> Tensor:
         kept.save(ctx, weight)
         ctx.geometry = stride, padding, dilation, groups
         return F.conv2d(a, weight, None, stride, padding, dilation, groups)
@@ -225,8 +131,9 @@ class _Conv2d(torch.autograd.Function):
         grad_a = grad_weight = None
         if ctx.needs_input_grad[1]:
             a = kept.decode(grad.dtype)
+            which = (False, True, False)  # the gradients of input, weight and bias
             grad_weight = torch.ops.aten.convolution_backward(
-                grad, a, weight.to(grad.dtype), None, stride, padding, dilation, False, (0, 0), groups, (False, True, False)
+                grad, a, weight.to(grad.dtype), None, stride, padding, dilation, False, (0, 0), groups, which
             )[1].to(weight.dtype)
             del a  # before dA is made: the two are of one size, and need not be alive together
         if ctx.needs_input_grad[0]:
@@ -258,7 +165,7 @@ class _AveragePool(torch.autograd.Function):
 
 
 def average_pool(x: Tensor, stride: int) -> Tensor:
-    """Mean over windows of stride x stride, without keeping x, as F.avg_pool2d does though its gradient needs only a size.
+    """Mean over windows of stride x stride; F.avg_pool2d would keep x, though its gradient needs no more than a size.
 
     Args:
         x: [N, C, H, W].
@@ -296,14 +203,14 @@ def batch_norm_relu(
         gamma: scale [C], of either sign or zero.
         beta: shift [C].
         code: the code to keep; None keeps x itself, at full precision.
-        running_mean: running average [C], updated in training, used in evaluation. None, in evaluation: statistics of x.
+        running_mean: running average [C], updated in training, used in evaluation; None uses the statistics of x there.
         running_var: the same for the unbiased variance.
         training: normalise by the statistics of x, else by the running averages.
         momentum: weight of the new value in the running averages.
         eps: added to the variance.
         overwrite_x: x is not read again, so a may take its place (it does not where x is what is kept, or is copied).
             What the gradient of a is handed to must not keep it without cloning it, likewise.
-        forward_from_code: a is decoded from the codes in the forward pass too; gradients pass as if it were not. This is
+        forward_from_code: a is decoded from the codes in the forward pass too, and gradients pass as if it were not:
             the paper's naive baseline.
         kernels: the back end.
 
@@ -338,7 +245,7 @@ def batch_norm_relu(
         gamma,
         beta,
         _Statistics(running_mean, running_var, training, momentum, eps),
-        _Layout(x.shape, x.dtype, code, kernels),
+        Layout(x.shape, x.dtype, code, kernels),
         may_overwrite and not keeps_x,
         forward_from_code,
         keep,
@@ -380,5 +287,8 @@ def conv2d(
     if kept is None:
         return F.conv2d(a, weight, None, stride, padding, dilation, groups)
     if a.shape != kept.layout.shape:
-        raise ValueError(f"a is {list(a.shape)}, kept belongs to {list(kept.layout.shape)}: pass what one call returned")
+        made_for = list(kept.layout.shape)
+        raise ValueError(
+            f"a is {list(a.shape)}, kept was made for {made_for}: pass on what one batch_norm_relu returned"
+        )
     return cast(Tensor, _Conv2d.apply(a, weight, kept, stride, padding, dilation, groups))

@@ -19,6 +19,7 @@ LAYERS = (
     ("modes",),
     ("layers",),
     ("ops",),
+    ("kept",),
     ("kernels",),
     ("codec",),
 )

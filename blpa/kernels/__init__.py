@@ -11,8 +11,8 @@ An activation [N, C, H, W] in channels-last memory is the matrix x [M, C], M = N
 
 `code=None` stands for keeping x itself: x_hat~ is x_hat, and every function is exact.
 
-Back ends: `torch` is the specification, in eager PyTorch (reference.py); `inductor` is the same text through torch.compile
-(compiled.py). All arithmetic is in `compute_dtype`, whatever the activation's dtype.
+Back ends: `torch` is the specification, in eager PyTorch (reference.py); `inductor` is the same text through
+torch.compile (compiled.py). All arithmetic is in `compute_dtype`, whatever the activation's dtype.
 """
 
 import shutil
@@ -40,7 +40,10 @@ class Norm(NamedTuple):
 
 
 class Kernels(Protocol):
-    """The contract of a back end. x, a, grad and out are contiguous [M, C]; out is written whole and is one of them or new."""
+    """The contract of a back end.
+
+    x, a, grad and out are contiguous [M, C]; out is written whole and may be the input.
+    """
 
     name: str
 
@@ -48,7 +51,7 @@ class Kernels(Protocol):
         """Mean and biased variance [C] of each column."""
 
     def normalise_rectify_encode(self, x: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> Tensor | None:
-        """Write a to `out`, which may be x, and return the packed codes uint8 [code.packed_rows(M), C] if there is a code."""
+        """Write a to `out`, which may be x; return the codes, uint8 [code.packed_rows(M), C], if there is a code."""
 
     def decode(self, kept: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> None:
         """Write a~ to `out`. `kept` is the packed codes, or x where code is None."""
@@ -59,7 +62,7 @@ class Kernels(Protocol):
     def input_grad(
         self, grad: Tensor, kept: Tensor, norm: Norm, dbeta: Tensor, dgamma: Tensor, *, code: Code | None, out: Tensor
     ) -> None:
-        """Write dX to `out`, which may be grad. Zero dbeta and dgamma give dX for constant mean and rstd (evaluation)."""
+        """Write dX to `out`, which may be grad; dbeta = dgamma = 0 gives dX for constant mean and rstd."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -77,7 +80,7 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
     """The back end of a run.
 
     Args:
-        name: torch, inductor, or auto: the fastest that this machine has, and torch for work too small to repay compiling.
+        name: torch, inductor, or auto: the fastest this machine has, but torch for work too small to repay compiling.
         device: where the run computes.
         elements: activation elements that the run will encode in all; auto weighs them against the compiling.
 

@@ -1,8 +1,8 @@
 """The five functions in plain PyTorch: the specification that every other back end is held to.
 
-Each is a body that only writes to tensors it is given, and a method that allocates them. The bodies see an activation as
-the row blocks whose codes share bytes (Code.row_blocks), so that compiled code reads and writes each element once, in one
-loop, in place where out is the input.
+Each is a body that only writes to tensors it is given, and a method that allocates them. The bodies see an activation
+as the row blocks whose codes share bytes (Code.row_blocks), so that compiled code reads and writes each element once,
+in one loop, in place where out is the input.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,8 +18,9 @@ Body = Callable[..., None]
 
 
 STRIP_ROWS = 64
-"""Rows of a strip: sums over rows are made strip by strip, then over the strips. That is accurate to a few roundings for
-any number of rows, and a strip stays in a processor's nearest cache while its columns are summed one after another."""
+"""Rows of a strip: sums over rows are made strip by strip, then over the strips. That is accurate to a few roundings
+for any number of rows, and a strip stays in a processor's nearest cache while its columns are summed one after
+another."""
 
 
 def strips(x: Tensor) -> list[Tensor]:
@@ -55,7 +56,7 @@ def channel_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
 def normalise_rectify_encode(
     x: Sequence[Tensor], out: Sequence[Tensor], codes: Tensor | None, norm: Norm, code: Code | None
 ) -> None:
-    """a and the packed codes of the blocks x."""
+    """Activation a and the packed codes of the blocks x."""
     block_codes = []
     for x_block, out_block in zip(x, out, strict=True):
         assert norm.mean is not None
@@ -87,7 +88,7 @@ def decode(kept: Tensor, out: Sequence[Tensor], norm: Norm, code: Code | None) -
 def grad_sums(
     grad: Sequence[Tensor], kept: Tensor, dbeta: Tensor, dgamma: Tensor, norm: Norm, code: Code | None
 ) -> None:
-    """Dbeta and dgamma over the blocks grad."""
+    """Sums dbeta and dgamma over the blocks grad."""
     sums = []
     for k, grad_block in enumerate(grad):
         x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
@@ -109,7 +110,7 @@ def input_grad(
     norm: Norm,
     code: Code | None,
 ) -> None:
-    """DX = scale (dY - mean(dY) - x_hat~ mean(dY x_hat~)) of the blocks grad, scale = gamma rstd."""
+    """Input gradient scale (dY - mean(dY) - x_hat~ mean(dY x_hat~)) of the blocks, scale = gamma rstd."""
     for k, (grad_block, out_block) in enumerate(zip(grad, out, strict=True)):
         x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
         dy = torch.where(relu_mask, grad_block.to(scale.dtype), 0)
@@ -122,7 +123,8 @@ class RowBlockKernels:
     Args:
         name: the back end's name.
         fuse: turns a body into one that computes the same without allocating anything as large as an activation; called
-            with the body, the activation's dtype, and values for the body's last parameters. None leaves the bodies alone.
+            with the body, the activation's dtype, and values for the body's last parameters. None leaves the bodies
+            alone.
     """
 
     def __init__(self, name: str, fuse: Callable[..., Body] | None = None) -> None:

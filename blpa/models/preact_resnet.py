@@ -5,7 +5,8 @@
     block     x + conv1x1(4c) . unit . conv3x3(c) . unit . conv1x1(c) . unit (x),   unit = ReLU . batch norm
     head      batch norm, ReLU, average over the image, linear
 
-depth = 9 n + 2. Shortcuts have no parameters: average pooling by the stride, then zero channels added equally on both sides.
+depth = 9 n + 2. Shortcuts have no parameters: average pooling by the stride, then zero channels added equally on both
+sides.
 The first block's shortcut starts from the stem's batch norm and ReLU, later ones from the sum before batch norm.
 """
 
@@ -102,19 +103,18 @@ class PreActResNet(nn.Module):
 
         in_channels = round(STEM_CHANNELS * factor)
         self.stem = nn.Conv2d(image_channels, in_channels, 3, padding=1, bias=False)
-        blocks = []
+        blocks: list[nn.Module] = []
         for group, base_channels in enumerate(GROUP_CHANNELS):
             channels = round(base_channels * factor)
             for index in range(blocks_per_group):
                 stride = 2 if group > 0 and index == 0 else 1
-                blocks.append(
-                    Bottleneck(in_channels, channels, stride, mode, shortcut_from_activation=not blocks)
-                )
+                blocks.append(Bottleneck(in_channels, channels, stride, mode, shortcut_from_activation=not blocks))
                 in_channels = EXPANSION * channels
         self.blocks = nn.Sequential(*blocks)
         self.bn = mode.last_batch_norm_relu(in_channels)
         self.classifier = nn.Linear(in_channels, classes)
-        self.checkpoint_segments = (mode.segments or round(math.sqrt(len(blocks)))) if mode.layers == "checkpoint" else None
+        segments = mode.segments or round(math.sqrt(len(blocks)))
+        self.checkpoint_segments = segments if mode.layers == "checkpoint" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -1,5 +1,6 @@
 """Train and test one network: device, kernels, data, model, training, records, in that order, cheap refusals first."""
 
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,8 @@ def run(config: Config) -> list[Record]:
     _refuse_unwritable(run_dir)
     device = _device(config.gpu.device)
     chosen = kernels.choose(config.gpu.kernels, device, elements=_encoded_elements(config))
+    if config.gpu.kernels == "auto" and config.mode.layers == "coded":
+        print(f"kernels: {chosen.name}", file=sys.stderr)
     config = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
     images = data.load(config.dataset, device)
     torch.manual_seed(config.seed)
