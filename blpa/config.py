@@ -95,11 +95,13 @@ class TaskConfig:
     """What to do."""
 
     name: str = MISSING
-    """train, tables or plots."""
+    """train, runtime, tables or plots."""
     evaluate_every: int = 1000
     """Training steps between evaluations on the test images; the last step is always evaluated."""
     checkpoint_every: int = 1000
     """Training steps between checkpoints."""
+    steps: int = 15
+    """Training steps that runtime times, after two that warm up."""
 
 
 @dataclass
@@ -185,6 +187,7 @@ def check(config: Config) -> None:
     _one_of("task.name", config.task.name, options("task"))
     _at_least("task.evaluate_every", config.task.evaluate_every, 1)
     _at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
+    _at_least("task.steps", config.task.steps, 1)
     _check_depth(config.depth)
     _above_zero("width", config.width)
     if not 0 <= config.seed < 2**63:

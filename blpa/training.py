@@ -123,7 +123,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
     with signals.noted() as stop, _progress_bar(progress.iteration, recipe.iterations) as bar:
         for iteration, images, labels in batches(data.train, recipe, seed=config.seed, start=progress.iteration + 1):
             rate = learning_rate(recipe, iteration)
-            unread.append(_step(model, optimiser, images, labels, rate=rate, gpu=config.gpu))
+            unread.append(step(model, optimiser, images, labels, rate=rate, gpu=config.gpu))
 
             is_last = iteration == recipe.iterations
             evaluates = is_last or iteration % config.task.evaluate_every == 0
@@ -258,7 +258,7 @@ def _forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
     return logits.float()
 
 
-def _step(
+def step(
     model: nn.Module, optimiser: torch.optim.SGD, images: Tensor, labels: Tensor, *, rate: float, gpu: GpuConfig
 ) -> Tensor:
     """One training step; mean loss and number of samples classified wrongly, float32 [2], still on the device."""

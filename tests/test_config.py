@@ -200,5 +200,5 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "2bit", "exact-one-copy", "checkpoint",
     }  # fmt: skip
     assert options("gpu") == ["auto", "cpu"]
-    assert options("task") == ["plots", "tables", "train"]
+    assert options("task") == ["plots", "runtime", "tables", "train"]
     assert options("experiment") == ["demo", "single", "table1"]

@@ -1,17 +1,15 @@
 """Train and test one network: device, kernels, data, model, training, records, in that order, cheap refusals first."""
 
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from blpa import data, kernels, modes, records, training
+from blpa import data, kernels, records, training
 from blpa.config import Config, departures
-from blpa.models.preact_resnet import PreActResNet
 from blpa.records import Record
-from blpa.runners import paper
+from blpa.runners import paper, setup
 
 
 def run(config: Config) -> list[Record]:
@@ -28,21 +26,14 @@ def run(config: Config) -> list[Record]:
         Stopped: the training came to a stop before its end (see training.py).
     """
     run_dir = Path(config.results) / "runs" / config.run
-    _refuse_unwritable(run_dir)
-    device = _device(config.gpu.device)
+    setup.refuse_unwritable(run_dir)
+    device = setup.device(config.gpu.device)
     chosen = kernels.choose(config.gpu.kernels, device, elements=_encoded_elements(config))
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
         print(f"kernels: {chosen.name}", file=sys.stderr)
     config = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
     images = data.load(config.dataset, device)
-    torch.manual_seed(config.seed)
-    model = PreActResNet(
-        config.depth,
-        mode=modes.from_config(config.mode, chosen),
-        classes=config.dataset.classes,
-        image_channels=config.dataset.image_channels,
-        width=config.width,
-    )
+    model = setup.model(config, chosen)
     outcome = training.train(model, images, config, device=device, run_dir=run_dir)
     measured = _records(config, outcome, device, run_dir)
     records.write(measured, run_dir)
@@ -51,22 +42,6 @@ def run(config: Config) -> list[Record]:
         f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s"
     )
     return measured
-
-
-def _refuse_unwritable(run_dir: Path) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write into {run_dir} ({error.strerror}): name another folder, results=") from error
-
-
-def _device(name: str) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if name == "cuda" and not has_cuda:
-        raise ValueError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
-    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
 
 
 def _encoded_elements(config: Config) -> float:

@@ -1,0 +1,108 @@
+"""Time of a training step, beside exact's: the two take turns in one process, so that a machine's drift meets both.
+
+    ratio = median over pairs of  seconds(mode) / seconds(exact)
+
+A step is forward, loss, backward and update, of random images of the data set's size, after two steps to warm up.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from blpa import kernels, records, training
+from blpa.config import Config, ModeConfig, departures
+from blpa.records import Record
+from blpa.runners import setup
+
+
+def run(config: Config) -> list[Record]:
+    """Time the configured mode's step and exact's, print both, and record the mode's time and the ratio.
+
+    Args:
+        config: one run, checked.
+
+    Returns:
+        Seconds a step and the ratio to exact, each a median with 20 and 80 % quantiles, as written to
+        results/runs/<run>-runtime/records.json.
+
+    Raises:
+        ValueError: the machine cannot do what the configuration asks for.
+    """
+    run_dir = Path(config.results) / "runs" / f"{config.run}-runtime"
+    setup.refuse_unwritable(run_dir)
+    device = setup.device(config.gpu.device)
+    chosen = kernels.choose(config.gpu.kernels, device)
+    training.configure_torch(config.gpu)
+    exact = replace(config, mode=ModeConfig(name="exact", layers="stock"))
+    steps = _make_step(config, chosen, device), _make_step(exact, chosen, device)
+    for _ in range(2):
+        _seconds(steps[0], device), _seconds(steps[1], device)
+    pairs = torch.tensor(
+        [[_seconds(step, device) for step in steps] for _ in tqdm(range(config.task.steps), "pairs of steps")]
+    )
+    source = records.provenance(device)
+    measured = [
+        _record(config, chosen.name, source, metric, unit, values)
+        for metric, unit, values in (
+            ("step_seconds", "s", pairs[:, 0]),
+            ("ratio_to_exact", "times", pairs[:, 0] / pairs[:, 1]),
+        )
+    ]
+    records.write(measured, run_dir)
+    print(f"exact: {pairs[:, 1].median().item():.3f} s a step")
+    for name, record in zip((config.mode.name, "ratio to exact"), measured, strict=True):
+        print(f"{name}: {record.value:.3f} {record.unit} (20 to 80 %: {record.low:.3f} to {record.high:.3f})")
+    return measured
+
+
+def _make_step(config: Config, chosen: kernels.Kernels, device: torch.device) -> Callable[[], object]:
+    size, channels, batch = config.dataset.image_size, config.dataset.image_channels, config.dataset.batch_size
+    images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(config.dataset.classes, (batch,), device=device)
+    model = setup.model(config, chosen).to(device).to(memory_format=torch.channels_last)
+    optimiser = training.make_optimiser(model, config.dataset)
+    return lambda: training.step(model, optimiser, images, labels, rate=0.01, gpu=config.gpu)
+
+
+def _seconds(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _record(
+    config: Config, back_end: str, source: dict[str, object], metric: str, unit: str, values: torch.Tensor
+) -> Record:
+    low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    return Record(
+        experiment=config.experiment,
+        task="runtime",
+        metric=metric,
+        unit=unit,
+        value=median,
+        low=low,
+        high=high,
+        n=len(values),
+        dataset=config.dataset.name,
+        mode=config.mode.name,
+        bits=config.mode.bits,
+        depth=config.depth,
+        width=config.width,
+        seed=config.seed,
+        batch_size=config.dataset.batch_size,
+        precision=config.gpu.precision,
+        kernels=back_end if config.mode.layers == "coded" else "stock",
+        iterations=config.task.steps,
+        predicted=False,
+        paper_value=None,
+        note=departures(config),
+        **source,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,41 @@
+"""What the tasks that run a network share: the folder, the device, the model."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from blpa import modes
+from blpa.config import Config
+from blpa.kernels import Kernels
+from blpa.models.preact_resnet import PreActResNet
+
+
+def refuse_unwritable(run_dir: Path) -> None:
+    """Make the run's folder, and raise a ValueError if nothing can be written there."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run_dir):
+            pass
+    except OSError as error:
+        raise ValueError(f"cannot write into {run_dir} ({error.strerror}): name another folder, results=") from error
+
+
+def device(name: str) -> torch.device:
+    """The device that gpu.device names; a ValueError if it is cuda and there is none."""
+    has_cuda = torch.cuda.is_available()
+    if name == "cuda" and not has_cuda:
+        raise ValueError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
+    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+
+
+def model(config: Config, kernels: Kernels) -> PreActResNet:
+    """The configured network, its weights drawn from the seed, on the CPU."""
+    torch.manual_seed(config.seed)
+    return PreActResNet(
+        config.depth,
+        mode=modes.from_config(config.mode, kernels),
+        classes=config.dataset.classes,
+        image_channels=config.dataset.image_channels,
+        width=config.width,
+    )

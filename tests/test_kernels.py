@@ -1,0 +1,279 @@
+"""The five functions: the reference against their formulas, the compiled ones against the reference."""
+
+import shutil
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from blpa.codec import Code
+from blpa.kernels import Kernels, Norm, choose, compute_dtype
+from blpa.kernels.compiled import COMPILED
+from blpa.kernels.reference import REFERENCE
+
+CPU = torch.device("cpu")
+CODES = [Code(8), Code(4), Code(2), None]
+ODD_SHAPES = [(1, 1), (1, 5), (2, 3), (3, 17), (5, 1), (63, 16), (64, 64), (65, 3), (127, 5), (130, 1), (130, 17)]
+
+all_codes = pytest.mark.parametrize("code", CODES, ids=str)
+odd_shapes = pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """New tensors come full of NaN or 0xFF, so that whatever a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+class Unit(NamedTuple):
+    """What the kernels of one unit are given."""
+
+    x: Tensor
+    grad: Tensor
+    norm: Norm
+    kept: Tensor
+
+
+def unit(shape: tuple[int, int], code: Code | None, dtype: torch.dtype = torch.float64) -> Unit:
+    """Random numbers; where there are channels enough, one has gamma = 0 and one gamma < 0."""
+    generator = torch.Generator().manual_seed(shape[0])
+    x, grad = (3 * torch.randn(2, *shape, generator=generator, dtype=torch.float64) + 1).to(dtype)
+    gamma, beta, spread = torch.randn(3, shape[1], generator=generator, dtype=torch.float64).to(compute_dtype(dtype))
+    gamma[1:2], gamma[2:3] = 0, -gamma[2:3].abs()
+    norm = Norm(x.mean(0).to(gamma.dtype), 0.3 * spread.exp(), gamma, beta, code.grid(gamma, beta) if code else None)
+    codes = REFERENCE.normalise_rectify_encode(x, norm, code=code, out=torch.empty_like(x))
+    return Unit(x, grad, norm, x if codes is None else codes)
+
+
+def recovered(u: Unit, code: Code | None) -> tuple[Tensor, Tensor]:
+    """x_hat~ and relu_mask by the formulas, of whole matrices, with neither row blocks nor packing."""
+    x_hat = (u.x - u.norm.mean) * u.norm.rstd
+    y = u.norm.gamma * x_hat + u.norm.beta
+    return (x_hat, y > 0) if code is None else code.decode(code.encode(x_hat, y, u.norm.grid), u.norm.grid)
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal to 1e-12 of values of size 10: float64 rounds to 1e-15 of them, over sums of at most 130."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@odd_shapes
+@all_codes
+def test_normalise_rectify_encode(shape: tuple[int, int], code: Code | None) -> None:
+    u = unit(shape, code)
+    out = torch.empty_like(u.x)
+    codes = REFERENCE.normalise_rectify_encode(u.x, u.norm, code=code, out=out)
+    assert_same(out, (u.norm.gamma * (u.x - u.norm.mean) * u.norm.rstd + u.norm.beta).relu())
+    if code is None:
+        assert codes is None
+    else:
+        assert codes is not None
+        assert (codes.dtype, codes.shape) == (torch.uint8, (code.packed_rows(shape[0]), shape[1]))
+
+
+@odd_shapes
+@all_codes
+def test_decode(shape: tuple[int, int], code: Code | None) -> None:
+    u = unit(shape, code)
+    out = torch.empty_like(u.x)
+    REFERENCE.decode(u.kept, u.norm, code=code, out=out)
+    x_hat, relu_mask = recovered(u, code)
+    assert_same(out, (u.norm.gamma * x_hat + u.norm.beta).relu() * relu_mask)
+
+
+@odd_shapes
+@all_codes
+def test_grad_sums(shape: tuple[int, int], code: Code | None) -> None:
+    u = unit(shape, code)
+    x_hat, relu_mask = recovered(u, code)
+    dbeta, dgamma = REFERENCE.grad_sums(u.grad, u.kept, u.norm, code=code)
+    assert_same(dbeta, (u.grad * relu_mask).sum(0))
+    assert_same(dgamma, (u.grad * relu_mask * x_hat).sum(0))
+
+
+@odd_shapes
+@all_codes
+def test_input_grad(shape: tuple[int, int], code: Code | None) -> None:
+    u = unit(shape, code)
+    dbeta, dgamma = torch.linspace(-5, 7, 2 * shape[1], dtype=torch.float64).view(2, -1)
+    out = torch.empty_like(u.grad)
+    REFERENCE.input_grad(u.grad, u.kept, u.norm, dbeta, dgamma, code=code, out=out)
+    x_hat, relu_mask = recovered(u, code)
+    dy = u.grad * relu_mask - dbeta / shape[0] - x_hat * dgamma / shape[0]
+    assert_same(out, u.norm.gamma * u.norm.rstd * dy)
+
+
+@all_codes
+def test_writing_over_the_input_changes_no_bit(code: Code | None) -> None:
+    u = unit((130, 5), code, torch.float32)
+    fresh, in_place = torch.empty_like(u.x), u.x.clone()
+    codes = REFERENCE.normalise_rectify_encode(u.x, u.norm, code=code, out=fresh)
+    codes_in_place = REFERENCE.normalise_rectify_encode(in_place, u.norm, code=code, out=in_place)
+    assert torch.equal(in_place, fresh)
+    assert codes is codes_in_place is None or torch.equal(codes_in_place, codes)
+
+    sums, in_place = torch.ones(2, 5), u.grad.clone()
+    REFERENCE.input_grad(u.grad, u.kept, u.norm, *sums, code=code, out=fresh)
+    REFERENCE.input_grad(in_place, u.kept, u.norm, *sums, code=code, out=in_place)
+    assert torch.equal(in_place, fresh)
+
+
+@all_codes
+def test_bf16_is_float32_arithmetic_rounded_once(code: Code | None) -> None:
+    half = unit((130, 5), code, torch.bfloat16)
+    single = half._replace(x=half.x.float(), grad=half.grad.float(), kept=half.kept if code else half.kept.float())
+    results = []
+    for u in (half, single):
+        a, decoded, dx = (torch.empty_like(u.x) for _ in range(3))
+        codes = REFERENCE.normalise_rectify_encode(u.x, u.norm, code=code, out=a)
+        REFERENCE.decode(u.kept, u.norm, code=code, out=decoded)
+        sums = REFERENCE.grad_sums(u.grad, u.kept, u.norm, code=code)
+        REFERENCE.input_grad(u.grad, u.kept, u.norm, *sums, code=code, out=dx)
+        results.append([a.bfloat16(), decoded.bfloat16(), dx.bfloat16(), *sums, *REFERENCE.channel_stats(u.x), codes])
+    for of_half, of_single in zip(*results, strict=True):
+        assert of_half is of_single is None or torch.equal(of_half, of_single)
+
+
+CHANNELS = {
+    "centred": torch.tensor([0.0, 1.0]),
+    "ten thousand deviations from zero": torch.tensor([1e4, 1.0]),
+    "tiny": torch.tensor([0.0, 1e-12]),
+    "constant": torch.tensor([7.7, 0.0]),
+}
+
+
+@pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 130, 50_001])
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_channel_stats_are_accurate_in_float32(rows: int, channel: str) -> None:
+    mean, deviation = CHANNELS[channel]
+    x = mean + deviation * torch.randn(rows, 3, generator=torch.Generator().manual_seed(rows))
+    assert_stats_are_accurate(REFERENCE, x)
+
+
+@pytest.mark.parametrize("row", [0, 1, 64, 129])
+def test_one_outlier_spoils_no_statistics(row: int) -> None:
+    x = torch.randn(130, 3, generator=torch.Generator().manual_seed(row))
+    x[row] = 1e5
+    assert_stats_are_accurate(REFERENCE, x)
+
+
+def assert_stats_are_accurate(kernels: Kernels, x: Tensor) -> None:
+    """The mean to 8 roundings of the largest value; the variance to the square of that and 4 roundings a row of 64."""
+    eps = torch.finfo(torch.float32).eps
+    mean, var = kernels.channel_stats(x)
+    exact_var, exact_mean = torch.var_mean(x.double(), 0, correction=0)
+    mean_bound = 8 * eps * x.double().abs().amax(0)
+    assert ((mean - exact_mean).abs() <= mean_bound).all()
+    assert ((var - exact_var).abs() <= mean_bound.square() + 4 * 64 * eps * exact_var).all()
+
+
+needs_compiler = pytest.mark.skipif(
+    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler: none found"
+)
+# Compiling costs seconds a body: few shapes are enough where the shape decides little of the code.
+FEW_SHAPES = [(131, 5), (64, 64), (3, 17), (1, 1)]
+Shapes = list[tuple[int, int]]
+
+
+def compiled_cases(shapes: Shapes) -> pytest.MarkDecorator:
+    """One code in these shapes, the others in one."""
+    cases = [
+        (Code(4), torch.float32, shapes),
+        (Code(2), torch.bfloat16, [(131, 5)]),
+        (Code(8), torch.float32, [(131, 5)]),
+        (None, torch.float64, [(131, 5)]),
+    ]
+    names = ["4bit-float32", "2bit-bfloat16", "8bit-float32", "exact-float64"]
+    return pytest.mark.parametrize(("code", "dtype", "shapes"), cases, ids=names)
+
+
+@needs_compiler
+@compiled_cases(FEW_SHAPES)
+def test_compiled_activations_are_the_references(code: Code | None, dtype: torch.dtype, shapes: Shapes) -> None:
+    for shape in shapes:
+        u = unit(shape, code, dtype)
+        expected, actual = torch.empty_like(u.x), u.x.clone()
+        REFERENCE.normalise_rectify_encode(u.x, u.norm, code=code, out=expected)
+        codes = COMPILED.normalise_rectify_encode(actual, u.norm, code=code, out=actual)
+        assert torch.equal(actual, expected)  # to the bit: contraction of a * b + c is off in compiled code
+        assert codes is None or torch.equal(codes, u.kept)
+
+
+@needs_compiler
+@compiled_cases(FEW_SHAPES)
+def test_compiled_decode_is_the_references(code: Code | None, dtype: torch.dtype, shapes: Shapes) -> None:
+    for shape in shapes:
+        u = unit(shape, code, dtype)
+        expected, actual = torch.empty_like(u.x), torch.empty_like(u.x)
+        for kernels, out in ((REFERENCE, expected), (COMPILED, actual)):
+            kernels.decode(u.kept, u.norm, code=code, out=out)
+        assert torch.equal(actual, expected)
+
+
+@needs_compiler
+@compiled_cases(FEW_SHAPES)
+def test_compiled_input_grad_is_the_references(code: Code | None, dtype: torch.dtype, shapes: Shapes) -> None:
+    for shape in shapes:
+        u = unit(shape, code, dtype)
+        expected, actual = torch.empty_like(u.grad), u.grad.clone()
+        sums = torch.linspace(-5, 7, 2 * shape[1], dtype=u.norm.gamma.dtype).view(2, -1)
+        REFERENCE.input_grad(u.grad, u.kept, u.norm, *sums, code=code, out=expected)
+        COMPILED.input_grad(actual, u.kept, u.norm, *sums, code=code, out=actual)
+        assert torch.equal(actual, expected)
+
+
+@needs_compiler
+@compiled_cases(ODD_SHAPES)
+def test_compiled_grad_sums_are_the_references(code: Code | None, dtype: torch.dtype, shapes: Shapes) -> None:
+    for shape in shapes:
+        u = unit(shape, code, dtype)
+        x_hat, relu_mask = recovered(u, code)
+        sizes = torch.stack([u.grad.abs() * relu_mask, (u.grad * x_hat).abs() * relu_mask]).sum(1)
+        actual, expected = (torch.stack(k.grad_sums(u.grad, u.kept, u.norm, code=code)) for k in (COMPILED, REFERENCE))
+        # Two orders of a sum of M terms differ by at most M roundings of the sum of their sizes.
+        assert ((actual - expected).abs() <= shape[0] * torch.finfo(actual.dtype).eps * sizes).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_compiled_channel_stats_are_accurate(channel: str) -> None:
+    mean, deviation = CHANNELS[channel]
+    for shape in (*ODD_SHAPES, (50_001, 3)):
+        x = mean + deviation * torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+        assert_stats_are_accurate(COMPILED, x)
+
+
+@needs_compiler
+def test_every_name_gives_its_back_end() -> None:
+    assert choose("torch", CPU) is REFERENCE
+    assert choose("inductor", CPU) is COMPILED
+    assert choose("auto", CPU) is COMPILED
+    assert [kernels.name for kernels in (REFERENCE, COMPILED)] == ["torch", "inductor"]
+
+
+def test_auto_compiles_for_long_work_only() -> None:
+    assert choose("auto", CPU, elements=1e6) is REFERENCE
+
+
+def test_unknown_back_end_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"kernels = cuda: must be auto, torch or inductor"):
+        choose("cuda", CPU)
+
+
+def test_missing_compiler_is_an_error_only_for_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert choose("auto", CPU) is REFERENCE
+    with pytest.raises(ValueError, match=r"kernels = inductor: no C\+\+ compiler found"):
+        choose("inductor", CPU)
+
+
+def test_missing_triton_is_an_error_only_for_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
+    cuda = torch.device("cuda")
+    assert choose("auto", cuda) is REFERENCE
+    with pytest.raises(ValueError, match=r"kernels = inductor: triton is missing"):
+        choose("inductor", cuda)

@@ -1,0 +1,524 @@
+"""The autograd functions against METHOD's closed form and against PyTorch's own layers, and what they refuse.
+
+Almost all in float64, where a wrong formula and a rounding are ten orders of magnitude apart.
+"""
+
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blpa.codec import Code
+from blpa.ops import average_pool, batch_norm_relu, conv2d
+
+CODES = [Code(8), Code(4), Code(2), None]
+EPS = 1e-3
+LAST = torch.channels_last
+
+all_codes = pytest.mark.parametrize("code", CODES, ids=str)
+train_and_eval = pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+
+
+class Inputs(NamedTuple):
+    """x, gamma and beta, leaves of one unit with 4 channels, and running averages for evaluation."""
+
+    x: Tensor
+    gamma: Tensor
+    beta: Tensor
+    averages: dict[str, Tensor]
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [self.x, self.gamma, self.beta]
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(*, size: tuple[int, int] = (5, 4), dtype: torch.dtype = torch.float64) -> Inputs:
+    """Gamma of both signs, and zero with a positive and a negative beta."""
+    x = 2 * random(3, 4, *size, dtype=dtype).contiguous(memory_format=LAST) + 1
+    gamma = torch.tensor([1.3, -0.7, 0.0, 0.0], dtype=dtype)
+    beta = torch.tensor([0.2, 0.4, 0.5, -0.5], dtype=dtype)
+    averages = {"running_mean": random(4, seed=1, dtype=dtype), "running_var": random(4, seed=2, dtype=dtype).exp()}
+    return Inputs(x.requires_grad_(), gamma.requires_grad_(), beta.requires_grad_(), averages)
+
+
+def weights(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [random(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
+
+
+def clones(averages: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in averages.items()}
+
+
+Read = Callable[[Callable[..., Tensor], Tensor, Tensor, list[Tensor]], Tensor]
+"""(conv, a, x, weights) -> out: how a network reads a unit's output a and, for a shortcut, its input x."""
+
+
+def by_one_conv(conv: Callable[..., Tensor], a: Tensor, x: Tensor, w: list[Tensor]) -> Tensor:
+    return conv(a, w[0], padding=(1, 1))
+
+
+def ours(i: Inputs, read: Read, w: list[Tensor], code: Code | None, **options: Any) -> Tensor:
+    """Out of the ops."""
+    x = i.x.clone()  # no leaf, so that it may be overwritten
+    a, kept = batch_norm_relu(x, i.gamma, i.beta, code=code, eps=EPS, **clones(i.averages), **options)
+    return read(lambda a, weight, **geometry: conv2d(a, kept, weight, **geometry), a, x, w)
+
+
+def closed_form(
+    i: Inputs, read: Read, w: list[Tensor], grad: Tensor, code: Code | None, *, training: bool = True
+) -> list[Tensor]:
+    """dX, dgamma, dbeta and dW by METHOD, section 2, from plain tensor arithmetic and the code alone."""
+    x, gamma, beta = (leaf.detach() for leaf in i.leaves)
+    shape = x.permute(0, 2, 3, 1).shape
+    x_rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
+    mean, var = (x_rows.mean(0), x_rows.var(0, correction=0)) if training else i.averages.values()
+    rstd = 1 / (var + EPS).sqrt()
+    x_hat = (x_rows - mean) * rstd
+    relu_mask = gamma * x_hat + beta > 0
+    if code is not None:
+        grid = code.grid(gamma, beta)
+        x_hat, relu_mask = code.decode(code.encode(x_hat, gamma * x_hat + beta, grid), grid)
+
+    a = ((gamma * x_hat + beta).relu() * relu_mask).view(shape).permute(0, 3, 1, 2).requires_grad_()
+    shortcut = x.clone().requires_grad_()
+    out = read(F.conv2d, a, shortcut, w)  # linear in a and x: their gradients do not depend on their values
+    da, dx_shortcut, *dw = torch.autograd.grad(out, [a, shortcut, *w], grad, materialize_grads=True)
+
+    dy = da.permute(0, 2, 3, 1).reshape(-1, 4) * relu_mask
+    u = gamma * dy
+    through_statistics = u.mean(0) + x_hat * (u * x_hat).mean(0) if training else 0
+    dx = (rstd * (u - through_statistics)).view(shape).permute(0, 3, 1, 2)
+    return [dx + dx_shortcut, (dy * x_hat).sum(0), dy.sum(0), *dw]
+
+
+def assert_all_close(actual: Any, expected: Any) -> None:
+    """Equal to 1e-10: sums of a few hundred products of size up to 100, of which float64 rounds each by 1e-14."""
+    torch.testing.assert_close(list(actual), list(expected), rtol=0, atol=1e-10)
+
+
+# ---- gradients ------------------------------------------------------------------------------------------------------
+
+
+@train_and_eval
+def test_gradcheck_of_batch_norm_relu(training: bool) -> None:
+    i = inputs()
+
+    def function(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+        return batch_norm_relu(x, gamma, beta, code=None, training=training, **clones(i.averages))[0]
+
+    assert torch.autograd.gradcheck(function, i.leaves)
+
+
+@train_and_eval
+def test_gradcheck_through_the_convolution(training: bool) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+
+    def function(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
+        a, kept = batch_norm_relu(x, gamma, beta, code=None, training=training, **clones(i.averages))
+        return conv2d(a, kept, weight, padding=(1, 1))
+
+    assert torch.autograd.gradcheck(function, [*i.leaves, *w])
+
+
+@all_codes
+@train_and_eval
+def test_gradients_equal_the_closed_form_on_the_decoded_activation(code: Code | None, training: bool) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    out = ours(i, by_one_conv, w, code, training=training)
+    grad = random(*out.shape, seed=9)
+    expected = closed_form(i, by_one_conv, w, grad, code, training=training)
+    assert_all_close(torch.autograd.grad(out, [*i.leaves, *w], grad), expected)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 9)], ids=str)
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {},
+        {"stride": (2, 2)},
+        {"stride": (3, 2), "padding": (1, 1)},
+        {"padding": (2, 0)},
+        {"padding": (3, 4)},
+        {"dilation": (2, 3)},
+        {"stride": (2, 3), "padding": (2, 1), "dilation": (3, 2)},
+        {"groups": 2},
+        {"groups": 4, "stride": (2, 2), "padding": (1, 1)},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (3, 2)], ids=str)
+def test_every_geometry_of_a_convolution(
+    geometry: dict[str, Any], kernel: tuple[int, int], size: tuple[int, int]
+) -> None:
+    def read(conv: Callable[..., Tensor], a: Tensor, x: Tensor, w: list[Tensor]) -> Tensor:
+        return conv(a, w[0], **geometry)
+
+    i, w = inputs(size=size), weights((8, 4 // geometry.get("groups", 1), *kernel))
+    out = ours(i, read, w, Code(4))
+    grad = random(*out.shape, seed=9)
+    assert_all_close(torch.autograd.grad(out, [*i.leaves, *w], grad), closed_form(i, read, w, grad, Code(4)))
+
+
+@pytest.mark.parametrize("code", [Code(4), None], ids=str)
+@pytest.mark.parametrize("x_is_read", [False, True], ids=["x dead", "x read by a shortcut"])
+@pytest.mark.parametrize("a_is_read", [False, True], ids=["", "a read by a shortcut"])
+@pytest.mark.parametrize("convolutions", [0, 1, 2, 3])
+@pytest.mark.parametrize("order", [1, -1], ids=["", "reversed"])
+def test_shared_readers(code: Code | None, convolutions: int, a_is_read: bool, x_is_read: bool, order: int) -> None:
+    """Every reader's out is a term of one sum, so that autograd hands one and the same gradient to all of them."""
+    if not (convolutions or a_is_read):
+        pytest.skip("nothing reads a")
+
+    def read(conv: Callable[..., Tensor], a: Tensor, x: Tensor, w: list[Tensor]) -> Tensor:
+        terms = [lambda weight=weight: conv(a, weight, padding=(1, 1)) for weight in w]
+        terms += [lambda: a] * a_is_read + [lambda: x] * x_is_read
+        first, *others = [term() for term in terms[::order]]
+        return sum(others, start=first)
+
+    i, w = inputs(), weights(*[(4, 4, 3, 3)] * convolutions)
+    grad = random(*i.x.shape, seed=9).contiguous(memory_format=LAST)
+    grad_before = grad.clone()
+    out = ours(i, read, w, code, overwrite_x=not x_is_read)
+    assert_all_close(torch.autograd.grad(out, [*i.leaves, *w], grad), closed_form(i, read, w, grad, code))
+    assert torch.equal(grad, grad_before)  # it is the caller's
+
+
+@all_codes
+def test_backward_twice_gives_the_same_gradients(code: Code | None) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    out = ours(i, by_one_conv, w, code)
+    first, second = (torch.autograd.grad(out.square().sum(), [*i.leaves, *w], retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+
+
+@all_codes
+@pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [0, 3], [1, 2]], ids=str)
+def test_gradients_of_some_inputs_only(code: Code | None, wanted: list[int]) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    leaves = [*i.leaves, *w]
+    loss = ours(i, by_one_conv, w, code).square().sum()
+    some = torch.autograd.grad(loss, [leaves[k] for k in wanted], retain_graph=True)
+    every = torch.autograd.grad(loss, leaves)
+    assert all(map(torch.equal, some, [every[k] for k in wanted]))
+
+
+@all_codes
+@pytest.mark.parametrize("frozen", range(4), ids=["x", "gamma", "beta", "weight"])
+def test_frozen_inputs_leave_the_other_gradients_alone(code: Code | None, frozen: int) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    leaves = [*i.leaves, *w]
+    expected = torch.autograd.grad(ours(i, by_one_conv, w, code).square().sum(), leaves)
+    leaves[frozen].requires_grad_(False)
+    ours(i, by_one_conv, w, code).square().sum().backward()
+    assert leaves[frozen].grad is None
+    assert all(torch.equal(leaves[k].grad, expected[k]) for k in range(4) if k != frozen)
+
+
+def test_gradient_of_the_activation_itself() -> None:
+    """Asked for together with that of x, which is made from it, and may not take its place."""
+    i, w = inputs(), weights((2, 4, 3, 3))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    loss = conv2d(a, kept, *w).square().sum()
+    (alone,) = torch.autograd.grad(loss, [a], retain_graph=True)
+    together, _ = torch.autograd.grad(loss, [a, i.x])
+    assert torch.equal(together, alone)
+
+
+def test_retained_gradient_of_the_activation() -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    loss = conv2d(a, kept, *w).square().sum()
+    (expected,) = torch.autograd.grad(loss, [a], retain_graph=True)
+    a.retain_grad()
+    loss.backward()
+    assert torch.equal(a.grad, expected)
+
+
+def test_zero_gamma_gets_its_gradient() -> None:
+    """Departure 3: the authors' code clamps gamma to 1e-8 and more."""
+    i = inputs()
+    a, _ = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    a.backward(random(*a.shape, seed=9))
+    assert i.gamma.grad[2] != 0  # its beta is positive
+    assert i.gamma.grad[3] == 0  # its beta is negative: ReLU is off
+
+
+@all_codes
+@pytest.mark.parametrize("overwrite_x", [False, True])
+def test_memory_format_of_x_changes_nothing(code: Code | None, overwrite_x: bool) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    gradients = []
+    for x in (i.x, i.x.detach().contiguous().requires_grad_()):
+        out = ours(i._replace(x=x), by_one_conv, w, code, overwrite_x=overwrite_x)
+        gradients.append(torch.autograd.grad(out.square().sum(), [x, i.gamma, i.beta, *w]))
+    assert_all_close(*gradients)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["bf16 input", "autocast"])
+@all_codes
+def test_bf16(code: Code | None, autocast: bool) -> None:
+    """The gradients, rounded to bf16 once or twice on their way (by 2^-9), are within 1% of the closed form's."""
+    dtype = torch.float32 if autocast else torch.bfloat16
+    i = inputs(dtype=dtype)
+    w = [random(2, 4, 3, 3, dtype=dtype).requires_grad_()]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = ours(i, by_one_conv, w, code)
+    assert out.dtype == torch.bfloat16
+    grad = random(*out.shape, seed=9).to(out.dtype)
+    gradients = torch.autograd.grad(out, [*i.leaves, *w], grad)
+    double = Inputs(*(leaf.detach().double() for leaf in i.leaves), i.averages)
+    wide = [w[0].detach().double().requires_grad_()]
+    for actual, expected in zip(gradients, closed_form(double, by_one_conv, wide, grad.double(), code), strict=True):
+        assert actual.dtype == dtype
+        assert (actual - expected).norm() <= 0.01 * expected.norm()
+
+
+# ---- forward pass ---------------------------------------------------------------------------------------------------
+
+
+@train_and_eval
+def test_no_bit_of_the_forward_pass_depends_on_the_code(training: bool) -> None:
+    i, w = inputs(dtype=torch.float32), [random(2, 4, 3, 3, dtype=torch.float32)]
+
+    def out(code: Code | None, overwrite_x: bool) -> Tensor:
+        return ours(i, by_one_conv, w, code, training=training, overwrite_x=overwrite_x)
+
+    expected = out(None, False)
+    assert all(torch.equal(out(code, overwrite_x), expected) for code in CODES for overwrite_x in (False, True))
+
+
+@all_codes
+@train_and_eval
+def test_activation_is_that_of_stock_layers(code: Code | None, training: bool) -> None:
+    i = inputs()
+    stock = F.relu(F.batch_norm(i.x, **clones(i.averages), weight=i.gamma, bias=i.beta, training=training, eps=EPS))
+    a, _ = batch_norm_relu(i.x, i.gamma, i.beta, code=code, training=training, eps=EPS, **clones(i.averages))
+    assert_all_close([a], [stock])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.01, 0.1, 1.0])
+@all_codes
+def test_running_averages_are_those_of_stock_layers(code: Code | None, momentum: float) -> None:
+    stock = nn.BatchNorm2d(4, momentum=momentum, dtype=torch.float64)
+    i, averages = inputs(), {"running_mean": torch.zeros(4).double(), "running_var": torch.ones(4).double()}
+    for step in range(5):
+        x = i.x * (step + 1) + step
+        stock(x)
+        batch_norm_relu(x, i.gamma, i.beta, code=code, momentum=momentum, **averages)
+    assert_all_close(averages.values(), [stock.running_mean, stock.running_var])
+
+
+@all_codes
+def test_evaluation_leaves_the_running_averages_alone(code: Code | None) -> None:
+    i = inputs()
+    before = clones(i.averages)
+    batch_norm_relu(i.x, i.gamma, i.beta, code=code, training=False, **i.averages)
+    assert all(torch.equal(i.averages[name], before[name]) for name in before)
+
+
+@all_codes
+def test_evaluation_without_running_averages_takes_those_of_the_batch(code: Code | None) -> None:
+    i = inputs()
+    in_training, in_evaluation = (
+        batch_norm_relu(i.x, i.gamma, i.beta, code=code, training=training)[0] for training in (True, False)
+    )
+    assert torch.equal(in_evaluation, in_training)
+
+
+@pytest.mark.parametrize("code", CODES[:3], ids=str)
+def test_naive_baseline_feeds_the_decoded_activation_forward(code: Code) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code, forward_from_code=True)
+    exact, kept_by_exact = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+    assert not torch.equal(a, exact)
+    assert torch.equal(a, kept_by_exact.decode(a.dtype))
+    with torch.no_grad():
+        without_gradient, _ = batch_norm_relu(i.x, i.gamma, i.beta, code=code, forward_from_code=True)
+    assert torch.equal(without_gradient, a)
+    out = conv2d(a, kept, *w, padding=(1, 1))
+    grad = random(*out.shape, seed=9)
+    straight_through = closed_form(i, by_one_conv, w, grad, code)
+    assert_all_close(torch.autograd.grad(out, [*i.leaves, *w], grad), straight_through)
+
+
+@all_codes
+def test_nothing_is_kept_where_no_gradient_is_recorded(code: Code | None) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    expected = ours(i, by_one_conv, w, code)
+    with torch.no_grad():
+        a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+        assert kept is None
+        assert torch.equal(conv2d(a, kept, *w, padding=(1, 1)), expected)
+
+
+# ---- what is kept, and how long -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", CODES[:3], ids=str)
+def test_codes_are_freed_by_the_backward_pass(code: Code) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+    codes = weakref.ref(kept.tensors.values)
+    out = conv2d(a, kept, *w)
+    del a, kept
+    assert codes() is not None
+    out.sum().backward()
+    assert codes() is None
+
+
+def test_activation_is_not_kept() -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    out = conv2d(a, kept, *w)
+    activation = weakref.ref(a)
+    del a
+    assert out.requires_grad
+    assert activation() is None
+
+
+@pytest.mark.parametrize(("code", "values"), [(Code(8), 240), (Code(4), 120), (Code(2), 60), (None, 240 * 4)], ids=str)
+def test_bytes_kept(code: Code | None, values: int) -> None:
+    """A unit of 3 x 5 x 4 pixels in 4 channels: 240 elements; and rstd, and without a code the mean, in float32."""
+    i = inputs(dtype=torch.float32)
+    _, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+    assert kept.nbytes == values + 4 * 4 * (1 if code else 2)
+
+
+# ---- refusals -------------------------------------------------------------------------------------------------------
+
+
+@all_codes
+@pytest.mark.parametrize("reader", ["convolution", "other"])
+def test_second_derivatives_are_refused(code: Code | None, reader: str) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+    loss = (conv2d(a, kept, *w) if reader == "convolution" else a).square().sum()
+    (dx,) = torch.autograd.grad(loss, [i.x], create_graph=True)
+    with pytest.raises(RuntimeError, match=r"differentiate twice"):
+        dx.sum().backward()
+
+
+# PyTorch's own forward-mode derivatives still use what it deprecates.
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+
+
+def weighted_sum(x: Tensor, code: Code | None) -> Tensor:
+    a, kept = batch_norm_relu(x, torch.ones(4).double(), torch.zeros(4).double(), code=code)
+    return conv2d(a, kept, random(2, 4, 3, 3)).sum()
+
+
+@forward_mode
+@all_codes
+@pytest.mark.parametrize(
+    "transform",
+    [
+        lambda f, x: torch.func.grad(f)(x),
+        lambda f, x: torch.func.vjp(f, x),
+        lambda f, x: torch.func.jvp(f, (x,), (x,)),
+        lambda f, x: torch.func.vmap(f)(torch.stack([x, x])),
+        lambda f, x: torch.func.hessian(f)(x),
+    ],
+    ids=["grad", "vjp", "jvp", "vmap", "hessian"],
+)
+def test_function_transforms_are_refused(transform: Callable[..., Any], code: Code | None) -> None:
+    with pytest.raises(RuntimeError, match=r"functorch transforms|vmap"):
+        transform(lambda x: weighted_sum(x, code), random(3, 4, 5, 5))
+
+
+@forward_mode
+def test_forward_mode_derivatives_are_refused() -> None:
+    with torch.autograd.forward_ad.dual_level():
+        x = torch.autograd.forward_ad.make_dual(random(3, 4, 5, 5), torch.ones(3, 4, 5, 5).double())
+        with pytest.raises(NotImplementedError, match=r"forward mode AD"):
+            weighted_sum(x, Code(4))
+
+
+@all_codes
+@pytest.mark.parametrize("changed", ["gamma", "beta", "weight"])
+def test_parameter_changed_before_the_backward_pass_is_refused(code: Code | None, changed: str) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    loss = ours(i, by_one_conv, w, code).sum()
+    with torch.no_grad():
+        {"gamma": i.gamma, "beta": i.beta, "weight": w[0]}[changed].add_(1)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+        loss.backward()
+
+
+def test_kept_input_changed_before_the_backward_pass_is_refused() -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    x = i.x * 1
+    a, kept = batch_norm_relu(x, i.gamma, i.beta, code=None)
+    loss = conv2d(a, kept, *w).sum()
+    x.mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+        loss.backward()
+
+
+def test_input_may_change_before_the_backward_pass_where_codes_are_kept() -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    expected = torch.autograd.grad(ours(i, by_one_conv, w, Code(4)).sum(), i.leaves)
+    x = i.x.clone()
+    out = ours(i._replace(x=x), by_one_conv, w, Code(4))
+    x.mul_(2)
+    assert all(map(torch.equal, torch.autograd.grad(out.sum(), i.leaves), expected))
+
+
+def test_leaf_is_not_overwritten() -> None:
+    i = inputs()
+    with pytest.raises(RuntimeError, match=r"leaf Variable"):
+        batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4), overwrite_x=True)
+
+
+def test_kept_of_another_shape_is_refused() -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    with pytest.raises(ValueError, match=r"a is \[2, 4, 5, 4\], kept was made for \[3, 4, 5, 4\]"):
+        conv2d(a[:2], kept, *w)
+
+
+@pytest.mark.parametrize(
+    ("x", "gamma", "message"),
+    [
+        (torch.zeros(2, 3, 4, 4, dtype=torch.int64), torch.ones(3), r"x is torch.int64 \[2, 3, 4, 4\]"),
+        (torch.zeros(3, 4, 4), torch.ones(3), r"x is torch.float32 \[3, 4, 4\]"),
+        (torch.zeros(2, 3, 4, 4), torch.ones(2), r"gamma is \[2\]: must be \[3\]"),
+        (torch.zeros(2, 3, 4, 4), torch.ones(3, 1), r"gamma is \[3, 1\]: must be \[3\]"),
+        (torch.zeros(1, 3, 1, 1), torch.ones(3), r"x is \[1, 3, 1, 1\]: training needs more than one value"),
+        (torch.zeros(0, 3, 4, 4), torch.ones(3), r"x is \[0, 3, 4, 4\]: training needs more than one value"),
+    ],
+)
+def test_input_without_meaning_is_refused(x: Tensor, gamma: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        batch_norm_relu(x, gamma, torch.zeros(3), code=Code(4))
+
+
+def test_naive_baseline_without_a_code_is_refused() -> None:
+    i = inputs()
+    with pytest.raises(ValueError, match=r"forward_from_code needs a code"):
+        batch_norm_relu(i.x, i.gamma, i.beta, code=None, forward_from_code=True)
+
+
+# ---- average pooling ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+def test_average_pool_is_pytorchs(stride: int) -> None:
+    x = random(2, 3, 6, 12).contiguous(memory_format=LAST).requires_grad_()
+    out = average_pool(x, stride)
+    assert torch.equal(out, F.avg_pool2d(x, stride))
+    grad = random(*out.shape, seed=9)
+    gradients = (torch.autograd.grad(pooled, [x], grad) for pooled in (out, F.avg_pool2d(x, stride)))
+    assert_all_close(*gradients)
+
+
+def test_average_pool_of_a_size_that_is_no_multiple_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"x is \[2, 3, 6, 5\]: height and width must be multiples of 2"):
+        average_pool(torch.zeros(2, 3, 6, 5), 2)
