@@ -5,8 +5,8 @@ is the bin of x_hat among L = 2^K equal bins over [-clip, clip], which are d = 2
 
     s    = -1 where gamma < 0, else 1
     r    = beta / (|gamma| d)                     where y changes sign, in bins from the middle
-    frac = r - round(r)                           shifts the bins by at most half of one, so that an edge lies just
-    there zero = clamp(L/2 - round(r), 1, L - 1)        the first code that means "y is positive"
+    frac = r - round(r)                           shifts the bins by half of one at most: an edge lies just there
+    zero = clamp(L/2 - round(r), 1, L - 1)        the first code that means "y is positive"
 
     code  = floor(s x_hat / d + frac) + L/2       kept in [zero, L - 1] where y > 0, in [0, zero - 1] where y <= 0
     y > 0 = code >= zero                          always, by construction

@@ -8,7 +8,7 @@ backward pass is done. gamma and beta are saved as the parameters they are, so t
 between.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -33,16 +33,6 @@ class KeptTensors(NamedTuple):
     """The shift parameter, not a copy."""
 
 
-@dataclass
-class Handover:
-    """What a convolution's backward pass leaves to that of the batch norm it reads, and that one takes away."""
-
-    grad: Tensor | None = None
-    """The gradient of a that the convolution made; see _BatchNormReLU.backward."""
-    norm: Norm | None = None
-    """The per-channel vectors it worked out."""
-
-
 @dataclass(frozen=True)
 class Layout:
     """How to read KeptTensors: everything about them that is not a tensor."""
@@ -51,7 +41,6 @@ class Layout:
     dtype: torch.dtype
     code: Code | None
     kernels: Kernels
-    handover: Handover = field(default_factory=Handover)
 
 
 class Kept:
@@ -74,15 +63,17 @@ class Kept:
         self.layout.kernels.decode(values, norm, code=self.layout.code, out=rows(a))
         return a
 
-    def batch_norm_backward(
-        self, grad: Tensor, *, constant_stats: bool, overwrite: bool
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """DX, dgamma and dbeta for grad = dA; dX takes the place of grad if `overwrite`."""
+    def batch_norm_backward(self, grad: Tensor, *, constant_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients dX, dgamma and dbeta for grad = dA.
+
+        dX does not take the place of grad, which autograd may have handed to hooks, callers or other functions too.
+        """
         (values, norm), code, kernels = self._values_and_norm(), self.layout.code, self.layout.kernels
-        grad = grad.contiguous(memory_format=torch.channels_last)
-        dx = grad if overwrite else torch.empty_like(grad)
-        grad_rows = rows(grad)
-        dx_rows = grad_rows if overwrite else rows(dx)
+        channels_last = grad.contiguous(memory_format=torch.channels_last)
+        grad_rows = rows(channels_last)
+        is_copy = channels_last is not grad
+        dx = channels_last if is_copy else torch.empty_like(grad)
+        dx_rows = grad_rows if is_copy else rows(dx)
         dbeta, dgamma = kernels.grad_sums(grad_rows, values, norm, code=code)
         through_stats = (torch.zeros_like(dbeta),) * 2 if constant_stats else (dbeta, dgamma)
         kernels.input_grad(grad_rows, values, norm, *through_stats, code=code, out=dx_rows)
@@ -96,14 +87,12 @@ class Kept:
     @staticmethod
     def saved(ctx: Any) -> tuple["Kept", list[Tensor]]:
         """What `save` saved: the Kept and the others."""
-        count = len(KeptTensors._fields)
-        return Kept(KeptTensors(*ctx.saved_tensors[:count]), ctx.layout), list(ctx.saved_tensors[count:])
+        tensors, count = ctx.saved_tensors, len(KeptTensors._fields)  # read once: each reading unpacks them anew
+        return Kept(KeptTensors(*tensors[:count]), ctx.layout), list(tensors[count:])
 
     def _values_and_norm(self) -> tuple[Tensor, Norm]:
-        tensors, layout = self.tensors, self.layout
-        if layout.handover.norm is None:
-            layout.handover.norm = norm_of(tensors.mean, tensors.rstd, tensors.gamma, tensors.beta, layout.code)
-        return tensors.values if layout.code else rows(tensors.values), layout.handover.norm
+        values, mean, rstd, gamma, beta = self.tensors
+        return values if self.layout.code else rows(values), norm_of(mean, rstd, gamma, beta, self.layout.code)
 
 
 def norm_of(mean: Tensor | None, rstd: Tensor, gamma: Tensor, beta: Tensor, code: Code | None) -> Norm:

@@ -101,14 +101,7 @@ class _BatchNormReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, _ = Kept.saved(ctx)
-        # dX may take the place of the incoming gradient only if nobody else reads that. Autograd hands one tensor to
-        # several readers, so what arrives here is ours for certain only when it is the very tensor that a conv2d made
-        # in its backward pass, for a and for nobody else. With several readers of a the sum of their gradients arrives:
-        # another tensor, for the handover holds on to the first.
-        handover = kept.layout.handover
-        overwrite, handover.grad = handover.grad is grad, None
-        dx, dgamma, dbeta = kept.batch_norm_backward(grad, constant_stats=ctx.constant_stats, overwrite=overwrite)
-        handover.norm = None
+        dx, dgamma, dbeta = kept.batch_norm_backward(grad, constant_stats=ctx.constant_stats)
         return dx, dgamma, dbeta, *(None,) * 5
 
 
@@ -146,7 +139,6 @@ class _Conv2d(torch.autograd.Function):
             ]
             grad_a = F.conv_transpose2d(grad, weight.to(grad.dtype), None, stride, padding, lost, groups, dilation)
             grad_a = grad_a.to(kept.layout.dtype)
-            kept.layout.handover.grad = grad_a
         return grad_a, grad_weight, *(None,) * 5
 
 
@@ -209,7 +201,6 @@ def batch_norm_relu(
         momentum: weight of the new value in the running averages.
         eps: added to the variance.
         overwrite_x: x is not read again, so a may take its place (it does not where x is what is kept, or is copied).
-            What the gradient of a is handed to must not keep it without cloning it, likewise.
         forward_from_code: a is decoded from the codes in the forward pass too, and gradients pass as if it were not:
             the paper's naive baseline.
         kernels: the back end.

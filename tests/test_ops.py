@@ -169,14 +169,12 @@ def test_every_geometry_of_a_convolution(
 
 @pytest.mark.parametrize("code", [Code(4), None], ids=str)
 @pytest.mark.parametrize("x_is_read", [False, True], ids=["x dead", "x read by a shortcut"])
-@pytest.mark.parametrize("a_is_read", [False, True], ids=["", "a read by a shortcut"])
-@pytest.mark.parametrize("convolutions", [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("convolutions", "a_is_read"), [(1, False), (2, False), (3, False), (0, True), (1, True), (2, True), (3, True)]
+)
 @pytest.mark.parametrize("order", [1, -1], ids=["", "reversed"])
 def test_shared_readers(code: Code | None, convolutions: int, a_is_read: bool, x_is_read: bool, order: int) -> None:
     """Every reader's out is a term of one sum, so that autograd hands one and the same gradient to all of them."""
-    if not (convolutions or a_is_read):
-        pytest.skip("nothing reads a")
-
     def read(conv: Callable[..., Tensor], a: Tensor, x: Tensor, w: list[Tensor]) -> Tensor:
         terms = [lambda weight=weight: conv(a, weight, padding=(1, 1)) for weight in w]
         terms += [lambda: a] * a_is_read + [lambda: x] * x_is_read
@@ -233,13 +231,17 @@ def test_gradient_of_the_activation_itself() -> None:
 
 
 def test_retained_gradient_of_the_activation() -> None:
+    """By PyTorch, and by a hook that does not clone it."""
     i, w = inputs(), weights((2, 4, 3, 3))
     a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
     loss = conv2d(a, kept, *w).square().sum()
     (expected,) = torch.autograd.grad(loss, [a], retain_graph=True)
     a.retain_grad()
+    seen: list[Tensor] = []
+    a.register_hook(seen.append)
     loss.backward()
     assert torch.equal(a.grad, expected)
+    assert torch.equal(seen[0], expected)
 
 
 def test_zero_gamma_gets_its_gradient() -> None:

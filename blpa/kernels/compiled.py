@@ -1,6 +1,7 @@
 """The reference's five bodies through torch.compile: C++ on a CPU, Triton on a GPU. Back end `inductor`.
 
-Shapes are dynamic, so a body is compiled once for each code and dtype, whatever the layer. A compiled body is one loop
+Shapes are dynamic, so a body is compiled once for each code and dtype, whatever the layer (and again where the rows do
+not divide evenly into blocks and strips, or there are fewer than 64). A compiled body is one loop
 over memory: what eager PyTorch writes to a dozen temporaries stays in registers.
 """
 
@@ -14,7 +15,7 @@ from blpa.kernels.reference import Body, RowBlockKernels
 
 
 @functools.cache
-def _compile(body: Body, dtype: torch.dtype, *constants: Any) -> Body:
+def _compile(body: Body, variant: tuple[Any, ...], *constants: Any) -> Body:
     # torch.compile takes an integer for a constant if it comes from the defaults of a function that is called, and for
     # an unknown if from an argument: then every element would pay for computing 2^K.
     with_constants = FunctionType(body.__code__, body.__globals__, body.__name__, constants)
@@ -22,9 +23,8 @@ def _compile(body: Body, dtype: torch.dtype, *constants: Any) -> Body:
     def call(*args: Any) -> None:
         with_constants(*args)
 
-    # It also limits the variants that it keeps of one code object, and a process may well run all the modes: one
-    # object for each body, dtype and code.
-    name = "_".join([body.__name__, str(dtype).removeprefix("torch."), *(f"{c.bits}bit" for c in constants if c)])
+    # It also gives up after a few variants of one code object: hence an object for each code and each variant.
+    name = "_".join([body.__name__, *(f"{code.bits}bit" for code in constants if code)])
     call.__code__ = call.__code__.replace(co_name=name)
     return torch.compile(call, dynamic=True, fullgraph=True)
 

@@ -35,22 +35,23 @@ def column_sum(x: Tensor) -> Tensor:
     return torch.stack([strip.sum(1).sum(0) for strip in strips(x)]).sum(0)
 
 
-def channel_stats(x: Tensor, mean: Tensor, var: Tensor) -> None:
-    """Column means and biased variances of x [M, C], in one reading of it.
+def channel_stats(x: Sequence[Tensor], mean: Tensor, var: Tensor) -> None:
+    """Column means and biased variances of x, one block [M, C], in one reading of it.
 
     A strip's mean and sum of squares are taken about its first row, a value of the same size as the others, so nothing
     cancels; strips combine by the parallel axis theorem (Chan, Golub and LeVeque 1983).
     """
     parts = []
-    for strip in strips(x.to(mean.dtype)):
+    (block,) = x
+    for strip in strips(block.to(mean.dtype)):
         rows, first = strip.shape[1], strip[:, :1]
         centred = strip - first
         offset = centred.sum(1) / rows
         squares = (centred * centred).sum(1) - rows * offset * offset
         parts.append((rows, offset + first[:, 0], squares.clamp_min(0)))
-    mean.copy_(torch.stack([rows * means.sum(0) for rows, means, _ in parts]).sum(0) / x.shape[0])
+    mean.copy_(torch.stack([rows * means.sum(0) for rows, means, _ in parts]).sum(0) / block.shape[0])
     about_mean = [(squares + rows * (means - mean).square()).sum(0) for rows, means, squares in parts]
-    var.copy_(torch.stack(about_mean).sum(0) / x.shape[0])
+    var.copy_(torch.stack(about_mean).sum(0) / block.shape[0])
 
 
 def normalise_rectify_encode(
@@ -78,7 +79,7 @@ def recover(kept: Tensor, block: int, rows: int, norm: Norm, code: Code | None) 
     return x_hat, norm.gamma * x_hat + norm.beta > 0
 
 
-def decode(kept: Tensor, out: Sequence[Tensor], norm: Norm, code: Code | None) -> None:
+def decode(out: Sequence[Tensor], kept: Tensor, norm: Norm, code: Code | None) -> None:
     """a~ of the blocks out."""
     for k, out_block in enumerate(out):
         x_hat, relu_mask = recover(kept, k, out_block.shape[0], norm, code)
@@ -122,25 +123,26 @@ class RowBlockKernels:
 
     Args:
         name: the back end's name.
-        fuse: turns a body into one that computes the same without allocating anything as large as an activation; called
-            with the body, the activation's dtype, and values for the body's last parameters. None leaves the bodies
-            alone.
+        fuse: turns a body into one that computes the same without allocating anything as large as an activation. Called
+            with the body, a variant (what else about the arguments changes the shape of the computation), and values
+            for the body's last parameters. None leaves the bodies alone.
     """
 
     def __init__(self, name: str, fuse: Callable[..., Body] | None = None) -> None:
         self.name = name
         self._fuse = fuse
 
-    def _run(self, body: Body, x: Tensor, *args: Any, constants: tuple[Code | None, ...] = ()) -> None:
+    def _run(self, body: Body, blocks: list[Tensor], *args: Any, constants: tuple[Code | None, ...] = ()) -> None:
         if self._fuse is None:
-            body(*args, *constants)
-        elif not x.is_meta:  # on the meta device only what is allocated counts, and a fused body allocates nothing
-            self._fuse(body, x.dtype, *constants)(*args)
+            body(blocks, *args, *constants)
+        elif not blocks[0].is_meta:  # there only what is allocated counts, and a fused body allocates nothing
+            in_place = any(argument is blocks for argument in args)
+            self._fuse(body, (in_place, *_variant(blocks)), *constants)(blocks, *args)
 
     def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See Kernels."""
         mean, var = _channel_vectors(x)
-        self._run(channel_stats, x, x, mean, var)
+        self._run(channel_stats, [x], mean, var)
         return mean, var
 
     def normalise_rectify_encode(self, x: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> Tensor | None:
@@ -148,19 +150,17 @@ class RowBlockKernels:
         codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
         x_blocks = _row_blocks(x, code)
         out_blocks = x_blocks if out is x else _row_blocks(out, code)
-        args = (x_blocks, out_blocks, codes, norm)
-        self._run(normalise_rectify_encode, x, *args, constants=(code,))
+        self._run(normalise_rectify_encode, x_blocks, out_blocks, codes, norm, constants=(code,))
         return codes
 
     def decode(self, kept: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> None:
         """See Kernels."""
-        self._run(decode, out, kept, _row_blocks(out, code), norm, constants=(code,))
+        self._run(decode, _row_blocks(out, code), kept, norm, constants=(code,))
 
     def grad_sums(self, grad: Tensor, kept: Tensor, norm: Norm, *, code: Code | None) -> tuple[Tensor, Tensor]:
         """See Kernels."""
         dbeta, dgamma = _channel_vectors(grad)
-        args = (_row_blocks(grad, code), kept, dbeta, dgamma, norm)
-        self._run(grad_sums, grad, *args, constants=(code,))
+        self._run(grad_sums, _row_blocks(grad, code), kept, dbeta, dgamma, norm, constants=(code,))
         return dbeta, dgamma
 
     def input_grad(
@@ -170,8 +170,15 @@ class RowBlockKernels:
         grad_blocks = _row_blocks(grad, code)
         out_blocks = grad_blocks if out is grad else _row_blocks(out, code)
         scale, rows = norm.gamma * norm.rstd, grad.shape[0]
-        args = (grad_blocks, out_blocks, kept, scale, dbeta / rows, dgamma / rows, norm)
-        self._run(input_grad, grad, *args, constants=(code,))
+        args = (out_blocks, kept, scale, dbeta / rows, dgamma / rows, norm)
+        self._run(input_grad, grad_blocks, *args, constants=(code,))
+
+
+def _variant(blocks: list[Tensor]) -> tuple[Any, ...]:
+    """Dtype, whether there is one channel, and how each block's rows divide into strips."""
+    rows = [block.shape[0] for block in blocks]
+    divisions = [(n == rows[0], n % STRIP_ROWS == 0, n < STRIP_ROWS, min(n, 2)) for n in rows]
+    return blocks[0].dtype, blocks[0].shape[1] == 1, *divisions
 
 
 def _row_blocks(x: Tensor, code: Code | None) -> list[Tensor]:

@@ -1,0 +1,42 @@
+"""What several test files share."""
+
+import gc
+from collections.abc import Callable
+
+import pytest
+from omegaconf import OmegaConf
+from torch.profiler import ProfilerActivity, profile
+
+from blpa.config import CONF, ModeConfig
+from blpa.kernels import Kernels
+from blpa.kernels.reference import REFERENCE
+from blpa.modes import Mode, from_config
+
+
+@pytest.fixture
+def mode() -> Callable[..., Mode]:
+    """How to get a mode by the name of its file."""
+
+    def from_file(name: str, kernels: Kernels = REFERENCE) -> Mode:
+        values = OmegaConf.merge(OmegaConf.structured(ModeConfig), OmegaConf.load(CONF / "mode" / f"{name}.yaml"))
+        return from_config(OmegaConf.to_object(values), kernels)
+
+    return from_file
+
+
+@pytest.fixture
+def allocator_peak() -> Callable[[Callable[[], object]], int]:
+    """How to get the most bytes that a function holds at once on the CPU, by the allocator's own account."""
+
+    def peak_bytes(function: Callable[[], object]) -> int:
+        gc.collect()  # nothing of before is freed during the measurement
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+            function()
+        events = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
+        live = peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            live += event.nbytes()
+            peak = max(peak, live)
+        return peak
+
+    return peak_bytes

@@ -1,0 +1,98 @@
+"""The layers stand in for PyTorch's own: same keys, same numbers, same running averages."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blpa.codec import Code
+from blpa.layers import Activation, BatchNormReLU, Conv2d, StockBatchNormReLU, StockConv2d
+
+BATCH_NORMS: dict[str, Callable[..., nn.BatchNorm2d]] = {
+    "coded": lambda channels, **others: BatchNormReLU(channels, code=Code(4), **others),
+    "one copy": lambda channels, **others: BatchNormReLU(channels, code=None, **others),
+    "stock": StockBatchNormReLU,
+}
+batch_norms = pytest.mark.parametrize("kind", BATCH_NORMS)
+convolutions = pytest.mark.parametrize("layer", [Conv2d, StockConv2d])
+
+
+def images(seed: int = 0) -> Tensor:
+    return torch.randn(3, 4, 6, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@batch_norms
+def test_batch_norm_has_the_stock_state(kind: str) -> None:
+    stock, ours = nn.BatchNorm2d(4), BATCH_NORMS[kind](4)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    nn.init.normal_(stock.weight)
+    ours.load_state_dict(stock.state_dict())
+    assert torch.equal(ours.weight, stock.weight)
+
+
+@convolutions
+def test_convolution_has_the_stock_state(layer: type[nn.Conv2d]) -> None:
+    stock, ours = nn.Conv2d(4, 2, 3, bias=False), layer(4, 2, 3, bias=False)
+    assert list(ours.state_dict()) == list(stock.state_dict())
+    ours.load_state_dict(stock.state_dict())
+    assert torch.equal(ours.weight, stock.weight)
+
+
+@batch_norms
+@pytest.mark.parametrize("momentum", [0.1, 0.5, None])
+def test_batch_norm_goes_through_training_and_evaluation_as_stock(kind: str, momentum: float | None) -> None:
+    stock = nn.BatchNorm2d(4, eps=1e-3, momentum=momentum, dtype=torch.float64)
+    ours = BATCH_NORMS[kind](4, eps=1e-3, momentum=momentum).double()
+    for step in range(4):
+        x = images(step) * (step + 1) + step
+        torch.testing.assert_close(ours(x.clone()).value, F.relu(stock(x)), rtol=0, atol=1e-12)  # float64, values of 1
+    for name, value in stock.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+    ours.eval(), stock.eval()
+    torch.testing.assert_close(ours(images()).value, F.relu(stock(images())), rtol=0, atol=1e-12)
+    assert ours.num_batches_tracked == 4
+
+
+@convolutions
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "groups": 2}], ids=str)
+def test_convolution_is_stock(layer: type[nn.Conv2d], options: dict[str, int]) -> None:
+    conv = layer(4, 2, 3, bias=False, **options).double()
+    unit = BatchNormReLU(4, code=Code(4)).double()
+    activation = unit(images())
+    expected = F.conv2d(activation.value, conv.weight, **options)
+    assert torch.equal(conv(activation), expected)
+    assert torch.equal(conv(Activation(activation.value, None)), expected)
+
+
+def test_stock_layers_keep_nothing_of_ours() -> None:
+    assert StockBatchNormReLU(4).double()(images()).kept is None
+
+
+def test_coded_layers_keep_codes_and_one_copy_keeps_x() -> None:
+    x = images().contiguous(memory_format=torch.channels_last).requires_grad_()
+    coded, one_copy = (BATCH_NORMS[kind](4).double()(x).kept for kind in ("coded", "one copy"))
+    assert coded.tensors.values.dtype == torch.uint8
+    assert one_copy.tensors.values.data_ptr() == x.data_ptr()
+
+
+def test_activation_takes_the_place_of_x_only_where_told() -> None:
+    unit = BatchNormReLU(4, code=Code(4)).double()
+    x = images().contiguous(memory_format=torch.channels_last)
+    before = x.clone()
+    assert unit(x).value.data_ptr() != x.data_ptr()
+    assert torch.equal(x, before)
+    assert unit(x, overwrite_x=True).value.data_ptr() == x.data_ptr()
+
+
+def test_text_of_a_layer_names_its_code_and_back_end() -> None:
+    assert "code=Code(bits=4, clip=3.0), kernels=torch" in repr(BatchNormReLU(4, code=Code(4)))
+
+
+@pytest.mark.parametrize(
+    "options", [{"bias": True}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}], ids=str
+)
+def test_convolution_that_ours_does_not_stand_for_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"bias = .*, padding = .* \(.*\): must be False, and a number"):
+        Conv2d(4, 2, 3, **options)

@@ -1,0 +1,154 @@
+"""The count of bytes: of hand-made examples, against the formula, on a real step, and within the promised bounds."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from blpa.codec import Code
+from blpa.kernels.compiled import COMPILED
+from blpa.memory import MIB, LiveBytes, kept_bytes, step_bytes
+from blpa.models.preact_resnet import PreActResNet
+from blpa.modes import Mode
+
+GetMode = Callable[..., Mode]
+AllocatorPeak = Callable[[Callable[[], object]], int]
+META, CPU = torch.device("meta"), torch.device("cpu")
+
+
+def network(
+    mode: Mode, depth: int, batch: int, *, device: torch.device = META, size: int = 32
+) -> tuple[PreActResNet, Tensor, Tensor]:
+    """A network, images and labels, channels-last: what step_bytes takes."""
+    with device:
+        model = PreActResNet(depth, mode=mode, classes=10).to(memory_format=torch.channels_last)
+        images = torch.zeros(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
+        return model, images, torch.zeros(batch, dtype=torch.int64)
+
+
+# ---- the counter ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", [META, CPU], ids=str)
+def test_hand_made_example(device: torch.device) -> None:
+    with LiveBytes() as counter:
+        a = torch.empty(100, device=device)  # 400 bytes
+        b = a + 1  # 400 more
+        view = a[:10]  # none
+        b.add_(view.sum())  # 4 for the sum, then free
+        assert (counter.live_bytes, counter.peak_bytes) == (800, 804)
+        del b
+        assert counter.live_bytes == 400
+        del a
+        assert counter.live_bytes == 400  # the view holds on to the storage
+        del view
+        assert (counter.live_bytes, counter.peak_bytes) == (0, 804)
+
+
+def test_what_was_there_before_is_not_counted() -> None:
+    weights = torch.zeros(100)
+    counter = LiveBytes()
+    counter.ignore([weights])
+    with counter:
+        weights.add_(1)
+        assert counter.peak_bytes == 0
+        copy = weights * 1
+    assert counter.live_bytes == copy.nbytes
+
+
+def test_storages_that_follow_each_other_at_one_address_are_all_counted() -> None:
+    with LiveBytes() as counter:
+        for size in (10, 20, 30):
+            torch.empty(size)
+            assert counter.live_bytes == 0
+    assert counter.peak_bytes == 120
+
+
+# ---- bytes kept -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "nbytes"),
+    [(Code(8), 7 * 3 + 12), (Code(4), 4 * 3 + 12), (Code(2), 2 * 3 + 12), (None, 4 * 7 * 3 + 24)],
+    ids=str,
+)
+def test_formula_of_bytes_kept(code: Code | None, nbytes: int) -> None:
+    """Seven rows of three channels: 7, 4 and 2 rows of bytes, and rstd; without a code x, and the mean as well."""
+    assert kept_bytes(7, 3, code) == nbytes
+
+
+def units(depth: int, batch: int) -> Iterator[tuple[int, int]]:
+    """M and C of every unit that is coded, from METHOD, section 4, for 32x32 input."""
+    channels_in, side = 16, 32
+    for group, c in enumerate((16, 32, 64)):
+        for block in range((depth - 2) // 9):
+            yield batch * side**2, channels_in
+            side //= 2 if group and not block else 1
+            yield from [(batch * side**2, c)] * 2
+            channels_in = 4 * c
+
+
+@pytest.mark.parametrize("name", ["8bit", "4bit", "2bit"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_networks_keep_what_the_formula_says_to_the_byte(name: str, batch: int, mode: GetMode) -> None:
+    """All else that is alive after the forward pass is alike in both modes, so their difference is the formula's."""
+    coded, one_copy = mode(name, COMPILED), mode("exact-one-copy", COMPILED)
+    with_codes, with_x = (step_bytes(*network(which, 29, batch)).forward_bytes for which in (coded, one_copy))
+    saved = sum(kept_bytes(*unit, None) - kept_bytes(*unit, coded.code) for unit in units(29, batch))
+    assert with_x - with_codes == saved
+
+
+@pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
+def test_little_else_is_alive_after_the_forward_pass(name: str, mode: GetMode) -> None:
+    """The last unit's x, mean and rstd; its activation's mean; the logits' log-softmax, the loss and its divisor."""
+    batch = 4
+    codes = sum(kept_bytes(*unit, mode(name).code) for unit in units(20, batch))
+    head = kept_bytes(64 * batch, 256, None) + 4 * batch * (256 + 10) + 4 + 4
+    assert step_bytes(*network(mode(name, COMPILED), 20, batch)).forward_bytes == codes + head
+
+
+@pytest.mark.parametrize(
+    ("depth", "elements"), [(164, 3_096_576), (254, 4_816_896), (488, 9_289_728), (1001, 19_095_552)]
+)
+def test_quantised_elements_a_sample(depth: int, elements: int) -> None:
+    """METHOD, section 4."""
+    assert sum(rows * channels for rows, channels in units(depth, batch=1)) == elements
+
+
+# ---- the step -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["exact", "checkpoint"])
+def test_a_real_step_counts_as_on_the_meta_device(name: str, mode: GetMode) -> None:
+    on_meta, real = (step_bytes(*network(mode(name), 11, 2, device=device)) for device in (META, CPU))
+    assert on_meta == real
+
+
+@pytest.mark.parametrize("name", ["8bit", "4bit", "exact-one-copy"])
+def test_meta_device_counts_copies_that_a_real_step_of_coded_layers_saves(name: str, mode: GetMode) -> None:
+    """There convolutions put out no channels-last: the copy of the largest output may count, never anything less."""
+    on_meta, real = (step_bytes(*network(mode(name), 11, 2, device=device)) for device in (META, CPU))
+    assert on_meta.forward_bytes == real.forward_bytes
+    assert real.peak_bytes <= on_meta.peak_bytes <= real.peak_bytes + 4 * 2 * 64 * 32 * 32
+
+
+@pytest.mark.parametrize("name", ["exact", "exact-one-copy", "4bit"])
+def test_count_of_a_real_step_is_the_allocators(name: str, mode: GetMode, allocator_peak: AllocatorPeak) -> None:
+    model, images, labels = network(mode(name), 11, 2, device=CPU)
+    counted = step_bytes(model, images, labels).peak_bytes
+    model.zero_grad()
+    measured = allocator_peak(lambda: F.cross_entropy(model(images), labels).backward())
+    assert measured == pytest.approx(counted, abs=1024)  # the allocator sees a few scalars inside an operation, besides
+
+
+@pytest.mark.parametrize(("depth", "promised_mib"), [(164, 2.10), (1001, 9.80)])
+def test_peak_of_a_step_at_4_bits_is_within_the_promise(depth: int, promised_mib: float, mode: GetMode) -> None:
+    """MiB a sample, batch 256, 32x32 input, float32, on the back end that makes no temporaries."""
+    assert step_bytes(*network(mode("4bit", COMPILED), depth, 256)).peak_bytes / 256 / MIB <= promised_mib
+
+
+def test_peak_of_stock_layers(mode: GetMode) -> None:
+    """METHOD, section 7, rounded there to 0.1 MiB a sample."""
+    assert step_bytes(*network(mode("exact"), 164, 256)).peak_bytes / 256 / MIB == pytest.approx(23.9, abs=0.05)
