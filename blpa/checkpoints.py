@@ -6,6 +6,8 @@
 A file is written beside its place, forced to the disk and only then renamed into it, so that a kill, a full disk or a
 power cut leaves the one before. What damages a file later is found by recomputing the digits in its name; the one
 before the newest is kept for that day. A checkpoint says what configuration it belongs to, and is good for no other.
+
+    lock                                                  held by the process that trains here, for as long as it lives
 """
 
 import csv
@@ -14,7 +16,8 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,7 +47,7 @@ def deciding_fields(config: Config) -> dict[str, Any]:
     return {
         **{f"dataset.{key}": value for key, value in dataset.items() if key not in ("root", "download")},
         **{f"mode.{key}": value for key, value in mode.items()},
-        **{f"gpu.{key}": gpu[key] for key in ("precision", "kernels", "deterministic")},
+        **{f"gpu.{key}": gpu[key] for key in ("device", "precision", "kernels", "deterministic")},
         "task.evaluate_every": config.task.evaluate_every,
         "depth": config.depth,
         "width": config.width,
@@ -52,8 +55,29 @@ def deciding_fields(config: Config) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def alone_in(path: Path) -> Iterator[None]:
+    """Keep every other process from training in a run's folder; however this one ends, the system lets go of it.
+
+    Args:
+        path: the folder, which exists. Where the system has no flock (Windows) nothing is kept out.
+
+    Raises:
+        Stopped: another process is in there.
+    """
+    with (path / "lock").open("w") as lock:
+        if sys.platform != "win32":
+            import fcntl
+
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise Stopped(f"another process is training in {path}: name another folder by run=") from error
+        yield
+
+
 class RunFolder:
-    """The folder of one run, used by one process at a time.
+    """The folder of one run, used by one process at a time (see `alone_in`).
 
     Args:
         path: created where it does not exist; what a killed process left half-written in it is removed.

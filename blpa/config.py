@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 
@@ -37,7 +38,7 @@ class DatasetConfig:
     batch_size: int = MISSING
     """Images in a training step."""
     schedule: list[list[float]] = MISSING
-    """Learning rate as [end, rate] pairs: `rate` holds up to the fraction `end` of the iterations, the last 1."""
+    """Learning rate as [end, rate] pairs: `rate` holds up to the fraction `end` of the iterations, the last 1.0."""
     momentum: float = 0.9
     """Momentum of stochastic gradient descent (not Nesterov's)."""
     weight_decay: float = 2e-4
@@ -148,11 +149,25 @@ def run_name(config: Config) -> str:
     return f"{prefix}{config.dataset.name}-{config.mode.name}-{network}-seed{config.seed}"
 
 
+def folder_name(config: Config) -> str | None:
+    """The folder under results/runs that the task writes, which no two cells of a sweep may share.
+
+    Args:
+        config: the run, named.
+
+    Returns:
+        The run's name, for runtime with what else decides the time of a step; nothing for a task without a folder.
+    """
+    if config.task.name == "runtime":
+        return f"{config.run}-runtime-batch{config.dataset.batch_size}-{config.gpu.kernels}-{config.gpu.precision}"
+    return config.run if config.task.name == "train" else None
+
+
 def departures(config: Config) -> str:
     """Name what of recipe and mode differs from the option's file, where tables would not tell it apart otherwise.
 
     Args:
-        config: the run. A mode of the user's own name has no file to differ from.
+        config: the run. A mode of the user's own name has no file: what differs from the schema's defaults is named.
 
     Returns:
         dataset.schedule=[[1.0, 0.1]] mode.clip=2.0, or nothing.
@@ -160,13 +175,14 @@ def departures(config: Config) -> str:
     told = {"name", "root", "download", "iterations", "batch_size"}
     found = []
     for group, values in (("dataset", config.dataset), ("mode", config.mode)):
+        option: Any = type(values)()
         if values.name in options(group):
             file = OmegaConf.load(CONF / group / f"{values.name}.yaml")
-            option = OmegaConf.merge(OmegaConf.structured(type(values)), file)
-            for value in fields(values):
-                given = getattr(values, value.name)
-                if value.name not in told and given != getattr(option, value.name):
-                    found.append(f"{group}.{value.name}={given}")
+            option = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(option), file))
+        for value in fields(values):
+            given = getattr(values, value.name)
+            if value.name not in told and given != getattr(option, value.name):
+                found.append(f"{group}.{value.name}={given}")
     return " ".join(found)
 
 
@@ -190,6 +206,7 @@ def check(config: Config) -> None:
     _at_least("task.steps", config.task.steps, 1)
     _check_depth(config.depth)
     _above_zero("width", config.width)
+    _check_size(config)
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"seed={config.seed} is not allowed: it is a whole number from 0 to 2**63 - 1")
     _plain_name("mode.name", config.mode.name)
@@ -227,6 +244,8 @@ def _check_mode(mode: ModeConfig) -> None:
         if mode.layers != "checkpoint":
             raise ValueError(f"mode.segments={mode.segments} needs mode.layers=checkpoint, not {mode.layers}")
     _above_zero("mode.clip", mode.clip)
+    if mode.bits is None and mode.clip != ModeConfig.clip:
+        raise ValueError(f"mode.clip={mode.clip} needs codes to clip: give mode.bits 2, 4 or 8")
     _above_zero("mode.width_factor", mode.width_factor)
 
 
@@ -251,6 +270,19 @@ def _check_depth(depth: int) -> None:
     below = (depth - 2) // 9 * 9 + 2
     nearest = f"{below} and {below + 9}" if below >= 11 else "11 and 20"
     raise ValueError(f"depth={depth} is not 9n + 2 for any n of at least 1: the nearest are {nearest}")
+
+
+def _check_size(config: Config) -> None:
+    """What the network's width and depth must leave: a channel in its first convolution, a block in each segment."""
+    mode = config.mode
+    if round(16 * config.width * mode.width_factor) < 1:  # the stem has 16 channels
+        raise ValueError(
+            f"width={config.width} with mode.width_factor={mode.width_factor} leaves less than a channel: "
+            "their product is above 1/32"
+        )
+    blocks = (config.depth - 2) // 3
+    if mode.segments is not None and mode.segments > blocks:
+        raise ValueError(f"mode.segments={mode.segments} is not allowed: depth={config.depth} has {blocks} blocks")
 
 
 def _one_of(key: str, value: str, allowed: Collection[str]) -> None:

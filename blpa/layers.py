@@ -98,7 +98,7 @@ class Conv2d(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size, bias=bias, **others)
         if bias or self.padding_mode != "zeros" or isinstance(self.padding, str):
             raise ValueError(
-                f"bias = {bias}, padding = {self.padding!r} ({self.padding_mode}): must be False, and a number of zeros"
+                f"bias = {bias}, padding = {self.padding!r} ({self.padding_mode}): must be False, a number of zeros"
             )
 
     def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]

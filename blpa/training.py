@@ -90,7 +90,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
     Args:
         model: freshly initialised: float32 images [N, C, H, W], channels last, to logits [N, classes].
         data: on `device`.
-        config: with the name of the back end that is really used in `gpu.kernels`, since it decides the result.
+        config: with the device and the back end that are really used in `gpu`, since they decide the result.
         device: where to train; the model is moved there.
         run_dir: the run's own folder, for its checkpoints and metrics.csv.
 
@@ -99,8 +99,8 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
 
     Raises:
         ValueError: a batch larger than the training set; a checkpoint that belongs to another configuration.
-        Interrupted: SIGINT or SIGTERM; the step under way was finished and a checkpoint written. A second signal does,
-            at once, what it would do outside of training.
+        Interrupted: SIGINT or SIGTERM; the step under way was finished and a checkpoint written (of a finished run,
+            there is one). A second signal does, at once, what it would do outside of training.
         Diverged: a loss or a weight that is not finite; no checkpoint holds it.
         CannotWrite: a full disk, or the like; the checkpoints written before are untouched.
     """
@@ -151,12 +151,14 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
             if saves:
                 _save(folder, model, optimiser, progress)
                 if stop.received is not None:
-                    raise Interrupted(
-                        f"stopped by {stop.received.name} at iteration {iteration} of {recipe.iterations}; "
-                        f"started again, the run goes on from {folder.known_good[-1]}",
-                        stop.received,
-                    )
+                    break
             clock = time.perf_counter()
+    if stop.received is not None:  # here, for a signal after the last step counts too
+        raise Interrupted(
+            f"stopped by {stop.received.name} at iteration {progress.iteration} of {recipe.iterations}; "
+            f"started again, the run goes on from {folder.known_good[-1]}",
+            stop.received,
+        )
 
     _, _, train_loss, train_error_percent, test_loss, test_error_percent = progress.rows[-1]
     return Outcome(

@@ -3,6 +3,8 @@
 import errno
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from blpa.checkpoints import CannotWrite, RunFolder, deciding_fields
-from blpa.config import Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
+from blpa.checkpoints import CannotWrite, RunFolder, Stopped, alone_in, deciding_fields
+from blpa.config import CONF, Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
 
 CONFIGURATION = {"seed": 0, "dataset.schedule": [[0.5, 0.1], [1.0, 0.01]], "mode.bits": None}
 
@@ -185,6 +187,27 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         open_folder(tmp_path / "file" / "run")
 
 
+def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
+    script = (
+        "import sys, pathlib; from blpa.checkpoints import alone_in\n"
+        "with alone_in(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(CONF.parents[1])}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"in\n"
+        message = rf"^another process is training in {tmp_path}: name another folder by run=$"
+        with pytest.raises(Stopped, match=message), alone_in(tmp_path):
+            pass
+        other.kill()
+        other.wait()
+        with alone_in(tmp_path):
+            assert names(tmp_path) == {"lock"}
+    with alone_in(tmp_path):  # and one that has left
+        pass
+
+
 def test_every_field_that_decides_the_result_is_listed_and_no_other() -> None:
     config = Config(
         dataset=DatasetConfig(
@@ -198,7 +221,16 @@ def test_every_field_that_decides_the_result_is_listed_and_no_other() -> None:
     assert fields["dataset.schedule"] == [[1.0, 0.1]]
     assert fields["mode.bits"] == 4
     assert fields["gpu.kernels"] == "torch"
-    elsewhere = {"dataset.root", "dataset.download", "gpu.name", "gpu.device", "task.name", "task.checkpoint_every"}
+    elsewhere = {"dataset.root", "dataset.download", "gpu.name", "task.name", "task.checkpoint_every"}
     assert not elsewhere & fields.keys()
-    others = {"gpu.precision", "gpu.deterministic", "task.evaluate_every", "depth", "width", "seed", "mode.clip"}
+    others = {
+        "gpu.device",
+        "gpu.precision",
+        "gpu.deterministic",
+        "task.evaluate_every",
+        "depth",
+        "width",
+        "seed",
+        "mode.clip",
+    }
     assert others <= fields.keys()

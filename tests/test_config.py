@@ -1,6 +1,6 @@
 """blpa/config.py: every option is a valid configuration, and every mistake is one line that names the value."""
 
-from dataclasses import replace
+from contextlib import nullcontext
 
 import pytest
 
@@ -12,9 +12,11 @@ from blpa.config import (
     TaskConfig,
     check,
     departures,
+    folder_name,
     options,
     run_name,
 )
+from blpa.models.preact_resnet import STEM_CHANNELS
 
 
 def make(**values: object) -> Config:
@@ -49,7 +51,8 @@ def make(**values: object) -> Config:
 def test_a_valid_configuration_passes() -> None:
     check(make())
     check(make(mode__bits=None))
-    check(make(mode__layers="checkpoint", mode__bits=None, mode__segments=3))
+    check(make(mode__layers="checkpoint", mode__bits=None, mode__segments=9))  # depth 29 has 9 blocks
+    check(make(width=0.25, mode__width_factor=0.25))
     check(make(dataset__momentum=0.0, dataset__weight_decay=0.0, dataset__crop_padding=0))
 
 
@@ -106,7 +109,7 @@ def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
         ("gpu__device", "auto, cpu, cuda"),
         ("gpu__precision", "fp32, tf32, bf16"),
         ("gpu__kernels", "auto, torch, inductor"),
-        ("task__name", "plots, tables, train"),
+        ("task__name", "plots, runtime, tables, train"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(key: str, allowed: str) -> None:
@@ -128,11 +131,29 @@ def test_other_bits_are_refused(bits: int) -> None:
         ({"mode__bits": None, "mode__forward_from_code": True}, "mode.forward_from_code=true needs codes"),
         ({"mode__segments": 2}, "mode.segments=2 needs mode.layers=checkpoint"),
         ({"mode__layers": "checkpoint", "mode__bits": None, "mode__segments": 0}, "mode.segments=0 is not allowed"),
+        (
+            {"mode__layers": "checkpoint", "mode__bits": None, "mode__segments": 10},
+            "mode.segments=10 is not allowed: depth=29 has 9 blocks",
+        ),
+        ({"mode__bits": None, "mode__clip": 2.0}, "mode.clip=2.0 needs codes to clip"),
     ],
 )
 def test_values_of_a_mode_that_contradict_each_other_are_refused(mode: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         check(make(**mode))
+
+
+def test_a_width_without_a_channel_is_refused_naming_both_factors() -> None:
+    with pytest.raises(ValueError, match=r"^width=0\.1 with mode\.width_factor=0\.25 leaves less than a channel"):
+        check(make(width=0.1, mode__width_factor=0.25))
+
+
+@pytest.mark.parametrize("width", [1 / 32, 1 / 31, 0.1, 1.0])
+def test_the_width_is_refused_where_the_network_refuses_it(width: float) -> None:
+    """The check knows the stem's channels by heart, for the network would import torch."""
+    has_channels = round(STEM_CHANNELS * width) >= 1
+    with nullcontext() if has_channels else pytest.raises(ValueError, match=r"^width="):
+        check(make(width=width))
 
 
 @pytest.mark.parametrize(
@@ -191,7 +212,20 @@ def test_only_changes_that_no_column_of_a_record_tells_are_departures() -> None:
     assert departures(make(mode__bits=8)) == "mode.bits=8"  # or it would pass for what its mode's name says
     changed = make(dataset__augmentation="none", mode__clip=2.0)
     assert departures(changed) == "dataset.augmentation=none mode.clip=2.0"
-    assert departures(replace(changed, mode=replace(changed.mode, name="4bit-narrow"))) == "dataset.augmentation=none"
+
+
+def test_a_mode_without_a_file_is_told_by_its_values() -> None:
+    assert departures(make(mode__name="mine")) == "mode.layers=coded mode.bits=4"
+    assert departures(make(mode__name="mine", mode__clip=2.0)) == "mode.layers=coded mode.bits=4 mode.clip=2.0"
+
+
+def test_a_task_s_folder_tells_apart_what_its_cells_may_differ_in() -> None:
+    assert folder_name(make()) == "a-run"
+    assert folder_name(make(task__name="tables")) is None
+    timed = make(task__name="runtime")
+    assert folder_name(timed) == "a-run-runtime-batch64-auto-fp32"
+    changes = ({"dataset__batch_size": 8}, {"gpu__kernels": "torch"}, {"gpu__precision": "bf16"})
+    assert len({folder_name(make(task__name="runtime", **change)) for change in changes} | {folder_name(timed)}) == 4
 
 
 def test_every_group_has_the_options_of_the_command_line() -> None:

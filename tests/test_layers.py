@@ -94,5 +94,5 @@ def test_text_of_a_layer_names_its_code_and_back_end() -> None:
     "options", [{"bias": True}, {"padding": "same"}, {"padding": 1, "padding_mode": "reflect"}], ids=str
 )
 def test_convolution_that_ours_does_not_stand_for_is_refused(options: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match=r"bias = .*, padding = .* \(.*\): must be False, and a number"):
+    with pytest.raises(ValueError, match=r"bias = .*, padding = .* \(.*\): must be False, a number"):
         Conv2d(4, 2, 3, **options)

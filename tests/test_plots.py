@@ -93,6 +93,12 @@ def test_an_error_of_zero_is_drawn_on_the_axis(tmp_path: Path) -> None:
     assert axes.texts[0].get_text() == "proposed 4-bit  0.00 %"
 
 
+def test_an_error_of_a_hundred_throughout_is_drawn_on_the_axis(tmp_path: Path) -> None:
+    finished_run(tmp_path, "a", RUN, {100: 100.0, 300: 100.0})
+    (axes,) = drawn(tmp_path).axes
+    assert axes.get_ylim() == (50, 100)
+
+
 @pytest.mark.parametrize(
     ("wanted", "placed"),
     [

@@ -72,8 +72,22 @@ def test_the_papers_cell_takes_our_run_and_other_recipes_have_tables_of_their_ow
     text = table(cell, shallow, replace(cell, note="mode.clip=2.0", value=6.0))
     assert rows_of(text, "The paper's cells")["proposed 4-bit"][1:3] == ["5.50 (n=1)", "5.49 ± 0.16"]
     assert rows_of(text, "CIFAR-10, depth 29")["proposed 4-bit"] == ["1/8", "20.00 (n=1)"]
-    assert rows_of(text, "CIFAR-10, depth 164")["proposed 4-bit"] == ["1/8", "6.00 (n=1)", "5.49 ± 0.16"]
+    assert rows_of(text, "CIFAR-10, depth 164")["proposed 4-bit"] == ["1/8", "6.00 (n=1)"]
     assert "fp32, mode.clip=2.0; seeds 0;" in text
+
+
+def test_the_papers_figure_stands_beside_its_own_precision_and_recipe_only() -> None:
+    cell = replace(DIGITS, dataset="cifar10", depth=164, iterations=64000, batch_size=128)
+    for other in (
+        replace(cell, precision="bf16"),
+        replace(cell, precision="tf32"),
+        replace(cell, note="mode.clip=2.0"),
+    ):
+        found = tables.summarise([other])
+        (ours,) = found[found["n"] > 0].to_dict("records")
+        assert ours["paper_error_percent"] is None or ours["paper_error_percent"] != ours["paper_error_percent"]
+        assert paper.error_percent(tuple(getattr(other, name) for name in records.GROUP), "4bit") == (None, None)
+    assert paper.error_percent(tuple(getattr(cell, name) for name in records.GROUP), "4bit") == (5.49, 0.16)
 
 
 def test_digits_come_last_and_conditions_are_said() -> None:

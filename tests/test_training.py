@@ -304,6 +304,28 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     assert_same_end(tmp_path / "run", tmp_path / "reference")
 
 
+@pytest.mark.parametrize("is_finished", [False, True])
+def test_a_signal_after_the_last_checkpoint_is_obeyed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_finished: bool
+) -> None:
+    reference = train(TinyNet(), tmp_path / ("run" if is_finished else "reference"))
+    close = training.tqdm.close
+    signals_left = [signal.SIGTERM]
+
+    def close_late(bar: Any) -> None:
+        """The last that happens before signals are no longer noted."""
+        while signals_left:
+            os.kill(os.getpid(), signals_left.pop())
+        close(bar)
+
+    monkeypatch.setattr(training.tqdm, "close", close_late)
+    with pytest.raises(training.Interrupted, match=r"^stopped by SIGTERM at iteration 12 of 12; .*checkpoint-12-"):
+        train(TinyNet(), tmp_path / "run")
+    net = TinyNet()
+    assert train(net, tmp_path / "run").test_loss == reference.test_loss
+    assert net.step == 0
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_iteration(tmp_path: Path, value: float) -> None:
     net = TinyNet({6: lambda net: setattr(net, "scale", value)})  # logits become nan in either case

@@ -24,6 +24,7 @@ A run goes on from its last checkpoint when it is started again. Exit codes: 0 d
 import difflib
 import importlib
 import itertools
+import os
 import sys
 from collections.abc import Iterable, Iterator
 from typing import cast
@@ -37,7 +38,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from blpa.config import CONF, Config, check, options, run_name
+from blpa.config import CONF, Config, check, folder_name, options, run_name
 from blpa.runners import usage
 
 FLAGS = {"-m": "-m", "--multirun": "-m", "-c": "--cfg", "--cfg": "--cfg", "-h": "--help", "--help": "--help"}
@@ -55,7 +56,17 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code.
     """
     try:
-        flags, overrides = _split(sys.argv[1:] if arguments is None else arguments)
+        exit_code = _answer(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read the output has left, as `| head` does; what is left of it goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, which ends other programs here
+    return exit_code
+
+
+def _answer(arguments: list[str]) -> int:
+    try:
+        flags, overrides = _split(arguments)
         with initialize_config_dir(str(CONF), version_base="1.3"):
             if "--help" in flags:
                 print(usage.text(__doc__ or "", _checked(_compose([]))))
@@ -173,6 +184,8 @@ def _values(override: Override, multirun: bool) -> list[str]:
         raise ValueError(f"{text} has no list of values: separate them by commas")
     else:
         values = list(override.sweep_string_iterator())
+        if not values:
+            raise ValueError(f"{text} names no value at all")
     groups, _ = _keys()
     if key in groups:
         for value in values:
@@ -204,9 +217,11 @@ def _checked(composed: DictConfig) -> Config:
 def _refuse_shared_folders(configs: list[Config]) -> None:
     seen: set[str] = set()
     for config in configs:
-        if config.task.name == "train" and config.run in seen:
+        folder = folder_name(config)
+        if folder in seen:
             raise ValueError(f"two cells of this sweep would share run={config.run}: name them apart with run=")
-        seen.add(config.run)
+        if folder is not None:
+            seen.add(folder)
 
 
 def _reason(error: BaseException) -> str:
@@ -215,6 +230,8 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     reason = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
+    if str(key).startswith("dataset.schedule["):
+        reason += "; every number in it has a point: [[0.5,0.1],[1.0,0.01]]"
     return f"{key}: {reason}" if key else reason
 
 

@@ -4,7 +4,7 @@ alpha is bits kept an activation over the 32 of full precision, as the paper cou
 `exact` runs here, keep two tensors a unit where the paper's exact kept one.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Row(NamedTuple):
@@ -61,3 +61,16 @@ ERROR_PERCENT: dict[Cells, dict[str, tuple[float, float | None]]] = {
     IMAGENET: {"exact": (7.20, None), "8bit": (7.70, None), "4bit": (7.72, None)},
 }
 """Mean and standard deviation of the error in percent (top 5 of 10 crops for ImageNet), by mode."""
+
+
+def error_percent(group: tuple[Any, ...], mode: str) -> tuple[float | None, float | None]:
+    """Look up mean and standard deviation of the error in percent; None where the paper has no such figure.
+
+    Args:
+        group: a value for each name of records.GROUP; the paper's cells are in fp32, by its own recipe.
+        mode: the mode's name.
+    """
+    *cells, precision, note = group
+    if precision != "fp32" or note:
+        return None, None
+    return ERROR_PERCENT.get(Cells(*cells), {}).get(mode, (None, None))

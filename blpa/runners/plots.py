@@ -125,7 +125,7 @@ def draw(curves: pd.DataFrame) -> Figure:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda percent, _: f"{percent:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     low, high = curves["test_error_percent"].min(), curves["test_error_percent"].max()
-    first = max([tick for tick in TICKS if tick <= low], default=TICKS[0])
+    first = max([tick for tick in TICKS[:-1] if tick <= low], default=TICKS[0])
     last = min(tick for tick in TICKS if tick >= high and tick > first)
     axes.set_ylim(first, last)
     axes.set_yticks([tick for tick in TICKS if first <= tick <= last])

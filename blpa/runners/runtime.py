@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from blpa import kernels, records, training
-from blpa.config import Config, ModeConfig, departures
+from blpa.config import Config, ModeConfig, folder_name
 from blpa.records import Record
 from blpa.runners import setup
 
@@ -27,16 +27,17 @@ def run(config: Config) -> list[Record]:
 
     Returns:
         Seconds a step and the ratio to exact, each a median with 20 and 80 % quantiles, as written to
-        results/runs/<run>-runtime/records.json.
+        results/runs/<run>-runtime-batch<n>-<kernels>-<precision>/records.json.
 
     Raises:
         ValueError: the machine cannot do what the configuration asks for.
     """
-    run_dir = Path(config.results) / "runs" / f"{config.run}-runtime"
+    run_dir = Path(config.results) / "runs" / str(folder_name(config))
     setup.refuse_unwritable(run_dir)
     device = setup.device(config.gpu.device)
     chosen = kernels.choose(config.gpu.kernels, device)
     training.configure_torch(config.gpu)
+    config = replace(config, gpu=replace(config.gpu, kernels=chosen.name))
     exact = replace(config, mode=ModeConfig(name="exact", layers="stock"))
     steps = _make_step(config, chosen, device), _make_step(exact, chosen, device)
     for _ in range(2):
@@ -45,13 +46,18 @@ def run(config: Config) -> list[Record]:
         [[_seconds(step, device) for step in steps] for _ in tqdm(range(config.task.steps), "pairs of steps")]
     )
     source = records.provenance(device)
-    measured = [
-        _record(config, chosen.name, source, metric, unit, values)
-        for metric, unit, values in (
-            ("step_seconds", "s", pairs[:, 0]),
-            ("ratio_to_exact", "times", pairs[:, 0] / pairs[:, 1]),
-        )
-    ]
+    measured = []
+    for metric, unit, values in (
+        ("step_seconds", "s", pairs[:, 0]),
+        ("ratio_to_exact", "times", pairs[:, 0] / pairs[:, 1]),
+    ):
+        low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        measured.append(
+            setup.record(
+                config, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
+                iterations=config.task.steps,
+            )
+        )  # fmt: skip
     records.write(measured, run_dir)
     print(f"exact: {pairs[:, 1].median().item():.3f} s a step")
     for name, record in zip((config.mode.name, "ratio to exact"), measured, strict=True):
@@ -76,33 +82,3 @@ def _seconds(step: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
-
-
-def _record(
-    config: Config, back_end: str, source: dict[str, object], metric: str, unit: str, values: torch.Tensor
-) -> Record:
-    low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
-    return Record(
-        experiment=config.experiment,
-        task="runtime",
-        metric=metric,
-        unit=unit,
-        value=median,
-        low=low,
-        high=high,
-        n=len(values),
-        dataset=config.dataset.name,
-        mode=config.mode.name,
-        bits=config.mode.bits,
-        depth=config.depth,
-        width=config.width,
-        seed=config.seed,
-        batch_size=config.dataset.batch_size,
-        precision=config.gpu.precision,
-        kernels=back_end if config.mode.layers == "coded" else "stock",
-        iterations=config.task.steps,
-        predicted=False,
-        paper_value=None,
-        note=departures(config),
-        **source,  # type: ignore[arg-type]
-    )

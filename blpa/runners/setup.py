@@ -1,14 +1,16 @@
-"""What the tasks that run a network share: the folder, the device, the model."""
+"""What the tasks that run a network share: the folder, the device, the model, the record."""
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from blpa import modes
-from blpa.config import Config
+from blpa.config import Config, departures
 from blpa.kernels import Kernels
 from blpa.models.preact_resnet import PreActResNet
+from blpa.records import Record
 
 
 def refuse_unwritable(run_dir: Path) -> None:
@@ -38,4 +40,32 @@ def model(config: Config, kernels: Kernels) -> PreActResNet:
         classes=config.dataset.classes,
         image_channels=config.dataset.image_channels,
         width=config.width,
+    )
+
+
+def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:
+    """One measured number.
+
+    Args:
+        config: the run, with the back end that was really used in `gpu.kernels`.
+        source: what records.provenance returns.
+        measured: the fields that neither of them tells: metric, unit, value, low, high, n, iterations.
+    """
+    return Record(
+        experiment=config.experiment,
+        task=config.task.name,
+        dataset=config.dataset.name,
+        mode=config.mode.name,
+        bits=config.mode.bits,
+        depth=config.depth,
+        width=config.width,
+        seed=config.seed,
+        batch_size=config.dataset.batch_size,
+        precision=config.gpu.precision,
+        kernels=config.gpu.kernels if config.mode.layers == "coded" else "stock",
+        predicted=False,
+        paper_value=None,
+        note=departures(config),
+        **source,
+        **measured,
     )

@@ -80,7 +80,7 @@ def summarise(found: list[Record]) -> pd.DataFrame:
 
 def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
     """One row: the runs of one mode in one group, none or one for each seed."""
-    paper_mean, paper_std = paper.ERROR_PERCENT.get(paper.Cells(*group[:5]), {}).get(mode, (None, None))
+    paper_mean, paper_std = paper.error_percent(group, mode)
     return dict(zip(GROUP, group, strict=True)) | {
         "mode": mode,
         "alpha": ROWS[mode].alpha if mode in ROWS else "-",

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from blpa import data, kernels, records, training
-from blpa.config import Config, departures
-from blpa.records import Record
+from blpa import checkpoints, data, kernels, records, training
+from blpa.config import Config
+from blpa.records import GROUP, Record
 from blpa.runners import paper, setup
 
 
@@ -23,7 +23,7 @@ def run(config: Config) -> list[Record]:
 
     Raises:
         ValueError: the machine or the data cannot do what the configuration asks for.
-        Stopped: the training came to a stop before its end (see training.py).
+        Stopped: the training came to a stop before its end (see training.py), or another process is at this run.
     """
     run_dir = Path(config.results) / "runs" / config.run
     setup.refuse_unwritable(run_dir)
@@ -32,11 +32,12 @@ def run(config: Config) -> list[Record]:
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
         print(f"kernels: {chosen.name}", file=sys.stderr)
     config = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
-    images = data.load(config.dataset, device)
-    model = setup.model(config, chosen)
-    outcome = training.train(model, images, config, device=device, run_dir=run_dir)
-    measured = _records(config, outcome, device, run_dir)
-    records.write(measured, run_dir)
+    with checkpoints.alone_in(run_dir):
+        images = data.load(config.dataset, device)
+        model = setup.model(config, chosen)
+        outcome = training.train(model, images, config, device=device, run_dir=run_dir)
+        measured = _records(config, outcome, device, run_dir)
+        records.write(measured, run_dir)
     print(
         f"{config.run}: test error {outcome.test_error_percent:.2f} % after {outcome.iterations} iterations, "
         f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s"
@@ -60,41 +61,20 @@ def _records(config: Config, outcome: training.Outcome, device: torch.device, ru
     if config.resume and written.exists():
         before = records.read(written)
         if any(record.metric == "train_seconds" and record.value == outcome.seconds for record in before):
-            return before  # a wall time in nanoseconds does not come twice: their date and commit stay true
+            # A wall time in nanoseconds does not come twice: their date and commit stay true.
+            return [replace(record, experiment=config.experiment) for record in before]
 
-    cells = paper.Cells(
-        config.dataset.name, config.depth, config.width, config.dataset.iterations, config.dataset.batch_size
-    )
-    paper_error = paper.ERROR_PERCENT.get(cells, {}).get(config.mode.name)
     source = records.provenance(device)
-    return [
-        Record(
-            experiment=config.experiment,
-            task="train",
-            metric=metric,
-            unit=unit,
-            value=value,
-            low=value,
-            high=value,
-            n=1,
-            dataset=config.dataset.name,
-            mode=config.mode.name,
-            bits=config.mode.bits,
-            depth=config.depth,
-            width=config.width,
-            seed=config.seed,
-            batch_size=config.dataset.batch_size,
-            precision=config.gpu.precision,
-            kernels=config.gpu.kernels if config.mode.layers == "coded" else "stock",
+    error, *others = (
+        setup.record(
+            config, source, metric=metric, unit=unit, value=value, low=value, high=value, n=1,
             iterations=outcome.iterations,
-            predicted=False,
-            paper_value=paper_error[0] if paper_error and metric == "test_error_percent" else None,
-            note=departures(config),
-            **source,
         )
         for metric, unit, value in (
             ("test_error_percent", "%", outcome.test_error_percent),
             ("train_seconds", "s", outcome.seconds),
             ("samples_per_second", "samples/s", outcome.samples_per_second),
         )
-    ]
+    )  # fmt: skip
+    paper_mean, _ = paper.error_percent(tuple(getattr(error, name) for name in GROUP), error.mode)
+    return [replace(error, paper_value=paper_mean), *others]
