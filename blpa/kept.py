@@ -49,6 +49,7 @@ class Kept:
     def __init__(self, tensors: KeptTensors, layout: Layout) -> None:
         self.tensors = tensors
         self.layout = layout
+        self.made_a_version = 0  # autograd's count of changes to a, when it was made
 
     @property
     def nbytes(self) -> int:

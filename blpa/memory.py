@@ -85,7 +85,7 @@ def step_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> StepBytes:
     """Count one forward and backward pass.
 
     Args:
-        model: on the meta device (or another, where the step then runs), its gradients None.
+        model: on the meta device, its gradients None (on another device the step runs, with eager kernels only).
         images: [N, C, H, W] on the same device.
         labels: class indices [N].
     """
@@ -105,8 +105,9 @@ def kept_bytes(rows: int, channels: int, code: Code | None, *, element_bytes: in
         rows: M = N H W.
         channels: C.
         code: the code, or None for one full-precision tensor (kept with its mean).
-        element_bytes: bytes of an element of that tensor.
+        element_bytes: bytes of an element of the activation.
     """
+    vector_bytes = max(4, element_bytes) * channels  # arithmetic is in float32 at least
     if code is None:
-        return rows * channels * element_bytes + 2 * 4 * channels
-    return code.packed_rows(rows) * channels + 4 * channels
+        return rows * channels * element_bytes + 2 * vector_bytes
+    return code.packed_rows(rows) * channels + vector_bytes

@@ -215,8 +215,8 @@ def batch_norm_relu(
 
     Source: Chakrabarti and Moseley, section 3; eps as theirs.
     """
-    if not x.is_floating_point() or x.dim() != 4:
-        raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W]")
+    if not x.is_floating_point() or x.dim() != 4 or not x.numel():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
     for name, vector in (("gamma", gamma), ("beta", beta)):
         if vector.shape != x.shape[1:2]:
             raise ValueError(f"{name} is {list(vector.shape)}: must be [{x.shape[1]}], one value for each channel of x")
@@ -241,7 +241,10 @@ def batch_norm_relu(
         forward_from_code,
         keep,
     )
-    return a, keep[0] if recording else None
+    if not recording:
+        return a, None
+    keep[0].made_a_version = a._version
+    return a, keep[0]
 
 
 def conv2d(
@@ -249,9 +252,9 @@ def conv2d(
     kept: Kept | None,
     weight: Tensor,
     *,
-    stride: Pair = (1, 1),
-    padding: Pair = (0, 0),
-    dilation: Pair = (1, 1),
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
     groups: int = 1,
 ) -> Tensor:
     """Convolve a, keeping for the backward pass not a but what it was made from.
@@ -271,10 +274,11 @@ def conv2d(
         out [N, C_out, H_out, W_out].
 
     Raises:
-        ValueError: a is not of the shape that kept was made for.
+        ValueError: a is not of the shape that kept was made for, or was changed in place.
 
     Source: Chakrabarti and Moseley, section 3.
     """
+    stride, padding, dilation = ((v, v) if isinstance(v, int) else v for v in (stride, padding, dilation))
     if kept is None:
         return F.conv2d(a, weight, None, stride, padding, dilation, groups)
     if a.shape != kept.layout.shape:
@@ -282,4 +286,6 @@ def conv2d(
         raise ValueError(
             f"a is {list(a.shape)}, kept was made for {made_for}: pass on what one batch_norm_relu returned"
         )
+    if a._version != kept.made_a_version:
+        raise ValueError("a was changed in place since batch_norm_relu returned it: kept no longer tells what it was")
     return cast(Tensor, _Conv2d.apply(a, weight, kept, stride, padding, dilation, groups))

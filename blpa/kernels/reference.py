@@ -18,16 +18,17 @@ Body = Callable[..., None]
 
 
 STRIP_ROWS = 64
-"""Rows of a strip: sums over rows are made strip by strip, then over the strips. That is accurate to a few roundings
-for any number of rows, and a strip stays in a processor's nearest cache while its columns are summed one after
-another."""
+"""Rows of a strip. Sums over rows are made strip by strip, then over the strips: rounding grows with M / 64, not M, and
+a strip stays in a processor's nearest cache while its columns are summed one after another."""
 
 
 def strips(x: Tensor) -> list[Tensor]:
     """View [M, C] as whole strips [M // 64, 64, C] and, where rows are left over, [1, M % 64, C]."""
+    if x.shape[0] <= STRIP_ROWS:
+        return [x.unsqueeze(0)]
     whole = x.shape[0] - x.shape[0] % STRIP_ROWS
     parts = [x[:whole].unflatten(0, (-1, STRIP_ROWS)), x[whole:].unsqueeze(0)]
-    return [part for part in parts if part.shape[0] * part.shape[1]]
+    return parts if x.shape[0] % STRIP_ROWS else parts[:1]
 
 
 def column_sum(x: Tensor) -> Tensor:
@@ -49,7 +50,11 @@ def channel_stats(x: Sequence[Tensor], mean: Tensor, var: Tensor) -> None:
         offset = centred.sum(1) / rows
         squares = (centred * centred).sum(1) - rows * offset * offset
         parts.append((rows, offset + first[:, 0], squares.clamp_min(0)))
-    mean.copy_(torch.stack([rows * means.sum(0) for rows, means, _ in parts]).sum(0) / block.shape[0])
+    pivot = block[0].to(
+        mean.dtype
+    )  # the sum is of what means differ by, so that its rounding does not scale with the mean
+    off_pivot = [rows * (means - pivot).sum(0) for rows, means, _ in parts]
+    mean.copy_(pivot + torch.stack(off_pivot).sum(0) / block.shape[0])
     about_mean = [(squares + rows * (means - mean).square()).sum(0) for rows, means, squares in parts]
     var.copy_(torch.stack(about_mean).sum(0) / block.shape[0])
 
@@ -125,7 +130,8 @@ class RowBlockKernels:
         name: the back end's name.
         fuse: turns a body into one that computes the same without allocating anything as large as an activation. Called
             with the body, a variant (what else about the arguments changes the shape of the computation), and values
-            for the body's last parameters. None leaves the bodies alone.
+            for the body's last parameters. Where rows do not divide evenly it may still need a temporary. None leaves
+            the bodies alone.
     """
 
     def __init__(self, name: str, fuse: Callable[..., Body] | None = None) -> None:
@@ -177,7 +183,7 @@ class RowBlockKernels:
 def _variant(blocks: list[Tensor]) -> tuple[Any, ...]:
     """Dtype, whether there is one channel, and how each block's rows divide into strips."""
     rows = [block.shape[0] for block in blocks]
-    divisions = [(n == rows[0], n % STRIP_ROWS == 0, n < STRIP_ROWS, min(n, 2)) for n in rows]
+    divisions = [(n == rows[0], n % STRIP_ROWS == 0, n <= STRIP_ROWS, min(n, 2)) for n in rows]
     return blocks[0].dtype, blocks[0].shape[1] == 1, *divisions
 
 
