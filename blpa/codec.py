@@ -133,10 +133,9 @@ class Code:
         """View [M, C] as blocks of rows: byte row r holds the codes of row r of every block.
 
         Sharing a byte across rows, not across channels, keeps every block contiguous and lets C be any number. Where M
-        is not a multiple of the codes in a byte, the last blocks are short.
+        is not a multiple of the codes in a byte, the last block is short, and few rows make fewer blocks.
         """
-        rows = self.packed_rows(x.shape[0])
-        return [x[k * rows : (k + 1) * rows] for k in range(self.codes_per_byte)]
+        return list(x.split(self.packed_rows(x.shape[0])))
 
     def pack(self, codes: list[Tensor], rows: int) -> Tensor:
         """Pack the codes of each row block into bytes [rows, C]; rows that a short block lacks count as code 0."""

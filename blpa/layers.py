@@ -4,6 +4,8 @@ A batch norm and ReLU gives an Activation, a convolution takes one, so a model i
 
     activation = batch_norm_relu(x)
     out = conv(activation)
+
+and conv.after(batch_norm_relu, x) is both, for an activation that nothing else reads.
 """
 
 from typing import Any, NamedTuple, cast
@@ -56,27 +58,26 @@ class BatchNormReLU(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """A [N, C, H, W] of x; it may take the place of x if `overwrite_x` says that x is not read again."""
+        return Activation(*ops.batch_norm_relu(x, self.weight, self.bias, **self._options(overwrite_x)))
+
+    def _options(self, overwrite_x: bool) -> ops.BatchNormOptions:
+        """What ops need besides x and the parameters; in training, counts the batch."""
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         momentum = self.momentum
         if momentum is None:
             momentum = 1 / max(int(self.num_batches_tracked), 1) if self.num_batches_tracked is not None else 0.0
-        return Activation(
-            *ops.batch_norm_relu(
-                x,
-                self.weight,
-                self.bias,
-                code=self.code,
-                running_mean=self.running_mean,
-                running_var=self.running_var,
-                training=self.training,
-                momentum=momentum,
-                eps=self.eps,
-                overwrite_x=overwrite_x,
-                forward_from_code=self.forward_from_code,
-                kernels=self.kernels,
-            )
-        )
+        return {
+            "code": self.code,
+            "running_mean": self.running_mean,
+            "running_var": self.running_var,
+            "training": self.training,
+            "momentum": momentum,
+            "eps": self.eps,
+            "overwrite_x": overwrite_x,
+            "forward_from_code": self.forward_from_code,
+            "kernels": self.kernels,
+        }
 
     def extra_repr(self) -> str:
         """The stock module's, and the code."""
@@ -103,15 +104,22 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]
         """Out [N, C_out, H_out, W_out]."""
-        return ops.conv2d(
-            activation.value,
-            activation.kept,
-            self.weight,
-            stride=cast(ops.Pair, self.stride),
-            padding=cast(ops.Pair, self.padding),
-            dilation=cast(ops.Pair, self.dilation),
-            groups=self.groups,
+        return ops.conv2d(activation.value, activation.kept, self.weight, **self._geometry())
+
+    def after(self, batch_norm_relu: BatchNormReLU, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
+        """Out of x through a batch norm and ReLU that nothing else reads.
+
+        In one (ops.batch_norm_relu_conv2d), unless either layer has hooks, which then see what they would see of two.
+        """
+        bn = batch_norm_relu
+        if _has_hooks(bn) or _has_hooks(self):
+            return cast(Tensor, self(bn(x, overwrite_x=overwrite_x)))
+        return ops.batch_norm_relu_conv2d(
+            x, bn.weight, bn.bias, self.weight, **self._geometry(), **bn._options(overwrite_x)
         )
+
+    def _geometry(self) -> dict[str, Any]:
+        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
 
 
 class StockBatchNormReLU(nn.BatchNorm2d):
@@ -128,3 +136,11 @@ class StockConv2d(nn.Conv2d):
     def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]
         """Out [N, C_out, H_out, W_out]."""
         return super().forward(activation.value)
+
+    def after(self, batch_norm_relu: StockBatchNormReLU, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
+        """Out of x through a batch norm and ReLU."""
+        return cast(Tensor, self(batch_norm_relu(x, overwrite_x=overwrite_x)))
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))

@@ -8,7 +8,7 @@ convolution's workspace) is not seen.
 Bytes kept have a formula. A unit whose activation is [M, C], with a K-bit code, keeps
 
     C ceil(M / (8 / K))   packed codes
-    4 C                   rstd
+    36 C                  nine per-channel vectors
 """
 
 import weakref
@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from blpa.codec import Code
+from blpa.kernels import Norm
 
 MIB = 2**20
 
@@ -104,10 +105,9 @@ def kept_bytes(rows: int, channels: int, code: Code | None, *, element_bytes: in
     Args:
         rows: M = N H W.
         channels: C.
-        code: the code, or None for one full-precision tensor (kept with its mean).
+        code: the code, or None for one full-precision tensor.
         element_bytes: bytes of an element of the activation.
     """
-    vector_bytes = max(4, element_bytes) * channels  # arithmetic is in float32 at least
-    if code is None:
-        return rows * channels * element_bytes + 2 * vector_bytes
-    return code.packed_rows(rows) * channels + vector_bytes
+    vector_bytes = len(Norm._fields) * max(4, element_bytes) * channels  # arithmetic is in float32 at least
+    value_bytes = rows * element_bytes if code is None else code.packed_rows(rows)
+    return value_bytes * channels + vector_bytes

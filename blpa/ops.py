@@ -12,26 +12,26 @@ Backward, from G, the gradient of out, and the codes of x_hat, which give x_hat~
     dgamma = sum dY x_hat~                                           approximate
     dX = gamma rstd (dY - mean(dY) - x_hat~ mean(dY x_hat~))         only the last term is approximate
 
-`batch_norm_relu` makes a and a `Kept`; every `conv2d` that reads a takes the Kept along, so all of them share its
-codes.
+`batch_norm_relu_conv2d` is all of it, for an a that one convolution reads. Where a has other readers, `batch_norm_relu`
+makes a and a `Kept`, and every `conv2d` that reads a takes the Kept along, so all of them share its codes.
 
 Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.
 """
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Required, TypedDict, Unpack, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from blpa.codec import Code
-from blpa.kept import Kept, KeptTensors, Layout, norm_of, rows
-from blpa.kernels import Kernels, compute_dtype
+from blpa.convolution import Convolution, Pair
+from blpa.kept import Kept, Layout, rows
+from blpa.kernels import Kernels, Norm, compute_dtype
 from blpa.kernels.reference import REFERENCE
-
-Pair = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -49,51 +49,66 @@ class _Statistics:
         """Whether they do not depend on x."""
         return not self.training and self.running_mean is not None and self.running_var is not None
 
-    def mean_and_rstd(self, x: Tensor, kernels: Kernels) -> tuple[Tensor, Tensor]:
-        """Mean and 1 / sqrt(var + eps) [C] for x [M, C]; in training the running averages move towards them."""
-        dtype = compute_dtype(x.dtype)
-        if not self.training and self.running_mean is not None and self.running_var is not None:
-            return self.running_mean.to(dtype), (self.running_var.to(dtype) + self.eps).rsqrt()
-        mean, var = kernels.channel_stats(x)
-        if self.training and self.running_mean is not None and self.running_var is not None:
-            unbiased = var * (x.shape[0] / (x.shape[0] - 1))
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
-        return mean, (var + self.eps).rsqrt()
+    def norm(self, x: Tensor, gamma: Tensor, beta: Tensor, code: Code | None, kernels: Kernels) -> Tensor:
+        """Norm [9, C] for x [M, C]; in training the running averages move towards its statistics."""
+        averages = self.running_mean, self.running_var
+        if averages[0] is None or averages[1] is None:
+            return kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code)
+        if not self.training:
+            mean, var = averages[0], averages[1].to(compute_dtype(x.dtype))
+            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
+        vectors = kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code)
+        mean, var, *_ = vectors.unbind(0)
+        averages[0].lerp_(mean.to(averages[0].dtype), self.momentum)
+        unbiased = var * (x.shape[0] / (x.shape[0] - 1))
+        averages[1].lerp_(unbiased.to(averages[1].dtype), self.momentum)
+        return vectors
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """The forward pass of one batch norm and ReLU."""
+
+    statistics: _Statistics
+    layout: Layout
+    overwrite: bool
+    """a takes the place of x."""
+    from_code: bool
+    """a is decoded from the codes."""
+
+    def __call__(self, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Kept]:
+        """Run it: a, and what is kept."""
+        code, kernels = self.layout.code, self.layout.kernels
+        x_rows = rows(x)
+        vectors = self.statistics.norm(x_rows, gamma, beta, code, kernels)
+        a = x if self.overwrite else torch.empty_like(x)
+        a_rows = x_rows if self.overwrite else rows(a)
+        codes = kernels.normalise_rectify_encode(x_rows, vectors, code=code, out=a_rows)
+        if self.from_code:
+            assert codes is not None
+            kernels.decode(codes, vectors, code=code, out=a_rows)
+        return a, Kept(x if codes is None else codes, vectors, self.layout)
+
+
+def _convolution_backward(
+    convolution: Convolution, kept: Kept, weight: Tensor, grad: Tensor, *, wants_da: bool, wants_dw: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients dA and dW, where wanted; a~ is gone before dA is made, since the two are of one size."""
+    dw = convolution.weight_grad(grad, kept.decode(grad.dtype), weight) if wants_dw else None
+    da = convolution.input_grad(grad, weight, kept.layout.shape).to(kept.layout.dtype) if wants_da else None
+    return da, dw
 
 
 class _BatchNormReLU(torch.autograd.Function):
     """x, gamma, beta -> a; appends the Kept to `keep`."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        gamma: Tensor,
-        beta: Tensor,
-        statistics: _Statistics,
-        layout: Layout,
-        overwrite: bool,
-        forward_from_code: bool,
-        keep: list[Kept],
-    ) -> Tensor:
-        code, kernels = layout.code, layout.kernels
-        x_rows = rows(x)
-        mean, rstd = statistics.mean_and_rstd(x_rows, kernels)
-        norm = norm_of(mean, rstd, gamma, beta, code)
-        a = x if overwrite else torch.empty_like(x)
-        a_rows = x_rows if overwrite else rows(a)
-        codes = kernels.normalise_rectify_encode(x_rows, norm, code=code, out=a_rows)
-        if forward_from_code:
-            assert codes is not None
-            kernels.decode(codes, norm, code=code, out=a_rows)
-        if overwrite:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, forward: _Forward, keep: list[Kept]) -> Tensor:
+        a, kept = forward(x, gamma, beta)
+        if forward.overwrite:
             ctx.mark_dirty(x)
-        kept = Kept(
-            KeptTensors(x if codes is None else codes, mean if codes is None else None, rstd, gamma, beta), layout
-        )
         kept.save(ctx)
-        ctx.constant_stats = statistics.are_constant
+        ctx.constant_stats = forward.statistics.are_constant
         keep.append(kept)
         return a
 
@@ -101,45 +116,52 @@ class _BatchNormReLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, _ = Kept.saved(ctx)
-        dx, dgamma, dbeta = kept.batch_norm_backward(grad, constant_stats=ctx.constant_stats)
-        return dx, dgamma, dbeta, *(None,) * 5
+        return *kept.batch_norm_backward(grad, constant_stats=ctx.constant_stats), None, None
 
 
 class _Conv2d(torch.autograd.Function):
     """a, weight -> out; saves what a was made from, not a."""
 
     @staticmethod
-    def forward(
-        ctx: Any, a: Tensor, weight: Tensor, kept: Kept, stride: Pair, padding: Pair, dilation: Pair, groups: int
-    ) -> Tensor:
+    def forward(ctx: Any, a: Tensor, weight: Tensor, kept: Kept, convolution: Convolution) -> Tensor:
         kept.save(ctx, weight)
-        ctx.geometry = stride, padding, dilation, groups
-        return F.conv2d(a, weight, None, stride, padding, dilation, groups)
+        ctx.convolution = convolution
+        return convolution(a, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, (weight,) = Kept.saved(ctx)
-        stride, padding, dilation, groups = ctx.geometry
-        grad_a = grad_weight = None
-        if ctx.needs_input_grad[1]:
-            a = kept.decode(grad.dtype)
-            which = (False, True, False)  # the gradients of input, weight and bias
-            grad_weight = torch.ops.aten.convolution_backward(
-                grad, a, weight.to(grad.dtype), None, stride, padding, dilation, False, (0, 0), groups, which
-            )[1].to(weight.dtype)
-            del a  # before dA is made: the two are of one size, and need not be alive together
-        if ctx.needs_input_grad[0]:
-            # The input gradient of a convolution is the transposed convolution; the sizes that the stride rounded away
-            # come back as output padding.
-            size, kernel = kept.layout.shape[2:], weight.shape[2:]
-            lost = [
-                size[i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1)
-                for i in range(2)
-            ]
-            grad_a = F.conv_transpose2d(grad, weight.to(grad.dtype), None, stride, padding, lost, groups, dilation)
-            grad_a = grad_a.to(kept.layout.dtype)
-        return grad_a, grad_weight, *(None,) * 5
+        wants_da, wants_dw = ctx.needs_input_grad[:2]
+        gradients = _convolution_backward(ctx.convolution, kept, weight, grad, wants_da=wants_da, wants_dw=wants_dw)
+        return *gradients, None, None
+
+
+class _BatchNormReLUConv2d(torch.autograd.Function):
+    """x, gamma, beta, weight -> out; the two above in one, whose dA is nobody else's, so that dX takes its place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, forward: _Forward, convolution: Convolution
+    ) -> Tensor:
+        a, kept = forward(x, gamma, beta)
+        if forward.overwrite:
+            increment_version(x)  # mark_dirty is for what is returned; whoever saved x still has to notice
+        kept.save(ctx, weight)
+        ctx.constant_stats = forward.statistics.are_constant
+        ctx.convolution = convolution
+        return convolution(a, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        kept, (weight,) = Kept.saved(ctx)
+        *wants_da, wants_dw = ctx.needs_input_grad[:4]
+        da, dw = _convolution_backward(ctx.convolution, kept, weight, grad, wants_da=any(wants_da), wants_dw=wants_dw)
+        dx = dgamma = dbeta = None
+        if da is not None:
+            dx, dgamma, dbeta = kept.batch_norm_backward(da, constant_stats=ctx.constant_stats, overwrite_grad=True)
+        return dx, dgamma, dbeta, dw, None, None
 
 
 class _AveragePool(torch.autograd.Function):
@@ -171,20 +193,33 @@ def average_pool(x: Tensor, stride: int) -> Tensor:
     return cast(Tensor, _AveragePool.apply(x, stride))
 
 
+class BatchNormOptions(TypedDict, total=False):
+    """Keyword arguments of every batch norm and ReLU here; `code` has no default."""
+
+    code: Required[Code | None]
+    """The code to keep; None keeps x itself, at full precision."""
+    running_mean: Tensor | None
+    """Running average [C], updated in training, used in evaluation; None, the default, uses the statistics of x."""
+    running_var: Tensor | None
+    """The same for the unbiased variance."""
+    training: bool
+    """Normalise by the statistics of x, which is the default, or else by the running averages."""
+    momentum: float
+    """Weight of the new value in the running averages, 0.1 by default."""
+    eps: float
+    """Added to the variance, 1e-3 by default."""
+    overwrite_x: bool
+    """x is not read again, so a may take its place (it does not where x is what is kept, or is copied); default False.
+    """
+    forward_from_code: bool
+    """a is decoded from the codes in the forward pass too, and gradients pass as if it were not: the paper's naive
+    baseline; default False."""
+    kernels: Kernels
+    """The back end, plain PyTorch by default."""
+
+
 def batch_norm_relu(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    *,
-    code: Code | None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-3,
-    overwrite_x: bool = False,
-    forward_from_code: bool = False,
-    kernels: Kernels = REFERENCE,
+    x: Tensor, gamma: Tensor, beta: Tensor, **options: Unpack[BatchNormOptions]
 ) -> tuple[Tensor, Kept | None]:
     """Normalise, scale and rectify x, and keep a code of it for the backward pass.
 
@@ -194,16 +229,7 @@ def batch_norm_relu(
         x: float [N, C, H, W]; channels-last, else it is copied into that.
         gamma: scale [C], of either sign or zero.
         beta: shift [C].
-        code: the code to keep; None keeps x itself, at full precision.
-        running_mean: running average [C], updated in training, used in evaluation; None uses the statistics of x there.
-        running_var: the same for the unbiased variance.
-        training: normalise by the statistics of x, else by the running averages.
-        momentum: weight of the new value in the running averages.
-        eps: added to the variance.
-        overwrite_x: x is not read again, so a may take its place (it does not where x is what is kept, or is copied).
-        forward_from_code: a is decoded from the codes in the forward pass too, and gradients pass as if it were not:
-            the paper's naive baseline.
-        kernels: the back end.
+        options: see BatchNormOptions.
 
     Returns:
         a [N, C, H, W], channels-last, and what the convolutions that read a need; None in place of that where no
@@ -211,36 +237,14 @@ def batch_norm_relu(
 
     Raises:
         ValueError: x is not floating point [N, C, H, W], gamma or beta is not [C], training has one value per channel
-            only, or forward_from_code has no code.
+            only, forward_from_code has no code, or overwrite_x would overwrite a leaf.
 
     Source: Chakrabarti and Moseley, section 3; eps as theirs.
     """
-    if not x.is_floating_point() or x.dim() != 4 or not x.numel():
-        raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
-    for name, vector in (("gamma", gamma), ("beta", beta)):
-        if vector.shape != x.shape[1:2]:
-            raise ValueError(f"{name} is {list(vector.shape)}: must be [{x.shape[1]}], one value for each channel of x")
-    if training and x.numel() <= x.shape[1]:
-        raise ValueError(f"x is {list(x.shape)}: training needs more than one value per channel")
-    if forward_from_code and code is None:
-        raise ValueError("forward_from_code needs a code, and code is None")
-
-    recording = torch.is_grad_enabled() and (x.requires_grad or gamma.requires_grad or beta.requires_grad)
-    channels_last = x.contiguous(memory_format=torch.channels_last)
-    may_overwrite = overwrite_x or channels_last is not x
-    code = code if recording or forward_from_code else None
-    keeps_x = recording and code is None
+    recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gamma, beta))
+    x, forward = _prepare(x, gamma, beta, recording=recording, **options)
     keep: list[Kept] = []
-    a = _BatchNormReLU.apply(
-        channels_last,
-        gamma,
-        beta,
-        _Statistics(running_mean, running_var, training, momentum, eps),
-        Layout(x.shape, x.dtype, code, kernels),
-        may_overwrite and not keeps_x,
-        forward_from_code,
-        keep,
-    )
+    a = _BatchNormReLU.apply(x, gamma, beta, forward, keep)
     if not recording:
         return a, None
     keep[0].made_a_version = a._version
@@ -278,9 +282,9 @@ def conv2d(
 
     Source: Chakrabarti and Moseley, section 3.
     """
-    stride, padding, dilation = ((v, v) if isinstance(v, int) else v for v in (stride, padding, dilation))
+    convolution = Convolution(stride, padding, dilation, groups)
     if kept is None:
-        return F.conv2d(a, weight, None, stride, padding, dilation, groups)
+        return convolution(a, weight)
     if a.shape != kept.layout.shape:
         made_for = list(kept.layout.shape)
         raise ValueError(
@@ -288,4 +292,85 @@ def conv2d(
         )
     if a._version != kept.made_a_version:
         raise ValueError("a was changed in place since batch_norm_relu returned it: kept no longer tells what it was")
-    return cast(Tensor, _Conv2d.apply(a, weight, kept, stride, padding, dilation, groups))
+    return cast(Tensor, _Conv2d.apply(a, weight, kept, convolution))
+
+
+def batch_norm_relu_conv2d(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    *,
+    stride: int | Pair = 1,
+    padding: int | Pair = 0,
+    dilation: int | Pair = 1,
+    groups: int = 1,
+    **options: Unpack[BatchNormOptions],
+) -> Tensor:
+    """Batch norm, ReLU and the only convolution that reads them, in one.
+
+    The same bits as conv2d of batch_norm_relu, for one function call instead of two; and the input gradient takes the
+    place of the gradient between them.
+
+    Args:
+        x: as batch_norm_relu; so are gamma, beta and options.
+        gamma: scale [C].
+        beta: shift [C].
+        weight: as conv2d; so are stride, padding, dilation and groups.
+        stride: distance between the places where the convolution is taken.
+        padding: zeros added on each side.
+        dilation: distance between the weights.
+        groups: groups of channels that do not mix.
+        options: see BatchNormOptions.
+
+    Returns:
+        out [N, C_out, H_out, W_out].
+
+    Raises:
+        ValueError: as batch_norm_relu.
+
+    Source: Chakrabarti and Moseley, section 3.
+    """
+    recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gamma, beta, weight))
+    x, forward = _prepare(x, gamma, beta, recording=recording, **options)
+    convolution = Convolution(stride, padding, dilation, groups)
+    return cast(Tensor, _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward, convolution))
+
+
+def _prepare(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    *,
+    recording: bool,
+    code: Code | None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-3,
+    overwrite_x: bool = False,
+    forward_from_code: bool = False,
+    kernels: Kernels = REFERENCE,
+) -> tuple[Tensor, _Forward]:
+    """Check the arguments of a batch norm and ReLU: x, channels-last, and its forward pass."""
+    if not x.is_floating_point() or x.dim() != 4 or not x.numel():
+        raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
+    for name, vector in (("gamma", gamma), ("beta", beta)):
+        if vector.shape != x.shape[1:2]:
+            raise ValueError(f"{name} is {list(vector.shape)}: must be [{x.shape[1]}], one value for each channel of x")
+    if training and x.numel() <= x.shape[1]:
+        raise ValueError(f"x is {list(x.shape)}: training needs more than one value per channel")
+    if forward_from_code and code is None:
+        raise ValueError("forward_from_code needs a code, and code is None")
+
+    channels_last = x.contiguous(memory_format=torch.channels_last)
+    code = code if recording or forward_from_code else None
+    keeps_x = recording and code is None
+    overwrite = (overwrite_x or channels_last is not x) and not keeps_x
+    if overwrite and recording and channels_last.is_leaf and channels_last.requires_grad:
+        raise ValueError("overwrite_x = True, but x is a leaf that requires grad: its gradient is of the value it has")
+    statistics = _Statistics(running_mean, running_var, training, momentum, eps)
+    return channels_last, _Forward(
+        statistics, Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), code, kernels), overwrite, forward_from_code
+    )

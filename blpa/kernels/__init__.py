@@ -1,13 +1,13 @@
-"""The five functions that see every element of an activation, and their back ends.
+"""The four functions that see every element of an activation, and their back ends.
 
 An activation [N, C, H, W] in channels-last memory is the matrix x [M, C], M = N H W. With the per-channel vectors of
 `Norm` and the code of codec.py:
 
-    channel_stats             mean, var over M
+    channel_stats             mean, var over M, and the Norm that follows from them
     normalise_rectify_encode  x_hat = (x - mean) rstd, y = gamma x_hat + beta;  a = max(y, 0), and the code of x_hat
     decode                    a~ = max(gamma x_hat~ + beta, 0) where relu_mask, else 0
-    grad_sums                 dY = dA relu_mask;  dbeta = sum dY, dgamma = sum dY x_hat~
-    input_grad                dX = gamma rstd (dY - dbeta / M - x_hat~ dgamma / M)
+    backward                  dY = dA relu_mask;  dbeta = sum dY, dgamma = sum dY x_hat~
+                              dX = gamma rstd (dY - dbeta / M - x_hat~ dgamma / M)
 
 `code=None` stands for keeping x itself: x_hat~ is x_hat, and every function is exact.
 
@@ -25,44 +25,66 @@ from blpa.codec import Code, Grid
 
 
 class Norm(NamedTuple):
-    """Per-channel vectors of one batch normalisation, [C] each, in the compute dtype."""
+    """Per-channel vectors of one batch normalisation, [C] each.
 
-    mean: Tensor | None
-    """Mean of x; None where the codes make it unnecessary."""
+    They travel as one tensor, torch.stack(norm) [9, C] in the compute dtype, which is also what is kept for the
+    backward pass: a call with one small tensor costs less than one with nine, and next to the codes of an activation
+    they weigh nothing.
+    """
+
+    mean: Tensor
+    """Mean of x."""
+    var: Tensor
+    """Biased variance of x."""
     rstd: Tensor
     """1 / sqrt(var + eps)."""
     gamma: Tensor
     """Scale, of either sign or zero."""
     beta: Tensor
     """Shift."""
-    grid: Grid | None
-    """Where the code's bins lie, from gamma and beta; None without a code."""
+    bins_per_unit: Tensor
+    """This and the next three: where the code's bins lie (codec.Grid); 0 without a code."""
+    bin_width: Tensor
+    frac: Tensor
+    zero: Tensor
+
+    @staticmethod
+    def of(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None) -> "Norm":
+        """All of it, in the dtype of var, from what it follows from."""
+        gamma, beta = gamma.to(var.dtype), beta.to(var.dtype)
+        grid = code.grid(gamma, beta) if code else Grid(*(torch.zeros_like(gamma),) * len(Grid._fields))
+        return Norm(mean.to(var.dtype), var, (var + eps).rsqrt(), gamma, beta, *grid)
+
+    @property
+    def grid(self) -> Grid:
+        """Where the code's bins lie."""
+        return Grid(self.bins_per_unit, self.bin_width, self.frac, self.zero)
 
 
 class Kernels(Protocol):
     """The contract of a back end.
 
-    x, a, grad and out are contiguous [M, C]; out is written whole and may be the input.
+    x, a, grad and out are contiguous [M, C], `vectors` is a Norm [9, C]; out is written whole and may be the input.
     """
 
     name: str
 
-    def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and biased variance [C] of each column."""
+    def channel_stats(self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None) -> Tensor:
+        """Norm [9, C] of the mean and biased variance of each column."""
 
-    def normalise_rectify_encode(self, x: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> Tensor | None:
+    def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
         """Write a to `out`, which may be x; return the codes, uint8 [code.packed_rows(M), C], if there is a code."""
 
-    def decode(self, kept: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> None:
+    def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
         """Write a~ to `out`. `kept` is the packed codes, or x where code is None."""
 
-    def grad_sums(self, grad: Tensor, kept: Tensor, norm: Norm, *, code: Code | None) -> tuple[Tensor, Tensor]:
-        """Return dbeta and dgamma [C] for grad = dA."""
+    def backward(
+        self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None, constant_stats: bool, out: Tensor
+    ) -> Tensor:
+        """Write dX to `out`, which may be grad = dA, and return dbeta and dgamma [2, C].
 
-    def input_grad(
-        self, grad: Tensor, kept: Tensor, norm: Norm, dbeta: Tensor, dgamma: Tensor, *, code: Code | None, out: Tensor
-    ) -> None:
-        """Write dX to `out`, which may be grad; dbeta = dgamma = 0 gives dX for constant mean and rstd."""
+        Constant statistics do not depend on x, so that dX = gamma rstd dY.
+        """
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

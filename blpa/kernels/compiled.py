@@ -1,4 +1,4 @@
-"""The reference's five bodies through torch.compile: C++ on a CPU, Triton on a GPU. Back end `inductor`.
+"""The reference's four bodies through torch.compile: C++ on a CPU, Triton on a GPU. Back end `inductor`.
 
 Shapes are dynamic, so a body is compiled once for each code and dtype, whatever the layer (and again where the rows do
 not divide evenly into blocks and strips, or there are fewer than 64). A compiled body is one loop
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from blpa.codec import Code
 from blpa.kernels.reference import Body, RowBlockKernels
 
 
@@ -24,7 +25,7 @@ def _compile(body: Body, variant: tuple[Any, ...], *constants: Any) -> Body:
         with_constants(*args)
 
     # It also gives up after a few variants of one code object: hence an object for each code and each variant.
-    name = "_".join([body.__name__, *(f"{code.bits}bit" for code in constants if code)])
+    name = "_".join([body.__name__, *(f"{c.bits}bit" for c in constants if isinstance(c, Code))])
     call.__code__ = call.__code__.replace(co_name=name)
     return torch.compile(call, dynamic=True, fullgraph=True)
 

@@ -1,10 +1,11 @@
-"""The five functions in plain PyTorch: the specification that every other back end is held to.
+"""The four functions in plain PyTorch: the specification that every other back end is held to.
 
 Each is a body that only writes to tensors it is given, and a method that allocates them. The bodies see an activation
 as the row blocks whose codes share bytes (Code.row_blocks), so that compiled code reads and writes each element once,
 in one loop, in place where out is the input.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,39 +37,41 @@ def column_sum(x: Tensor) -> Tensor:
     return torch.stack([strip.sum(1).sum(0) for strip in strips(x)]).sum(0)
 
 
-def channel_stats(x: Sequence[Tensor], mean: Tensor, var: Tensor) -> None:
-    """Column means and biased variances of x, one block [M, C], in one reading of it.
+def channel_stats(
+    x: Sequence[Tensor], vectors: Tensor, gamma: Tensor, beta: Tensor, eps: float, code: Code | None
+) -> None:
+    """Norm of the columns of x, one block [M, C], in one reading of it.
 
     A strip's mean and sum of squares are taken about its first row, a value of the same size as the others, so nothing
     cancels; strips combine by the parallel axis theorem (Chan, Golub and LeVeque 1983).
     """
     parts = []
     (block,) = x
-    for strip in strips(block.to(mean.dtype)):
+    for strip in strips(block.to(vectors.dtype)):
         rows, first = strip.shape[1], strip[:, :1]
         centred = strip - first
         offset = centred.sum(1) / rows
         squares = (centred * centred).sum(1) - rows * offset * offset
         parts.append((rows, offset + first[:, 0], squares.clamp_min(0)))
-    pivot = block[0].to(
-        mean.dtype
-    )  # the sum is of what means differ by, so that its rounding does not scale with the mean
+    # The sum is of what means differ by, so that its rounding does not scale with the mean.
+    pivot = block[0].to(vectors.dtype)
     off_pivot = [rows * (means - pivot).sum(0) for rows, means, _ in parts]
-    mean.copy_(pivot + torch.stack(off_pivot).sum(0) / block.shape[0])
+    mean = pivot + torch.stack(off_pivot).sum(0) / block.shape[0]
     about_mean = [(squares + rows * (means - mean).square()).sum(0) for rows, means, squares in parts]
-    var.copy_(torch.stack(about_mean).sum(0) / block.shape[0])
+    var = torch.stack(about_mean).sum(0) / block.shape[0]
+    vectors.copy_(torch.stack(Norm.of(mean, var, gamma, beta, eps=eps, code=code)))
 
 
 def normalise_rectify_encode(
-    x: Sequence[Tensor], out: Sequence[Tensor], codes: Tensor | None, norm: Norm, code: Code | None
+    x: Sequence[Tensor], out: Sequence[Tensor], codes: Tensor | None, vectors: Tensor, code: Code | None
 ) -> None:
     """Activation a and the packed codes of the blocks x."""
+    norm = Norm(*vectors.unbind(0))
     block_codes = []
     for x_block, out_block in zip(x, out, strict=True):
-        assert norm.mean is not None
-        x_hat = (x_block.to(norm.rstd.dtype) - norm.mean) * norm.rstd
+        x_hat = (x_block.to(vectors.dtype) - norm.mean) * norm.rstd
         y = norm.gamma * x_hat + norm.beta
-        if code is not None and norm.grid is not None:
+        if code is not None:
             block_codes.append(code.encode(x_hat, y, norm.grid))
         out_block.copy_(y.clamp_min(0))
     if code is not None and codes is not None:
@@ -77,50 +80,45 @@ def normalise_rectify_encode(
 
 def recover(kept: Tensor, block: int, rows: int, norm: Norm, code: Code | None) -> tuple[Tensor, Tensor]:
     """x_hat~ and relu_mask [rows, C] of one block."""
-    if code is not None and norm.grid is not None:
+    if code is not None:
         return code.decode(code.unpack(kept, block, rows), norm.grid)
-    assert norm.mean is not None
     x_hat = (kept.to(norm.rstd.dtype) - norm.mean) * norm.rstd
     return x_hat, norm.gamma * x_hat + norm.beta > 0
 
 
-def decode(out: Sequence[Tensor], kept: Tensor, norm: Norm, code: Code | None) -> None:
+def decode(out: Sequence[Tensor], kept: Tensor, vectors: Tensor, code: Code | None) -> None:
     """a~ of the blocks out."""
+    norm = Norm(*vectors.unbind(0))
     for k, out_block in enumerate(out):
         x_hat, relu_mask = recover(kept, k, out_block.shape[0], norm, code)
         out_block.copy_(torch.where(relu_mask, norm.gamma * x_hat + norm.beta, 0).clamp_min(0))
 
 
-def grad_sums(
-    grad: Sequence[Tensor], kept: Tensor, dbeta: Tensor, dgamma: Tensor, norm: Norm, code: Code | None
-) -> None:
-    """Sums dbeta and dgamma over the blocks grad."""
-    sums = []
-    for k, grad_block in enumerate(grad):
-        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
-        if not grad_block.shape[0]:
-            continue
-        dy = torch.where(relu_mask, grad_block.to(dbeta.dtype), 0)
-        sums.append((column_sum(dy), column_sum(dy * x_hat)))
-    dbeta.copy_(torch.stack([s for s, _ in sums]).sum(0))
-    dgamma.copy_(torch.stack([s for _, s in sums]).sum(0))
-
-
-def input_grad(
+def backward(
     grad: Sequence[Tensor],
     out: Sequence[Tensor],
     kept: Tensor,
-    scale: Tensor,
-    mean_dy: Tensor,
-    mean_dy_x_hat: Tensor,
-    norm: Norm,
+    sums: Tensor,
+    vectors: Tensor,
     code: Code | None,
+    constant_stats: bool,
 ) -> None:
-    """Input gradient scale (dY - mean(dY) - x_hat~ mean(dY x_hat~)) of the blocks, scale = gamma rstd."""
+    """Sums dbeta and dgamma over the blocks grad, and the input gradient of each."""
+    norm = Norm(*vectors.unbind(0))
+    parts = []
+    for k, grad_block in enumerate(grad):
+        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
+        dy = torch.where(relu_mask, grad_block.to(sums.dtype), 0)
+        parts.append(torch.stack([column_sum(dy), column_sum(dy * x_hat)]))
+    total = torch.stack(parts).sum(0)
+    sums.copy_(total)
+    # A product for each element costs nothing, a quotient would.
+    mean_dy, mean_dy_x_hat = total * (1 / sum(block.shape[0] for block in grad))
+    scale = norm.gamma * norm.rstd
     for k, (grad_block, out_block) in enumerate(zip(grad, out, strict=True)):
         x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
-        dy = torch.where(relu_mask, grad_block.to(scale.dtype), 0)
-        out_block.copy_(scale * (dy - mean_dy - x_hat * mean_dy_x_hat))
+        dy = torch.where(relu_mask, grad_block.to(sums.dtype), 0)
+        out_block.copy_(scale * dy if constant_stats else scale * (dy - mean_dy - x_hat * mean_dy_x_hat))
 
 
 class RowBlockKernels:
@@ -138,62 +136,52 @@ class RowBlockKernels:
         self.name = name
         self._fuse = fuse
 
-    def _run(self, body: Body, blocks: list[Tensor], *args: Any, constants: tuple[Code | None, ...] = ()) -> None:
+    def _run(self, body: Body, blocks: list[Tensor], *args: Any, constants: tuple[Any, ...] = ()) -> None:
         if self._fuse is None:
             body(blocks, *args, *constants)
         elif not blocks[0].is_meta:  # there only what is allocated counts, and a fused body allocates nothing
-            in_place = any(argument is blocks for argument in args)
-            self._fuse(body, (in_place, *_variant(blocks)), *constants)(blocks, *args)
+            rows = tuple(block.shape[0] for block in blocks)
+            variant = _variant(rows, blocks[0].shape[1], blocks[0].dtype, bool(args) and args[0] is blocks)
+            self._fuse(body, variant, *constants)(blocks, *args)
 
-    def channel_stats(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def channel_stats(self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None) -> Tensor:
         """See Kernels."""
-        mean, var = _channel_vectors(x)
-        self._run(channel_stats, [x], mean, var)
-        return mean, var
+        vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=compute_dtype(x.dtype))
+        self._run(channel_stats, [x], vectors, gamma, beta, constants=(eps, code))
+        return vectors
 
-    def normalise_rectify_encode(self, x: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> Tensor | None:
+    def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
         """See Kernels."""
         codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
         x_blocks = _row_blocks(x, code)
         out_blocks = x_blocks if out is x else _row_blocks(out, code)
-        self._run(normalise_rectify_encode, x_blocks, out_blocks, codes, norm, constants=(code,))
+        self._run(normalise_rectify_encode, x_blocks, out_blocks, codes, vectors, constants=(code,))
         return codes
 
-    def decode(self, kept: Tensor, norm: Norm, *, code: Code | None, out: Tensor) -> None:
+    def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
         """See Kernels."""
-        self._run(decode, _row_blocks(out, code), kept, norm, constants=(code,))
+        self._run(decode, _row_blocks(out, code), kept, vectors, constants=(code,))
 
-    def grad_sums(self, grad: Tensor, kept: Tensor, norm: Norm, *, code: Code | None) -> tuple[Tensor, Tensor]:
+    def backward(
+        self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None, constant_stats: bool, out: Tensor
+    ) -> Tensor:
         """See Kernels."""
-        dbeta, dgamma = _channel_vectors(grad)
-        self._run(grad_sums, _row_blocks(grad, code), kept, dbeta, dgamma, norm, constants=(code,))
-        return dbeta, dgamma
-
-    def input_grad(
-        self, grad: Tensor, kept: Tensor, norm: Norm, dbeta: Tensor, dgamma: Tensor, *, code: Code | None, out: Tensor
-    ) -> None:
-        """See Kernels."""
+        sums = vectors.new_empty(2, grad.shape[1])
         grad_blocks = _row_blocks(grad, code)
         out_blocks = grad_blocks if out is grad else _row_blocks(out, code)
-        scale, rows = norm.gamma * norm.rstd, grad.shape[0]
-        args = (out_blocks, kept, scale, dbeta / rows, dgamma / rows, norm)
-        self._run(input_grad, grad_blocks, *args, constants=(code,))
+        self._run(backward, grad_blocks, out_blocks, kept, sums, vectors, constants=(code, constant_stats))
+        return sums
 
 
-def _variant(blocks: list[Tensor]) -> tuple[Any, ...]:
-    """Dtype, whether there is one channel, and how each block's rows divide into strips."""
-    rows = [block.shape[0] for block in blocks]
+@functools.cache
+def _variant(rows: tuple[int, ...], channels: int, dtype: torch.dtype, in_place: bool) -> tuple[Any, ...]:
+    """What about the arguments changes the computation: above all how each block's rows divide into strips."""
     divisions = [(n == rows[0], n % STRIP_ROWS == 0, n <= STRIP_ROWS, min(n, 2)) for n in rows]
-    return blocks[0].dtype, blocks[0].shape[1] == 1, *divisions
+    return dtype, channels == 1, in_place, *divisions
 
 
 def _row_blocks(x: Tensor, code: Code | None) -> list[Tensor]:
     return [x] if code is None else code.row_blocks(x)
-
-
-def _channel_vectors(x: Tensor) -> tuple[Tensor, Tensor]:
-    dtype = compute_dtype(x.dtype)
-    return x.new_empty(x.shape[1], dtype=dtype), x.new_empty(x.shape[1], dtype=dtype)
 
 
 REFERENCE = RowBlockKernels("torch")

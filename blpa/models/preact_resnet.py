@@ -57,13 +57,13 @@ class Bottleneck(nn.Module):
         if self.shortcut_from_activation:
             activation = self.bn1(x, overwrite_x=True)
             shortcut = self.shortcut(activation.value)
+            out = self.conv1(activation)
+            del activation
         else:
-            activation = self.bn1(x)
             shortcut = self.shortcut(x)
-        out = self.conv1(activation)
-        del activation
-        out = self.conv2(self.bn2(out, overwrite_x=True))
-        out = self.conv3(self.bn3(out, overwrite_x=True))
+            out = self.conv1.after(self.bn1, x)
+        out = self.conv2.after(self.bn2, out, overwrite_x=True)
+        out = self.conv3.after(self.bn3, out, overwrite_x=True)
         return cast(Tensor, out.add_(shortcut))  # no layer keeps what it put out, so the sum takes its place
 
     def shortcut(self, x: Tensor) -> Tensor:
