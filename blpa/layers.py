@@ -106,17 +106,16 @@ class Conv2d(nn.Conv2d):
         """Out [N, C_out, H_out, W_out]."""
         return ops.conv2d(activation.value, activation.kept, self.weight, **self._geometry())
 
-    def after(self, batch_norm_relu: BatchNormReLU, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
-        """Out of x through a batch norm and ReLU that nothing else reads.
+    def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
+        """Out of x through a BatchNormReLU that nothing else reads, in one (ops.batch_norm_relu_conv2d).
 
-        In one (ops.batch_norm_relu_conv2d), unless either layer has hooks, which then see what they would see of two.
+        Where either layer has hooks, they are called one after the other, so that hooks see what they always see.
         """
         bn = batch_norm_relu
-        if _has_hooks(bn) or _has_hooks(self):
+        if not isinstance(bn, BatchNormReLU) or _has_hooks(bn) or _has_hooks(self):
             return cast(Tensor, self(bn(x, overwrite_x=overwrite_x)))
-        return ops.batch_norm_relu_conv2d(
-            x, bn.weight, bn.bias, self.weight, **self._geometry(), **bn._options(overwrite_x)
-        )
+        options = bn._options(overwrite_x)
+        return ops.batch_norm_relu_conv2d(x, bn.weight, bn.bias, self.weight, **self._geometry(), **options)
 
     def _geometry(self) -> dict[str, Any]:
         return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
@@ -137,7 +136,7 @@ class StockConv2d(nn.Conv2d):
         """Out [N, C_out, H_out, W_out]."""
         return super().forward(activation.value)
 
-    def after(self, batch_norm_relu: StockBatchNormReLU, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
+    def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
         """Out of x through a batch norm and ReLU."""
         return cast(Tensor, self(batch_norm_relu(x, overwrite_x=overwrite_x)))
 

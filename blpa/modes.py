@@ -13,8 +13,6 @@ The names and their values are the files of conf/mode.
 
 from dataclasses import dataclass
 
-from torch import nn
-
 from blpa.codec import Code
 from blpa.config import ModeConfig
 from blpa.kernels import Kernels
@@ -44,7 +42,7 @@ class Mode:
     segments: int | None = None
     kernels: Kernels = REFERENCE
 
-    def batch_norm_relu(self, channels: int) -> nn.Module:
+    def batch_norm_relu(self, channels: int) -> BatchNormReLU | StockBatchNormReLU:
         """A unit's batch norm and ReLU: x -> Activation."""
         if self.layers != "coded":
             return StockBatchNormReLU(channels, eps=EPS)
@@ -52,7 +50,7 @@ class Mode:
             channels, eps=EPS, code=self.code, forward_from_code=self.forward_from_code, kernels=self.kernels
         )
 
-    def last_batch_norm_relu(self, channels: int) -> nn.Module:
+    def last_batch_norm_relu(self, channels: int) -> BatchNormReLU | StockBatchNormReLU:
         """The network's last one, read by no convolution: x -> Activation.
 
         Its backward pass is the first to run, so a code would be made only to be decoded at once: it keeps its input.
@@ -64,7 +62,7 @@ class Mode:
             channels, eps=EPS, code=code, forward_from_code=self.forward_from_code, kernels=self.kernels
         )
 
-    def conv2d(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> nn.Module:
+    def conv2d(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d | StockConv2d:
         """A unit's convolution, padded by half its kernel: Activation -> out."""
         layer = Conv2d if self.layers == "coded" else StockConv2d
         return layer(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)

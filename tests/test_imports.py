@@ -19,7 +19,7 @@ LAYERS = (
     ("modes",),
     ("layers",),
     ("ops",),
-    ("kept",),
+    ("kept", "convolution"),
     ("kernels",),
     ("codec",),
 )

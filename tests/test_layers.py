@@ -73,8 +73,8 @@ def test_stock_layers_keep_nothing_of_ours() -> None:
 def test_coded_layers_keep_codes_and_one_copy_keeps_x() -> None:
     x = images().contiguous(memory_format=torch.channels_last).requires_grad_()
     coded, one_copy = (BATCH_NORMS[kind](4).double()(x).kept for kind in ("coded", "one copy"))
-    assert coded.tensors.values.dtype == torch.uint8
-    assert one_copy.tensors.values.data_ptr() == x.data_ptr()
+    assert coded.values.dtype == torch.uint8
+    assert one_copy.values.data_ptr() == x.data_ptr()
 
 
 def test_activation_takes_the_place_of_x_only_where_told() -> None:
@@ -84,6 +84,42 @@ def test_activation_takes_the_place_of_x_only_where_told() -> None:
     assert unit(x).value.data_ptr() != x.data_ptr()
     assert torch.equal(x, before)
     assert unit(x, overwrite_x=True).value.data_ptr() == x.data_ptr()
+
+
+@pytest.mark.parametrize("layers", ["coded", "one copy", "stock"])
+def test_convolution_after_a_batch_norm_is_one_after_the_other(layers: str) -> None:
+    bn = BATCH_NORMS[layers](4).double()
+    conv = (StockConv2d if layers == "stock" else Conv2d)(4, 2, 3, bias=False, stride=2, padding=1).double()
+    results = []
+    for together in (True, False):
+        bn.reset_running_stats()
+        x = images().requires_grad_()
+        out = conv.after(bn, x) if together else conv(bn(x))
+        gradients = torch.autograd.grad(out.square().sum(), [x, bn.weight, bn.bias, conv.weight])
+        results.append([out, bn.running_mean, bn.running_var, bn.num_batches_tracked, *gradients])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize(
+    ("kind", "on_conv"),
+    [
+        ("register_forward_hook", False),
+        ("register_forward_hook", True),
+        ("register_forward_pre_hook", False),
+        ("register_forward_pre_hook", True),
+        ("register_full_backward_hook", False),  # on a convolution it would not see the tensors inside an Activation
+    ],
+)
+def test_hooks_on_the_layers_are_called(kind: str, on_conv: bool) -> None:
+    bn, conv = BatchNormReLU(4, code=Code(4)).double(), Conv2d(4, 2, 3, bias=False).double()
+    x = images().requires_grad_()
+    expected = conv.after(bn, x)
+    calls: list[nn.Module] = []
+    getattr(conv if on_conv else bn, kind)(lambda module, *others: calls.append(module))
+    out = conv.after(bn, x)
+    out.sum().backward()
+    assert torch.equal(out, expected)
+    assert calls == [conv if on_conv else bn]
 
 
 def test_text_of_a_layer_names_its_code_and_back_end() -> None:

@@ -71,11 +71,11 @@ def test_storages_that_follow_each_other_at_one_address_are_all_counted() -> Non
 
 @pytest.mark.parametrize(
     ("code", "nbytes"),
-    [(Code(8), 7 * 3 + 12), (Code(4), 4 * 3 + 12), (Code(2), 2 * 3 + 12), (None, 4 * 7 * 3 + 24)],
+    [(Code(8), 7 * 3 + 108), (Code(4), 4 * 3 + 108), (Code(2), 2 * 3 + 108), (None, 4 * 7 * 3 + 108)],
     ids=str,
 )
 def test_formula_of_bytes_kept(code: Code | None, nbytes: int) -> None:
-    """Seven rows of three channels: 7, 4 and 2 rows of bytes, and rstd; without a code x, and the mean as well."""
+    """Seven rows of three channels: 7, 4 and 2 rows of bytes, or x, and nine vectors of three float32."""
     assert kept_bytes(7, 3, code) == nbytes
 
 
@@ -102,7 +102,7 @@ def test_networks_keep_what_the_formula_says_to_the_byte(name: str, batch: int, 
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
 def test_little_else_is_alive_after_the_forward_pass(name: str, mode: GetMode) -> None:
-    """The last unit's x, mean and rstd; its activation's mean; the logits' log-softmax, the loss and its divisor."""
+    """The last unit's x and vectors; its activation's mean; the logits' log-softmax, the loss and its divisor."""
     batch = 4
     codes = sum(kept_bytes(*unit, mode(name).code) for unit in units(20, batch))
     head = kept_bytes(64 * batch, 256, None) + 4 * batch * (256 + 10) + 4 + 4

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blpa.codec import Code
-from blpa.ops import average_pool, batch_norm_relu, conv2d
+from blpa.ops import average_pool, batch_norm_relu, batch_norm_relu_conv2d, conv2d
 
 CODES = [Code(8), Code(4), Code(2), None]
 EPS = 1e-3
@@ -72,6 +72,23 @@ def ours(i: Inputs, read: Read, w: list[Tensor], code: Code | None, **options: A
     return read(lambda a, weight, **geometry: conv2d(a, kept, weight, **geometry), a, x, w)
 
 
+Unit = Callable[..., Tensor]
+"""(inputs, weight, code, **options) -> out: batch norm, ReLU and one convolution of it, padded by 1."""
+
+
+def in_two(i: Inputs, weight: Tensor, code: Code | None, **options: Any) -> Tensor:
+    return ours(i, by_one_conv, [weight], code, **options)
+
+
+def in_one(i: Inputs, weight: Tensor, code: Code | None, **options: Any) -> Tensor:
+    return batch_norm_relu_conv2d(
+        i.x.clone(), i.gamma, i.beta, weight, padding=1, code=code, eps=EPS, **clones(i.averages), **options
+    )
+
+
+both_ways = pytest.mark.parametrize("unit", [in_two, in_one])
+
+
 def closed_form(
     i: Inputs, read: Read, w: list[Tensor], grad: Tensor, code: Code | None, *, training: bool = True
 ) -> list[Tensor]:
@@ -128,43 +145,57 @@ def test_gradcheck_through_the_convolution(training: bool) -> None:
     assert torch.autograd.gradcheck(function, [*i.leaves, *w])
 
 
+@both_ways
 @all_codes
 @train_and_eval
-def test_gradients_equal_the_closed_form_on_the_decoded_activation(code: Code | None, training: bool) -> None:
+def test_gradients_equal_the_closed_form_on_the_decoded_activation(
+    code: Code | None, training: bool, unit: Unit
+) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
-    out = ours(i, by_one_conv, w, code, training=training)
+    out = unit(i, w[0], code, training=training)
     grad = random(*out.shape, seed=9)
     expected = closed_form(i, by_one_conv, w, grad, code, training=training)
     assert_all_close(torch.autograd.grad(out, [*i.leaves, *w], grad), expected)
 
 
-@pytest.mark.parametrize("size", [(7, 7), (8, 9)], ids=str)
 @pytest.mark.parametrize(
-    "geometry",
-    [
-        {},
-        {"stride": (2, 2)},
-        {"stride": (3, 2), "padding": (1, 1)},
-        {"padding": (2, 0)},
-        {"padding": (3, 4)},
-        {"dilation": (2, 3)},
-        {"stride": (2, 3), "padding": (2, 1), "dilation": (3, 2)},
-        {"groups": 2},
-        {"groups": 4, "stride": (2, 2), "padding": (1, 1)},
-    ],
-    ids=str,
+    "options", [{}, {"overwrite_x": True}, {"training": False}, {"forward_from_code": True}], ids=str
 )
-@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (3, 2)], ids=str)
-def test_every_geometry_of_a_convolution(
-    geometry: dict[str, Any], kernel: tuple[int, int], size: tuple[int, int]
+@pytest.mark.parametrize(
+    "geometry", [{}, {"stride": 2, "padding": (1, 0)}, {"dilation": 2, "padding": 2, "groups": 2}], ids=str
+)
+@all_codes
+def test_in_one_and_in_two_are_the_same_bits(
+    code: Code | None, geometry: dict[str, Any], options: dict[str, bool]
 ) -> None:
-    def read(conv: Callable[..., Tensor], a: Tensor, x: Tensor, w: list[Tensor]) -> Tensor:
-        return conv(a, w[0], **geometry)
+    if code is None and "forward_from_code" in options:
+        return
+    i, w = inputs(), weights((2, 4 // geometry.get("groups", 1), 3, 3))
+    results = []
+    for fused in (False, True):
+        averages = clones(i.averages)
+        arguments = i.x * 1, i.gamma, i.beta
+        if fused:
+            out = batch_norm_relu_conv2d(*arguments, *w, code=code, **geometry, **averages, **options)
+        else:
+            a, kept = batch_norm_relu(*arguments, code=code, **averages, **options)
+            out = conv2d(a, kept, *w, **geometry)
+        grad = random(*out.shape, seed=9)
+        results.append([out, *averages.values(), *torch.autograd.grad(out, [*i.leaves, *w], grad)])
+    assert all(map(torch.equal, *results))
 
-    i, w = inputs(size=size), weights((8, 4 // geometry.get("groups", 1), *kernel))
-    out = ours(i, read, w, Code(4))
-    grad = random(*out.shape, seed=9)
-    assert_all_close(torch.autograd.grad(out, [*i.leaves, *w], grad), closed_form(i, read, w, grad, Code(4)))
+
+@both_ways
+def test_overwriting_a_tensor_that_another_gradient_needs_is_refused(
+    unit: Unit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    i, w = inputs(), weights((2, 4, 3, 3))
+    x = i.x * 1
+    square = x.square().sum()  # its gradient needs x
+    monkeypatch.setattr(Tensor, "clone", lambda tensor: tensor)  # the helpers take a copy of x
+    out = unit(i._replace(x=x), w[0], Code(4), overwrite_x=True)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
+        (out.sum() + square).backward()
 
 
 @pytest.mark.parametrize("code", [Code(4), None], ids=str)
@@ -175,6 +206,7 @@ def test_every_geometry_of_a_convolution(
 @pytest.mark.parametrize("order", [1, -1], ids=["", "reversed"])
 def test_shared_readers(code: Code | None, convolutions: int, a_is_read: bool, x_is_read: bool, order: int) -> None:
     """Every reader's out is a term of one sum, so that autograd hands one and the same gradient to all of them."""
+
     def read(conv: Callable[..., Tensor], a: Tensor, x: Tensor, w: list[Tensor]) -> Tensor:
         terms = [lambda weight=weight: conv(a, weight, padding=(1, 1)) for weight in w]
         terms += [lambda: a] * a_is_read + [lambda: x] * x_is_read
@@ -189,33 +221,36 @@ def test_shared_readers(code: Code | None, convolutions: int, a_is_read: bool, x
     assert torch.equal(grad, grad_before)  # it is the caller's
 
 
+@both_ways
 @all_codes
-def test_backward_twice_gives_the_same_gradients(code: Code | None) -> None:
+def test_backward_twice_gives_the_same_gradients(code: Code | None, unit: Unit) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
-    out = ours(i, by_one_conv, w, code)
+    out = unit(i, w[0], code)
     first, second = (torch.autograd.grad(out.square().sum(), [*i.leaves, *w], retain_graph=True) for _ in range(2))
     assert all(map(torch.equal, first, second))
 
 
+@both_ways
 @all_codes
 @pytest.mark.parametrize("wanted", [[0], [1], [2], [3], [0, 3], [1, 2]], ids=str)
-def test_gradients_of_some_inputs_only(code: Code | None, wanted: list[int]) -> None:
+def test_gradients_of_some_inputs_only(code: Code | None, wanted: list[int], unit: Unit) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     leaves = [*i.leaves, *w]
-    loss = ours(i, by_one_conv, w, code).square().sum()
+    loss = unit(i, w[0], code).square().sum()
     some = torch.autograd.grad(loss, [leaves[k] for k in wanted], retain_graph=True)
     every = torch.autograd.grad(loss, leaves)
     assert all(map(torch.equal, some, [every[k] for k in wanted]))
 
 
+@both_ways
 @all_codes
 @pytest.mark.parametrize("frozen", range(4), ids=["x", "gamma", "beta", "weight"])
-def test_frozen_inputs_leave_the_other_gradients_alone(code: Code | None, frozen: int) -> None:
+def test_frozen_inputs_leave_the_other_gradients_alone(code: Code | None, frozen: int, unit: Unit) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     leaves = [*i.leaves, *w]
-    expected = torch.autograd.grad(ours(i, by_one_conv, w, code).square().sum(), leaves)
+    expected = torch.autograd.grad(unit(i, w[0], code).square().sum(), leaves)
     leaves[frozen].requires_grad_(False)
-    ours(i, by_one_conv, w, code).square().sum().backward()
+    unit(i, w[0], code).square().sum().backward()
     assert leaves[frozen].grad is None
     assert all(torch.equal(leaves[k].grad, expected[k]) for k in range(4) if k != frozen)
 
@@ -368,7 +403,7 @@ def test_nothing_is_kept_where_no_gradient_is_recorded(code: Code | None) -> Non
 def test_codes_are_freed_by_the_backward_pass(code: Code) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
-    codes = weakref.ref(kept.tensors.values)
+    codes = weakref.ref(kept.values)
     out = conv2d(a, kept, *w)
     del a, kept
     assert codes() is not None
@@ -388,21 +423,26 @@ def test_activation_is_not_kept() -> None:
 
 @pytest.mark.parametrize(("code", "values"), [(Code(8), 240), (Code(4), 120), (Code(2), 60), (None, 240 * 4)], ids=str)
 def test_bytes_kept(code: Code | None, values: int) -> None:
-    """A unit of 3 x 5 x 4 pixels in 4 channels: 240 elements; and rstd, and without a code the mean, in float32."""
+    """A unit of 3 x 5 x 4 pixels in 4 channels: 240 elements; and nine per-channel vectors in float32."""
     i = inputs(dtype=torch.float32)
     _, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
-    assert kept.nbytes == values + 4 * 4 * (1 if code else 2)
+    assert kept.nbytes == values + 9 * 4 * 4
 
 
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
 @all_codes
-@pytest.mark.parametrize("reader", ["convolution", "other"])
+@pytest.mark.parametrize("reader", ["convolution", "convolution in one", "other"])
 def test_second_derivatives_are_refused(code: Code | None, reader: str) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
-    loss = (conv2d(a, kept, *w) if reader == "convolution" else a).square().sum()
+    out = {
+        "convolution": lambda: conv2d(a, kept, *w),
+        "convolution in one": lambda: in_one(i, w[0], code),
+        "other": lambda: a,
+    }[reader]()
+    loss = out.square().sum()
     (dx,) = torch.autograd.grad(loss, [i.x], create_graph=True)
     with pytest.raises(RuntimeError, match=r"differentiate twice"):
         dx.sum().backward()
@@ -443,15 +483,28 @@ def test_forward_mode_derivatives_are_refused() -> None:
             weighted_sum(x, Code(4))
 
 
+@both_ways
 @all_codes
-@pytest.mark.parametrize("changed", ["gamma", "beta", "weight"])
-def test_parameter_changed_before_the_backward_pass_is_refused(code: Code | None, changed: str) -> None:
+def test_weight_changed_before_the_backward_pass_is_refused(code: Code | None, unit: Unit) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
-    loss = ours(i, by_one_conv, w, code).sum()
+    loss = unit(i, w[0], code).sum()
     with torch.no_grad():
-        {"gamma": i.gamma, "beta": i.beta, "weight": w[0]}[changed].add_(1)
+        w[0].add_(1)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
         loss.backward()
+
+
+@both_ways
+@all_codes
+def test_gamma_and_beta_may_change_before_the_backward_pass(code: Code | None, unit: Unit) -> None:
+    """The gradient is that of the forward pass that was, whose gamma and beta are kept."""
+    i, w = inputs(), weights((2, 4, 3, 3))
+    expected = torch.autograd.grad(unit(i, w[0], code).square().sum(), i.leaves)
+    loss = unit(i, w[0], code).square().sum()
+    with torch.no_grad():
+        i.gamma.add_(1)
+        i.beta.sub_(1)
+    assert all(map(torch.equal, torch.autograd.grad(loss, i.leaves), expected))
 
 
 def test_kept_input_changed_before_the_backward_pass_is_refused() -> None:
@@ -474,9 +527,10 @@ def test_input_may_change_before_the_backward_pass_where_codes_are_kept() -> Non
 
 
 def test_leaf_is_not_overwritten() -> None:
-    i = inputs()
-    with pytest.raises(RuntimeError, match=r"leaf Variable"):
-        batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4), overwrite_x=True)
+    i, w = inputs(), weights((2, 4, 3, 3))
+    for op, others in ((batch_norm_relu, []), (batch_norm_relu_conv2d, w)):
+        with pytest.raises(ValueError, match=r"overwrite_x = True, but x is a leaf that requires grad"):
+            op(i.x, i.gamma, i.beta, *others, code=Code(4), overwrite_x=True)
 
 
 def test_kept_of_another_shape_is_refused() -> None:

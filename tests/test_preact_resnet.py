@@ -61,11 +61,11 @@ def test_parameter_count(depth: int, classes: int) -> None:
 
 
 def test_quantised_elements_a_sample(mode: GetMode) -> None:
-    """METHOD, section 4, at depth 164. At 8 bits an element is a byte; besides, a unit keeps rstd."""
+    """METHOD, section 4, at depth 164. At 8 bits an element is a byte; besides, a unit keeps nine vectors."""
     kept_bytes = []
 
     def count(unit: nn.BatchNorm2d, _: object, activation: Activation) -> None:
-        kept_bytes.append(activation.kept.nbytes - 4 * unit.num_features)
+        kept_bytes.append(activation.kept.nbytes - 9 * 4 * unit.num_features)
 
     with torch.device("meta"):
         model = PreActResNet(164, mode=mode("8bit", COMPILED), classes=10)

@@ -64,7 +64,7 @@ class Bottleneck(nn.Module):
             out = self.conv1.after(self.bn1, x)
         out = self.conv2.after(self.bn2, out, overwrite_x=True)
         out = self.conv3.after(self.bn3, out, overwrite_x=True)
-        return cast(Tensor, out.add_(shortcut))  # no layer keeps what it put out, so the sum takes its place
+        return out.add_(shortcut)  # no layer keeps what it put out, so the sum takes its place
 
     def shortcut(self, x: Tensor) -> Tensor:
         """X, pooled and widened to the shape of the block's output."""
