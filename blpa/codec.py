@@ -111,9 +111,11 @@ class Code:
             y: gamma * x_hat + beta [M, C]; its sign, as computed, is what the code keeps.
             grid: this code's grid for that gamma and beta.
         """
+        is_positive = y > 0
+        lowest = torch.where(is_positive, grid.zero, 0)
+        highest = torch.where(is_positive, self.levels - 1, grid.zero - 1)
         code = torch.floor(x_hat * grid.bins_per_unit + grid.frac) + self.levels // 2
-        code = torch.where(y > 0, torch.maximum(code, grid.zero), torch.minimum(code, grid.zero - 1))
-        return code.clamp(0, self.levels - 1).to(torch.int32)
+        return code.clamp(lowest, highest).to(torch.int32)
 
     def decode(self, code: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Middle of the bin of each code, and whether it stands for a positive y.
