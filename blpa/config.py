@@ -86,7 +86,7 @@ class GpuConfig:
     precision: str = "fp32"
     """fp32 (strict), tf32 (tensor cores in matrix products) or bf16 (autocast)."""
     kernels: str = "auto"
-    """Back end of the five kernel functions: auto, torch or inductor."""
+    """Back end of the four kernel functions: auto, torch or inductor."""
     deterministic: bool = True
     """Refuse operations whose result can differ between runs."""
 

@@ -93,7 +93,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # Measured on two CPU cores, fp32, 4 bits: eager PyTorch needs about 25 ns an element and step more than compiled code,
-# and compiling the five functions with nothing cached about 40 s.
+# and compiling the functions with nothing cached about 40 s.
 _COMPILE_SECONDS = 40.0
 _SAVED_SECONDS_PER_ELEMENT = 25e-9
 
