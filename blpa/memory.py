@@ -1,9 +1,15 @@
-"""Bytes that a training step needs, counted without running it.
+"""Bytes that training needs, counted without running it, and the largest batch that fits.
 
 On the meta device tensors have shapes and lifetimes but no data, so a whole step (forward, loss, backward) takes
 seconds for any network and batch. Every storage is counted from the operation that makes it until its last reference
 goes; the most that is alive at once is the step's peak. What a single operation allocates and frees inside itself (a
 convolution's workspace) is not seen.
+
+Whole training steps need, besides what a step allocates, the weights, the optimiser's state and the images:
+
+    training = weights + optimiser + images + peak of a step (gradients included)
+
+which grows with the batch by straight lines, so the largest batch that fits a budget takes a few counts to find.
 
 Bytes kept have a formula. A unit whose activation is [M, C], with a K-bit code, keeps
 
@@ -12,8 +18,9 @@ Bytes kept have a formula. A unit whose activation is [M, C], with a K-bit code,
 """
 
 import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +34,14 @@ from blpa.kernels import Norm
 
 MIB = 2**20
 
+CODES = "codes"
+VECTORS = "per-channel vectors"
+FULL_PRECISION = "kept at full precision"
+GRADIENTS = "gradients of the weights"
+PASSING = "passing: read once and freed"
+KINDS = (CODES, VECTORS, FULL_PRECISION, GRADIENTS, PASSING)
+"""What the bytes of a step are."""
+
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of all storages made while it is active and still alive.
@@ -34,18 +49,33 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         live_bytes: alive now.
         peak_bytes: the most that were alive at once.
+        kinds: bytes alive now of each kind; what `mark` has not named is passing.
+        kinds_at_peak: the same when the most were alive.
+        timeline: live_bytes after each operation.
     """
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
         self.live_bytes = 0
         self.peak_bytes = 0
-        self._counted: set[int] = set()
+        self.kinds: Counter[str] = Counter()
+        self.kinds_at_peak: dict[str, int] = {}
+        self.timeline: list[int] = []
+        self._counted: dict[int, str] = {}
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Leave tensors out that were there before."""
         for tensor in tensors:
-            self._counted.add(tensor.untyped_storage()._cdata)
+            self._counted[tensor.untyped_storage()._cdata] = "ignored"
+
+    def mark(self, tensor: Tensor, kind: str) -> None:
+        """Say what a tensor that is counted is."""
+        storage = tensor.untyped_storage()
+        before = self._counted.get(storage._cdata, "ignored")
+        if before != "ignored":
+            self.kinds[before] -= storage.nbytes()
+            self.kinds[kind] += storage.nbytes()
+            self._counted[storage._cdata] = kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count the storages it made."""
@@ -53,19 +83,23 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
+        self.timeline.append(self.live_bytes)
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()
         if key in self._counted:
             return
-        self._counted.add(key)
+        self._counted[key] = PASSING
         self.live_bytes += nbytes
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+        self.kinds[PASSING] += nbytes
+        if self.live_bytes > self.peak_bytes:
+            self.peak_bytes = self.live_bytes
+            self.kinds_at_peak = dict(self.kinds)
         weakref.finalize(storage, self._free, key, nbytes)
 
     def _free(self, key: int, nbytes: int) -> None:
-        self._counted.discard(key)
+        self.kinds[self._counted.pop(key)] -= nbytes
         self.live_bytes -= nbytes
 
 
@@ -80,6 +114,12 @@ class StepBytes:
 
     peak_bytes: int
     forward_bytes: int
+    kinds_at_peak: dict[str, int] = field(default_factory=dict, compare=False)
+    """The peak's bytes by what they are: KINDS."""
+    timeline: list[int] = field(default_factory=list, compare=False)
+    """Bytes alive after each operation."""
+    forward_operations: int = field(default=0, compare=False)
+    """How many of them belong to the forward pass."""
 
 
 def step_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> StepBytes:
@@ -92,11 +132,90 @@ def step_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> StepBytes:
     """
     counter = LiveBytes()
     counter.ignore([images, labels, *model.parameters(), *model.buffers()])
-    with counter:
+
+    def saved(tensor: Tensor) -> Tensor:
+        is_vectors = tensor.dim() == 2 and tensor.shape[0] == len(Norm._fields)
+        counter.mark(tensor, CODES if tensor.dtype == torch.uint8 else VECTORS if is_vectors else FULL_PRECISION)
+        return tensor.detach()  # an output that its own function saved would hold itself alive
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(lambda parameter: counter.mark(parameter.grad, GRADIENTS))
+        for parameter in model.parameters()
+    ]
+    with counter, torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
         loss = F.cross_entropy(model(images), labels)
-        forward_bytes = counter.live_bytes
+        forward_bytes, forward_operations = counter.live_bytes, len(counter.timeline)
         loss.backward()
-    return StepBytes(counter.peak_bytes, forward_bytes)
+    for handle in handles:
+        handle.remove()
+    return StepBytes(counter.peak_bytes, forward_bytes, counter.kinds_at_peak, counter.timeline, forward_operations)
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """What whole training steps need.
+
+    Attributes:
+        weight_bytes: parameters and buffers.
+        optimiser_bytes: what the optimiser keeps between steps.
+        input_bytes: images and labels.
+        step: what a step allocates besides.
+    """
+
+    weight_bytes: int
+    optimiser_bytes: int
+    input_bytes: int
+    step: StepBytes
+
+    @property
+    def total_bytes(self) -> int:
+        """The most that is needed at once."""
+        return self.weight_bytes + self.optimiser_bytes + self.input_bytes + self.step.peak_bytes
+
+
+def training_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> TrainingBytes:
+    """Count one training step by stochastic gradient descent with momentum, whose state is a copy of the parameters.
+
+    Args:
+        model: as step_bytes; so are images and labels.
+        images: [N, C, H, W].
+        labels: class indices [N].
+    """
+    parameters = list(model.parameters())
+    return TrainingBytes(
+        weight_bytes=sum(tensor.nbytes for tensor in (*parameters, *model.buffers())),
+        optimiser_bytes=sum(parameter.nbytes for parameter in parameters),
+        input_bytes=images.nbytes + labels.nbytes,
+        step=step_bytes(model, images, labels),
+    )
+
+
+def largest_batch(total_bytes: Callable[[int], int], budget_bytes: int) -> int:
+    """The largest batch whose training fits a budget, both it and the next having been counted.
+
+    Args:
+        total_bytes: bytes that training with a batch takes; grows with the batch, nearly in a straight line.
+        budget_bytes: what there is.
+
+    Returns:
+        The batch; 0 where not even one sample fits.
+    """
+    fits, too_large = (1, total_bytes(1)), (0, 0)
+    if fits[1] > budget_bytes:
+        return 0
+    step = 1
+    while too_large[0] - fits[0] != 1:
+        guess = fits[0] + step
+        if too_large[0]:
+            guess = min(guess, too_large[0] - 1)
+        counted = total_bytes(guess)
+        slope = max((counted - fits[1]) / (guess - fits[0]), 1.0)
+        if counted <= budget_bytes:
+            fits = guess, counted
+        else:
+            too_large = guess, counted
+        step = max(1, int((budget_bytes - fits[1]) / slope))
+    return fits[0]
 
 
 def kept_bytes(rows: int, channels: int, code: Code | None, *, element_bytes: int = 4) -> int:
