@@ -89,6 +89,10 @@ class GpuConfig:
     """Back end of the four kernel functions: auto, torch or inductor."""
     deterministic: bool = True
     """Refuse operations whose result can differ between runs."""
+    memory_gib: float | None = None
+    """Memory that training may take, in GiB: the budget of max-batch."""
+    allowance_mib: int = 512
+    """Part of it that no count sees, in MiB: the CUDA context and the workspace of convolutions."""
 
 
 @dataclass
@@ -96,7 +100,7 @@ class TaskConfig:
     """What to do."""
 
     name: str = MISSING
-    """train, runtime, tables or plots."""
+    """train, max-batch, runtime, memory, tables or plots."""
     evaluate_every: int = 1000
     """Training steps between evaluations on the test images; the last step is always evaluated."""
     checkpoint_every: int = 1000
@@ -156,10 +160,15 @@ def folder_name(config: Config) -> str | None:
         config: the run, named.
 
     Returns:
-        The run's name, for runtime with what else decides the time of a step; nothing for a task without a folder.
+        The run's name, with what else decides the figure of another task than train; nothing where the task has no
+        folder.
     """
     if config.task.name == "runtime":
         return f"{config.run}-runtime-batch{config.dataset.batch_size}-{config.gpu.kernels}-{config.gpu.precision}"
+    if config.task.name == "memory":
+        return f"{config.run}-memory-batch{config.dataset.batch_size}-{config.gpu.kernels}"
+    if config.task.name == "max-batch":
+        return f"{config.run}-max-batch-{config.gpu.memory_gib:g}gib-{config.gpu.kernels}"
     return config.run if config.task.name == "train" else None
 
 
@@ -200,7 +209,12 @@ def check(config: Config) -> None:
     _one_of("gpu.device", config.gpu.device, ("auto", "cpu", "cuda"))
     _one_of("gpu.precision", config.gpu.precision, ("fp32", "tf32", "bf16"))
     _one_of("gpu.kernels", config.gpu.kernels, ("auto", "torch", "inductor"))
+    if config.gpu.memory_gib is not None:
+        _above_zero("gpu.memory_gib", config.gpu.memory_gib)
+    _at_least("gpu.allowance_mib", config.gpu.allowance_mib, 0)
     _one_of("task.name", config.task.name, options("task"))
+    if config.task.name == "max-batch" and config.gpu.memory_gib is None:
+        raise ValueError("gpu.memory_gib=null is not allowed for max-batch: name a card, gpu=gtx1080ti, or its GiB")
     _at_least("task.evaluate_every", config.task.evaluate_every, 1)
     _at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
     _at_least("task.steps", config.task.steps, 1)

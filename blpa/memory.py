@@ -19,8 +19,9 @@ Bytes kept have a formula. A unit whose activation is [M, C], with a K-bit code,
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -39,7 +40,9 @@ VECTORS = "per-channel vectors"
 FULL_PRECISION = "kept at full precision"
 GRADIENTS = "gradients of the weights"
 PASSING = "passing: read once and freed"
-KINDS = (CODES, VECTORS, FULL_PRECISION, GRADIENTS, PASSING)
+KEPT = (CODES, VECTORS, FULL_PRECISION)
+"""What is kept for the backward pass."""
+KINDS = (*KEPT, GRADIENTS, PASSING)
 """What the bytes of a step are."""
 
 
@@ -104,6 +107,21 @@ class LiveBytes(TorchDispatchMode):
 
 
 @dataclass(frozen=True)
+class PartBytes:
+    """What the forward pass of one part of a network, such as a block, leaves for the backward pass.
+
+    Attributes:
+        input_shape: [N, C, H, W] of what it read.
+        output_shape: [N, C, H, W] of what it put out.
+        kinds: bytes kept, of the kinds CODES, VECTORS and FULL_PRECISION.
+    """
+
+    input_shape: torch.Size
+    output_shape: torch.Size
+    kinds: dict[str, int]
+
+
+@dataclass(frozen=True)
 class StepBytes:
     """What one training step allocates beyond weights, optimiser state and its input.
 
@@ -120,15 +138,20 @@ class StepBytes:
     """Bytes alive after each operation."""
     forward_operations: int = field(default=0, compare=False)
     """How many of them belong to the forward pass."""
+    kept_by_part: dict[str, PartBytes] = field(default_factory=dict, compare=False)
+    """What the forward pass of each part left for the backward pass."""
 
 
-def step_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> StepBytes:
+def step_bytes(
+    model: nn.Module, images: Tensor, labels: Tensor, *, parts: Mapping[str, nn.Module] = MappingProxyType({})
+) -> StepBytes:
     """Count one forward and backward pass.
 
     Args:
         model: on the meta device, its gradients None (on another device the step runs, with eager kernels only).
         images: [N, C, H, W] on the same device.
         labels: class indices [N].
+        parts: modules of the model, called one after the other, whose kept bytes are told apart.
     """
     counter = LiveBytes()
     counter.ignore([images, labels, *model.parameters(), *model.buffers()])
@@ -138,7 +161,25 @@ def step_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> StepBytes:
         counter.mark(tensor, CODES if tensor.dtype == torch.uint8 else VECTORS if is_vectors else FULL_PRECISION)
         return tensor.detach()  # an output that its own function saved would hold itself alive
 
+    before: dict[str, int] = {}
+    kept_by_part: dict[str, PartBytes] = {}
+
+    def entered(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        before.update({kind: counter.kinds[kind] for kind in KEPT})
+
+    def left(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        kinds = {kind: counter.kinds[kind] - before[kind] for kind in KEPT}
+        kept_by_part.setdefault(name, PartBytes(inputs[0].shape, output.shape, kinds))  # not of a recomputation
+
     handles = [
+        handle
+        for name, part in parts.items()
+        for handle in (
+            part.register_forward_pre_hook(entered),
+            part.register_forward_hook(lambda _, inputs, output, name=name: left(name, inputs, output)),
+        )
+    ]
+    handles += [
         parameter.register_post_accumulate_grad_hook(lambda parameter: counter.mark(parameter.grad, GRADIENTS))
         for parameter in model.parameters()
     ]
@@ -148,7 +189,9 @@ def step_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> StepBytes:
         loss.backward()
     for handle in handles:
         handle.remove()
-    return StepBytes(counter.peak_bytes, forward_bytes, counter.kinds_at_peak, counter.timeline, forward_operations)
+    return StepBytes(
+        counter.peak_bytes, forward_bytes, counter.kinds_at_peak, counter.timeline, forward_operations, kept_by_part
+    )
 
 
 @dataclass(frozen=True)
@@ -173,20 +216,23 @@ class TrainingBytes:
         return self.weight_bytes + self.optimiser_bytes + self.input_bytes + self.step.peak_bytes
 
 
-def training_bytes(model: nn.Module, images: Tensor, labels: Tensor) -> TrainingBytes:
+def training_bytes(
+    model: nn.Module, images: Tensor, labels: Tensor, *, parts: Mapping[str, nn.Module] = MappingProxyType({})
+) -> TrainingBytes:
     """Count one training step by stochastic gradient descent with momentum, whose state is a copy of the parameters.
 
     Args:
         model: as step_bytes; so are images and labels.
         images: [N, C, H, W].
         labels: class indices [N].
+        parts: as step_bytes.
     """
     parameters = list(model.parameters())
     return TrainingBytes(
         weight_bytes=sum(tensor.nbytes for tensor in (*parameters, *model.buffers())),
         optimiser_bytes=sum(parameter.nbytes for parameter in parameters),
         input_bytes=images.nbytes + labels.nbytes,
-        step=step_bytes(model, images, labels),
+        step=step_bytes(model, images, labels, parts=parts),
     )
 
 

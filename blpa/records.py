@@ -59,7 +59,7 @@ class Record:
     seed: int
     """The run's seed."""
     batch_size: int
-    """Images in a training step."""
+    """Images in a training step; 0 where that is what was looked for."""
     precision: str
     """fp32, tf32 or bf16."""
     kernels: str
@@ -69,7 +69,7 @@ class Record:
     predicted: bool
     """Whether the value was computed rather than measured."""
     device: str
-    """The machine's processor, as it names itself."""
+    """The machine's processor, as it names itself; none where the number was computed without one."""
     torch: str
     """Version of torch."""
     triton: str | None
@@ -116,7 +116,7 @@ def provenance(device: "torch.device") -> dict[str, Any]:
     cpu = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     commit, is_dirty = _commit(Path(__file__).parent)
     return {
-        "device": torch.cuda.get_device_name(device) if on_cuda else cpu,
+        "device": torch.cuda.get_device_name(device) if on_cuda else "none" if device.type == "meta" else cpu,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "cuda": torch.version.cuda if on_cuda else None,

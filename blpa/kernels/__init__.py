@@ -103,7 +103,7 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
 
     Args:
         name: torch, inductor, or auto: the fastest this machine has, but torch for work too small to repay compiling.
-        device: where the run computes.
+        device: where the run computes; on the meta device, which only counts, every back end does.
         elements: activation elements that the run will encode in all; auto weighs them against the compiling.
 
     Raises:
@@ -127,6 +127,8 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
 
 def _missing_for_inductor(device: torch.device) -> str:
     """What torch.compile lacks to make code for this device; empty if nothing."""
+    if device.type == "meta":
+        return ""
     if device.type == "cuda":
         from torch.utils._triton import has_triton
 

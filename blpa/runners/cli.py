@@ -6,6 +6,8 @@ usage: blpa-run [-m] [--cfg] [group=option ...] [key=value ...]
   blpa-run mode=exact,4bit depth=164,254 -m      train every combination, one after the other
   blpa-run experiment=demo -m                    the paper's five modes on digits, in minutes on a CPU
   blpa-run experiment=table1 seed=0 -m           the paper's table of errors, one seed
+  blpa-run task=max-batch gpu=gtx1080ti depth=488   the largest batch that fits a card, predicted
+  blpa-run task=memory depth=164                 where the bytes of a training step go
   blpa-run task=tables                           results/tables from everything that has been run
   blpa-run task=plots                            results/figures from everything that has been run
 
@@ -96,7 +98,8 @@ def _run_all(configs: list[Config]) -> int:
 def _run(config: Config) -> int:
     """Run one cell; a mistake or misfortune of the user's becomes one line, a bug keeps its traceback."""
     try:
-        importlib.import_module(f"blpa.runners.{config.task.name}").run(config)
+        module = config.task.name.replace("-", "_")
+        importlib.import_module(f"blpa.runners.{module}").run(config)
     except KeyboardInterrupt:
         return _refuse("interrupted", 130)
     except OSError as error:

@@ -4,7 +4,10 @@ alpha is bits kept an activation over the 32 of full precision, as the paper cou
 `exact` runs here, keep two tensors a unit where the paper's exact kept one.
 """
 
+import re
 from typing import Any, NamedTuple
+
+from blpa.config import Config
 
 
 class Row(NamedTuple):
@@ -74,3 +77,32 @@ def error_percent(group: tuple[Any, ...], mode: str) -> tuple[float | None, floa
     if precision != "fp32" or note:
         return None, None
     return ERROR_PERCENT.get(Cells(*cells), {}).get(mode, (None, None))
+
+
+LARGEST_BATCH: dict[tuple[int, float], dict[str, int]] = {
+    (1001, 4.0): {"exact-one-copy": 26, "4bit": 182},
+    (1001, 1.0): {"exact-one-copy": 134, "4bit": 876},
+    (488, 1.0): {"exact-one-copy": 264, "4bit": 1468},
+    (254, 1.0): {"exact-one-copy": 474, "4bit": 2154},
+    (164, 1.0): {"exact-one-copy": 688, "4bit": 2522},
+}
+"""The largest batch on one GTX 1080 Ti (11 GB), by depth and width, in the order of the paper's poster, then by mode.
+The paper's exact shares buffers and keeps one tensor a unit: it is the mode exact-one-copy here."""
+
+LARGEST_BATCH_GIB = 11.0
+
+
+def is_largest_batch_budget(note: str) -> bool:
+    """Whether a record's note names the memory of the paper's card and nothing out of the ordinary."""
+    return re.fullmatch(rf"{LARGEST_BATCH_GIB:g} GiB less \d+ MiB", note) is not None
+
+
+def largest_batch(config: Config) -> int | None:
+    """Look up the largest batch; None where the paper has no such figure.
+
+    Args:
+        config: the run; its data set's images are of CIFAR's size in the paper's figure.
+    """
+    if config.gpu.memory_gib != LARGEST_BATCH_GIB or config.dataset.image_size != 32:
+        return None
+    return LARGEST_BATCH.get((config.depth, config.width), {}).get(config.mode.name)

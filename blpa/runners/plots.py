@@ -1,4 +1,4 @@
-"""Test error over the iterations, a line for each mode, from every finished run.
+"""Test error over the iterations, a line for each mode, from every finished run; and memory over one step.
 
 A run's metrics.csv lives in results/runs, which is not committed. So this task, the only reader of curves, first
 gathers the rows of finished runs in results/curves.csv, which is, and draws from that file alone: a fresh clone draws
@@ -57,6 +57,8 @@ def run(config: Config) -> list[Record]:
         file.parent.mkdir(parents=True, exist_ok=True)
         draw(rows).savefig(file, dpi=150, metadata={"Software": None})
         print(file)
+    for file in sorted((results / "memory").glob("*.csv")):
+        print(draw_memory(results, file.stem))
     return []
 
 
@@ -137,6 +139,37 @@ def draw(curves: pd.DataFrame) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     _label(axes, ends)
     return figure
+
+
+def draw_memory(results: Path, name: str) -> Path:
+    """Draw the bytes alive over one training step, a line for each mode.
+
+    Args:
+        results: the folder that holds memory/<name>.csv: mode, part of the step done, MiB a sample.
+        name: of the run.
+
+    Returns:
+        The picture, results/figures/<name>.png.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    lines = pd.read_csv(results / "memory" / f"{name}.csv")
+    for mode, line in lines.groupby("mode", sort=False):
+        colour, label = COLOURS.get(str(mode), OTHER_COLOUR), ROWS[str(mode)].label if mode in ROWS else str(mode)
+        axes.fill_between(line["done"], line["mib"], color=colour, alpha=0.12, linewidth=0)
+        axes.plot(line["done"], line["mib"], color=colour, linewidth=1.6, label=f"{label}: {line['mib'].max():.2f}")
+    axes.axvline(0.5, color="#888888", linewidth=0.8)
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, None)
+    axes.set_xticks([0.25, 0.75], ["forward pass", "backward pass"])
+    axes.tick_params(axis="x", length=0)
+    axes.set_title(f"Memory of a training step, MiB a sample: {name}", loc="left", fontsize=10)
+    axes.legend(title="most at once", frameon=False, loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
+    file = results / "figures" / f"{name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150, metadata={"Software": None})
+    return file
 
 
 def _label(axes: Any, ends: dict[str, float]) -> None:

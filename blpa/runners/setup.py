@@ -49,23 +49,29 @@ def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:
     Args:
         config: the run, with the back end that was really used in `gpu.kernels`.
         source: what records.provenance returns.
-        measured: the fields that neither of them tells: metric, unit, value, low, high, n, iterations.
+        measured: the fields that neither of them tells (metric, unit, value, low, high, n, iterations), and those that
+            are otherwise than they tell.
     """
-    return Record(
-        experiment=config.experiment,
-        task=config.task.name,
-        dataset=config.dataset.name,
-        mode=config.mode.name,
-        bits=config.mode.bits,
-        depth=config.depth,
-        width=config.width,
-        seed=config.seed,
-        batch_size=config.dataset.batch_size,
-        precision=config.gpu.precision,
-        kernels=config.gpu.kernels if config.mode.layers == "coded" else "stock",
-        predicted=False,
-        paper_value=None,
-        note=departures(config),
-        **source,
-        **measured,
-    )
+    told = {
+        "experiment": config.experiment,
+        "task": config.task.name,
+        "dataset": config.dataset.name,
+        "mode": config.mode.name,
+        "bits": config.mode.bits,
+        "depth": config.depth,
+        "width": config.width,
+        "seed": config.seed,
+        "batch_size": config.dataset.batch_size,
+        "precision": config.gpu.precision,
+        "kernels": config.gpu.kernels if config.mode.layers == "coded" else "stock",
+        "predicted": False,
+        "paper_value": None,
+        "note": departures(config),
+    }
+    return Record(**(told | source | measured))
+
+
+def budget_note(config: Config) -> str:
+    """The memory budget, for a record's note, with what else a reader must know."""
+    budget = f"{config.gpu.memory_gib:g} GiB less {config.gpu.allowance_mib} MiB"
+    return " ".join(filter(None, [budget, departures(config)]))

@@ -1,6 +1,7 @@
-"""The table of errors from every record there is: ours, mean and deviation over seeds, beside the paper's figure.
+"""The tables of errors and of largest batches from every record there is: ours beside the paper's figure.
 
-results/tables/errors.md is for reading, errors.csv holds the same cells in one row each. A table belongs to a group of
+results/tables/errors.md and batches.md are for reading, the csv files hold the same cells in one row each. An error is
+a mean over seeds, with its deviation. A table belongs to a group of
 records that differ by mode and seed alone; the paper's own cells come first and are there before anything has been run.
 Where a cell was run twice with the same seed, on two machines say, the newer run counts.
 """
@@ -31,6 +32,20 @@ Mean over seeds ± sample standard deviation (n runs). alpha is the bits kept of
 counts them; `exact` here is PyTorch's own layers, which keep two tensors a unit. Written by `blpa-run task=tables`.
 """
 
+BATCHES_OPENING = """# Largest batch
+
+Samples in the largest batch whose training steps fit the memory, for networks of so many layers; `exact` is PyTorch's
+own layers, `exact, one copy a unit` is what the paper calls exact. Predicted: counted on the meta device, with an
+allowance for the CUDA context and workspaces taken off the memory. Written by `blpa-run task=tables`.
+"""
+
+BATCH_MODES = ("exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit")
+
+BATCH_COLUMNS = (
+    "note", "dataset", "precision", "depth", "width", "mode", "largest_batch", "predicted", "paper_largest_batch",
+    "commit",
+)  # fmt: skip
+
 
 def run(config: Config) -> list[Record]:
     """Collect every record, write both tables and print the readable one.
@@ -44,10 +59,12 @@ def run(config: Config) -> list[Record]:
     results = Path(config.results)
     found = records.collect(results)
     cells = summarise(found)
-    text = markdown(cells)
-    records.write_atomically(results / "tables" / "errors.md", text)
-    records.write_atomically(results / "tables" / "errors.csv", cells.to_csv(index=False, lineterminator="\n"))
-    print(text, end="")
+    batches = largest_batches(found)
+    texts = {"errors": markdown(cells), "batches": batches_markdown(batches)}
+    for name, frame in (("errors", cells), ("batches", batches)):
+        records.write_atomically(results / "tables" / f"{name}.md", texts[name])
+        records.write_atomically(results / "tables" / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+    print(*texts.values(), sep="\n", end="")
     return found
 
 
@@ -142,10 +159,18 @@ def _table(groups: dict[Group, pd.DataFrame]) -> str:
         columns.append([_title(group), *(_ours(by_mode.get(mode)) for mode in modes)])
         if frame["paper_error_percent"].notna().any():
             columns.append(["paper", *(_papers(by_mode.get(mode)) for mode in modes)])
-    widths = [max(map(len, column)) for column in columns]
+    return aligned([list(row) for row in zip(*columns, strict=True)])
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A Markdown table whose columns line up, so that it reads as text too.
+
+    Args:
+        rows: the first is the head.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |"
-        for row in zip(*columns, strict=True)
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
     ]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     return "\n".join([lines[0], rule, *lines[1:], ""])
@@ -165,6 +190,74 @@ def _papers(cell: dict[Any, Any] | None) -> str:
 
 def _mean_and_deviation(mean: float, deviation: float) -> str:
     return f"{mean:.2f}" if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"
+
+
+def largest_batches(found: list[Record]) -> pd.DataFrame:
+    """The cells of the tables of largest batches: the paper's own, and whatever else was looked for.
+
+    Args:
+        found: records of any metric; largest_batch counts.
+
+    Returns:
+        A row per budget, data set, network and mode: note (which tells the budget), dataset, precision, depth, width,
+        mode, largest_batch (empty where it has not been looked for), predicted, paper_largest_batch, commit.
+    """
+    newest = {
+        (record.note, record.dataset, record.precision, record.depth, record.width, record.mode): record
+        for record in sorted(found, key=lambda record: record.date)
+        if record.metric == "largest_batch"
+    }
+    papers = dict.fromkeys(key[:3] for key in newest if paper.is_largest_batch_budget(key[0]))
+    keys = dict.fromkeys(
+        (*table, *network, mode) for table in papers for network in paper.LARGEST_BATCH for mode in BATCH_MODES
+    ) | dict.fromkeys(sorted(newest))
+    rows = []
+    for key in keys:
+        note, *_, depth, width, mode = key
+        record = newest.get(key)
+        of_paper = paper.LARGEST_BATCH.get((depth, width), {}) if paper.is_largest_batch_budget(note) else {}
+        rows.append(
+            dict(zip(("note", "dataset", "precision", "depth", "width", "mode"), key, strict=True))
+            | {
+                "largest_batch": record.value if record else None,
+                "predicted": record.predicted if record else None,
+                "paper_largest_batch": of_paper.get(mode),
+                "commit": record.commit[:9] if record and record.commit else None,
+            }
+        )
+    return pd.DataFrame(rows, columns=[*BATCH_COLUMNS])
+
+
+def batches_markdown(cells: pd.DataFrame) -> str:
+    """The tables of largest batches for reading, one for each budget.
+
+    Args:
+        cells: what largest_batches returns.
+    """
+    parts = [BATCHES_OPENING]
+    if cells.empty:
+        parts.append("Nothing has been looked for yet: `blpa-run task=max-batch gpu=gtx1080ti`.\n")
+    for (note, dataset, precision), frame in cells.groupby(["note", "dataset", "precision"], sort=False):
+        networks = list(dict.fromkeys(zip(frame["depth"], frame["width"], strict=True)))
+        by_cell = {(cell["depth"], cell["width"], cell["mode"]): cell for cell in frame.to_dict("records")}
+        rows = [["", *(f"{depth}" if width == 1 else f"{depth} ({width:g}x)" for depth, width in networks)]]
+        for mode in dict.fromkeys(frame["mode"]):
+            ours = [by_cell.get((*network, mode)) for network in networks]
+            rows.append([ROWS[mode].label if mode in ROWS else mode, *(_batch(cell) for cell in ours)])
+            papers = [cell["paper_largest_batch"] if cell else None for cell in ours]
+            if any(pd.notna(value) for value in papers):
+                rows.append(["- in the paper", *(f"{value:.0f}" if pd.notna(value) else "-" for value in papers)])
+        commits = _listed(filter(None, frame["commit"].dropna())) or "unknown"
+        parts += [f"## {_title((dataset,))}-size images, {precision}, {note}\n", aligned(rows), f"Commit {commits}.\n"]
+    return "\n".join(parts)
+
+
+def _batch(cell: dict[Any, Any] | None) -> str:
+    if cell is None or pd.isna(cell["largest_batch"]):
+        return "not run"
+    if not cell["largest_batch"]:
+        return "does not fit"
+    return f"{cell['largest_batch']:.0f}{' (predicted)' if cell['predicted'] else ''}"
 
 
 def _conditions(group: Group, frame: pd.DataFrame) -> str:
