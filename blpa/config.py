@@ -64,7 +64,7 @@ class ModeConfig:
     layers: str = MISSING
     """stock (PyTorch's own layers), coded (ours) or checkpoint (stock layers, recomputed in the backward pass)."""
     bits: int | None = None
-    """Bits a code: 8, 4 or 2; none keeps one full-precision tensor a unit. Coded layers only."""
+    """Bits a code: 8, 4 or 2; null keeps one full-precision tensor a unit. Coded layers only."""
     clip: float = 3.0
     """Half-width of the code's range, in standard deviations of the channel."""
     forward_from_code: bool = False
@@ -72,7 +72,7 @@ class ModeConfig:
     width_factor: float = 1.0
     """Factor on every channel count, on top of `width`."""
     segments: int | None = None
-    """Checkpointed segments of the network; none takes the root of the number of blocks. Checkpoint layers only."""
+    """Checkpointed segments of the network; null takes the root of the number of blocks. Checkpoint layers only."""
 
 
 @dataclass

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from blpa import ops
 from blpa.codec import Code
@@ -109,10 +110,11 @@ class Conv2d(nn.Conv2d):
     def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
         """Out of x through a BatchNormReLU that nothing else reads, in one (ops.batch_norm_relu_conv2d).
 
-        Where either layer has hooks, they are called one after the other, so that hooks see what they always see.
+        Where calling either layer would do more than that (hooks, a subclass's or an instance's own forward), they are
+        called one after the other.
         """
         bn = batch_norm_relu
-        if not isinstance(bn, BatchNormReLU) or _has_hooks(bn) or _has_hooks(self):
+        if not (isinstance(bn, BatchNormReLU) and _is_plain(bn, BatchNormReLU) and _is_plain(self, Conv2d)):
             return cast(Tensor, self(bn(x, overwrite_x=overwrite_x)))
         options = bn._options(overwrite_x)
         return ops.batch_norm_relu_conv2d(x, bn.weight, bn.bias, self.weight, **self._geometry(), **options)
@@ -141,5 +143,8 @@ class StockConv2d(nn.Conv2d):
         return cast(Tensor, self(batch_norm_relu(x, overwrite_x=overwrite_x)))
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any((module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks))
+def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
+    """Whether calling the module is calling the layer's own forward and nothing else."""
+    own_hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    has_own_forward = type(module).forward is not layer.forward or "forward" in vars(module)
+    return not (has_own_forward or any(own_hooks) or _has_any_global_hook())

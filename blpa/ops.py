@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import increment_version
 
 from blpa.codec import Code
 from blpa.convolution import Convolution, Pair
@@ -145,8 +144,6 @@ class _BatchNormReLUConv2d(torch.autograd.Function):
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, forward: _Forward, convolution: Convolution
     ) -> Tensor:
         a, kept = forward(x, gamma, beta)
-        if forward.overwrite:
-            increment_version(x)  # mark_dirty is for what is returned; whoever saved x still has to notice
         kept.save(ctx, weight)
         ctx.constant_stats = forward.statistics.are_constant
         ctx.convolution = convolution
@@ -241,7 +238,7 @@ def batch_norm_relu(
 
     Source: Chakrabarti and Moseley, section 3; eps as theirs.
     """
-    recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gamma, beta))
+    recording = _is_recording(x, gamma, beta)
     x, forward = _prepare(x, gamma, beta, recording=recording, **options)
     keep: list[Kept] = []
     a = _BatchNormReLU.apply(x, gamma, beta, forward, keep)
@@ -331,10 +328,16 @@ def batch_norm_relu_conv2d(
 
     Source: Chakrabarti and Moseley, section 3.
     """
-    recording = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, gamma, beta, weight))
-    x, forward = _prepare(x, gamma, beta, recording=recording, **options)
     convolution = Convolution(stride, padding, dilation, groups)
+    if not _is_recording(x, gamma, beta):
+        a, _ = batch_norm_relu(x, gamma, beta, **options)
+        return convolution(a, weight)
+    x, forward = _prepare(x, gamma, beta, recording=True, **options)
     return cast(Tensor, _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward, convolution))
+
+
+def _is_recording(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _prepare(
@@ -368,7 +371,8 @@ def _prepare(
     code = code if recording or forward_from_code else None
     keeps_x = recording and code is None
     overwrite = (overwrite_x or channels_last is not x) and not keeps_x
-    if overwrite and recording and channels_last.is_leaf and channels_last.requires_grad:
+    owner = channels_last._base if channels_last._base is not None else channels_last
+    if overwrite and recording and owner.is_leaf and owner.requires_grad:
         raise ValueError("overwrite_x = True, but x is a leaf that requires grad: its gradient is of the value it has")
     statistics = _Statistics(running_mean, running_var, training, momentum, eps)
     return channels_last, _Forward(

@@ -262,6 +262,21 @@ def test_compiled_channel_stats_are_accurate(channel: str) -> None:
 
 
 @needs_compiler
+def test_one_compilation_serves_every_number_of_channels() -> None:
+    """Given Parameters, as layers give them, of which torch.compile would fix the sizes."""
+    code = Code(4)
+    with torch.no_grad():
+        for channels in (16, 12, 20):
+            x, gamma = torch.randn(640, channels), torch.nn.Parameter(torch.ones(channels))
+            # The second sizes tell the compiler that sizes change; from the third on nothing may be compiled.
+            with torch.compiler.set_stance("fail_on_recompile" if channels == 20 else "default"):
+                vectors = COMPILED.channel_stats(x, gamma, gamma, eps=EPS, code=code)
+                codes = COMPILED.normalise_rectify_encode(x, vectors, code=code, out=torch.empty_like(x))
+                COMPILED.decode(codes, vectors, code=code, out=x)
+                COMPILED.backward(x, codes, vectors, code=code, constant_stats=False, out=x)
+
+
+@needs_compiler
 def test_compiled_functions_allocate_no_activation(allocator_peak: Callable[[Callable[[], object]], int]) -> None:
     code = Code(4)
     u = unit((8192, 16), code, torch.float32)

@@ -122,6 +122,29 @@ def test_hooks_on_the_layers_are_called(kind: str, on_conv: bool) -> None:
     assert calls == [conv if on_conv else bn]
 
 
+def test_global_hooks_are_called() -> None:
+    bn, conv = BatchNormReLU(4, code=Code(4)).double(), Conv2d(4, 2, 3, bias=False).double()
+    calls: list[nn.Module] = []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, *others: calls.append(module))
+    conv.after(bn, images())
+    handle.remove()
+    assert calls == [bn, conv]
+
+
+class Doubled(Conv2d):
+    """Its own forward."""
+
+    def forward(self, activation: Activation) -> Tensor:
+        return 2 * super().forward(activation)
+
+
+def test_a_layer_with_its_own_forward_is_called() -> None:
+    bn, doubled, patched = BatchNormReLU(4, code=Code(4)).double(), Doubled(4, 2, 3).double(), Conv2d(4, 2, 3).double()
+    patched.forward = lambda activation: activation.value[:, :1]
+    for conv in (doubled, patched):
+        assert torch.equal(conv.after(bn, images()), conv(bn(images())))
+
+
 def test_text_of_a_layer_names_its_code_and_back_end() -> None:
     assert "code=Code(bits=4, clip=3.0), kernels=torch" in repr(BatchNormReLU(4, code=Code(4)))
 

@@ -9,7 +9,17 @@ from torch import Tensor
 
 from blpa.codec import Code
 from blpa.kernels.compiled import COMPILED
-from blpa.memory import MIB, LiveBytes, kept_bytes, step_bytes
+from blpa.memory import (
+    CODES,
+    FULL_PRECISION,
+    MIB,
+    VECTORS,
+    LiveBytes,
+    kept_bytes,
+    largest_batch,
+    step_bytes,
+    training_bytes,
+)
 from blpa.models.preact_resnet import PreActResNet
 from blpa.modes import Mode
 
@@ -152,3 +162,82 @@ def test_peak_of_a_step_at_4_bits_is_within_the_promise(depth: int, promised_mib
 def test_peak_of_stock_layers(mode: GetMode) -> None:
     """METHOD, section 7, rounded there to 0.1 MiB a sample."""
     assert step_bytes(*network(mode("exact"), 164, 256)).peak_bytes / 256 / MIB == pytest.approx(23.9, abs=0.05)
+
+
+# ---- where the bytes go ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["exact", "4bit", "exact-one-copy", "checkpoint"])
+def test_kinds_at_the_peak_add_up_to_it(name: str, mode: GetMode) -> None:
+    step = step_bytes(*network(mode(name, COMPILED), 29, 8))
+    assert sum(step.kinds_at_peak.values()) == step.peak_bytes
+    assert max(step.timeline) <= step.peak_bytes  # what an operation makes and frees at once is in the peak alone
+    logits = 4 * 8 * 10  # which the loss's own operation still held
+    assert step.timeline[step.forward_operations - 1] == step.forward_bytes + logits
+
+
+@pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
+def test_every_block_keeps_what_the_formula_says_and_what_it_is(name: str, mode: GetMode) -> None:
+    batch, which = 3, mode(name, COMPILED)
+    model, images, labels = network(which, 29, batch)
+    parts = {str(number): block for number, block in enumerate(model.blocks)}
+    kept = step_bytes(model, images, labels, parts=parts).kept_by_part
+    assert list(kept) == list(parts)
+    of_units = list(units(29, batch))
+    for number, part in enumerate(kept.values()):
+        three = of_units[3 * number : 3 * number + 3]
+        assert sum(part.kinds.values()) == sum(kept_bytes(*unit, which.code) for unit in three)
+        assert part.kinds[VECTORS] == sum(9 * 4 * channels for _, channels in three)
+        assert (part.kinds[CODES] > 0) == (which.code is not None)
+        assert (part.kinds[FULL_PRECISION] > 0) == (which.code is None)
+
+
+def test_counting_leaves_no_hook_behind(mode: GetMode) -> None:
+    model, images, labels = network(mode("4bit", COMPILED), 11, 2)
+    first = step_bytes(model, images, labels, parts={"blocks": model.blocks})
+    model.zero_grad()
+    assert step_bytes(model, images, labels) == first
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+def test_training_takes_weights_momentum_and_images_besides_a_step(mode: GetMode) -> None:
+    model, images, labels = network(mode("exact"), 11, 2)
+    counted = training_bytes(model, images, labels)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert (counted.weight_bytes, counted.optimiser_bytes) == (4 * parameters + buffers, 4 * parameters)
+    assert counted.input_bytes == 2 * (4 * 3 * 32 * 32 + 8)
+    held = counted.weight_bytes + counted.optimiser_bytes + counted.input_bytes
+    assert counted.total_bytes == held + counted.step.peak_bytes
+
+
+# ---- the largest batch ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [110, 111, 119, 120, 250, 1_009, 1_000_000, 123_456_789])
+@pytest.mark.parametrize(
+    "total_bytes",
+    [
+        lambda batch: 100 + 10 * batch,
+        lambda batch: max(100 + 10 * batch, 13 * batch),  # the peak moves to another place as the batch grows
+        lambda batch: 100 + 10 * batch + 7 * (batch % 2),  # rows that do not divide evenly
+    ],
+    ids=["line", "two lines", "bumpy"],
+)
+def test_largest_batch_fits_and_the_next_does_not(total_bytes: Callable[[int], int], budget: int) -> None:
+    asked = []
+
+    def counted(batch: int) -> int:
+        asked.append(batch)
+        return total_bytes(batch)
+
+    batch = largest_batch(counted, budget)
+    assert total_bytes(batch + 1) > budget
+    assert batch == 0 or total_bytes(batch) <= budget
+    assert {batch, batch + 1} - {0} <= set(asked)
+    assert len(asked) <= 12  # each takes seconds
+
+
+def test_no_batch_fits_a_budget_below_the_first_sample() -> None:
+    assert largest_batch(lambda batch: 100 + 10 * batch, 109) == 0

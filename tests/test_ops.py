@@ -529,8 +529,20 @@ def test_input_may_change_before_the_backward_pass_where_codes_are_kept() -> Non
 def test_leaf_is_not_overwritten() -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     for op, others in ((batch_norm_relu, []), (batch_norm_relu_conv2d, w)):
-        with pytest.raises(ValueError, match=r"overwrite_x = True, but x is a leaf that requires grad"):
-            op(i.x, i.gamma, i.beta, *others, code=Code(4), overwrite_x=True)
+        for x in (i.x, i.x[:2]):
+            with pytest.raises(ValueError, match=r"overwrite_x = True, but x is a leaf that requires grad"):
+                op(x, i.gamma, i.beta, *others, code=Code(4), overwrite_x=True)
+
+
+@both_ways
+def test_where_the_weight_alone_is_trained_its_gradient_is_exact(unit: Unit) -> None:
+    """Nothing is kept then but a, by PyTorch's own convolution."""
+    i, w = inputs(), weights((2, 4, 3, 3))
+    frozen = i._replace(x=i.x.detach(), gamma=i.gamma.detach(), beta=i.beta.detach())
+    out = unit(frozen, w[0], Code(2))
+    grad = random(*out.shape, seed=9)
+    exact = closed_form(i, by_one_conv, w, grad, None)[-1]
+    assert_all_close(torch.autograd.grad(out, w, grad), [exact])
 
 
 def test_kept_of_another_shape_is_refused() -> None:

@@ -130,7 +130,7 @@ def test_a_papers_value_in_a_record_is_the_one_of_its_row() -> None:
     assert {mode for row in paper.ERROR_PERCENT.values() for mode in row} <= set(paper.ROWS)
 
 
-def test_the_task_writes_both_files_and_prints_the_readable_one(
+def test_the_task_writes_its_files_and_prints_the_readable_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -138,7 +138,8 @@ def test_the_task_writes_both_files_and_prints_the_readable_one(
     records.write([replace(DIGITS, value=2.5, seed=1)], Path("results/runs/b"))
     assert cli.main(["task=tables"]) == 0
     text = Path("results/tables/errors.md").read_text(encoding="utf-8")
-    assert capsys.readouterr().out == text
+    batches = Path("results/tables/batches.md").read_text(encoding="utf-8")
+    assert capsys.readouterr().out == f"{batches}\n{text}"  # errors last, where the reader of a demo looks
     with Path("results/tables/errors.csv").open(newline="") as file:
         rows = {(row["dataset"], row["mode"]): row for row in csv.DictReader(file)}
     cell = rows["digits", "4bit"]

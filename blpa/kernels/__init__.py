@@ -28,8 +28,8 @@ class Norm(NamedTuple):
     """Per-channel vectors of one batch normalisation, [C] each.
 
     They travel as one tensor, torch.stack(norm) [9, C] in the compute dtype, which is also what is kept for the
-    backward pass: a call with one small tensor costs less than one with nine, and next to the codes of an activation
-    they weigh nothing.
+    backward pass: a call with one small tensor costs less than one with nine. They weigh what the 4-bit codes of 72
+    rows weigh, less than a hundredth of a layer of 8 x 8 pixels at batch 128.
     """
 
     mean: Tensor

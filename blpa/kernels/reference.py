@@ -105,17 +105,13 @@ def backward(
 ) -> None:
     """Sums dbeta and dgamma over the blocks grad, and the input gradient of each."""
     norm = Norm(*vectors.unbind(0))
-    terms = []
+    parts = []
     for k, grad_block in enumerate(grad):
         x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
         dy = torch.where(relu_mask, grad_block.to(sums.dtype), 0)
-        terms.append((dy, dy * x_hat))
-    # Blocks of one size are added before their rows are summed, which makes fewer sums; the last may be shorter.
-    as_long = [pair for pair in terms if pair[0].shape[0] == terms[0][0].shape[0]]
-    added = [sum(of_blocks[1:], start=of_blocks[0]) for of_blocks in zip(*as_long, strict=True)]
-    total = torch.stack([column_sum(term) for term in added])
-    for pair in terms[len(as_long) :]:
-        total = total + torch.stack([column_sum(term) for term in pair])
+        parts.append(torch.stack([column_sum(dy), column_sum(dy * x_hat)]))
+        del x_hat, relu_mask, dy  # before the next block's are made
+    total = torch.stack(parts).sum(0)
     sums.copy_(total)
     # A product for each element costs nothing, a quotient would.
     mean_dy, mean_dy_x_hat = total * (1 / sum(block.shape[0] for block in grad))
@@ -152,7 +148,8 @@ class RowBlockKernels:
     def channel_stats(self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None) -> Tensor:
         """See Kernels."""
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=compute_dtype(x.dtype))
-        self._run(channel_stats, [x], vectors, gamma, beta, constants=(eps, code))
+        # As plain tensors: torch.compile makes new code for each size of a Parameter.
+        self._run(channel_stats, [x], vectors, gamma.detach(), beta.detach(), constants=(eps, code))
         return vectors
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:

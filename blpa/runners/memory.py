@@ -50,7 +50,8 @@ def run(config: Config) -> list[Record]:
     blocks = by_block(config, counted[config.mode.name])
     records.write_atomically(run_dir / "blocks.csv", blocks.to_csv(index=False, lineterminator="\n"))
     print(by_size(blocks, config.dataset.batch_size))
-    print(f"kept by the blocks: {blocks['kept'].sum()} bytes counted, {blocks['formula'].sum()} by the formula")
+    if config.mode.layers == "coded":
+        print(f"kept by the blocks: {blocks['kept'].sum()} bytes counted, {blocks['formula'].sum()} by the formula")
     lines = pd.concat([timeline(mode, total, config.dataset.batch_size) for mode, total in counted.items()])
     records.write_atomically(results / "memory" / f"{name}.csv", lines.to_csv(index=False, lineterminator="\n"))
     print(plots.draw_memory(results, name))

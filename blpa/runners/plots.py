@@ -118,7 +118,8 @@ def draw(curves: pd.DataFrame) -> Figure:
         colour = COLOURS.get(mode, OTHER_COLOUR)
         by_iteration = curves[curves["mode"] == mode].groupby("iteration")["test_error_percent"]
         mean, deviation = by_iteration.mean(), by_iteration.std()
-        axes.plot(mean.index, mean.clip(lower=TICKS[0]), color=colour, linewidth=1.8)
+        marker = "o" if len(mean) == 1 else None  # a line of one point would not show
+        axes.plot(mean.index, mean.clip(lower=TICKS[0]), color=colour, linewidth=1.8, marker=marker)
         if deviation.notna().any():
             low = (mean - deviation).clip(lower=TICKS[0])
             axes.fill_between(mean.index, low, mean + deviation, color=colour, alpha=0.15, linewidth=0)

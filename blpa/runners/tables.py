@@ -64,7 +64,7 @@ def run(config: Config) -> list[Record]:
     for name, frame in (("errors", cells), ("batches", batches)):
         records.write_atomically(results / "tables" / f"{name}.md", texts[name])
         records.write_atomically(results / "tables" / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-    print(*texts.values(), sep="\n", end="")
+    print(texts["batches"], texts["errors"], sep="\n", end="")
     return found
 
 
