@@ -30,7 +30,7 @@ def allocator_peak() -> Callable[[Callable[[], object]], int]:
 
     def peak_bytes(function: Callable[[], object]) -> int:
         gc.collect()  # nothing of before is freed during the measurement
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recording:
             function()
         events = [event for event in recording.profiler.kineto_results.events() if event.name() == "[memory]"]
         live = peak = 0

@@ -449,7 +449,7 @@ def test_second_derivatives_are_refused(code: Code | None, reader: str) -> None:
 
 
 # PyTorch's own forward-mode derivatives still use what it deprecates.
-forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
+forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
 def weighted_sum(x: Tensor, code: Code | None) -> Tensor:

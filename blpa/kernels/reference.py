@@ -63,12 +63,12 @@ def channel_stats(
 
 
 def normalise_rectify_encode(
-    x: Sequence[Tensor], out: Sequence[Tensor], codes: Tensor | None, vectors: Tensor, code: Code | None
+    x: Sequence[Tensor], out: Sequence[Tensor] | None, codes: Tensor | None, vectors: Tensor, code: Code | None
 ) -> None:
-    """Activation a and the packed codes of the blocks x."""
+    """Activation a, in place of x where out is None, and the packed codes of the blocks x."""
     norm = Norm(*vectors.unbind(0))
     block_codes = []
-    for x_block, out_block in zip(x, out, strict=True):
+    for x_block, out_block in zip(x, x if out is None else out, strict=True):
         x_hat = (x_block.to(vectors.dtype) - norm.mean) * norm.rstd
         y = norm.gamma * x_hat + norm.beta
         if code is not None:
@@ -96,14 +96,14 @@ def decode(out: Sequence[Tensor], kept: Tensor, vectors: Tensor, code: Code | No
 
 def backward(
     grad: Sequence[Tensor],
-    out: Sequence[Tensor],
+    out: Sequence[Tensor] | None,
     kept: Tensor,
     sums: Tensor,
     vectors: Tensor,
     code: Code | None,
     constant_stats: bool,
 ) -> None:
-    """Sums dbeta and dgamma over the blocks grad, and the input gradient of each."""
+    """Sums dbeta and dgamma over the blocks grad, and the input gradient of each, in its place where out is None."""
     norm = Norm(*vectors.unbind(0))
     parts = []
     for k, grad_block in enumerate(grad):
@@ -116,7 +116,7 @@ def backward(
     # A product for each element costs nothing, a quotient would.
     mean_dy, mean_dy_x_hat = total * (1 / sum(block.shape[0] for block in grad))
     scale = norm.gamma * norm.rstd
-    for k, (grad_block, out_block) in enumerate(zip(grad, out, strict=True)):
+    for k, (grad_block, out_block) in enumerate(zip(grad, grad if out is None else out, strict=True)):
         x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
         dy = torch.where(relu_mask, grad_block.to(sums.dtype), 0)
         out_block.copy_(scale * dy if constant_stats else scale * (dy - mean_dy - x_hat * mean_dy_x_hat))
@@ -142,7 +142,7 @@ class RowBlockKernels:
             body(blocks, *args, *constants)
         elif not blocks[0].is_meta:  # there only what is allocated counts, and a fused body allocates nothing
             rows = tuple(block.shape[0] for block in blocks)
-            variant = _variant(rows, blocks[0].shape[1], blocks[0].dtype, bool(args) and args[0] is blocks)
+            variant = _variant(rows, blocks[0].shape[1], blocks[0].dtype, args[0] is None)
             self._fuse(body, variant, *constants)(blocks, *args)
 
     def channel_stats(self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None) -> Tensor:
@@ -155,9 +155,8 @@ class RowBlockKernels:
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
         """See Kernels."""
         codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
-        x_blocks = _row_blocks(x, code)
-        out_blocks = x_blocks if out is x else _row_blocks(out, code)
-        self._run(normalise_rectify_encode, x_blocks, out_blocks, codes, vectors, constants=(code,))
+        out_blocks = None if out is x else _row_blocks(out, code)
+        self._run(normalise_rectify_encode, _row_blocks(x, code), out_blocks, codes, vectors, constants=(code,))
         return codes
 
     def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
@@ -169,9 +168,9 @@ class RowBlockKernels:
     ) -> Tensor:
         """See Kernels."""
         sums = vectors.new_empty(2, grad.shape[1])
-        grad_blocks = _row_blocks(grad, code)
-        out_blocks = grad_blocks if out is grad else _row_blocks(out, code)
-        self._run(backward, grad_blocks, out_blocks, kept, sums, vectors, constants=(code, constant_stats))
+        out_blocks = None if out is grad else _row_blocks(out, code)
+        constants = code, constant_stats
+        self._run(backward, _row_blocks(grad, code), out_blocks, kept, sums, vectors, constants=constants)
         return sums
 
 
