@@ -115,7 +115,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
     folder = RunFolder(run_dir, deciding_fields(config))
     if not config.resume:
         folder.remove_checkpoints()
-    progress = _resume(folder, model, optimiser)
+    progress = _resume(folder, model, optimiser, recipe.iterations)
     folder.write_metrics(METRICS, progress.rows)
 
     unread: list[Tensor] = []
@@ -293,7 +293,7 @@ def _save(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, progr
     folder.save(progress.iteration, {"progress": asdict(progress), "model": weights, "optimiser": momentum})
 
 
-def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD) -> Progress:
+def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, iterations: int) -> Progress:
     """Put weights and momentum where the last good checkpoint left them."""
     found = folder.newest()
     if found is None:
@@ -301,8 +301,10 @@ def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD) -> 
     file, state = found
     model.load_state_dict(state["model"])
     optimiser.load_state_dict(state["optimiser"])
-    print(f"going on from {file}", file=sys.stderr)
-    return Progress(**state["progress"])
+    progress = Progress(**state["progress"])
+    verb = "finished before, as in" if progress.iteration == iterations else "going on from"
+    print(f"{verb} {file}", file=sys.stderr)
+    return progress
 
 
 def _last_good(folder: RunFolder) -> str:
@@ -318,4 +320,5 @@ def _progress_bar(done: int, iterations: int) -> "tqdm[Any]":
         mininterval=0.5 if sys.stderr.isatty() else 30,
         miniters=1,
         dynamic_ncols=True,
+        disable=done == iterations,
     )

@@ -255,11 +255,17 @@ def test_bf16_trains_by_autocast_and_keeps_float32_weights(tmp_path: Path) -> No
 # ---- stopping and going on
 
 
-def test_a_finished_run_returns_its_outcome_at_once(tmp_path: Path) -> None:
+def test_a_finished_run_returns_its_outcome_at_once_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     outcome = train(TinyNet(), tmp_path)
+    capsys.readouterr()
     net = TinyNet()
     assert train(net, tmp_path) == outcome
     assert net.step == 0
+    err = capsys.readouterr().err
+    assert err.startswith(f"finished before, as in {tmp_path}")
+    assert err.count("\n") == 1  # no bar
 
 
 def test_resume_false_starts_anew(tmp_path: Path) -> None:
