@@ -100,13 +100,15 @@ class TaskConfig:
     """What to do."""
 
     name: str = MISSING
-    """train, max-batch, runtime, memory, tables or plots."""
+    """train, max-batch, runtime, memory, gradient-error, tables or plots."""
     evaluate_every: int = 1000
     """Training steps between evaluations on the test images; the last step is always evaluated."""
     checkpoint_every: int = 1000
     """Training steps between checkpoints."""
     steps: int = 15
-    """Training steps that runtime times, after two that warm up."""
+    """Training steps that runtime times, after two that warm up; batches that gradient-error compares."""
+    checkpoint: str | None = None
+    """File of weights that gradient-error compares at, of any mode; null takes freshly initialised ones."""
 
 
 @dataclass
@@ -165,6 +167,9 @@ def folder_name(config: Config) -> str | None:
     """
     if config.task.name == "runtime":
         return f"{config.run}-runtime-batch{config.dataset.batch_size}-{config.gpu.kernels}-{config.gpu.precision}"
+    if config.task.name == "gradient-error":
+        at = f"-{Path(config.task.checkpoint).stem}" if config.task.checkpoint else ""
+        return f"{config.run}-gradient-error-batch{config.dataset.batch_size}{at}"
     if config.task.name == "memory":
         return f"{config.run}-memory-batch{config.dataset.batch_size}-{config.gpu.kernels}"
     if config.task.name == "max-batch":

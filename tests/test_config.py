@@ -109,7 +109,7 @@ def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
         ("gpu__device", "auto, cpu, cuda"),
         ("gpu__precision", "fp32, tf32, bf16"),
         ("gpu__kernels", "auto, torch, inductor"),
-        ("task__name", "max-batch, memory, plots, runtime, tables, train"),
+        ("task__name", "gradient-error, max-batch, memory, plots, runtime, tables, train"),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(key: str, allowed: str) -> None:
@@ -234,5 +234,5 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "2bit", "exact-one-copy", "checkpoint",
     }  # fmt: skip
     assert options("gpu") == ["auto", "cpu", "gtx1080ti", "h200"]
-    assert options("task") == ["max-batch", "memory", "plots", "runtime", "tables", "train"]
+    assert options("task") == ["gradient-error", "max-batch", "memory", "plots", "runtime", "tables", "train"]
     assert options("experiment") == ["demo", "single", "table1", "table2"]

@@ -34,7 +34,7 @@ SIDE = {
 ONLY_IN = {
     "hydra": {"config", "runners.cli"},
     "omegaconf": {"config", "runners.cli"},
-    "pandas": {"runners.tables", "runners.plots", "runners.memory"},
+    "pandas": {"runners.tables", "runners.plots", "runners.memory", "runners.gradient_error"},
     "matplotlib": {"runners.tables", "runners.plots"},
     "triton": {"kernels.triton_ops"},
     "sklearn": {"data.digits"},

@@ -8,6 +8,7 @@ usage: blpa-run [-m] [--cfg] [group=option ...] [key=value ...]
   blpa-run experiment=table1 seed=0 -m           the paper's table of errors, one seed
   blpa-run task=max-batch gpu=gtx1080ti depth=488   the largest batch that fits a card, predicted
   blpa-run task=memory depth=164                 where the bytes of a training step go
+  blpa-run task=gradient-error mode=4bit         how far the mode's gradients are from exact's
   blpa-run task=tables                           results/tables from everything that has been run
   blpa-run task=plots                            results/figures from everything that has been run
 

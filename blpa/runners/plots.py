@@ -59,6 +59,8 @@ def run(config: Config) -> list[Record]:
         print(file)
     for file in sorted((results / "memory").glob("*.csv")):
         print(draw_memory(results, file.stem))
+    for file in sorted((results / "gradients").glob("*.csv")):
+        print(draw_gradients(results, file.stem))
     return []
 
 
@@ -166,6 +168,43 @@ def draw_memory(results: Path, name: str) -> Path:
     axes.tick_params(axis="x", length=0)
     axes.set_title(f"Memory of a training step, MiB a sample: {name}", loc="left", fontsize=10)
     axes.legend(title="most at once", frameon=False, loc="upper left")
+    axes.spines[["top", "right"]].set_visible(False)
+    file = results / "figures" / f"{name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=150, metadata={"Software": None})
+    return file
+
+
+def draw_gradients(results: Path, name: str) -> Path:
+    """Draw the error of each layer's gradient, beside the spread of exact's between batches.
+
+    Args:
+        results: the folder that holds gradients/<name>.csv: mode, layer, then low, median and high of each metric.
+        name: of the run.
+
+    Returns:
+        The picture, results/figures/<name>.png.
+    """
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    layers = pd.read_csv(results / "gradients" / f"{name}.csv")
+    mode = str(layers["mode"].iloc[0])
+    label = ROWS[mode].label if mode in ROWS else mode
+    for metric, colour, title in (
+        ("spread", COLOURS["exact"], "exact: spread between batches"),
+        ("error", COLOURS.get(mode, OTHER_COLOUR), f"{label}: error"),
+    ):
+        axes.fill_between(
+            layers.index, layers[f"{metric}_low"], layers[f"{metric}_high"], color=colour, alpha=0.15, linewidth=0
+        )
+        axes.plot(layers.index, layers[f"{metric}_median"], color=colour, linewidth=1.6, label=title)
+    axes.set_yscale("log")
+    axes.set_xlim(0, len(layers) - 1)
+    axes.set_xlabel("layer, from the first convolution to the classifier")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(f"Relative error of a layer's gradient: {name}", loc="left", fontsize=10)
+    axes.legend(frameon=False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     file = results / "figures" / f"{name}.png"
     file.parent.mkdir(parents=True, exist_ok=True)

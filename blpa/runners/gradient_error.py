@@ -1,0 +1,147 @@
+"""How far a mode's gradient is from exact's, on the same weights and the same batches, layer by layer and in whole.
+
+    error  = |g - g_exact| / |g_exact|
+    cosine = <g, g_exact> / (|g| |g_exact|)
+
+Beside them stands what training lives with anyway, the spread of exact's own gradient between batches:
+
+    spread = |g_exact - mean g_exact| / |mean g_exact|
+
+each over training batches with their augmentation. Written are results/gradients/<run>.csv, a row per layer, and
+results/figures/<run>.png, which task=plots draws again from the file.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from blpa import data, kernels, records, training
+from blpa.config import Config, ModeConfig, folder_name
+from blpa.records import Record
+from blpa.runners import plots, setup
+
+Gradients = dict[str, Tensor]
+"""The gradient of each layer with a weight of two dimensions or more, by the layer's name."""
+
+
+def run(config: Config) -> list[Record]:
+    """Compare the configured mode's gradients with exact's, print a summary and record it.
+
+    Args:
+        config: one run, checked; task.steps is the number of batches.
+
+    Returns:
+        Error, cosine and spread of the gradient in whole, each the median over batches with 20 and 80 % quantiles.
+
+    Raises:
+        ValueError: the mode has another width than exact, the checkpoint is not of this network, or the machine or the
+            data cannot do what the configuration asks for.
+    """
+    if config.mode.width_factor != 1:
+        raise ValueError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
+    results, name = Path(config.results), str(folder_name(config))
+    run_dir = results / "runs" / name
+    setup.refuse_unwritable(run_dir)
+    device = setup.device(config.gpu.device)
+    chosen = kernels.choose(config.gpu.kernels, device)
+    training.configure_torch(config.gpu)
+    config = replace(config, gpu=replace(config.gpu, kernels=chosen.name))
+    exact, ours = (
+        setup.model(replace(config, mode=mode), chosen).to(device).train()
+        for mode in (ModeConfig(name="exact", layers="stock"), config.mode)
+    )
+    if config.task.checkpoint:
+        _load(exact, Path(config.task.checkpoint))
+    ours.load_state_dict(exact.state_dict())
+    pairs = [
+        (gradients(exact, images, labels), gradients(ours, images, labels))
+        for images, labels in tqdm(_batches(config, device), "batches", total=config.task.steps)
+    ]
+    layers = compare(pairs)
+    frame = pd.DataFrame(layers)
+    frame.insert(0, "mode", config.mode.name)
+    records.write_atomically(results / "gradients" / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+    whole = compare([({"all": _joined(of_exact)}, {"all": _joined(of_ours)}) for of_exact, of_ours in pairs])
+    source = records.provenance(device)
+    measured = []
+    for metric in ("error", "cosine", "spread"):
+        low, median, high = (whole[0][f"{metric}_{end}"] for end in ("low", "median", "high"))
+        measured.append(
+            setup.record(
+                config, source, metric=f"gradient_{metric}", unit="", value=median, low=low, high=high, n=len(pairs),
+                iterations=len(pairs),
+            )
+        )  # fmt: skip
+        whose = "exact, between batches" if metric == "spread" else config.mode.name
+        print(f"{whose}: {metric} {median:.4g} (20 to 80 %: {low:.4g} to {high:.4g})")
+    records.write(measured, run_dir)
+    print(plots.draw_gradients(results, name))
+    return measured
+
+
+def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Gradients:
+    """The gradient of the mean loss, in float64 on the CPU, of every convolution and of the classifier.
+
+    Args:
+        model: in training.
+        images: [N, C, H, W].
+        labels: class indices [N].
+    """
+    model.zero_grad()
+    F.cross_entropy(model(images), labels).backward()
+    return {
+        name.removesuffix(".weight"): parameter.grad.flatten().double().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.grad is not None
+    }
+
+
+def compare(pairs: list[tuple[Gradients, Gradients]]) -> list[dict[str, float | str]]:
+    """Error, cosine and spread of each layer: medians over batches, with 20 and 80 % quantiles.
+
+    Args:
+        pairs: exact's gradients and the mode's, one pair a batch.
+    """
+    rows = []
+    for layer in pairs[0][0]:
+        exact, ours = (torch.stack([pair[which][layer] for pair in pairs]) for which in (0, 1))
+        mean = exact.mean(0)
+        row: dict[str, float | str] = {"layer": layer}
+        for metric, values in (
+            ("error", (ours - exact).norm(dim=1) / exact.norm(dim=1)),
+            ("cosine", F.cosine_similarity(ours, exact, dim=1)),
+            ("spread", (exact - mean).norm(dim=1) / mean.norm()),
+        ):
+            quantiles = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=values.dtype)).tolist()
+            row |= dict(zip((f"{metric}_low", f"{metric}_median", f"{metric}_high"), quantiles, strict=True))
+        rows.append(row)
+    return rows
+
+
+def _joined(layers: Gradients) -> Tensor:
+    return torch.cat(list(layers.values()))
+
+
+def _batches(config: Config, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
+    recipe = replace(config.dataset, iterations=config.task.steps)
+    split = data.load(config.dataset, device).train
+    if recipe.batch_size > len(split.labels):
+        raise ValueError(f"dataset.batch_size={recipe.batch_size}: the training set has {len(split.labels)} images")
+    for _, images, labels in data.batches(split, recipe, seed=config.seed):
+        yield images, labels
+
+
+def _load(model: nn.Module, file: Path) -> None:
+    """Give a model the weights of a checkpoint, of whatever mode."""
+    if not file.is_file():
+        raise ValueError(f"task.checkpoint={file}: no such file")
+    try:
+        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
+    except (RuntimeError, KeyError) as error:
+        raise ValueError(f"task.checkpoint={file} holds no weights of this network: {error}") from error
