@@ -23,6 +23,8 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def medians(*arguments: str) -> dict[str, float]:
     assert cli.main([*TINY, *arguments]) == 0
     (file,) = Path("results/runs").glob("a-*/records.json")
+    at = "at checkpoint-" if any("checkpoint" in argument for argument in arguments) else "at initialisation"
+    assert all(record.note.startswith(at) for record in records.read(file))
     return {record.metric: record.value for record in records.read(file)}
 
 

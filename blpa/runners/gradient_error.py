@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from blpa import data, kernels, records, training
-from blpa.config import Config, ModeConfig, folder_name
+from blpa.config import Config, ModeConfig, departures, folder_name
 from blpa.records import Record
 from blpa.runners import plots, setup
 
@@ -69,13 +69,14 @@ def run(config: Config) -> list[Record]:
     records.write_atomically(results / "gradients" / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
     whole = compare([({"all": _joined(of_exact)}, {"all": _joined(of_ours)}) for of_exact, of_ours in pairs])
     source = records.provenance(device)
+    at = f"at {Path(config.task.checkpoint).stem}" if config.task.checkpoint else "at initialisation"
     measured = []
     for metric in ("error", "cosine", "spread"):
         low, median, high = (whole[0][f"{metric}_{end}"] for end in ("low", "median", "high"))
         measured.append(
             setup.record(
                 config, source, metric=f"gradient_{metric}", unit="", value=median, low=low, high=high, n=len(pairs),
-                iterations=len(pairs),
+                iterations=len(pairs), note=" ".join(filter(None, [at, departures(config)])),
             )
         )  # fmt: skip
         whose = "exact, between batches" if metric == "spread" else config.mode.name
