@@ -16,6 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from blpa import ops
 from blpa.codec import Code
+from blpa.convolution import Convolution, Pair
 from blpa.kept import Kept
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
@@ -105,7 +106,7 @@ class Conv2d(nn.Conv2d):
 
     def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]
         """Out [N, C_out, H_out, W_out]."""
-        return ops.conv2d(activation.value, activation.kept, self.weight, **self._geometry())
+        return ops.conv2d(activation.value, activation.kept, self.weight, convolution=self._convolution())
 
     def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
         """Out of x through a BatchNormReLU that nothing else reads, in one (ops.batch_norm_relu_conv2d).
@@ -117,10 +118,13 @@ class Conv2d(nn.Conv2d):
         if not (isinstance(bn, BatchNormReLU) and _is_plain(bn, BatchNormReLU) and _is_plain(self, Conv2d)):
             return cast(Tensor, self(bn(x, overwrite_x=overwrite_x)))
         options = bn._options(overwrite_x)
-        return ops.batch_norm_relu_conv2d(x, bn.weight, bn.bias, self.weight, **self._geometry(), **options)
+        return ops.batch_norm_relu_conv2d(
+            x, bn.weight, bn.bias, self.weight, convolution=self._convolution(), **options
+        )
 
-    def _geometry(self) -> dict[str, Any]:
-        return {"stride": self.stride, "padding": self.padding, "dilation": self.dilation, "groups": self.groups}
+    def _convolution(self) -> Convolution:
+        stride, padding, dilation = (cast(Pair, v) for v in (self.stride, self.padding, self.dilation))
+        return Convolution(stride, padding, dilation, self.groups)
 
 
 class StockBatchNormReLU(nn.BatchNorm2d):

@@ -27,10 +27,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from blpa.codec import Code
-from blpa.convolution import Convolution, Pair
+from blpa.convolution import Convolution
 from blpa.kept import Kept, Layout, rows
 from blpa.kernels import Kernels, Norm, compute_dtype
 from blpa.kernels.reference import REFERENCE
+
+_PLAIN = Convolution()
 
 
 @dataclass(frozen=True)
@@ -248,16 +250,7 @@ def batch_norm_relu(
     return a, keep[0]
 
 
-def conv2d(
-    a: Tensor,
-    kept: Kept | None,
-    weight: Tensor,
-    *,
-    stride: int | Pair = 1,
-    padding: int | Pair = 0,
-    dilation: int | Pair = 1,
-    groups: int = 1,
-) -> Tensor:
+def conv2d(a: Tensor, kept: Kept | None, weight: Tensor, *, convolution: Convolution = _PLAIN) -> Tensor:
     """Convolve a, keeping for the backward pass not a but what it was made from.
 
     out = conv(a, W), without bias
@@ -266,10 +259,7 @@ def conv2d(
         a: output of batch_norm_relu [N, C, H, W], unchanged.
         kept: what batch_norm_relu returned with it; None is a plain convolution.
         weight: W [C_out, C / groups, k_h, k_w].
-        stride: as torch.nn.functional.conv2d; so are padding, dilation and groups.
-        padding: zeros added on each side.
-        dilation: distance between the weights.
-        groups: groups of channels that do not mix.
+        convolution: its stride, padding, dilation and groups.
 
     Returns:
         out [N, C_out, H_out, W_out].
@@ -279,7 +269,6 @@ def conv2d(
 
     Source: Chakrabarti and Moseley, section 3.
     """
-    convolution = Convolution(stride, padding, dilation, groups)
     if kept is None:
         return convolution(a, weight)
     if a.shape != kept.layout.shape:
@@ -298,10 +287,7 @@ def batch_norm_relu_conv2d(
     beta: Tensor,
     weight: Tensor,
     *,
-    stride: int | Pair = 1,
-    padding: int | Pair = 0,
-    dilation: int | Pair = 1,
-    groups: int = 1,
+    convolution: Convolution = _PLAIN,
     **options: Unpack[BatchNormOptions],
 ) -> Tensor:
     """Batch norm, ReLU and the only convolution that reads them, in one.
@@ -313,11 +299,8 @@ def batch_norm_relu_conv2d(
         x: as batch_norm_relu; so are gamma, beta and options.
         gamma: scale [C].
         beta: shift [C].
-        weight: as conv2d; so are stride, padding, dilation and groups.
-        stride: distance between the places where the convolution is taken.
-        padding: zeros added on each side.
-        dilation: distance between the weights.
-        groups: groups of channels that do not mix.
+        weight: as conv2d; so is convolution.
+        convolution: its stride, padding, dilation and groups.
         options: see BatchNormOptions.
 
     Returns:
@@ -328,7 +311,6 @@ def batch_norm_relu_conv2d(
 
     Source: Chakrabarti and Moseley, section 3.
     """
-    convolution = Convolution(stride, padding, dilation, groups)
     if not _is_recording(x, gamma, beta):
         a, _ = batch_norm_relu(x, gamma, beta, **options)
         return convolution(a, weight)

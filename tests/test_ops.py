@@ -13,10 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blpa.codec import Code
+from blpa.convolution import Convolution
 from blpa.ops import average_pool, batch_norm_relu, batch_norm_relu_conv2d, conv2d
 
 CODES = [Code(8), Code(4), Code(2), None]
 EPS = 1e-3
+PADDED = Convolution(padding=(1, 1))
 LAST = torch.channels_last
 
 all_codes = pytest.mark.parametrize("code", CODES, ids=str)
@@ -69,7 +71,7 @@ def ours(i: Inputs, read: Read, w: list[Tensor], code: Code | None, **options: A
     """Out of the ops."""
     x = i.x.clone()  # no leaf, so that it may be overwritten
     a, kept = batch_norm_relu(x, i.gamma, i.beta, code=code, eps=EPS, **clones(i.averages), **options)
-    return read(lambda a, weight, **geometry: conv2d(a, kept, weight, **geometry), a, x, w)
+    return read(lambda a, weight, **how: conv2d(a, kept, weight, convolution=Convolution(**how)), a, x, w)
 
 
 Unit = Callable[..., Tensor]
@@ -82,7 +84,7 @@ def in_two(i: Inputs, weight: Tensor, code: Code | None, **options: Any) -> Tens
 
 def in_one(i: Inputs, weight: Tensor, code: Code | None, **options: Any) -> Tensor:
     return batch_norm_relu_conv2d(
-        i.x.clone(), i.gamma, i.beta, weight, padding=1, code=code, eps=EPS, **clones(i.averages), **options
+        i.x.clone(), i.gamma, i.beta, weight, convolution=PADDED, code=code, eps=EPS, **clones(i.averages), **options
     )
 
 
@@ -140,7 +142,7 @@ def test_gradcheck_through_the_convolution(training: bool) -> None:
 
     def function(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
         a, kept = batch_norm_relu(x, gamma, beta, code=None, training=training, **clones(i.averages))
-        return conv2d(a, kept, weight, padding=(1, 1))
+        return conv2d(a, kept, weight, convolution=PADDED)
 
     assert torch.autograd.gradcheck(function, [*i.leaves, *w])
 
@@ -159,27 +161,29 @@ def test_gradients_equal_the_closed_form_on_the_decoded_activation(
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"overwrite_x": True}, {"training": False}, {"forward_from_code": True}], ids=str
+    ("code", "options"),
+    [(code, options) for options in ({}, {"overwrite_x": True}, {"training": False}) for code in CODES]
+    + [(code, {"forward_from_code": True}) for code in CODES if code],
+    ids=str,
 )
 @pytest.mark.parametrize(
-    "geometry", [{}, {"stride": 2, "padding": (1, 0)}, {"dilation": 2, "padding": 2, "groups": 2}], ids=str
+    "convolution",
+    [Convolution(), Convolution(stride=2, padding=(1, 0)), Convolution(dilation=2, padding=2, groups=2)],
+    ids=str,
 )
-@all_codes
 def test_in_one_and_in_two_are_the_same_bits(
-    code: Code | None, geometry: dict[str, Any], options: dict[str, bool]
+    code: Code | None, convolution: Convolution, options: dict[str, bool]
 ) -> None:
-    if code is None and "forward_from_code" in options:
-        return
-    i, w = inputs(), weights((2, 4 // geometry.get("groups", 1), 3, 3))
+    i, w = inputs(), weights((2, 4 // convolution.groups, 3, 3))
     results = []
     for fused in (False, True):
         averages = clones(i.averages)
         arguments = i.x * 1, i.gamma, i.beta
         if fused:
-            out = batch_norm_relu_conv2d(*arguments, *w, code=code, **geometry, **averages, **options)
+            out = batch_norm_relu_conv2d(*arguments, *w, convolution=convolution, code=code, **averages, **options)
         else:
             a, kept = batch_norm_relu(*arguments, code=code, **averages, **options)
-            out = conv2d(a, kept, *w, **geometry)
+            out = conv2d(a, kept, *w, convolution=convolution)
         grad = random(*out.shape, seed=9)
         results.append([out, *averages.values(), *torch.autograd.grad(out, [*i.leaves, *w], grad)])
     assert all(map(torch.equal, *results))
@@ -380,7 +384,7 @@ def test_naive_baseline_feeds_the_decoded_activation_forward(code: Code) -> None
     with torch.no_grad():
         without_gradient, _ = batch_norm_relu(i.x, i.gamma, i.beta, code=code, forward_from_code=True)
     assert torch.equal(without_gradient, a)
-    out = conv2d(a, kept, *w, padding=(1, 1))
+    out = conv2d(a, kept, *w, convolution=PADDED)
     grad = random(*out.shape, seed=9)
     straight_through = closed_form(i, by_one_conv, w, grad, code)
     assert_all_close(torch.autograd.grad(out, [*i.leaves, *w], grad), straight_through)
@@ -393,7 +397,7 @@ def test_nothing_is_kept_where_no_gradient_is_recorded(code: Code | None) -> Non
     with torch.no_grad():
         a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
         assert kept is None
-        assert torch.equal(conv2d(a, kept, *w, padding=(1, 1)), expected)
+        assert torch.equal(conv2d(a, kept, *w, convolution=PADDED), expected)
 
 
 # ---- what is kept, and how long -------------------------------------------------------------------------------------
@@ -452,9 +456,13 @@ def test_second_derivatives_are_refused(code: Code | None, reader: str) -> None:
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 
 
-def weighted_sum(x: Tensor, code: Code | None) -> Tensor:
-    a, kept = batch_norm_relu(x, torch.ones(4).double(), torch.zeros(4).double(), code=code)
-    return conv2d(a, kept, random(2, 4, 3, 3)).sum()
+def weighted_sum(x: Tensor, code: Code | None, *, fused: bool = False) -> Tensor:
+    arguments = x, torch.ones(4).double(), torch.zeros(4).double()
+    weight = random(2, 4, 3, 3)
+    if fused:
+        return batch_norm_relu_conv2d(*arguments, weight, code=code).sum()
+    a, kept = batch_norm_relu(*arguments, code=code)
+    return conv2d(a, kept, weight).sum()
 
 
 @forward_mode
@@ -470,17 +478,19 @@ def weighted_sum(x: Tensor, code: Code | None) -> Tensor:
     ],
     ids=["grad", "vjp", "jvp", "vmap", "hessian"],
 )
-def test_function_transforms_are_refused(transform: Callable[..., Any], code: Code | None) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["in two", "in one"])
+def test_function_transforms_are_refused(transform: Callable[..., Any], code: Code | None, fused: bool) -> None:
     with pytest.raises(RuntimeError, match=r"functorch transforms|vmap"):
-        transform(lambda x: weighted_sum(x, code), random(3, 4, 5, 5))
+        transform(lambda x: weighted_sum(x, code, fused=fused), random(3, 4, 5, 5))
 
 
 @forward_mode
-def test_forward_mode_derivatives_are_refused() -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["in two", "in one"])
+def test_forward_mode_derivatives_are_refused(fused: bool) -> None:
     with torch.autograd.forward_ad.dual_level():
         x = torch.autograd.forward_ad.make_dual(random(3, 4, 5, 5), torch.ones(3, 4, 5, 5).double())
         with pytest.raises(NotImplementedError, match=r"forward mode AD"):
-            weighted_sum(x, Code(4))
+            weighted_sum(x, Code(4), fused=fused)
 
 
 @both_ways
