@@ -8,11 +8,10 @@ mistake. Nothing here imports torch, so a mistake is answered at once.
 import math
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 CONF = Path(__file__).parent / "conf"
 
@@ -90,7 +89,7 @@ class GpuConfig:
     deterministic: bool = True
     """Refuse operations whose result can differ between runs."""
     memory_gib: float | None = None
-    """Memory that training may take, in GiB: the budget of max-batch."""
+    """Memory that training may take, in GiB: the budget of max-batch; null is the whole card."""
     allowance_mib: int = 512
     """Part of it that no count sees, in MiB: the CUDA context and the workspace of convolutions."""
 
@@ -100,13 +99,15 @@ class TaskConfig:
     """What to do."""
 
     name: str = MISSING
-    """train, max-batch, runtime, memory, gradient-error, tables or plots."""
+    """train, max-batch, runtime, memory, gradient-error, tables, plots or report."""
     evaluate_every: int = 1000
     """Training steps between evaluations on the test images; the last step is always evaluated."""
     checkpoint_every: int = 1000
     """Training steps between checkpoints."""
     steps: int = 15
     """Training steps that runtime times, after two that warm up; batches that gradient-error compares."""
+    largest_batch: bool = False
+    """Runtime at each mode's largest batch as max-batch found it for gpu.memory_gib, not at dataset.batch_size."""
     checkpoint: str | None = None
     """File of weights that gradient-error compares at, of any mode; null takes freshly initialised ones."""
 
@@ -144,62 +145,6 @@ def options(group: str) -> list[str]:
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
 
 
-def run_name(config: Config) -> str:
-    """The folder of a run, from the values that tell runs apart: table1-cifar10-4bit-depth164-width1-seed0.
-
-    Args:
-        config: the run; its experiment leads the name unless it is `single`.
-    """
-    prefix = "" if config.experiment == "single" else f"{config.experiment}-"
-    network = f"depth{config.depth}-width{config.width:g}"
-    return f"{prefix}{config.dataset.name}-{config.mode.name}-{network}-seed{config.seed}"
-
-
-def folder_name(config: Config) -> str | None:
-    """The folder under results/runs that the task writes, which no two cells of a sweep may share.
-
-    Args:
-        config: the run, named.
-
-    Returns:
-        The run's name, with what else decides the figure of another task than train; nothing where the task has no
-        folder.
-    """
-    if config.task.name == "runtime":
-        return f"{config.run}-runtime-batch{config.dataset.batch_size}-{config.gpu.kernels}-{config.gpu.precision}"
-    if config.task.name == "gradient-error":
-        at = f"-{Path(config.task.checkpoint).stem}" if config.task.checkpoint else ""
-        return f"{config.run}-gradient-error-batch{config.dataset.batch_size}{at}"
-    if config.task.name == "memory":
-        return f"{config.run}-memory-batch{config.dataset.batch_size}-{config.gpu.kernels}"
-    if config.task.name == "max-batch":
-        return f"{config.run}-max-batch-{config.gpu.memory_gib:g}gib-{config.gpu.kernels}"
-    return config.run if config.task.name == "train" else None
-
-
-def departures(config: Config) -> str:
-    """Name what of recipe and mode differs from the option's file, where tables would not tell it apart otherwise.
-
-    Args:
-        config: the run. A mode of the user's own name has no file: what differs from the schema's defaults is named.
-
-    Returns:
-        dataset.schedule=[[1.0, 0.1]] mode.clip=2.0, or nothing.
-    """
-    told = {"name", "root", "download", "iterations", "batch_size"}
-    found = []
-    for group, values in (("dataset", config.dataset), ("mode", config.mode)):
-        option: Any = type(values)()
-        if values.name in options(group):
-            file = OmegaConf.load(CONF / group / f"{values.name}.yaml")
-            option = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(option), file))
-        for value in fields(values):
-            given = getattr(values, value.name)
-            if value.name not in told and given != getattr(option, value.name):
-                found.append(f"{group}.{value.name}={given}")
-    return " ".join(found)
-
-
 def check(config: Config) -> None:
     """Refuse a configuration that cannot be run.
 
@@ -218,8 +163,6 @@ def check(config: Config) -> None:
         _above_zero("gpu.memory_gib", config.gpu.memory_gib)
     _at_least("gpu.allowance_mib", config.gpu.allowance_mib, 0)
     _one_of("task.name", config.task.name, options("task"))
-    if config.task.name == "max-batch" and config.gpu.memory_gib is None:
-        raise ValueError("gpu.memory_gib=null is not allowed for max-batch: name a card, gpu=gtx1080ti, or its GiB")
     _at_least("task.evaluate_every", config.task.evaluate_every, 1)
     _at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
     _at_least("task.steps", config.task.steps, 1)

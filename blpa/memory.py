@@ -20,7 +20,7 @@ Bytes kept have a formula. A unit whose activation is [M, C], with a K-bit code,
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -33,7 +33,7 @@ from torch.utils._pytree import tree_leaves
 from blpa.codec import Code
 from blpa.kernels import Norm
 
-MIB = 2**20
+MIB, GIB = 2**20, 2**30
 
 CODES = "codes"
 VECTORS = "per-channel vectors"
@@ -128,18 +128,18 @@ class StepBytes:
     Attributes:
         peak_bytes: the most alive at once, gradients of the weights included.
         forward_bytes: alive when the forward pass has ended: all that is kept, the logits and the loss.
+        kinds_at_peak: the peak's bytes by what they are: KINDS.
+        timeline: bytes alive after each operation.
+        forward_operations: how many of them belong to the forward pass.
+        kept_by_part: what the forward pass of each part left for the backward pass.
     """
 
     peak_bytes: int
     forward_bytes: int
-    kinds_at_peak: dict[str, int] = field(default_factory=dict, compare=False)
-    """The peak's bytes by what they are: KINDS."""
-    timeline: list[int] = field(default_factory=list, compare=False)
-    """Bytes alive after each operation."""
-    forward_operations: int = field(default=0, compare=False)
-    """How many of them belong to the forward pass."""
-    kept_by_part: dict[str, PartBytes] = field(default_factory=dict, compare=False)
-    """What the forward pass of each part left for the backward pass."""
+    kinds_at_peak: dict[str, int]
+    timeline: list[int]
+    forward_operations: int
+    kept_by_part: dict[str, PartBytes]
 
 
 def step_bytes(

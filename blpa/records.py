@@ -14,9 +14,12 @@ import io
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,7 +36,7 @@ class Record:
     experiment: str
     """The group of table cells the run belongs to."""
     task: str
-    """What measured it: train."""
+    """What measured it: train, runtime, max-batch, memory or gradient-error."""
     metric: str
     """What was measured: test_error_percent."""
     unit: str
@@ -86,6 +89,10 @@ class Record:
     """The paper's figure for the very same cell."""
     note: str
     """What else a reader must know."""
+    command: str = ""
+    """What blpa-run was told, the places of data and results left out; empty in records older than this column."""
+    failure: str = ""
+    """Why there is no value: then metric is "failed", and value is how long the cell ran, in seconds."""
 
 
 COLUMNS = tuple(column.name for column in fields(Record))
@@ -152,14 +159,53 @@ def read(file: Path) -> list[Record]:
         raise ValueError(f"{file} is not a run's records ({error}): remove it, or run the cell again") from error
 
 
+def is_finished(run_dir: Path, command: list[str]) -> bool:
+    """Whether a run's folder holds records, none of a failure, that the same command made.
+
+    Args:
+        run_dir: the run's own folder under results/runs.
+        command: what cells.overrides returns.
+
+    Raises:
+        ValueError: its records.json is not what its name says.
+    """
+    file = run_dir / "records.json"
+    return file.exists() and all(r.command == as_text(command) and not r.failure for r in read(file))
+
+
+def as_text(command: list[str]) -> str:
+    """Arguments as a shell takes them."""
+    return shlex.join(command)
+
+
 def collect(results: Path) -> list[Record]:
-    """Merge every run's records into records.csv and return them all.
+    """Merge every run's records into records.csv and return them all; one process at a time does it.
 
     Args:
         results: the folder that holds runs/ and records.csv; either may be missing.
 
     Returns:
-        One record per cell, the newest, sorted by cell.
+        As `merged`.
+
+    Raises:
+        ValueError: a file is not what its name says; it is named.
+    """
+    if not merged(results):
+        return []
+    with _one_at_a_time(results):
+        found = merged(results)
+        write_table(results / "records.csv", [asdict(record) for record in found])
+    return found
+
+
+def merged(results: Path) -> list[Record]:
+    """Read records.csv and every run's records.
+
+    Args:
+        results: the folder that holds runs/ and records.csv; either may be missing.
+
+    Returns:
+        One record per cell, the newest, sorted by cell; a failure only where the same command measured nothing later.
 
     Raises:
         ValueError: a file is not what its name says; it is named.
@@ -170,14 +216,37 @@ def collect(results: Path) -> list[Record]:
         found += read(file)
     found.sort(key=lambda record: record.date)
     newest = {tuple(getattr(record, name) for name in CELL): record for record in found}
-    merged = [newest[cell] for cell in sorted(newest, key=_none_first)]
-    if merged:
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(record) for record in merged)
-        write_atomically(table, text.getvalue())
-    return merged
+    measured = {record.command: record.date for record in found if not record.failure}
+    return [
+        record
+        for record in (newest[cell] for cell in sorted(newest, key=_none_first))
+        if not (record.failure and measured.get(record.command, "") >= record.date)
+    ]
+
+
+@contextmanager
+def _one_at_a_time(results: Path) -> Iterator[None]:
+    """Wait until no other process collects: it would write what it read before this one's changes."""
+    with (results / ".lock").open("w") as lock:
+        if sys.platform != "win32":  # which has no flock
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def write_table(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
+    """Write a CSV file whole or not at all.
+
+    Args:
+        file: where.
+        rows: at least one, all with the same keys, which are the columns; None is left empty.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(file, text.getvalue())
 
 
 def write_atomically(file: Path, text: str) -> None:

@@ -89,7 +89,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
 
     Args:
         model: freshly initialised: float32 images [N, C, H, W], channels last, to logits [N, classes].
-        data: on `device`.
+        data: on `device`; at least a batch of training images.
         config: with the device and the back end that are really used in `gpu`, since they decide the result.
         device: where to train; the model is moved there.
         run_dir: the run's own folder, for its checkpoints and metrics.csv.
@@ -98,17 +98,13 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
         The figures of the last evaluation; at once where the run is already finished.
 
     Raises:
-        ValueError: a batch larger than the training set; a checkpoint that belongs to another configuration.
+        ValueError: a checkpoint belongs to another configuration.
         Interrupted: SIGINT or SIGTERM; the step under way was finished and a checkpoint written (of a finished run,
             there is one). A second signal does, at once, what it would do outside of training.
         Diverged: a loss or a weight that is not finite; no checkpoint holds it.
         CannotWrite: a full disk, or the like; the checkpoints written before are untouched.
     """
     recipe = config.dataset
-    if recipe.batch_size > len(data.train.labels):
-        raise ValueError(
-            f"dataset.batch_size={recipe.batch_size}: the training set has {len(data.train.labels)} images, not as many"
-        )
     configure_torch(config.gpu)
     model.to(device).train()
     optimiser = make_optimiser(model, recipe)
@@ -229,7 +225,7 @@ def evaluate(model: nn.Module, split: Split, config: Config) -> tuple[float, flo
         for start in range(0, len(split.labels), recipe.eval_batch_size):
             labels = split.labels[start : start + recipe.eval_batch_size]
             images = normalise(split.images[start : start + recipe.eval_batch_size])
-            logits = _forward(model, images, config.gpu)
+            logits = forward(model, images, config.gpu)
             loss_sum = F.cross_entropy(logits, labels, reduction="sum")
             sums += torch.stack([loss_sum, (logits.argmax(dim=1) != labels).sum()])
     model.train()
@@ -254,7 +250,8 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             norm.running_mean, norm.running_var = mean, var
 
 
-def _forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
+def forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
+    """Float32 logits of a batch, computed in gpu.precision."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=gpu.precision == "bf16"):
         logits: Tensor = model(images)
     return logits.float()
@@ -267,7 +264,7 @@ def step(
     for group in optimiser.param_groups:
         group["lr"] = rate
     optimiser.zero_grad(set_to_none=True)
-    logits = _forward(model, images, gpu)
+    logits = forward(model, images, gpu)
     loss = F.cross_entropy(logits, labels)
     loss.backward()  # type: ignore[no-untyped-call]
     optimiser.step()

@@ -327,7 +327,7 @@ def test_runtimes_of_several_batch_sizes_keep_their_records() -> None:
     assert cli.main([*TINY, *arguments]) == 0
     found = records.collect(Path("results"))
     assert [(record.metric, record.batch_size) for record in found] == [
-        ("ratio_to_exact", 2), ("ratio_to_exact", 4), ("step_seconds", 2), ("step_seconds", 4),
+        ("ratio_to_exact", 2), ("ratio_to_exact", 4), ("seconds_per_sample", 2), ("seconds_per_sample", 4),
     ]  # fmt: skip
     assert {(record.kernels, record.n, record.task) for record in found} == {("torch", 1, "runtime")}
 

@@ -11,10 +11,7 @@ from blpa.config import (
     ModeConfig,
     TaskConfig,
     check,
-    departures,
-    folder_name,
     options,
-    run_name,
 )
 from blpa.models.preact_resnet import STEM_CHANNELS
 
@@ -199,33 +196,6 @@ def test_a_seed_that_torch_cannot_take_is_refused(seed: int) -> None:
 def test_empty_results_are_refused() -> None:
     with pytest.raises(ValueError, match=r"^results= is empty"):
         check(make(results=""))
-
-
-def test_a_run_is_named_after_what_tells_it_apart() -> None:
-    assert run_name(make()) == "digits-4bit-depth29-width1-seed0"
-    assert run_name(make(experiment="demo", width=0.25, seed=3)) == "demo-digits-4bit-depth29-width0.25-seed3"
-
-
-def test_only_changes_that_no_column_of_a_record_tells_are_departures() -> None:
-    assert departures(make()) == ""
-    assert departures(make(dataset__iterations=7, dataset__batch_size=2, dataset__root="elsewhere")) == ""
-    assert departures(make(mode__bits=8)) == "mode.bits=8"  # or it would pass for what its mode's name says
-    changed = make(dataset__augmentation="none", mode__clip=2.0)
-    assert departures(changed) == "dataset.augmentation=none mode.clip=2.0"
-
-
-def test_a_mode_without_a_file_is_told_by_its_values() -> None:
-    assert departures(make(mode__name="mine")) == "mode.layers=coded mode.bits=4"
-    assert departures(make(mode__name="mine", mode__clip=2.0)) == "mode.layers=coded mode.bits=4 mode.clip=2.0"
-
-
-def test_a_task_s_folder_tells_apart_what_its_cells_may_differ_in() -> None:
-    assert folder_name(make()) == "a-run"
-    assert folder_name(make(task__name="tables")) is None
-    timed = make(task__name="runtime")
-    assert folder_name(timed) == "a-run-runtime-batch64-auto-fp32"
-    changes = ({"dataset__batch_size": 8}, {"gpu__kernels": "torch"}, {"gpu__precision": "bf16"})
-    assert len({folder_name(make(task__name="runtime", **change)) for change in changes} | {folder_name(timed)}) == 4
 
 
 def test_every_group_has_the_options_of_the_command_line() -> None:

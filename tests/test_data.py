@@ -183,6 +183,11 @@ def test_images_other_than_the_configuration_says_are_refused(key: str, value: i
         load(DatasetConfig(**{**asdict(DIGITS), key: value}), CPU)
 
 
+def test_a_batch_larger_than_the_training_set_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^dataset\.batch_size=1298: the training set has 1297 images$"):
+        load(replace(DIGITS, batch_size=1298), CPU)
+
+
 def test_an_unknown_data_set_is_refused() -> None:
     with pytest.raises(ValueError, match=r"dataset\.name=mnist: .* cifar10, cifar100, digits"):
         load(replace(DIGITS, name="mnist"), CPU)

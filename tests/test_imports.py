@@ -25,6 +25,7 @@ LAYERS = (
 )
 SIDE = {
     "config": set[str](),
+    "cells": {"config"},
     "records": set[str](),
     "data": {"config"},
     "checkpoints": {"config"},
@@ -33,15 +34,15 @@ SIDE = {
 
 ONLY_IN = {
     "hydra": {"config", "runners.cli"},
-    "omegaconf": {"config", "runners.cli"},
-    "pandas": {"runners.tables", "runners.plots", "runners.memory", "runners.gradient_error"},
+    "omegaconf": {"config", "cells", "runners.cli"},
+    "pandas": {"runners.tables", "runners.plots"},
     "matplotlib": {"runners.tables", "runners.plots"},
     "triton": {"kernels.triton_ops"},
     "sklearn": {"data.digits"},
     "torchvision": {"data.cifar"},
 }
 
-WITHOUT_TORCH = {"", "config", "records", "runners", "runners.cli", "runners.usage", "runners.paper"}
+WITHOUT_TORCH = {"", "config", "cells", "records", "runners", "runners.cli", "runners.usage", "runners.paper"}
 """What the command line imports before it knows that there is something to run."""
 
 

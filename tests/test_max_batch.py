@@ -3,6 +3,7 @@
 import csv
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ from test_tables import rows_of
 from blpa import records
 from blpa.config import Config
 from blpa.records import Record
-from blpa.runners import cli, max_batch, paper, tables
+from blpa.runners import cli, max_batch, paper, setup, tables
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "mode=4bit"]
 
@@ -46,7 +47,7 @@ def cells(arguments: list[str]) -> list[Config]:
 
 
 def training_total(config: Config, batch: int) -> int:
-    return max_batch.training_bytes(config, max_batch.kernels.choose("inductor", max_batch.META), batch).total_bytes
+    return setup.training_bytes(config, batch).total_bytes
 
 
 def test_a_network_that_does_not_fit_is_recorded_as_such(capsys: pytest.CaptureFixture[str]) -> None:
@@ -61,7 +62,6 @@ def test_a_network_that_does_not_fit_is_recorded_as_such(capsys: pytest.CaptureF
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "gpu.memory_gib=null is not allowed for max-batch: name a card, gpu=gtx1080ti, or its GiB"),
         (["gpu.memory_gib=0"], "gpu.memory_gib=0.0 is not allowed: it is a number above 0"),
         (["gpu.memory_gib=-11"], "gpu.memory_gib=-11.0 is not allowed: it is a number above 0"),
         (["gpu=gtx1080ti", "gpu.allowance_mib=-1"], "gpu.allowance_mib=-1 is not allowed: it is a whole number, at"),
@@ -73,6 +73,11 @@ def test_a_budget_without_meaning_is_refused(
     assert cli.main(["task=max-batch", *arguments]) == 2
     assert capsys.readouterr().err.startswith(f"blpa-run: error: {message}")
     assert list(Path.cwd().iterdir()) == []
+
+
+def test_a_budget_is_asked_for_where_there_is_no_card(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["task=max-batch", "gpu=cpu"]) == 1
+    assert capsys.readouterr().err.startswith("blpa-run: error: gpu.memory_gib=null: here is no GPU to take it from")
 
 
 def test_memory_shows_kinds_blocks_and_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,3 +142,92 @@ def test_paper_figures_are_looked_up_for_its_own_card_alone() -> None:
     assert paper.largest_batch(config) == 2522
     config.gpu.memory_gib = 80
     assert paper.largest_batch(config) is None
+
+
+# ---- measuring: the search, on a made-up card -----------------------------------------------------------------------
+
+
+class Card:
+    """Where batches up to `largest` fit, or up to `steady` over many steps; remembers what was asked of it."""
+
+    def __init__(self, largest: int, steady: int | None = None) -> None:
+        self.largest, self.steady = largest, largest if steady is None else steady
+        self.probes: list[tuple[int, int]] = []
+
+    def __call__(self, batch: int, steps: int) -> bool:
+        self.probes.append((batch, steps))
+        return batch <= (self.steady if steps == max_batch.VERIFYING_STEPS else self.largest)
+
+
+@pytest.mark.parametrize("predicted", [0, 1, 26, 1000, 6290])
+@pytest.mark.parametrize("largest", [0, 1, 2, 25, 182, 990, 1010, 6290, 6500])
+def test_the_search_ends_at_the_largest_batch_wherever_it_begins(predicted: int, largest: int) -> None:
+    card = Card(largest)
+    fits, fails = max_batch.search(card, predicted)
+    assert fits <= largest < fails
+    assert fails - fits <= max(1, fits // 100)
+    assert not fits or (fits, max_batch.VERIFYING_STEPS) in card.probes
+    assert any(batch >= fails and batch > largest for batch, _ in card.probes)
+    assert not fits or any(largest < batch <= max(fits + 1, 1.05 * fits + 1) for batch, _ in card.probes)
+
+
+def test_few_probes_are_needed_where_the_prediction_is_good() -> None:
+    """Within 5 %: two or three strides of 2.5 % and their double, two halvings, the long run and the one 5 % beyond."""
+    for largest in (950, 975, 1000, 1025, 1049):
+        card = Card(largest)
+        max_batch.search(card, 1000)
+        assert len(card.probes) <= 9
+
+
+def test_an_answer_that_does_not_stand_is_lowered() -> None:
+    fits, fails = max_batch.search(Card(1000, steady=960), 1000)
+    assert fits <= 960 < fails <= 1000
+
+
+def test_where_more_than_the_answer_fits_the_search_goes_on() -> None:
+    """A failure that memory was not to blame for: 1000 fails by chance, and 1050 fits."""
+
+    class Fickle(Card):
+        def __call__(self, batch: int, steps: int) -> bool:
+            return super().__call__(batch, steps) and not (995 <= batch < 1040)
+
+    fits, fails = max_batch.search(Fickle(2000), 1000)
+    assert fits <= 2000 < fails <= 2020
+
+
+def test_a_probe_runs_in_a_fresh_process_and_out_of_memory_is_an_answer(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process is real; the card is not there, so that what comes back is the child's own error."""
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
+        max_batch._probe_on(config, 2**30)(4, 1)
+
+    def out_of_memory(*_: object) -> None:
+        raise max_batch.torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(max_batch.torch.cuda, "set_per_process_memory_fraction", lambda fraction: None)
+    monkeypatch.setattr(max_batch.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1))
+    monkeypatch.setattr(max_batch.kernels, "choose", lambda *_: None)
+    monkeypatch.setattr(max_batch.setup, "training_step", out_of_memory)
+    assert max_batch.fits_in(config, 4, 1, 2**30) is None
+
+
+def test_on_a_card_both_answers_are_recorded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(max_batch.setup, "device", lambda name: max_batch.torch.device("cuda"))
+    monkeypatch.setattr(
+        max_batch.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**40)
+    )
+    monkeypatch.setattr(max_batch.torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(max_batch.kernels, "_missing_for_inductor", lambda device: "")
+    asked = []
+    monkeypatch.setattr(max_batch, "_probe_on", lambda config, limit: asked.append(limit) or Card(100))
+    assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "run=a", *TINY]) == 0
+    predicted, measured = record_of("a-max-batch-0.6gib-auto")
+    assert asked == [int(0.6 * 2**30) - 512 * 2**20]
+    assert (predicted.predicted, measured.predicted, measured.device) == (True, False, "a card")
+    assert (measured.value, measured.low, measured.high) == (100, 100, 100)
+    assert "largest batch 100 in 0.6 GiB (measured); 101 does not fit" in capsys.readouterr().out
+    assert {record.value for record in records.collect(Path("results"))} == {predicted.value, 100}

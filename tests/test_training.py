@@ -194,12 +194,6 @@ def test_a_schedule_that_ends_too_soon_is_refused() -> None:
         training.learning_rate(tiny_config(schedule=[[0.5, 0.1]]).dataset, 7)
 
 
-def test_a_batch_larger_than_the_training_set_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"^dataset\.batch_size=43: the training set has 42 images, not as many$"):
-        train(TinyNet(), tmp_path / "run", tiny_config(batch_size=43))
-    assert not (tmp_path / "run").exists()
-
-
 def test_when_losses_are_read_does_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "READ_EVERY_SECONDS", math.inf)
     train(TinyNet(), tmp_path / "late")

@@ -51,7 +51,8 @@ def load(config: DatasetConfig, device: torch.device) -> ImageData:
         device: where the images are to be held.
 
     Raises:
-        ValueError: no such data set; a folder that lacks it, or holds it damaged; images other than `config` says.
+        ValueError: no such data set; a folder that lacks it, or holds it damaged; images other than `config` says, or
+            fewer than a batch.
     """
     if config.name in ("cifar10", "cifar100"):
         from blpa.data import cifar
@@ -69,6 +70,8 @@ def load(config: DatasetConfig, device: torch.device) -> ImageData:
         for key, value in found.items():
             if getattr(config, key) != value:
                 raise ValueError(f"dataset.{key}={getattr(config, key)}: {config.name} has {value}")
+    if config.batch_size > len(train[1]):
+        raise ValueError(f"dataset.batch_size={config.batch_size}: the training set has {len(train[1])} images")
     return ImageData(_on(device, *train), _on(device, *test))
 
 

@@ -29,7 +29,10 @@ import importlib
 import itertools
 import os
 import sys
+import time
+import traceback
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import cast
 
 from hydra import compose, initialize_config_dir
@@ -41,7 +44,9 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from blpa.config import CONF, Config, check, folder_name, options, run_name
+from blpa import records
+from blpa.cells import folder_name, overrides, run_name
+from blpa.config import CONF, Config, check, options
 from blpa.runners import usage
 
 FLAGS = {"-m": "-m", "--multirun": "-m", "-c": "--cfg", "--cfg": "--cfg", "-h": "--help", "--help": "--help"}
@@ -85,33 +90,75 @@ def _answer(arguments: list[str]) -> int:
 
 
 def _run_all(configs: list[Config]) -> int:
-    """Run one cell after the other; a cell that fails says so and the next one runs, unless a signal ended it."""
-    failure = 0
-    for number, config in enumerate(configs, start=1):
-        if len(configs) > 1:
-            print(f"[{number}/{len(configs)}] {config.run}", file=sys.stderr)
-        failure = _run(config) or failure
-        if failure > 128:
-            break
+    """Run one cell after the other, in a sweep only those that are not finished yet.
+
+    A cell that fails says so, leaves a record of it, and the next one runs, unless a signal ended it.
+    """
+    if len(configs) == 1:
+        return _run(configs[0])
+    failure = failed = skipped = 0
+    began = time.monotonic()
+    for number, config in enumerate(configs):
+        if _is_finished(config):
+            skipped += 1
+            continue
+        done, elapsed = number - skipped, time.monotonic() - began
+        left = f", about {_minutes(elapsed / done * (len(configs) - number))} left" if done else ""
+        counts = f"{skipped} finished before, {failed} failed" if skipped or failed else ""
+        told = ", ".join(filter(None, [counts, f"{_minutes(elapsed)} done{left}"]))
+        print(f"[{number + 1}/{len(configs)}] {folder_name(config) or config.task.name} ({told})", file=sys.stderr)
+        exit_code = _run(config, records_failure=True)
+        failure, failed = exit_code or failure, failed + (exit_code != 0)
+        if exit_code > 128:
+            return exit_code
+    print(
+        f"{len(configs)} cells: {len(configs) - skipped - failed} done, {skipped} finished before (resume=false does "
+        f"them again), {failed} failed; {_minutes(time.monotonic() - began)}",
+        file=sys.stderr,
+    )
     return failure
 
 
-def _run(config: Config) -> int:
+def _is_finished(config: Config) -> bool:
+    folder = folder_name(config)
+    if folder is None or not config.resume:
+        return False
+    return records.is_finished(Path(config.results) / "runs" / folder, overrides(config))
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def _run(config: Config, *, records_failure: bool = False) -> int:
     """Run one cell; a mistake or misfortune of the user's becomes one line, a bug keeps its traceback."""
+    began = time.monotonic()
     try:
         module = config.task.name.replace("-", "_")
         importlib.import_module(f"blpa.runners.{module}").run(config)
     except KeyboardInterrupt:
         return _refuse("interrupted", 130)
-    except OSError as error:
-        return _refuse(f"{error.filename}: {error.strerror}" if error.filename else error, 1)
     except Exception as error:
-        if hasattr(error, "exit_code"):
-            return _refuse(error, error.exit_code)
-        if isinstance(error, ValueError) and _is_ours(error):
-            return _refuse(error, 1)
-        raise
+        exit_code, reason = _judge(error)
+        if exit_code is None and not records_failure:
+            raise
+        if exit_code is None:
+            traceback.print_exc()
+        if records_failure and (exit_code or 1) < 128 and folder_name(config):
+            importlib.import_module("blpa.runners.setup").record_failure(config, reason, time.monotonic() - began)
+        return _refuse(reason, exit_code or 1)
     return 0
+
+
+def _judge(error: Exception) -> tuple[int | None, str]:
+    """The exit code of what is a mistake or misfortune of the user's, None for a bug; and one line that says it."""
+    if isinstance(error, OSError):
+        return 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if hasattr(error, "exit_code"):
+        return error.exit_code, str(error)
+    if isinstance(error, ValueError) and _is_ours(error):
+        return 1, str(error)
+    return None, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
 def _is_ours(error: Exception) -> bool:

@@ -11,18 +11,17 @@ each over training batches with their augmentation. Written are results/gradient
 results/figures/<run>.png, which task=plots draws again from the file.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from blpa import data, kernels, records, training
-from blpa.config import Config, ModeConfig, departures, folder_name
+from blpa.cells import folder_name
+from blpa.config import Config, GpuConfig
 from blpa.records import Record
 from blpa.runners import plots, setup
 
@@ -51,32 +50,29 @@ def run(config: Config) -> list[Record]:
     device = setup.device(config.gpu.device)
     chosen = kernels.choose(config.gpu.kernels, device)
     training.configure_torch(config.gpu)
-    config = replace(config, gpu=replace(config.gpu, kernels=chosen.name))
     exact, ours = (
-        setup.model(replace(config, mode=mode), chosen).to(device).train()
-        for mode in (ModeConfig(name="exact", layers="stock"), config.mode)
+        setup.model(cell, chosen).to(device).train() for cell in (setup.exact(config), config)
     )
     if config.task.checkpoint:
         _load(exact, Path(config.task.checkpoint))
     ours.load_state_dict(exact.state_dict())
+    recipe = replace(config.dataset, iterations=config.task.steps)
+    batches = data.batches(data.load(config.dataset, device).train, recipe, seed=config.seed)
     pairs = [
-        (gradients(exact, images, labels), gradients(ours, images, labels))
-        for images, labels in tqdm(_batches(config, device), "batches", total=config.task.steps)
+        (gradients(exact, images, labels, config.gpu), gradients(ours, images, labels, config.gpu))
+        for _, images, labels in tqdm(batches, "batches", total=config.task.steps)
     ]
-    layers = compare(pairs)
-    frame = pd.DataFrame(layers)
-    frame.insert(0, "mode", config.mode.name)
-    records.write_atomically(results / "gradients" / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
+    layers = [{"mode": config.mode.name, **row} for row in compare(pairs)]
+    records.write_table(results / "gradients" / f"{name}.csv", layers)
     whole = compare([({"all": _joined(of_exact)}, {"all": _joined(of_ours)}) for of_exact, of_ours in pairs])
-    source = records.provenance(device)
-    at = f"at {Path(config.task.checkpoint).stem}" if config.task.checkpoint else "at initialisation"
+    source = setup.source(config, device, chosen.name)
     measured = []
     for metric in ("error", "cosine", "spread"):
         low, median, high = (whole[0][f"{metric}_{end}"] for end in ("low", "median", "high"))
         measured.append(
             setup.record(
                 config, source, metric=f"gradient_{metric}", unit="", value=median, low=low, high=high, n=len(pairs),
-                iterations=len(pairs), note=" ".join(filter(None, [at, departures(config)])),
+                iterations=len(pairs),
             )
         )  # fmt: skip
         whose = "exact, between batches" if metric == "spread" else config.mode.name
@@ -86,16 +82,17 @@ def run(config: Config) -> list[Record]:
     return measured
 
 
-def gradients(model: nn.Module, images: Tensor, labels: Tensor) -> Gradients:
+def gradients(model: nn.Module, images: Tensor, labels: Tensor, gpu: GpuConfig) -> Gradients:
     """The gradient of the mean loss, in float64 on the CPU, of every convolution and of the classifier.
 
     Args:
         model: in training.
         images: [N, C, H, W].
         labels: class indices [N].
+        gpu: its precision.
     """
     model.zero_grad()
-    F.cross_entropy(model(images), labels).backward()
+    F.cross_entropy(training.forward(model, images, gpu), labels).backward()
     return {
         name.removesuffix(".weight"): parameter.grad.flatten().double().cpu()
         for name, parameter in model.named_parameters()
@@ -127,15 +124,6 @@ def compare(pairs: list[tuple[Gradients, Gradients]]) -> list[dict[str, float | 
 
 def _joined(layers: Gradients) -> Tensor:
     return torch.cat(list(layers.values()))
-
-
-def _batches(config: Config, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    recipe = replace(config.dataset, iterations=config.task.steps)
-    split = data.load(config.dataset, device).train
-    if recipe.batch_size > len(split.labels):
-        raise ValueError(f"dataset.batch_size={recipe.batch_size}: the training set has {len(split.labels)} images")
-    for _, images, labels in data.batches(split, recipe, seed=config.seed):
-        yield images, labels
 
 
 def _load(model: nn.Module, file: Path) -> None:

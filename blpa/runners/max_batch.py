@@ -1,97 +1,195 @@
-"""The largest batch whose training steps fit a card's memory, predicted on any machine.
+"""The largest batch whose training steps fit a card's memory: predicted on any machine, measured where there is a GPU.
 
-    weights + optimiser + images + peak of a step + allowance <= budget
+    weights + optimiser + images + peak of a step <= budget - allowance
 
-All but the allowance is counted on the meta device (blpa.memory); the allowance stands for what no count sees: the CUDA
-context, the workspace of convolutions, and blocks of memory that are rounded up.
+Predicted: the left side is counted on the meta device (blpa.memory). Measured: whole training steps run in a fresh
+process whose allocator may take the right side and no more, so that a large card tells what fits a smaller one. The
+prediction is where the search begins, and a handful of processes is enough. The allowance stands for what neither
+sees: the CUDA context, and in the prediction the workspace of convolutions and blocks that are rounded up.
 """
 
-from dataclasses import replace
+import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from blpa import kernels, memory, records
-from blpa.config import Config, folder_name
-from blpa.memory import TrainingBytes
+from blpa import kernels, memory, records, training
+from blpa.cells import folder_name
+from blpa.config import Config
+from blpa.memory import GIB, MIB, TrainingBytes
 from blpa.records import Record
 from blpa.runners import paper, setup
+from blpa.runners.setup import META
 
-GIB, MIB = 2**30, 2**20
-META = torch.device("meta")
+STEPS = 4
+"""Training steps of a probe: the first two allocate what later ones use again (gradients, momentum)."""
+VERIFYING_STEPS = 20
+"""Training steps that the answer must stand."""
+RESOLUTION = 100
+"""The measured answer and the smallest batch seen to fail are within 1 / RESOLUTION of each other, or neighbours."""
 
 
 def run(config: Config) -> list[Record]:
-    """Predict the largest batch for the configured network and budget, print it and record it.
+    """Find the largest batch for the configured network and budget, print it and record it.
 
     Args:
         config: one run, checked; dataset.batch_size does not matter.
 
     Returns:
-        One record, marked as predicted; its value is 0 where not even one sample fits.
+        The predicted batch, and the measured one where there is a GPU with that much memory; 0 where not even one
+        sample fits.
 
     Raises:
-        ValueError: the results folder cannot be written.
+        ValueError: no budget is given and there is no GPU whose memory it could be, or the results folder cannot be
+            written.
     """
-    memory_gib = config.gpu.memory_gib
-    assert memory_gib is not None  # the configuration was checked
     run_dir = Path(config.results) / "runs" / str(folder_name(config))
     setup.refuse_unwritable(run_dir)
-    chosen = kernels.choose(config.gpu.kernels, META)
-    config = replace(config, gpu=replace(config.gpu, kernels=chosen.name))
-    budget = int(memory_gib * GIB) - config.gpu.allowance_mib * MIB
+    device = setup.device(config.gpu.device)
+    card_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    if config.gpu.memory_gib is None and not card_bytes:
+        raise ValueError("gpu.memory_gib=null: here is no GPU to take it from; name a card, gpu=gtx1080ti, or its GiB")
+    budget = int(config.gpu.memory_gib * GIB) if config.gpu.memory_gib else card_bytes
+    limit = budget - config.gpu.allowance_mib * MIB
 
-    progress = tqdm(desc="counting a training step", unit=" counts")
+    predicted = _predict(config, limit)
+    print(describe(config, predicted, limit, setup.training_bytes(config, max(predicted, 1))))
+    used = kernels.choose(config.gpu.kernels, META).name
+    found = [_record(config, predicted, predicted, setup.source(config, META, used))]
+    if device.type == "cuda" and budget <= card_bytes:
+        fits, fails = search(_probe_on(config, limit), predicted)
+        print(f"{_network(config)}: largest batch {fits} in {budget / GIB:.4g} GiB (measured); {fails} does not fit")
+        used = kernels.choose(config.gpu.kernels, device).name
+        found.append(_record(config, fits, fails - 1, setup.source(config, device, used)))
+    elif device.type == "cuda":
+        print(f"not measured: this card has {card_bytes / GIB:.4g} GiB", file=sys.stderr)
+    records.write(found, run_dir)
+    return found
 
-    def total_bytes(batch: int) -> int:
-        progress.set_postfix_str(f"batch {batch}")
-        total = training_bytes(config, chosen, batch).total_bytes
-        progress.update()
-        return total
 
-    with progress:
-        batch = memory.largest_batch(total_bytes, budget)
-    source = records.provenance(META)
-    measured = setup.record(
-        config, source, metric="largest_batch", unit="samples", value=batch, low=batch, high=batch, n=1, iterations=0,
-        predicted=True, batch_size=0, seed=0,
-        paper_value=paper.largest_batch(config), note=setup.budget_note(config),
+def _record(config: Config, fits: int, high: int, source: dict[str, object]) -> Record:
+    """The answer; where it is measured, it may be up to `high`."""
+    return setup.record(
+        config, source, metric="largest_batch", unit="samples", value=fits, low=fits, high=high, n=1, iterations=0,
+        predicted=source["device"] == "none", batch_size=0, seed=0, paper_value=paper.largest_batch(config),
     )  # fmt: skip
-    records.write([measured], run_dir)
-    print(describe(config, batch, budget, training_bytes(config, chosen, max(batch, 1))))
-    return [measured]
 
 
-def training_bytes(config: Config, chosen: kernels.Kernels, batch: int) -> TrainingBytes:
-    """Count a training step of the configured network at some batch."""
-    size, channels = config.dataset.image_size, config.dataset.image_channels
-    with META:
-        model = setup.model(config, chosen).to(memory_format=torch.channels_last)
-        images = torch.empty(batch, channels, size, size).to(memory_format=torch.channels_last)
-        labels = torch.empty(batch, dtype=torch.int64)
-        parts = {f"block {number}": block for number, block in enumerate(model.blocks, start=1)}
-        return memory.training_bytes(model, images, labels, parts=parts)
+def _predict(config: Config, limit: int) -> int:
+    with tqdm(desc="counting a training step", unit=" counts") as progress:
+
+        def total_bytes(batch: int) -> int:
+            progress.set_postfix_str(f"batch {batch}")
+            total = setup.training_bytes(config, batch).total_bytes
+            progress.update()
+            return total
+
+        return memory.largest_batch(total_bytes, limit)
 
 
-def describe(config: Config, batch: int, budget: int, counted: TrainingBytes) -> str:
-    """The answer, and what it is made of.
+def search(probe: Callable[[int, int], bool], predicted: int) -> tuple[int, int]:
+    """Find the largest batch that fits, beginning at the prediction, and see that it stands and that 5 % more fail.
+
+    Args:
+        probe: (batch, steps) -> whether so many training steps fit.
+        predicted: where to begin.
+
+    Returns:
+        The largest batch seen to fit, over VERIFYING_STEPS, or 0; and the smallest seen not to.
+    """
+    fits, fails = 0, sys.maxsize
+    guess = max(1, predicted)
+    stride = max(1, guess // 40)
+    while True:
+        while fails - fits > max(1, fits // RESOLUTION):
+            if probe(guess, STEPS):
+                fits = guess
+            else:
+                fails = guess
+            if fails == sys.maxsize:
+                guess, stride = fits + stride, 2 * stride
+            elif not fits:
+                guess, stride = max(1, fails - stride), 2 * stride
+            else:
+                guess = (fits + fails) // 2
+        if fits and not probe(fits, VERIFYING_STEPS):
+            fits, fails = 0, fits
+            guess, stride = max(1, fails - fails // RESOLUTION - 1), max(1, fails // 40)
+            continue
+        beyond = max(fails, math.ceil(1.05 * fits))
+        if not fits or beyond == fails or not probe(beyond, STEPS):
+            return fits, fails
+        fits, fails, guess = beyond, sys.maxsize, beyond + stride  # memory was not what failed before
+
+
+def _probe_on(config: Config, limit: int) -> Callable[[int, int], bool]:
+    """A probe in a fresh process each, which says on stderr what it found."""
+
+    def probe(batch: int, steps: int) -> bool:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+            reserved = process.submit(fits_in, config, batch, steps, limit).result()
+        outcome = "does not fit" if reserved is None else f"fits, {reserved / GIB:.2f} of {limit / GIB:.2f} GiB taken"
+        print(f"batch {batch}, {steps} steps: {outcome}", file=sys.stderr)
+        return reserved is not None
+
+    return probe
+
+
+def fits_in(config: Config, batch: int, steps: int, limit: int) -> int | None:
+    """Run training steps on the GPU under a limit of memory.
+
+    Args:
+        config: the run.
+        batch: samples a step.
+        steps: how many.
+        limit: bytes that the allocator may take.
+
+    Returns:
+        The most bytes it took; None where they were not enough.
+    """
+    device = torch.device("cuda")
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
+    training.configure_torch(config.gpu)
+    try:
+        step = setup.training_step(config, batch, kernels.choose(config.gpu.kernels, device), device)
+        for _ in range(steps):
+            step()
+        torch.cuda.synchronize()
+    except RuntimeError as error:  # torch.OutOfMemoryError is one, and cuDNN and cuBLAS have words of their own
+        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+            return None
+        raise
+    return torch.cuda.max_memory_reserved()
+
+
+def describe(config: Config, batch: int, limit: int, counted: TrainingBytes) -> str:
+    """The prediction, and what it is made of.
 
     Args:
         config: the run.
         batch: the largest batch, or 0.
-        budget: bytes there are, the allowance taken off.
+        limit: bytes there are, the allowance taken off.
         counted: at that batch, or at 1.
     """
-    network = f"{config.mode.name}, depth {config.depth}, width {config.width:g}"
+    allowance = config.gpu.allowance_mib * MIB
+    budget = f"{(limit + allowance) / GIB:.4g} GiB"
     parts = (
         f"weights {counted.weight_bytes / GIB:.2f}, optimiser {counted.optimiser_bytes / GIB:.2f}, "
         f"images {counted.input_bytes / GIB:.2f}, a step {counted.step.peak_bytes / GIB:.2f}, "
-        f"allowance {config.gpu.allowance_mib / 1024:.2f}"
+        f"allowance {allowance / GIB:.2f}"
     )
     if not batch:
         return (
-            f"{network}: does not fit {config.gpu.memory_gib:g} GiB even at batch 1 (predicted), "
-            f"which takes {(counted.total_bytes - budget) / MIB:.0f} MiB more than there is; GiB: {parts}"
+            f"{_network(config)}: does not fit {budget} even at batch 1 (predicted), "
+            f"which takes {(counted.total_bytes - limit) / MIB:.0f} MiB more than there is; GiB: {parts}"
         )
-    return f"{network}: largest batch {batch} in {config.gpu.memory_gib:g} GiB (predicted); GiB: {parts}"
+    return f"{_network(config)}: largest batch {batch} in {budget} (predicted); GiB: {parts}"
+
+
+def _network(config: Config) -> str:
+    return f"{config.mode.name}, depth {config.depth}, width {config.width:g}"

@@ -7,20 +7,23 @@ Counted on the meta device (blpa.memory), so any network and batch takes seconds
     results/runs/<run>/blocks.csv, records.json
 """
 
-from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
-import pandas as pd
 import torch
 
-from blpa import kernels, records
-from blpa.config import Config, ModeConfig, folder_name
-from blpa.memory import KEPT, KINDS, PartBytes, TrainingBytes, kept_bytes
-from blpa.modes import from_config
+from blpa import kernels, modes, records
+from blpa.cells import folder_name
+from blpa.config import Config
+from blpa.kernels.reference import REFERENCE
+from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
 from blpa.records import Record
 from blpa.runners import plots, setup
-from blpa.runners.max_batch import META, MIB, training_bytes
+from blpa.runners.setup import META
 from blpa.runners.tables import aligned
+
+Row = dict[str, Any]
 
 POINTS = 600
 """Points of a line in the picture; each stands for the most that was alive around it."""
@@ -41,28 +44,26 @@ def run(config: Config) -> list[Record]:
     results, name = Path(config.results), str(folder_name(config))
     run_dir = results / "runs" / name
     setup.refuse_unwritable(run_dir)
-    chosen = kernels.choose(config.gpu.kernels, META)
-    config = replace(config, gpu=replace(config.gpu, kernels=chosen.name))
-    exact = replace(config, mode=ModeConfig(name="exact", layers="stock"))
-    cells = [config] if config.mode.layers == "stock" else [exact, config]
-    counted = {cell.mode.name: training_bytes(cell, chosen, config.dataset.batch_size) for cell in cells}
-    print(by_kind(counted, config.dataset.batch_size))
+    batch = config.dataset.batch_size
+    cells = [config] if config.mode.layers == "stock" else [setup.exact(config), config]
+    counted = {cell.mode.name: setup.training_bytes(cell, batch) for cell in cells}
+    print(by_kind(counted, batch))
     blocks = by_block(config, counted[config.mode.name])
-    records.write_atomically(run_dir / "blocks.csv", blocks.to_csv(index=False, lineterminator="\n"))
-    print(by_size(blocks, config.dataset.batch_size))
+    records.write_table(run_dir / "blocks.csv", blocks)
+    print(by_size(counted[config.mode.name], batch))
     if config.mode.layers == "coded":
-        print(f"kept by the blocks: {blocks['kept'].sum()} bytes counted, {blocks['formula'].sum()} by the formula")
-    lines = pd.concat([timeline(mode, total, config.dataset.batch_size) for mode, total in counted.items()])
-    records.write_atomically(results / "memory" / f"{name}.csv", lines.to_csv(index=False, lineterminator="\n"))
+        kept, formula = (sum(block[column] for block in blocks) for column in ("kept", "formula"))
+        print(f"kept by the blocks: {kept} bytes counted, {formula} by the formula")
+    lines = [point for mode, total in counted.items() for point in timeline(mode, total, batch)]
+    records.write_table(results / "memory" / f"{name}.csv", lines)
     print(plots.draw_memory(results, name))
-    source = records.provenance(META)
     measured = [
         setup.record(
-            cell, source, metric="step_peak_mib", unit="MiB/sample", value=peak, low=peak, high=peak, n=1,
-            iterations=1, predicted=True, seed=0,
+            cell, setup.source(cell, META, kernels.choose(config.gpu.kernels, META).name), metric="step_peak_mib",
+            unit="MiB/sample", value=peak, low=peak, high=peak, n=1, iterations=1, predicted=True, seed=0,
         )
         for cell, total in zip(cells, counted.values(), strict=True)
-        for peak in [total.step.peak_bytes / config.dataset.batch_size / MIB]
+        for peak in [total.step.peak_bytes / batch / MIB]
     ]  # fmt: skip
     records.write(measured, run_dir)
     return measured
@@ -92,7 +93,7 @@ def by_kind(counted: dict[str, TrainingBytes], batch: int) -> str:
     return aligned([[f"MiB a sample at the peak, batch {batch}", *counted], *rows])
 
 
-def by_block(config: Config, counted: TrainingBytes) -> pd.DataFrame:
+def by_block(config: Config, counted: TrainingBytes) -> list[Row]:
     """What each block's forward pass left for the backward pass, beside the formula; bytes.
 
     Args:
@@ -101,48 +102,50 @@ def by_block(config: Config, counted: TrainingBytes) -> pd.DataFrame:
 
     Returns:
         A row per block: block, channels, height, kept codes, vectors and full precision, kept (their sum), formula
-        (empty where layers are not coded).
+        (None where layers are not coded).
     """
-    rows = []
-    for name, part in counted.step.kept_by_part.items():
-        rows.append(
-            {
-                "block": name,
-                "channels": part.output_shape[1],
-                "height": part.output_shape[2],
-                **{kind: part.kinds[kind] for kind in KEPT},
-                "kept": sum(part.kinds.values()),
-                "formula": _formula(config, part),
-            }
-        )
-    return pd.DataFrame(rows)
+    return [
+        {
+            "block": name,
+            "channels": part.output_shape[1],
+            "height": part.output_shape[2],
+            **{kind: part.kinds[kind] for kind in KEPT},
+            "kept": sum(part.kinds.values()),
+            "formula": _formula(config, part),
+        }
+        for name, part in counted.step.kept_by_part.items()
+    ]
 
 
 def _formula(config: Config, part: PartBytes) -> int | None:
     """Bytes that a block's three units keep: the first reads the block's input, the others a quarter of its output."""
     if config.mode.layers != "coded":
         return None
-    code = from_config(config.mode, kernels.choose("torch", META)).code
+    code = modes.from_config(config.mode, REFERENCE).code
     rows_in, rows_out = (shape.numel() // shape[1] for shape in (part.input_shape, part.output_shape))
     first = kept_bytes(rows_in, part.input_shape[1], code)
     return first + 2 * kept_bytes(rows_out, part.output_shape[1] // 4, code)
 
 
-def by_size(blocks: pd.DataFrame, batch: int) -> str:
+def by_size(counted: TrainingBytes, batch: int) -> str:
     """The table of what blocks of one size keep, in MiB a sample.
 
     Args:
-        blocks: what by_block returns.
+        counted: with the blocks as parts, those of one size one after the other.
         batch: samples.
     """
     rows = [["blocks", "output", *KEPT, "kept, MiB a sample"]]
-    for (channels, height), group in blocks.groupby(["channels", "height"], sort=False):
-        cells = [f"{group[kind].sum() / batch / MIB:.3f}" for kind in (*KEPT, "kept")]
-        rows.append([str(len(group)), f"{channels} x {height} x {height}", *cells])
+    for (_, channels, height, width), alike in groupby(
+        counted.step.kept_by_part.values(), key=lambda part: part.output_shape
+    ):
+        blocks = list(alike)
+        kept = [sum(part.kinds[kind] for part in blocks) for kind in KEPT]
+        cells = [f"{value / batch / MIB:.3f}" for value in (*kept, sum(kept))]
+        rows.append([str(len(blocks)), f"{channels} x {height} x {width}", *cells])
     return aligned(rows)
 
 
-def timeline(mode: str, counted: TrainingBytes, batch: int) -> pd.DataFrame:
+def timeline(mode: str, counted: TrainingBytes, batch: int) -> list[Row]:
     """The line of one mode in the picture.
 
     Args:
@@ -151,7 +154,7 @@ def timeline(mode: str, counted: TrainingBytes, batch: int) -> pd.DataFrame:
         batch: samples.
 
     Returns:
-        mode, part of the step's operations that are done (the forward pass ends at 0.5), MiB a sample alive.
+        Rows of mode, part of the step's operations that are done (the forward pass ends at 0.5), MiB a sample alive.
     """
     forward = counted.step.forward_operations
     halves = counted.step.timeline[:forward], counted.step.timeline[forward:]
@@ -159,5 +162,4 @@ def timeline(mode: str, counted: TrainingBytes, batch: int) -> pd.DataFrame:
     for start, half in zip((0.0, 0.5), halves, strict=True):
         bins = torch.tensor_split(torch.tensor(half), min(POINTS // 2, len(half)))
         points += [(start + 0.5 * (k + 1) / len(bins), float(part.max())) for k, part in enumerate(bins)]
-    rows = [(mode, round(done, 5), round(alive / batch / MIB, 5)) for done, alive in points]
-    return pd.DataFrame(rows, columns=["mode", "done", "mib"])
+    return [{"mode": mode, "done": round(done, 5), "mib": round(alive / batch / MIB, 5)} for done, alive in points]

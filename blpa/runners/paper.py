@@ -89,12 +89,12 @@ LARGEST_BATCH: dict[tuple[int, float], dict[str, int]] = {
 """The largest batch on one GTX 1080 Ti (11 GB), by depth and width, in the order of the paper's poster, then by mode.
 The paper's exact shares buffers and keeps one tensor a unit: it is the mode exact-one-copy here."""
 
-LARGEST_BATCH_GIB = 11.0
+CARD_GIB = 11.0
 
 
-def is_largest_batch_budget(note: str) -> bool:
+def is_its_card(note: str) -> bool:
     """Whether a record's note names the memory of the paper's card and nothing out of the ordinary."""
-    return re.fullmatch(rf"{LARGEST_BATCH_GIB:g} GiB less \d+ MiB", note) is not None
+    return re.fullmatch(rf"{CARD_GIB:g} GiB less \d+ MiB", note) is not None
 
 
 def largest_batch(config: Config) -> int | None:
@@ -103,6 +103,27 @@ def largest_batch(config: Config) -> int | None:
     Args:
         config: the run; its data set's images are of CIFAR's size in the paper's figure.
     """
-    if config.gpu.memory_gib != LARGEST_BATCH_GIB or config.dataset.image_size != 32:
+    if config.gpu.memory_gib != CARD_GIB or config.dataset.image_size != 32:
         return None
     return LARGEST_BATCH.get((config.depth, config.width), {}).get(config.mode.name)
+
+
+SECONDS_PER_SAMPLE: dict[tuple[int, float], dict[str, float]] = {
+    (1001, 4.0): {"exact-one-copy": 0.1308, "4bit": 0.1016},
+    (1001, 1.0): {"exact-one-copy": 0.0313, "4bit": 0.0260},
+    (488, 1.0): {"exact-one-copy": 0.0133, "4bit": 0.0127},
+    (254, 1.0): {"exact-one-copy": 0.0065, "4bit": 0.0067},
+    (164, 1.0): {"exact-one-copy": 0.0041, "4bit": 0.0043},
+}
+"""Time of a training step by the sample on one GTX 1080 Ti, in seconds, by depth and width, then by mode."""
+
+
+def seconds_per_sample(config: Config) -> float | None:
+    """Look up the time a sample, on the paper's card; None where the paper has no such figure.
+
+    Args:
+        config: the run; its data set's images are of CIFAR's size in the paper's figure.
+    """
+    if config.dataset.image_size != 32 or config.gpu.precision != "fp32":
+        return None
+    return SECONDS_PER_SAMPLE.get((config.depth, config.width), {}).get(config.mode.name)

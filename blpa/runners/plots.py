@@ -53,10 +53,7 @@ def run(config: Config) -> list[Record]:
     if curves.empty:
         print(f"no finished run under {results / 'runs'}, no {results / 'curves.csv'}: nothing to draw")
     for group, rows in curves.groupby(list(GROUP)):
-        file = results / "figures" / f"error-{_slug(group)}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        draw(rows).savefig(file, dpi=150, metadata={"Software": None})
-        print(file)
+        print(_save(draw(rows), results, f"error-{_slug(group)}"))
     for file in sorted((results / "memory").glob("*.csv")):
         print(draw_memory(results, file.stem))
     for file in sorted((results / "gradients").glob("*.csv")):
@@ -113,8 +110,7 @@ def draw(curves: pd.DataFrame) -> Figure:
     Args:
         curves: rows of one group, as `gather` returns them.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _canvas()
     ends = {}
     for mode in sorted(curves["mode"].unique(), key=_reading_order):
         colour = COLOURS.get(mode, OTHER_COLOUR)
@@ -139,7 +135,6 @@ def draw(curves: pd.DataFrame) -> Figure:
     axes.set_xlabel("iteration")
     axes.set_title(_title(curves), loc="left", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    axes.spines[["top", "right"]].set_visible(False)
     _label(axes, ends)
     return figure
 
@@ -154,8 +149,7 @@ def draw_memory(results: Path, name: str) -> Path:
     Returns:
         The picture, results/figures/<name>.png.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _canvas()
     lines = pd.read_csv(results / "memory" / f"{name}.csv")
     for mode, line in lines.groupby("mode", sort=False):
         colour, label = COLOURS.get(str(mode), OTHER_COLOUR), ROWS[str(mode)].label if mode in ROWS else str(mode)
@@ -168,11 +162,7 @@ def draw_memory(results: Path, name: str) -> Path:
     axes.tick_params(axis="x", length=0)
     axes.set_title(f"Memory of a training step, MiB a sample: {name}", loc="left", fontsize=10)
     axes.legend(title="most at once", frameon=False, loc="upper left")
-    axes.spines[["top", "right"]].set_visible(False)
-    file = results / "figures" / f"{name}.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=150, metadata={"Software": None})
-    return file
+    return _save(figure, results, name)
 
 
 def draw_gradients(results: Path, name: str) -> Path:
@@ -185,8 +175,7 @@ def draw_gradients(results: Path, name: str) -> Path:
     Returns:
         The picture, results/figures/<name>.png.
     """
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _canvas()
     layers = pd.read_csv(results / "gradients" / f"{name}.csv")
     mode = str(layers["mode"].iloc[0])
     label = ROWS[mode].label if mode in ROWS else mode
@@ -205,7 +194,18 @@ def draw_gradients(results: Path, name: str) -> Path:
     axes.set_title(f"Relative error of a layer's gradient: {name}", loc="left", fontsize=10)
     axes.legend(frameon=False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    return _save(figure, results, name)
+
+
+def _canvas() -> tuple[Figure, Any]:
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _save(figure: Figure, results: Path, name: str) -> Path:
+    """Write results/figures/<name>.png; the same figure gives the same bytes."""
     file = results / "figures" / f"{name}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=150, metadata={"Software": None})

@@ -1,24 +1,30 @@
-"""Time of a training step, beside exact's: the two take turns in one process, so that a machine's drift meets both.
+"""Time a sample of a training step, beside exact's: the two take turns in one process, so that drift meets both.
 
 They also take turns at going first, for a step leaves caches and heap as they suit itself.
 
-    ratio = median over pairs of  seconds(mode) / seconds(exact)
+    ratio = median over pairs of  seconds a sample(mode) / seconds a sample(exact)
 
-A step is forward, loss, backward and update, of random images of the data set's size, after two steps to warm up.
+A step is forward, loss, backward and update, of random images of the data set's size, after two steps to warm up. Both
+modes have dataset.batch_size, or, with task.largest_batch, each its own largest batch as max-batch found it.
 """
 
+import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from blpa import kernels, records, training
-from blpa.config import Config, ModeConfig, folder_name
+from blpa.cells import folder_name
+from blpa.config import Config
 from blpa.records import Record
-from blpa.runners import setup
+from blpa.runners import paper, setup
+
+Step = Callable[[], object]
+
+WARM_UP = 2
 
 
 def run(config: Config) -> list[Record]:
@@ -28,60 +34,87 @@ def run(config: Config) -> list[Record]:
         config: one run, checked.
 
     Returns:
-        Seconds a step and the ratio to exact, each a median with 20 and 80 % quantiles, as written to
-        results/runs/<run>-runtime-batch<n>-<kernels>-<precision>/records.json.
+        Seconds a sample and the ratio to exact, each a median with 20 and 80 % quantiles. The ratio is left out where
+        the mode is exact, and where exact's step does not fit the GPU.
 
     Raises:
-        ValueError: the machine cannot do what the configuration asks for.
+        ValueError: the machine cannot do what the configuration asks for, or no largest batch has been found yet.
     """
     run_dir = Path(config.results) / "runs" / str(folder_name(config))
     setup.refuse_unwritable(run_dir)
     device = setup.device(config.gpu.device)
     chosen = kernels.choose(config.gpu.kernels, device)
     training.configure_torch(config.gpu)
-    config = replace(config, gpu=replace(config.gpu, kernels=chosen.name))
-    exact = replace(config, mode=ModeConfig(name="exact", layers="stock"))
-    steps = _make_step(config, chosen, device), _make_step(exact, chosen, device)
-    for _ in range(2):
-        _seconds(steps[0], device), _seconds(steps[1], device)
-    pairs = torch.zeros(config.task.steps, 2)
-    for pair in tqdm(range(config.task.steps), "pairs of steps"):
-        for which in (0, 1) if pair % 2 else (1, 0):
-            pairs[pair, which] = _seconds(steps[which], device)
-    source = records.provenance(device)
+    cells = [config] if config.mode.name == "exact" else [config, setup.exact(config)]
+    batches = [_largest_batch(cell) if config.task.largest_batch else cell.dataset.batch_size for cell in cells]
+    steps = [setup.training_step(cell, batch, chosen, device) for cell, batch in zip(cells, batches, strict=True)]
+    _warm_up(steps[:1])
+    try:
+        _warm_up(steps[1:])
+    except torch.OutOfMemoryError:
+        print(f"exact does not fit at batch {batches[1]}: {config.mode.name} is timed alone", file=sys.stderr)
+        del steps[1:]
+    seconds = torch.zeros(config.task.steps, len(steps), dtype=torch.float64)
+    for turn in tqdm(range(config.task.steps), "timed steps of each mode"):
+        for which in range(len(steps))[:: 1 if turn % 2 else -1]:
+            seconds[turn, which] = _seconds(steps[which], device) / batches[which]
+
+    figures = [("seconds_per_sample", "s", seconds[:, 0])]
+    if len(steps) > 1:
+        figures.append(("ratio_to_exact", "times", seconds[:, 0] / seconds[:, 1]))
+        print(f"exact: {1e3 * seconds[:, 1].median().item():.3f} ms a sample, batch {batches[1]}")
+    source = setup.source(config, device, chosen.name)
     measured = []
-    for metric, unit, values in (
-        ("step_seconds", "s", pairs[:, 0]),
-        ("ratio_to_exact", "times", pairs[:, 0] / pairs[:, 1]),
-    ):
-        low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+    for metric, unit, values in figures:
+        low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=values.dtype)).tolist()
         measured.append(
             setup.record(
                 config, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
-                iterations=config.task.steps,
+                iterations=config.task.steps, batch_size=batches[0],
+                paper_value=paper.seconds_per_sample(config) if unit == "s" else None,
             )
         )  # fmt: skip
+        scale, shown = (1e3, f"ms a sample, batch {batches[0]}") if unit == "s" else (1, "times exact")
+        print(
+            f"{config.mode.name}: {scale * median:.3f} {shown} (20 to 80 %: {scale * low:.3f} to {scale * high:.3f})"
+        )
     records.write(measured, run_dir)
-    print(f"exact: {pairs[:, 1].median().item():.3f} s a step")
-    for name, record in zip((config.mode.name, "ratio to exact"), measured, strict=True):
-        print(f"{name}: {record.value:.3f} {record.unit} (20 to 80 %: {record.low:.3f} to {record.high:.3f})")
     return measured
 
 
-def _make_step(config: Config, chosen: kernels.Kernels, device: torch.device) -> Callable[[], object]:
-    size, channels, batch = config.dataset.image_size, config.dataset.image_channels, config.dataset.batch_size
-    images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(config.dataset.classes, (batch,), device=device)
-    model = setup.model(config, chosen).to(device).to(memory_format=torch.channels_last)
-    optimiser = training.make_optimiser(model, config.dataset)
-    return lambda: training.step(model, optimiser, images, labels, rate=0.01, gpu=config.gpu)
+def _largest_batch(config: Config) -> int:
+    """What max-batch found for this network in this budget; what was measured counts before what was predicted."""
+    found = [
+        record
+        for record in records.merged(Path(config.results))
+        if record.metric == "largest_batch"
+        and (record.dataset, record.mode, record.depth, record.width, record.precision)
+        == (config.dataset.name, config.mode.name, config.depth, config.width, config.gpu.precision)
+        and record.note == setup.note(config, task="max-batch")
+    ]
+    best = max(found, key=lambda record: (not record.predicted, record.date), default=None)
+    if best is None:
+        cell = f"mode={config.mode.name} depth={config.depth} width={config.width:g} gpu={config.gpu.name}"
+        raise ValueError(f"task.largest_batch=true: none has been found yet; blpa-run task=max-batch {cell} finds it")
+    if not best.value:
+        raise ValueError(f"{config.mode.name}, depth {config.depth}: does not fit even at batch 1")
+    return int(best.value)
 
 
-def _seconds(step: Callable[[], object], device: torch.device) -> float:
+def _warm_up(steps: list[Step]) -> None:
+    for step in steps * WARM_UP:
+        step()
+
+
+def _seconds(step: Step, device: torch.device) -> float:
+    """One step by the device's own clock."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        step()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    began = time.perf_counter()
     step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return time.perf_counter() - began

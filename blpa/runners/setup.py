@@ -1,16 +1,21 @@
 """What the tasks that run a network share: the folder, the device, the model, the record."""
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blpa import modes
-from blpa.config import Config, departures
+from blpa import kernels, memory, modes, records, training
+from blpa.cells import departures, folder_name, overrides
+from blpa.config import Config, ModeConfig
 from blpa.kernels import Kernels
 from blpa.models.preact_resnet import PreActResNet
 from blpa.records import Record
+
+META = torch.device("meta")
 
 
 def refuse_unwritable(run_dir: Path) -> None:
@@ -43,12 +48,68 @@ def model(config: Config, kernels: Kernels) -> PreActResNet:
     )
 
 
+def training_step(config: Config, batch: int, chosen: Kernels, device: torch.device) -> Callable[[], object]:
+    """Whole training steps of the configured network, on random images of the data set's size.
+
+    Args:
+        config: the run.
+        batch: samples a step.
+        chosen: the back end.
+        device: where.
+
+    Returns:
+        A function that makes one step.
+    """
+    size, channels = config.dataset.image_size, config.dataset.image_channels
+    images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(config.dataset.classes, (batch,), device=device)
+    network = model(config, chosen).to(device).to(memory_format=torch.channels_last)
+    optimiser = training.make_optimiser(network, config.dataset)
+    return lambda: training.step(network, optimiser, images, labels, rate=0.01, gpu=config.gpu)
+
+
+def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
+    """Count a training step of the configured network at some batch on the meta device, in fp32.
+
+    Raises:
+        ValueError: another precision than fp32 or tf32, which are alike in bytes.
+    """
+    if config.gpu.precision == "bf16":
+        raise ValueError("gpu.precision=bf16 cannot be predicted: bytes are counted in fp32; choose fp32 or tf32")
+    size, channels = config.dataset.image_size, config.dataset.image_channels
+    with META:
+        network = model(config, kernels.choose(config.gpu.kernels, META)).to(memory_format=torch.channels_last)
+        images = torch.empty(batch, channels, size, size).to(memory_format=torch.channels_last)
+        labels = torch.empty(batch, dtype=torch.int64)
+        parts = {f"block {number}": block for number, block in enumerate(network.blocks, start=1)}
+        return memory.training_bytes(network, images, labels, parts=parts)
+
+
+def exact(config: Config) -> Config:
+    """The same run with stock layers, which the configured mode is compared with."""
+    return replace(config, mode=ModeConfig(name="exact", layers="stock"))
+
+
+def source(config: Config, device: torch.device, kernels_used: str) -> dict[str, Any]:
+    """The fields of a record that tell by what it was made.
+
+    Args:
+        config: the run, as it was composed.
+        device: what it really computed on.
+        kernels_used: name of the back end that was really used.
+    """
+    return records.provenance(device) | {
+        "kernels": kernels_used if config.mode.layers == "coded" else "stock",
+        "command": records.as_text(overrides(config)),
+    }
+
+
 def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:
     """One measured number.
 
     Args:
-        config: the run, with the back end that was really used in `gpu.kernels`.
-        source: what records.provenance returns.
+        config: the run.
+        source: what `source` returns.
         measured: the fields that neither of them tells (metric, unit, value, low, high, n, iterations), and those that
             are otherwise than they tell.
     """
@@ -63,15 +124,44 @@ def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:
         "seed": config.seed,
         "batch_size": config.dataset.batch_size,
         "precision": config.gpu.precision,
-        "kernels": config.gpu.kernels if config.mode.layers == "coded" else "stock",
         "predicted": False,
         "paper_value": None,
-        "note": departures(config),
+        "note": note(config),
     }
     return Record(**(told | source | measured))
 
 
-def budget_note(config: Config) -> str:
-    """The memory budget, for a record's note, with what else a reader must know."""
-    budget = f"{config.gpu.memory_gib:g} GiB less {config.gpu.allowance_mib} MiB"
-    return " ".join(filter(None, [budget, departures(config)]))
+def note(config: Config, *, task: str | None = None) -> str:
+    """What a reader of a record must know that no other column tells.
+
+    Args:
+        config: the run.
+        task: what measures; None is the configured one.
+    """
+    gpu, at = config.gpu, config.task.checkpoint
+    card = f"{gpu.memory_gib:g} GiB less {gpu.allowance_mib} MiB" if gpu.memory_gib else "the whole card"
+    particular = {
+        "max-batch": card,
+        "runtime": f"largest batch in {card}" if config.task.largest_batch else "",
+        "gradient-error": f"at {Path(at).stem}" if at else "at initialisation",
+    }
+    return " ".join(filter(None, [particular.get(task or config.task.name), departures(config)]))
+
+
+def record_failure(config: Config, reason: str, seconds: float) -> None:
+    """Leave a record of a cell that failed, where nothing is that it measured before.
+
+    Args:
+        config: the run.
+        reason: one line.
+        seconds: how long it ran.
+    """
+    run_dir = Path(config.results) / "runs" / str(folder_name(config))
+    if records.is_finished(run_dir, overrides(config)):
+        return
+    on = torch.device("cuda" if config.gpu.device != "cpu" and torch.cuda.is_available() else "cpu")
+    failed = record(
+        config, source(config, on, config.gpu.kernels), metric="failed", unit="s", value=seconds, low=seconds,
+        high=seconds, n=1, iterations=0, failure=reason,
+    )  # fmt: skip
+    records.write([failed], run_dir)

@@ -207,7 +207,7 @@ def largest_batches(found: list[Record]) -> pd.DataFrame:
         for record in sorted(found, key=lambda record: record.date)
         if record.metric == "largest_batch"
     }
-    papers = dict.fromkeys(key[:3] for key in newest if paper.is_largest_batch_budget(key[0]))
+    papers = dict.fromkeys(key[:3] for key in newest if paper.is_its_card(key[0]))
     keys = dict.fromkeys(
         (*table, *network, mode) for table in papers for network in paper.LARGEST_BATCH for mode in BATCH_MODES
     ) | dict.fromkeys(sorted(newest))
@@ -215,7 +215,7 @@ def largest_batches(found: list[Record]) -> pd.DataFrame:
     for key in keys:
         note, *_, depth, width, mode = key
         record = newest.get(key)
-        of_paper = paper.LARGEST_BATCH.get((depth, width), {}) if paper.is_largest_batch_budget(note) else {}
+        of_paper = paper.LARGEST_BATCH.get((depth, width), {}) if paper.is_its_card(note) else {}
         rows.append(
             dict(zip(("note", "dataset", "precision", "depth", "width", "mode"), key, strict=True))
             | {

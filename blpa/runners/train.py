@@ -3,8 +3,7 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from blpa import checkpoints, data, kernels, records, training
 from blpa.config import Config
@@ -31,12 +30,13 @@ def run(config: Config) -> list[Record]:
     chosen = kernels.choose(config.gpu.kernels, device, elements=_encoded_elements(config))
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
         print(f"kernels: {chosen.name}", file=sys.stderr)
-    config = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
+    used = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
     with checkpoints.alone_in(run_dir):
         images = data.load(config.dataset, device)
         model = setup.model(config, chosen)
-        outcome = training.train(model, images, config, device=device, run_dir=run_dir)
-        measured = _records(config, outcome, device, run_dir)
+        outcome = training.train(model, images, used, device=device, run_dir=run_dir)
+        source = setup.source(config, device, chosen.name)
+        measured = _records(config, outcome, source, run_dir)
         records.write(measured, run_dir)
     print(
         f"{config.run}: test error {outcome.test_error_percent:.2f} % after {outcome.iterations} iterations, "
@@ -55,16 +55,15 @@ def _encoded_elements(config: Config) -> float:
     return 168 * blocks * config.dataset.image_size**2 * width * images
 
 
-def _records(config: Config, outcome: training.Outcome, device: torch.device, run_dir: Path) -> list[Record]:
+def _records(config: Config, outcome: training.Outcome, source: dict[str, Any], run_dir: Path) -> list[Record]:
     """What was measured; the records already there where the run was finished before and nothing was measured now."""
     written = run_dir / "records.json"
     if config.resume and written.exists():
         before = records.read(written)
         if any(record.metric == "train_seconds" and record.value == outcome.seconds for record in before):
             # A wall time in nanoseconds does not come twice: their date and commit stay true.
-            return [replace(record, experiment=config.experiment) for record in before]
+            return [replace(record, experiment=config.experiment, command=source["command"]) for record in before]
 
-    source = records.provenance(device)
     error, *others = (
         setup.record(
             config, source, metric=metric, unit=unit, value=value, low=value, high=value, n=1,

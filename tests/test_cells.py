@@ -1,0 +1,72 @@
+"""blpa/cells.py: the name of a run, and the command line that composes it again."""
+
+import pytest
+from test_config import make
+
+from blpa.cells import departures, folder_name, overrides, run_name
+from blpa.config import Config
+from blpa.runners import cli
+
+
+def composed(arguments: list[str], *, multirun: bool = False) -> list[Config]:
+    with cli.initialize_config_dir(str(cli.CONF), version_base="1.3"):
+        return list(cli._cells(arguments, multirun=multirun))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["mode=2bit", "depth=1001", "width=0.3", "seed=7", "gpu=gtx1080ti", "task=max-batch"],
+        ["experiment=demo", "dataset.iterations=7"],
+        ["experiment=demo", "dataset=cifar100", "task.evaluate_every=1000"],
+        ["mode.name=mine", "mode.bits=null", "mode.width_factor=0.5", "mode.layers=stock", "gpu.memory_gib=0.1"],
+        ["run=1e3", "task=gradient-error", "task.checkpoint='it\\'s a (file), {here}=1.pt'"],
+        ["dataset.schedule=[[0.5,0.1],[1.0,0.01]]", "dataset.flip=false", "gpu.deterministic=false"],
+    ],
+    ids=" ".join,
+)
+def test_a_run_is_composed_again_by_its_overrides(arguments: list[str]) -> None:
+    (config,) = composed(arguments)
+    assert composed(overrides(config)) == [config]
+
+
+@pytest.mark.parametrize("experiment", ["demo", "table1", "table2"])
+def test_every_cell_of_an_experiment_is_composed_again_by_its_overrides(experiment: str) -> None:
+    for config in composed([f"experiment={experiment}"], multirun=True):
+        assert composed(overrides(config)) == [config]
+
+
+def test_overrides_say_what_a_run_is_and_not_where_it_lies() -> None:
+    (here,), (there,) = composed([]), composed(["results=/elsewhere", "dataset.root=/data", "resume=false"])
+    assert overrides(here) == overrides(there) == [
+        "experiment=single", "task=train", "dataset=cifar10", "mode=4bit", "gpu=auto", "depth=164", "width=1.0",
+        "seed=0",
+    ]  # fmt: skip
+
+
+def test_a_run_is_named_after_what_tells_it_apart() -> None:
+    assert run_name(make()) == "digits-4bit-depth29-width1-seed0"
+    assert run_name(make(experiment="demo", width=0.25, seed=3)) == "demo-digits-4bit-depth29-width0.25-seed3"
+
+
+def test_only_changes_that_no_column_of_a_record_tells_are_departures() -> None:
+    assert departures(make()) == ""
+    assert departures(make(dataset__iterations=7, dataset__batch_size=2, dataset__root="elsewhere")) == ""
+    assert departures(make(mode__bits=8)) == "mode.bits=8"  # or it would pass for what its mode's name says
+    changed = make(dataset__augmentation="none", mode__clip=2.0)
+    assert departures(changed) == "dataset.augmentation=none mode.clip=2.0"
+
+
+def test_a_mode_without_a_file_is_told_by_its_values() -> None:
+    assert departures(make(mode__name="mine")) == "mode.layers=coded mode.bits=4"
+    assert departures(make(mode__name="mine", mode__clip=2.0)) == "mode.layers=coded mode.bits=4 mode.clip=2.0"
+
+
+def test_a_task_s_folder_tells_apart_what_its_cells_may_differ_in() -> None:
+    assert folder_name(make()) == "a-run"
+    assert folder_name(make(task__name="tables")) is None
+    timed = make(task__name="runtime")
+    assert folder_name(timed) == "a-run-runtime-batch64-auto-fp32"
+    changes = ({"dataset__batch_size": 8}, {"gpu__kernels": "torch"}, {"gpu__precision": "bf16"})
+    assert len({folder_name(make(task__name="runtime", **change)) for change in changes} | {folder_name(timed)}) == 4
