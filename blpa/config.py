@@ -61,7 +61,8 @@ class ModeConfig:
     name: str = MISSING
     """The mode's name in tables and file names."""
     layers: str = MISSING
-    """stock (PyTorch's own layers), coded (ours) or checkpoint (stock layers, recomputed in the backward pass)."""
+    """stock (PyTorch's own layers), coded (ours), checkpoint (stock layers, recomputed in the backward pass) or
+    compiled (stock layers through torch.compile)."""
     bits: int | None = None
     """Bits a code: 8, 4 or 2; null keeps one full-precision tensor a unit. Coded layers only."""
     clip: float = 3.0
@@ -72,6 +73,10 @@ class ModeConfig:
     """Factor on every channel count, on top of `width`."""
     segments: int | None = None
     """Checkpointed segments of the network; null takes the root of the number of blocks. Checkpoint layers only."""
+    activation_memory_budget: float = 1.0
+    """Part of the kept bytes that torch.compile is to keep, 0 to 1; the rest is recomputed. Compiled layers only."""
+    fp8: bool = False
+    """Keep what torch.compile keeps in 8-bit floats. Compiled layers only."""
 
 
 @dataclass
@@ -194,7 +199,7 @@ def _check_dataset(dataset: DatasetConfig) -> None:
 
 
 def _check_mode(mode: ModeConfig) -> None:
-    _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint"))
+    _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint", "compiled"))
     if mode.bits not in (None, 2, 4, 8):
         raise ValueError(f"mode.bits={mode.bits} is not allowed: choose 2, 4 or 8, or null for full precision")
     if mode.bits is not None and mode.layers != "coded":
@@ -205,6 +210,11 @@ def _check_mode(mode: ModeConfig) -> None:
         _at_least("mode.segments", mode.segments, 1)
         if mode.layers != "checkpoint":
             raise ValueError(f"mode.segments={mode.segments} needs mode.layers=checkpoint, not {mode.layers}")
+    if not 0 <= mode.activation_memory_budget <= 1:
+        raise ValueError(f"mode.activation_memory_budget={mode.activation_memory_budget} is not allowed: it is 0 to 1")
+    for key in ("activation_memory_budget", "fp8"):
+        if getattr(mode, key) != getattr(ModeConfig, key) and mode.layers != "compiled":
+            raise ValueError(f"mode.{key}={getattr(mode, key)} needs mode.layers=compiled, not {mode.layers}")
     _above_zero("mode.clip", mode.clip)
     if mode.bits is None and mode.clip != ModeConfig.clip:
         raise ValueError(f"mode.clip={mode.clip} needs codes to clip: give mode.bits 2, 4 or 8")

@@ -66,6 +66,11 @@ class LiveBytes(TorchDispatchMode):
         self.timeline: list[int] = []
         self._counted: dict[int, str] = {}
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Run compiled code as compiled code; else PyTorch would quietly run the source instead."""
+        return True
+
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Leave tensors out that were there before."""
         for tensor in tensors:
@@ -157,8 +162,9 @@ def step_bytes(
     counter.ignore([images, labels, *model.parameters(), *model.buffers()])
 
     def saved(tensor: Tensor) -> Tensor:
+        is_code = tensor.element_size() == 1  # ours, or a float8 copy
         is_vectors = tensor.dim() == 2 and tensor.shape[0] == len(Norm._fields)
-        counter.mark(tensor, CODES if tensor.dtype == torch.uint8 else VECTORS if is_vectors else FULL_PRECISION)
+        counter.mark(tensor, CODES if is_code else VECTORS if is_vectors else FULL_PRECISION)
         return tensor.detach()  # an output that its own function saved would hold itself alive
 
     before: dict[str, int] = {}

@@ -7,6 +7,8 @@
     8bit 4bit 2bit  coded       the codes                                    1
     exact-one-copy  coded       one full-precision tensor                    1
     checkpoint      checkpoint  nothing inside a segment of blocks           1
+    compiled        compiled    what torch.compile chooses                   1
+    compiled-...    compiled    the same within a budget, or in 8 bits       1
 
 The names and their values are the files of conf/mode.
 """
@@ -14,6 +16,7 @@ The names and their values are the files of conf/mode.
 from dataclasses import dataclass
 
 from blpa.codec import Code
+from blpa.compiling import Compiler
 from blpa.config import ModeConfig
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
@@ -27,11 +30,12 @@ class Mode:
     """What a model asks when it is built.
 
     Args:
-        layers: stock, coded or checkpoint.
+        layers: stock, coded, checkpoint or compiled.
         code: what coded layers keep; None keeps one full-precision tensor a unit.
         forward_from_code: whether coded layers feed the decoded activation forward.
         width_factor: factor on every channel count, on top of the model's own.
         segments: checkpointed segments of the network; None takes the square root of the number of blocks.
+        compiler: what compiles each block of compiled layers.
         kernels: back end of coded layers.
     """
 
@@ -40,6 +44,7 @@ class Mode:
     forward_from_code: bool = False
     width_factor: float = 1.0
     segments: int | None = None
+    compiler: Compiler | None = None
     kernels: Kernels = REFERENCE
 
     def batch_norm_relu(self, channels: int) -> BatchNormReLU | StockBatchNormReLU:
@@ -80,5 +85,6 @@ def from_config(config: ModeConfig, kernels: Kernels) -> Mode:
         forward_from_code=config.forward_from_code,
         width_factor=config.width_factor,
         segments=config.segments,
+        compiler=Compiler(config.activation_memory_budget, config.fp8) if config.layers == "compiled" else None,
         kernels=kernels,
     )

@@ -19,7 +19,7 @@ LAYERS = (
     ("modes",),
     ("layers",),
     ("ops",),
-    ("kept", "convolution"),
+    ("kept", "convolution", "compiling"),
     ("kernels",),
     ("codec",),
 )

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from blpa.codec import Code
+from blpa.compiling import Compiler
 from blpa.config import ModeConfig, options
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE
@@ -20,6 +21,10 @@ MODES = {
     "2bit": Mode("coded", Code(2, clip=1.7)),
     "exact-one-copy": Mode("coded", None),
     "checkpoint": Mode("checkpoint"),
+    "compiled": Mode("compiled", compiler=Compiler()),
+    "compiled-budget-0.5": Mode("compiled", compiler=Compiler(activation_memory_budget=0.5)),
+    "compiled-budget-0.2": Mode("compiled", compiler=Compiler(activation_memory_budget=0.2)),
+    "compiled-fp8": Mode("compiled", compiler=Compiler(fp8=True)),
 }
 all_modes = pytest.mark.parametrize("name", MODES)
 

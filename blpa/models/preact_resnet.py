@@ -110,6 +110,9 @@ class PreActResNet(nn.Module):
                 stride = 2 if group > 0 and index == 0 else 1
                 blocks.append(Bottleneck(in_channels, channels, stride, mode, shortcut_from_activation=not blocks))
                 in_channels = EXPANSION * channels
+        if mode.compiler:
+            for block in blocks:
+                mode.compiler.compile(block)
         self.blocks = nn.Sequential(*blocks)
         self.bn = mode.last_batch_norm_relu(in_channels)
         self.classifier = nn.Linear(in_channels, classes)

@@ -158,7 +158,12 @@ def _judge(error: Exception) -> tuple[int | None, str]:
         return error.exit_code, str(error)
     if isinstance(error, ValueError) and _is_ours(error):
         return 1, str(error)
-    return None, f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+    said = next(iter(str(error).strip().splitlines()), "")
+    if type(error).__name__ == "OutOfMemoryError":  # torch's own, known by name alone: torch need not be there
+        return 1, f"does not fit: {said}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return 1, f"does not compile: {said}"
+    return None, f"{type(error).__name__}: {said}"
 
 
 def _is_ours(error: Exception) -> bool:

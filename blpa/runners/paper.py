@@ -28,6 +28,10 @@ ROWS = {
     "2bit": Row("2-bit (ours)", "1/16", True),
     "exact-one-copy": Row("exact, one copy a unit", "1", False),
     "checkpoint": Row("checkpoint (recomputed)", "-", False),
+    "compiled": Row("torch.compile", "-", False),
+    "compiled-budget-0.5": Row("torch.compile, budget 0.5", "-", False),
+    "compiled-budget-0.2": Row("torch.compile, budget 0.2", "-", False),
+    "compiled-fp8": Row("torch.compile, fp8 pass", "-", False),
 }
 """The paper's rows in its order, then ours, by mode."""
 

@@ -29,6 +29,10 @@ COLOURS = {
     "2bit": "#009E73",
     "exact-one-copy": "#999999",
     "checkpoint": "#CC79A7",
+    "compiled": "#7F6A00",
+    "compiled-budget-0.5": "#B29700",
+    "compiled-budget-0.2": "#F0E442",
+    "compiled-fp8": "#882255",
 }
 OTHER_COLOUR = "#666666"
 

@@ -77,6 +77,7 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
     if config.gpu.precision == "bf16":
         raise ValueError("gpu.precision=bf16 cannot be predicted: bytes are counted in fp32; choose fp32 or tf32")
     size, channels = config.dataset.image_size, config.dataset.image_channels
+    torch.compiler.reset()  # graphs for other batch sizes, of which there may be only so many
     with META:
         network = model(config, kernels.choose(config.gpu.kernels, META)).to(memory_format=torch.channels_last)
         images = torch.empty(batch, channels, size, size).to(memory_format=torch.channels_last)
