@@ -5,12 +5,12 @@ from test_config import make
 
 from blpa.cells import departures, folder_name, overrides, run_name
 from blpa.config import Config
-from blpa.runners import cli
+from blpa.runners import compose
 
 
 def composed(arguments: list[str], *, multirun: bool = False) -> list[Config]:
-    with cli.initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return list(cli._cells(arguments, multirun=multirun))
+    with compose.session():
+        return [cell.config for cell in compose.cells(arguments, multirun=multirun)]
 
 
 @pytest.mark.parametrize(

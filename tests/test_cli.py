@@ -16,7 +16,7 @@ import pytest
 from blpa import records
 from blpa.checkpoints import Stopped, alone_in
 from blpa.config import CONF, Config, check, options
-from blpa.runners import cli
+from blpa.runners import cli, compose
 
 TINY = ["dataset=digits", "gpu=cpu", "depth=11", "dataset.iterations=2", "dataset.batch_size=4", "width=0.25"]
 
@@ -213,7 +213,7 @@ def test_help_shows_every_option_and_every_value_with_its_meaning(capsys: pytest
     for group in ("dataset", "mode", "gpu", "task", "experiment"):
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {group:12}")]
         assert set(line.replace("[", "").replace("]", "").split()[1:]) == set(options(group))
-    groups, plain = cli._keys()
+    groups, plain = compose._keys()
     for key in set(plain) - set(groups):
         assert f"\n  {key}=" in text
     assert "Training steps in all." in text

@@ -33,8 +33,8 @@ SIDE = {
 }
 
 ONLY_IN = {
-    "hydra": {"config", "runners.cli"},
-    "omegaconf": {"config", "cells", "runners.cli"},
+    "hydra": {"runners.compose", "runners.launch"},
+    "omegaconf": {"config", "cells", "runners.cli", "runners.compose", "runners.launch"},
     "pandas": {"runners.tables", "runners.plots"},
     "matplotlib": {"runners.tables", "runners.plots"},
     "triton": {"kernels.triton_ops"},
@@ -42,7 +42,10 @@ ONLY_IN = {
     "torchvision": {"data.cifar"},
 }
 
-WITHOUT_TORCH = {"", "config", "cells", "records", "runners", "runners.cli", "runners.usage", "runners.paper"}
+WITHOUT_TORCH = {
+    "", "config", "cells", "records", "runners", "runners.cli", "runners.compose", "runners.sweep", "runners.launch",
+    "runners.usage", "runners.paper",
+}  # fmt: skip
 """What the command line imports before it knows that there is something to run."""
 
 

@@ -13,7 +13,7 @@ from test_tables import rows_of
 from blpa import records
 from blpa.config import Config
 from blpa.records import Record
-from blpa.runners import cli, max_batch, paper, setup, tables
+from blpa.runners import cli, compose, max_batch, paper, setup, tables
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "mode=4bit"]
 
@@ -42,8 +42,8 @@ def test_largest_batch_is_recorded_as_predicted_and_is_the_largest(capsys: pytes
 
 
 def cells(arguments: list[str]) -> list[Config]:
-    with cli.initialize_config_dir(str(cli.CONF), version_base="1.3"):
-        return list(cli._cells(arguments, multirun=False))
+    with compose.session():
+        return [cell.config for cell in compose.cells(arguments, multirun=False)]
 
 
 def training_total(config: Config, batch: int) -> int:

@@ -1,0 +1,187 @@
+"""From the words of a command line to checked runs: what Hydra composes, and what it is not let through with.
+
+Hydra composes, and only composes: the compose API, not `hydra.main`, which would also write multirun.yaml into the
+folder it is called from, start the first cell of a sweep before the last is checked, and answer a mistake in several
+lines. Every mistake here is one line.
+"""
+
+import difflib
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager
+from typing import NamedTuple, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from blpa.cells import folder_name, run_name
+from blpa.config import CONF, Config, check, options
+
+LAUNCHER = "hydra/launcher"
+"""The group of Hydra's launchers; the keys below hydra.launcher are the chosen one's own."""
+
+ConfigStore.instance().store(name="schema", node=Config)
+
+
+class Cell(NamedTuple):
+    """One run of a sweep."""
+
+    overrides: list[str]
+    """What it was composed from."""
+    config: Config
+
+
+def session() -> AbstractContextManager[None]:
+    """What everything else here must be called in."""
+    return cast(AbstractContextManager[None], initialize_config_dir(str(CONF), version_base="1.3"))
+
+
+def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
+    """Every run the overrides ask for, composed and checked.
+
+    With `multirun`, what an experiment lists under hydra.sweeper.params is swept too; the command line goes before it.
+
+    Args:
+        overrides: key=value and group=option texts.
+        multirun: whether a key may have several values.
+
+    Raises:
+        ValueError: the first mistake found, in one line.
+    """
+    found = list(_cells(overrides, multirun=multirun))
+    _refuse_shared_folders([cell.config for cell in found])
+    return found
+
+
+def composed(overrides: Iterable[str] = (), *, return_hydra_config: bool = False) -> DictConfig:
+    """Compose one run; what Hydra and OmegaConf have against it becomes one line of a ValueError."""
+    try:
+        return compose("config", list(overrides), return_hydra_config=return_hydra_config)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_reason(error)) from error
+
+
+def checked(run: DictConfig) -> Config:
+    """A composed run, typed, named and checked; a ValueError tells the first mistake."""
+    try:
+        if OmegaConf.is_missing(run, "run"):
+            run.run = run_name(cast(Config, run))
+        config = cast(Config, OmegaConf.to_object(run))
+    except OmegaConfBaseException as error:
+        raise ValueError(_reason(error)) from error
+    check(config)
+    return config
+
+
+def _cells(overrides: list[str], *, multirun: bool) -> Iterator[Cell]:
+    given = _parse(overrides)
+    for cell in itertools.product(*(_values(override, multirun) for override in given.values())):
+        listed = composed(cell, return_hydra_config=True).hydra.sweeper.params if multirun else None
+        added = _parse([f"{key}={value}" for key, value in (listed or {}).items() if key not in given])
+        for rest in itertools.product(*(_values(override, multirun) for override in added.values())):
+            yield Cell([*cell, *rest], checked(composed((*cell, *rest))))
+
+
+def _parse(overrides: list[str]) -> dict[str, Override]:
+    """Parse overrides and refuse the keys that no run has; the last one of a key stands."""
+    groups, plain = _keys()
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed = {}
+    for text in overrides:
+        try:
+            (override,) = parser.parse_overrides([text])
+        except HydraException as error:
+            raise ValueError(f"cannot read {text!r}: write key=value, with quotes around special characters") from error
+        key = override.get_key_element()
+        if key not in groups and key not in plain and not _is_launchers(key):
+            raise ValueError(f"unknown key {key!r}{hint(key, [*groups, *plain])}; {_allowed(key, groups, plain)}")
+        parsed[key] = override
+    return parsed
+
+
+def _keys() -> tuple[list[str], list[str]]:
+    """The groups, and the plain values as dotted keys."""
+    groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
+    schema = OmegaConf.structured(Config)
+    plain = [key for key in schema if key not in groups]
+    for group in groups:
+        if group in schema and OmegaConf.is_dict(schema[group]):
+            plain += [f"{group}.{key}" for key in schema[group]]
+    return groups, plain
+
+
+def _values(override: Override, multirun: bool) -> list[str]:
+    """The key=value texts an override stands for: one, or in a sweep one for each value."""
+    key, text = override.get_key_element(), override.input_line
+    if _is_launchers(key) and (not multirun or override.is_sweep_override()):
+        raise ValueError(f"{text} is not allowed: one launcher runs the whole of a sweep, which -m makes")
+    if not override.is_sweep_override():
+        values = [override.get_value_element_as_str()]
+    elif not multirun:
+        raise ValueError(f"{text} names several values: add -m to run each of them")
+    elif not override.is_discrete_sweep():
+        raise ValueError(f"{text} has no list of values: separate them by commas")
+    else:
+        values = list(override.sweep_string_iterator())
+        if not values:
+            raise ValueError(f"{text} names no value at all")
+    groups, _ = _keys()
+    for value in values if key in groups else ():
+        _refuse_unless_option(key, value, options(key))
+    if key == LAUNCHER:
+        installed = GlobalHydra.instance().config_loader().get_group_options(LAUNCHER)
+        _refuse_unless_option(key, values[0], installed, "; joblib and submitit: pip install 'blpa[launchers]'")
+    return [f"{key}={value}" for value in values]
+
+
+def _refuse_unless_option(group: str, value: str, allowed: list[str], more: str = "") -> None:
+    if value not in allowed:
+        raise ValueError(
+            f"{group}={value} is not allowed{hint(value, allowed)}; choose one of {', '.join(allowed)}{more}"
+        )
+
+
+def _is_launchers(key: str) -> bool:
+    return key == LAUNCHER or key.startswith("hydra.launcher.")
+
+
+def _refuse_shared_folders(configs: list[Config]) -> None:
+    seen: set[str] = set()
+    for config in configs:
+        folder = folder_name(config)
+        if folder in seen:
+            raise ValueError(f"two cells of this sweep would share run={config.run}: name them apart with run=")
+        if folder is not None:
+            seen.add(folder)
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what is at the bottom of a chain of exceptions, led by the key it is about."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    if str(key).startswith("dataset.schedule["):
+        reason += "; every number in it has a point: [[0.5,0.1],[1.0,0.01]]"
+    return f"{key}: {reason}" if key else reason
+
+
+def hint(wrong: str, right: Iterable[str]) -> str:
+    """A few words that name what may have been meant, if anything."""
+    close = difflib.get_close_matches(wrong, list(right), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def _allowed(key: str, groups: list[str], plain: list[str]) -> str:
+    """What may stand in place of an unknown key: the values of the group it names, or all that stands at the top."""
+    group = key.partition(".")[0]
+    inside = [name.partition(".")[2] for name in plain if name.startswith(f"{group}.")]
+    if inside:
+        return f"allowed in {group}: " + ", ".join(inside)
+    return "allowed: " + ", ".join([*groups, *(name for name in plain if "." not in name)])

@@ -1,0 +1,75 @@
+"""Sweeps by Hydra's own launchers, whose plugins are the extra `launchers`: joblib for one machine, submitit for Slurm.
+
+    blpa-run experiment=table1 -m hydra/launcher=joblib hydra.launcher.n_jobs=4
+    blpa-run experiment=table1 -m hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
+
+Cells are checked, and the finished ones left out, before the launcher is given the rest. It composes each again in a
+process or a job of its own; what it writes itself is under results/launched.
+"""
+
+import signal
+import sys
+from types import FrameType
+
+from hydra._internal.callbacks import Callbacks  # HydraContext asks for one, and only hydra.main makes it
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from blpa.runners import compose, sweep
+from blpa.runners.compose import Cell
+
+
+def is_asked_for(cells: list[Cell]) -> bool:
+    """Whether the command line names a launcher."""
+    return any(override.startswith((compose.LAUNCHER, "hydra.launcher.")) for override in cells[0].overrides)
+
+
+def run_all(cells: list[Cell]) -> int:
+    """Hand the cells that are not finished to the launcher that they name, and wait for them.
+
+    Args:
+        cells: of one sweep.
+
+    Returns:
+        The exit code: that of the last cell that failed.
+
+    Raises:
+        ValueError: the launcher has no such option.
+    """
+    composed = compose.composed(cells[0].overrides, return_hydra_config=True)
+    HydraConfig.instance().set_config(composed)
+    waiting = [cell.overrides for cell in cells if not sweep.is_finished(cell.config)]
+    print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before", file=sys.stderr)
+    if not waiting:
+        return 0
+    context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+    before = signal.signal(signal.SIGTERM, _terminated)  # else joblib's workers would outlive this process
+    try:
+        launcher = Plugins.instance().instantiate_launcher(context, run_cell, composed)
+        returned = launcher.launch(waiting, initial_job_idx=0)
+    except KeyboardInterrupt as error:
+        return sweep.refuse(str(error) or "interrupted", 143 if str(error) else 130)
+    except (HydraException, RuntimeError, ValueError) as error:  # no Slurm here, or a job that was killed
+        return sweep.refuse(error, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    failure = 0
+    for overrides, job in zip(waiting, returned, strict=True):
+        if job.return_value:
+            failure = sweep.refuse(f"failed: {' '.join(overrides)}", job.return_value)
+    return failure
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt("terminated")
+
+
+def run_cell(composed: DictConfig) -> int:
+    """Run one cell in a launcher's process, and return its exit code."""
+    config = compose.checked(composed)
+    print(config.run, file=sys.stderr)
+    return sweep.run_cell(config, records_failure=True)
