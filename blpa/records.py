@@ -235,15 +235,16 @@ def _one_at_a_time(results: Path) -> Iterator[None]:
         yield
 
 
-def write_table(file: Path, rows: Sequence[Mapping[str, object]]) -> None:
+def write_table(file: Path, rows: Sequence[Mapping[Any, object]], *, columns: Sequence[str] = ()) -> None:
     """Write a CSV file whole or not at all.
 
     Args:
         file: where.
-        rows: at least one, all with the same keys, which are the columns; None is left empty.
+        rows: all with the same keys; None is left empty.
+        columns: the keys in their order; may be left out where there is a row to tell them.
     """
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(file, text.getvalue())

@@ -35,7 +35,7 @@ SIDE = {
 ONLY_IN = {
     "hydra": {"runners.compose", "runners.launch"},
     "omegaconf": {"config", "cells", "runners.cli", "runners.compose", "runners.launch"},
-    "pandas": {"runners.tables", "runners.plots"},
+    "pandas": {"runners.tables", "runners.plots", "runners.curves"},
     "matplotlib": {"runners.tables", "runners.plots"},
     "triton": {"kernels.triton_ops"},
     "sklearn": {"data.digits"},

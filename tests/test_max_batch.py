@@ -1,19 +1,16 @@
 """blpa/runners/max_batch.py and memory.py, from the command line to the record; and the table of largest batches."""
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
-from test_records import RECORD
-from test_tables import rows_of
 
 from blpa import records
 from blpa.config import Config
 from blpa.records import Record
-from blpa.runners import cli, compose, max_batch, paper, setup, tables
+from blpa.runners import cli, compose, max_batch, paper, setup
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "mode=4bit"]
 
@@ -109,32 +106,6 @@ def test_memory_shows_kinds_blocks_and_a_picture(capsys: pytest.CaptureFixture[s
 def test_memory_of_stock_layers_has_no_formula(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["task=memory", "run=a", "dataset.batch_size=4", *TINY, "mode=checkpoint"]) == 0
     assert "formula" not in capsys.readouterr().out
-
-
-# ---- the table of largest batches -----------------------------------------------------------------------------------
-
-BATCH = replace(
-    RECORD, task="max-batch", metric="largest_batch", dataset="cifar10", depth=164, value=6290.0, predicted=True,
-    batch_size=0, note="11 GiB less 512 MiB", commit="0123456789abcdef",
-)  # fmt: skip
-TITLE = "CIFAR-10-size images, fp32, 11 GiB less 512 MiB"
-
-
-def test_the_papers_largest_batches_stand_beside_ours_at_its_own_budget() -> None:
-    other = replace(BATCH, note="80 GiB less 512 MiB", value=99.0)
-    text = tables.batches_markdown(tables.largest_batches([BATCH, other]))
-    rows = rows_of(text, TITLE)
-    assert rows[""] == ["1001 (4x)", "1001", "488", "254", "164"]
-    assert rows["proposed 4-bit"] == ["not run"] * 4 + ["6290 (predicted)"]
-    assert "| - in the paper          | 182       | 876     | 1468    | 2154    | 2522             |" in text
-    assert "| - in the paper          | 26        | 134     | 264     | 474     | 688              |" in text
-    assert rows_of(text, TITLE.replace("11", "80"))["proposed 4-bit"] == ["99 (predicted)"]
-
-
-def test_the_newer_answer_counts() -> None:
-    newer = replace(BATCH, value=7.0, predicted=False, date="2027-01-01T00:00:00+00:00")
-    rows = rows_of(tables.batches_markdown(tables.largest_batches([newer, BATCH])), TITLE)
-    assert rows["proposed 4-bit"][-1] == "7"
 
 
 def test_paper_figures_are_looked_up_for_its_own_card_alone() -> None:

@@ -48,20 +48,21 @@ def test_before_anything_has_run_the_papers_figures_stand_beside_not_run() -> No
 def test_a_cell_is_the_mean_over_seeds_with_the_sample_deviation() -> None:
     errors = [2.0, 2.5, 4.1]
     found = [replace(DIGITS, seed=seed, value=value) for seed, value in enumerate(errors)]
-    rows = rows_of(table(*found), "digits, depth 29")
+    rows = rows_of(table(*found), "digits, depth 29, 300 iterations")
     assert rows["proposed 4-bit"] == ["1/8", f"{mean(errors):.2f} ± {stdev(errors):.2f} (n=3)"]
     assert rows["exact"] == ["1", "not run"]
 
 
 def test_one_run_has_no_deviation() -> None:
-    assert rows_of(table(replace(DIGITS, value=2.0)), "digits, depth 29")["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
+    rows = rows_of(table(replace(DIGITS, value=2.0)), "digits, depth 29, 300 iterations")
+    assert rows["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
 
 
 def test_the_newer_run_of_a_seed_counts_whatever_the_machine_and_the_experiment() -> None:
     older = replace(DIGITS, value=9.0)
     newer = replace(DIGITS, value=2.0, date="2026-02-01T00:00:00+00:00", device="another CPU", experiment="demo")
     text = table(newer, older)
-    assert rows_of(text, "digits, depth 29")["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
+    assert rows_of(text, "digits, depth 29, 300 iterations")["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
     assert "another CPU" in text
     assert "a CPU, 2 threads" not in text
 
@@ -71,8 +72,8 @@ def test_the_papers_cell_takes_our_run_and_other_recipes_have_tables_of_their_ow
     shallow = replace(cell, depth=29, iterations=2000, value=20.0)
     text = table(cell, shallow, replace(cell, note="mode.clip=2.0", value=6.0))
     assert rows_of(text, "The paper's cells")["proposed 4-bit"][1:3] == ["5.50 (n=1)", "5.49 ± 0.16"]
-    assert rows_of(text, "CIFAR-10, depth 29")["proposed 4-bit"] == ["1/8", "20.00 (n=1)"]
-    assert rows_of(text, "CIFAR-10, depth 164")["proposed 4-bit"] == ["1/8", "6.00 (n=1)"]
+    assert rows_of(text, "CIFAR-10, depth 29, 2,000 iterations")["proposed 4-bit"] == ["1/8", "20.00 (n=1)"]
+    assert rows_of(text, "CIFAR-10, depth 164, 64,000 iterations")["proposed 4-bit"] == ["1/8", "6.00 (n=1)"]
     assert "fp32, mode.clip=2.0; seeds 0;" in text
 
 
@@ -93,7 +94,8 @@ def test_the_papers_figure_stands_beside_its_own_precision_and_recipe_only() -> 
 def test_digits_come_last_and_conditions_are_said() -> None:
     text = table(DIGITS, replace(DIGITS, dataset="cifar10", depth=29))
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    assert headings == ["## The paper's cells", "## CIFAR-10, depth 29", "## digits, depth 29"]
+    titles = ("The paper's cells", "CIFAR-10, depth 29, 300 iterations", "digits, depth 29, 300 iterations")
+    assert headings == [f"## {title}" for title in titles]
     assert text.splitlines()[-1] == (
         "- digits: depth 29, width 1, 300 iterations of batch 64, fp32; seeds 0; a CPU, 2 threads; torch 2.11.0; "
         "commit 012345678."
@@ -109,13 +111,13 @@ def test_a_source_that_differed_from_its_commit_or_had_none_is_said() -> None:
 @pytest.mark.parametrize(("mode", "label"), [("exact-one-copy", "exact, one copy"), ("checkpoint", "checkpoint")])
 def test_rows_of_the_baselines_come_only_once_they_are_run(mode: str, label: str) -> None:
     assert label not in table(DIGITS).split("## digits")[1]
-    rows = rows_of(table(replace(DIGITS, mode=mode, bits=None, value=3.0)), "digits, depth 29")
+    rows = rows_of(table(replace(DIGITS, mode=mode, bits=None, value=3.0)), "digits, depth 29, 300 iterations")
     (row,) = [row for name, row in rows.items() if name.startswith(label)]
     assert row[1] == "3.00 (n=1)"
 
 
 def test_a_mode_of_the_users_own_gets_a_row() -> None:
-    rows = rows_of(table(DIGITS, replace(DIGITS, mode="4bit-narrow", value=3.0)), "digits, depth 29")
+    rows = rows_of(table(DIGITS, replace(DIGITS, mode="4bit-narrow", value=3.0)), "digits, depth 29, 300 iterations")
     assert list(rows)[-1] == "4bit-narrow"
     assert rows["4bit-narrow"] == ["-", "3.00 (n=1)"]
 
@@ -138,8 +140,10 @@ def test_the_task_writes_its_files_and_prints_the_readable_ones(
     records.write([replace(DIGITS, value=2.5, seed=1)], Path("results/runs/b"))
     assert cli.main(["task=tables"]) == 0
     text = Path("results/tables/errors.md").read_text(encoding="utf-8")
-    batches = Path("results/tables/batches.md").read_text(encoding="utf-8")
-    assert capsys.readouterr().out == f"{batches}\n{text}"  # errors last, where the reader of a demo looks
+    names = ("batches", "times", "gradients", "errors")  # errors last, where the reader of a demo looks
+    texts = [Path(f"results/tables/{name}.md").read_text(encoding="utf-8") for name in names]
+    assert capsys.readouterr().out == "\n".join(texts)
+    assert texts[-1] == text
     with Path("results/tables/errors.csv").open(newline="") as file:
         rows = {(row["dataset"], row["mode"]): row for row in csv.DictReader(file)}
     cell = rows["digits", "4bit"]

@@ -1,23 +1,25 @@
-"""Test error over the iterations, a line for each mode, from every finished run; and memory over one step.
+"""Every figure, from curves.csv, records.csv and the tables of single runs alone: a fresh clone draws them again.
 
-A run's metrics.csv lives in results/runs, which is not committed. So this task, the only reader of curves, first
-gathers the rows of finished runs in results/curves.csv, which is, and draws from that file alone: a fresh clone draws
-the same figures. As in the tables, of two runs of the same cell and seed the newer counts.
+Test error over the iterations, a line a mode; the network tables over depth; memory over one step; the error of each
+layer's gradient.
 """
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from blpa import records
 from blpa.config import Config
 from blpa.records import GROUP, Record
-from blpa.runners.paper import ROWS
+from blpa.runners import network_tables
+from blpa.runners.curves import gather
+from blpa.runners.network_tables import TABLES, Table, label, mode_order
 
 # Okabe and Ito's palette, told apart by colour-blind eyes too; the exact mode is black, the method blue.
 COLOURS = {
@@ -29,83 +31,45 @@ COLOURS = {
     "2bit": "#009E73",
     "exact-one-copy": "#999999",
     "checkpoint": "#CC79A7",
-    "compiled": "#7F6A00",
-    "compiled-budget-0.5": "#B29700",
-    "compiled-budget-0.2": "#F0E442",
+    "compiled": "#5C4A00",
+    "compiled-budget-0.5": "#8C7A00",
+    "compiled-budget-0.2": "#BFA600",
     "compiled-fp8": "#882255",
 }
 OTHER_COLOUR = "#666666"
-
-FLOATS = ("width", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
-"""Columns of curves.csv and metrics.csv that are no whole numbers."""
 
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 """The error axis is logarithmic and lies between two of these; an error of 0 is drawn at the smallest."""
 
 
 def run(config: Config) -> list[Record]:
-    """Gather the curves and draw a figure for each group of runs.
+    """Gather curves and records, and draw every figure.
 
     Args:
-        config: `results` is the folder of runs, curves and figures.
+        config: `results` is the folder of runs, records, curves and figures.
 
     Returns:
         Nothing new is measured: an empty list.
     """
     results = Path(config.results)
     curves = gather(results)
-    if curves.empty:
-        print(f"no finished run under {results / 'runs'}, no {results / 'curves.csv'}: nothing to draw")
+    found = records.collect(results)
+    if not found:
+        print(f"no finished run under {results / 'runs'}, no {results / 'records.csv'}: nothing to draw")
     for group, rows in curves.groupby(list(GROUP)):
         print(_save(draw(rows), results, f"error-{_slug(group)}"))
+    for table in TABLES:
+        shown = network_tables.cells(table, found)
+        for conditions in dict.fromkeys(map(table.conditions, shown)):
+            under = [record for record in shown if table.conditions(record) == conditions and record.width == 1]
+            if len({record.depth for record in under}) > 1:
+                name = _slug_of(" ".join((table.name, *conditions)))
+                print(_save(draw_over_depth(table, conditions, under), results, name))
     for file in sorted((results / "memory").glob("*.csv")):
         print(draw_memory(results, file.stem))
     for file in sorted((results / "gradients").glob("*.csv")):
         print(draw_gradients(results, file.stem))
     return []
-
-
-def gather(results: Path) -> pd.DataFrame:
-    """Merge the metrics of finished runs into curves.csv.
-
-    Args:
-        results: the folder that holds runs/ and curves.csv; either may be missing.
-
-    Returns:
-        A row per evaluation: the fields of GROUP, mode, seed, date, then the columns of metrics.csv.
-    """
-    table = results / "curves.csv"
-    found = [_read(table)] if table.exists() else []
-    for file in sorted(results.glob("runs/*/records.json")):
-        for record in records.read(file):
-            if record.metric == "test_error_percent":
-                found.append(_curve(record, file.with_name("metrics.csv")))
-    found = [rows for rows in found if len(rows)]
-    if not found:
-        return pd.DataFrame(columns=[*GROUP, "mode", "seed", "date", "iteration", "test_error_percent"])
-    cell = [*GROUP, "mode", "seed"]
-    curves = pd.concat(found, ignore_index=True)
-    curves = curves[curves["date"] == curves.groupby(cell)["date"].transform("max")]
-    curves = curves.drop_duplicates([*cell, "iteration"], keep="last").sort_values([*cell, "iteration"])
-    records.write_atomically(table, curves.to_csv(index=False, lineterminator="\n"))
-    return curves
-
-
-def _curve(record: Record, metrics: Path) -> pd.DataFrame:
-    """A run's evaluations; none where the metrics are not those of the record (the run has been started anew)."""
-    if not metrics.exists():
-        return pd.DataFrame()
-    rows = _read(metrics)
-    if rows.empty or rows["iteration"].iloc[-1] != record.iterations:
-        return pd.DataFrame()
-    for position, name in enumerate((*GROUP, "mode", "seed", "date")):
-        rows.insert(position, name, getattr(record, name))
-    return rows
-
-
-def _read(file: Path) -> pd.DataFrame:
-    """A file of curves, to the last bit: pandas' own reading of a number may be off by one."""
-    return pd.read_csv(file, keep_default_na=False, converters=dict.fromkeys(FLOATS, float))
 
 
 def draw(curves: pd.DataFrame) -> Figure:
@@ -116,7 +80,7 @@ def draw(curves: pd.DataFrame) -> Figure:
     """
     figure, axes = _canvas()
     ends = {}
-    for mode in sorted(curves["mode"].unique(), key=_reading_order):
+    for mode in sorted(curves["mode"].unique(), key=mode_order):
         colour = COLOURS.get(mode, OTHER_COLOUR)
         by_iteration = curves[curves["mode"] == mode].groupby("iteration")["test_error_percent"]
         mean, deviation = by_iteration.mean(), by_iteration.std()
@@ -139,7 +103,46 @@ def draw(curves: pd.DataFrame) -> Figure:
     axes.set_xlabel("iteration")
     axes.set_title(_title(curves), loc="left", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    _label(axes, ends)
+    _label(axes, ends, lambda value: f"{value:.2f} %", lowest=TICKS[0])
+    return figure
+
+
+def draw_over_depth(table: Table, conditions: tuple[str, ...], under: list[Record]) -> Figure:
+    """Draw the figures of one network table over depth, a line a mode, with the paper's as open circles.
+
+    Args:
+        table: which.
+        conditions: what the records share.
+        under: the records of width 1.
+    """
+    figure, axes = _canvas()
+    papers = table.papers(conditions)
+    ends = {}
+    for mode in sorted({record.mode for record in under}, key=mode_order):
+        line = {  # measured counts before predicted
+            record.depth: record
+            for record in sorted(under, key=lambda record: (record.depth, not record.predicted))
+            if record.mode == mode and record.metric == table.metric and record.value
+        }
+        colour = COLOURS.get(mode, OTHER_COLOUR)
+        if line:
+            values = [table.scale * record.value for record in line.values()]
+            axes.plot(list(line), values, color=colour, linewidth=1.8, marker="o", markersize=4)
+            ends[mode] = values[-1]
+        theirs = {depth: figures[mode] for (depth, width), figures in papers.items() if width == 1 and mode in figures}
+        if theirs:
+            values = [table.scale * value for value in theirs.values()]
+            axes.plot(list(theirs), values, color=colour, linestyle="", marker="o", fillstyle="none", markersize=8)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    depths = sorted({record.depth for record in under})
+    axes.set_xticks(depths, map(str, depths))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel("depth" + (" (circles: the paper's figures)" if papers else ""))
+    axes.set_title(f"{table.title}: {', '.join(conditions)}", loc="left", fontsize=10)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    _label(axes, ends, lambda value: f"{value:.4g}{table.unit}")
     return figure
 
 
@@ -156,9 +159,10 @@ def draw_memory(results: Path, name: str) -> Path:
     figure, axes = _canvas()
     lines = pd.read_csv(results / "memory" / f"{name}.csv")
     for mode, line in lines.groupby("mode", sort=False):
-        colour, label = COLOURS.get(str(mode), OTHER_COLOUR), ROWS[str(mode)].label if mode in ROWS else str(mode)
+        colour = COLOURS.get(str(mode), OTHER_COLOUR)
         axes.fill_between(line["done"], line["mib"], color=colour, alpha=0.12, linewidth=0)
-        axes.plot(line["done"], line["mib"], color=colour, linewidth=1.6, label=f"{label}: {line['mib'].max():.2f}")
+        title = f"{label(str(mode))}: {line['mib'].max():.2f}"
+        axes.plot(line["done"], line["mib"], color=colour, linewidth=1.6, label=title)
     axes.axvline(0.5, color="#888888", linewidth=0.8)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, None)
@@ -182,10 +186,9 @@ def draw_gradients(results: Path, name: str) -> Path:
     figure, axes = _canvas()
     layers = pd.read_csv(results / "gradients" / f"{name}.csv")
     mode = str(layers["mode"].iloc[0])
-    label = ROWS[mode].label if mode in ROWS else mode
     for metric, colour, title in (
         ("spread", COLOURS["exact"], "exact: spread between batches"),
-        ("error", COLOURS.get(mode, OTHER_COLOUR), f"{label}: error"),
+        ("error", COLOURS.get(mode, OTHER_COLOUR), f"{label(mode)}: error"),
     ):
         axes.fill_between(
             layers.index, layers[f"{metric}_low"], layers[f"{metric}_high"], color=colour, alpha=0.15, linewidth=0
@@ -216,16 +219,15 @@ def _save(figure: Figure, results: Path, name: str) -> Path:
     return file
 
 
-def _label(axes: Any, ends: dict[str, float]) -> None:
+def _label(axes: Any, ends: dict[str, float], text: Callable[[float], str], *, lowest: float = 0.0) -> None:
     """Name each line at its right end, in its colour, the names moved apart where lines end together."""
     gap = 0.062  # of the axis: a line of text at this size
     to_axis = axes.transData + axes.transAxes.inverted()
     order = sorted(ends, key=ends.__getitem__)
-    wanted = [float(to_axis.transform((1, max(ends[mode], TICKS[0])))[1]) for mode in order]
+    wanted = [float(to_axis.transform((1, max(ends[mode], lowest)))[1]) for mode in order]
     for mode, height in zip(order, spread(wanted, gap), strict=True):
-        label = ROWS[mode].label if mode in ROWS else mode
         axes.text(
-            1.01, height, f"{label}  {ends[mode]:.2f} %", transform=axes.transAxes,
+            1.01, height, f"{label(mode)}  {text(ends[mode])}", transform=axes.transAxes,
             color=COLOURS.get(mode, OTHER_COLOUR), va="center", fontsize=9,
         )  # fmt: skip
 
@@ -260,8 +262,8 @@ def _slug(group: tuple[Any, ...]) -> str:
     """A file name for a group: digits-depth29-width1-300x64-fp32."""
     dataset, depth, width, iterations, batch_size, precision, note = group
     name = f"{dataset}-depth{depth}-width{width:g}-{iterations}x{batch_size}-{precision}"
-    return name + (f"-{re.sub(r'[^A-Za-z0-9.]+', '-', note).strip('-')}" if note else "")
+    return f"{name}-{_slug_of(note)}" if note else name
 
 
-def _reading_order(mode: str) -> tuple[int, str]:
-    return (list(ROWS).index(mode) if mode in ROWS else len(ROWS)), mode
+def _slug_of(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")

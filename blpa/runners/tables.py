@@ -1,9 +1,9 @@
-"""The tables of errors and of largest batches from every record there is: ours beside the paper's figure.
+"""Every table from every record there is: errors, largest batches, times and gradient errors, ours beside the paper's.
 
-results/tables/errors.md and batches.md are for reading, the csv files hold the same cells in one row each. An error is
-a mean over seeds, with its deviation. A table belongs to a group of
-records that differ by mode and seed alone; the paper's own cells come first and are there before anything has been run.
-Where a cell was run twice with the same seed, on two machines say, the newer run counts.
+results/tables/<name>.md are for reading; <name>.csv holds the same cells in one row each. The table of errors is made
+here, those by network in network_tables.py. An error is a mean over seeds, with its deviation. A table belongs to a
+group of records that differ by mode and seed alone; the paper's own cells come first and are there before anything has
+been run. Where a cell was run twice with the same seed, on two machines say, the newer run counts.
 """
 
 from collections.abc import Iterable
@@ -16,7 +16,8 @@ import pandas as pd
 from blpa import records
 from blpa.config import Config
 from blpa.records import COLUMNS, GROUP, Record
-from blpa.runners import paper
+from blpa.runners import network_tables, paper
+from blpa.runners.network_tables import TABLES, aligned, images, label
 from blpa.runners.paper import ROWS
 
 Group = tuple[Any, ...]
@@ -24,31 +25,15 @@ Group = tuple[Any, ...]
 
 PAPERS_GROUPS: list[Group] = [(*cells, "fp32", "") for cells in paper.ERROR_PERCENT]
 
-TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet top-5", "digits": "digits"}
-
 OPENING = """# Test error (%)
 
 Mean over seeds ± sample standard deviation (n runs). alpha is the bits kept of an activation over 32, as the paper
 counts them; `exact` here is PyTorch's own layers, which keep two tensors a unit. Written by `blpa-run task=tables`.
 """
 
-BATCHES_OPENING = """# Largest batch
-
-Samples in the largest batch whose training steps fit the memory, for networks of so many layers; `exact` is PyTorch's
-own layers, `exact, one copy a unit` is what the paper calls exact. Predicted: counted on the meta device, with an
-allowance for the CUDA context and workspaces taken off the memory. Written by `blpa-run task=tables`.
-"""
-
-BATCH_MODES = ("exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit")
-
-BATCH_COLUMNS = (
-    "note", "dataset", "precision", "depth", "width", "mode", "largest_batch", "predicted", "paper_largest_batch",
-    "commit",
-)  # fmt: skip
-
 
 def run(config: Config) -> list[Record]:
-    """Collect every record, write both tables and print the readable one.
+    """Collect every record, write every table and print the readable ones, the errors last.
 
     Args:
         config: `results` is the folder of runs, records and tables.
@@ -58,13 +43,19 @@ def run(config: Config) -> list[Record]:
     """
     results = Path(config.results)
     found = records.collect(results)
-    cells = summarise(found)
-    batches = largest_batches(found)
-    texts = {"errors": markdown(cells), "batches": batches_markdown(batches)}
-    for name, frame in (("errors", cells), ("batches", batches)):
-        records.write_atomically(results / "tables" / f"{name}.md", texts[name])
-        records.write_atomically(results / "tables" / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n"))
-    print(texts["batches"], texts["errors"], sep="\n", end="")
+    texts = []
+    for table in TABLES:
+        shown = network_tables.cells(table, found)
+        texts.append(network_tables.markdown(table, shown))
+        rows = [asdict(record) for record in shown]
+        records.write_table(results / "tables" / f"{table.name}.csv", rows, columns=COLUMNS)
+        records.write_atomically(results / "tables" / f"{table.name}.md", texts[-1])
+    errors = summarise(found)
+    texts.append(markdown(errors))
+    columns = [str(column) for column in errors.columns]
+    records.write_table(results / "tables" / "errors.csv", errors.to_dict("records"), columns=columns)
+    records.write_atomically(results / "tables" / "errors.md", texts[-1])
+    print(*texts, sep="\n", end="")
     return found
 
 
@@ -143,7 +134,8 @@ def markdown(cells: pd.DataFrame) -> str:
     papers = {group: groups.pop(group) for group in PAPERS_GROUPS}
     parts = [OPENING, "## The paper's cells\n", _table(papers), *map(_conditions, papers, papers.values()), ""]
     for group, frame in groups.items():
-        parts += [f"## {_title(group)}, depth {group[1]}\n", _table({group: frame}), _conditions(group, frame), ""]
+        title = f"{_title(group)}, depth {group[1]}, {group[3]:,} iterations"
+        parts += [f"## {title}\n", _table({group: frame}), _conditions(group, frame), ""]
     return "\n".join(parts)
 
 
@@ -151,7 +143,7 @@ def _table(groups: dict[Group, pd.DataFrame]) -> str:
     """The groups side by side, a row a mode; the paper's figure stands beside ours where it has one."""
     modes = list(dict.fromkeys(mode for frame in groups.values() for mode in frame["mode"]))
     columns = [
-        ["", *(ROWS[mode].label if mode in ROWS else mode for mode in modes)],
+        ["", *map(label, modes)],
         ["alpha", *(ROWS[mode].alpha if mode in ROWS else "-" for mode in modes)],
     ]
     for group, frame in groups.items():
@@ -160,20 +152,6 @@ def _table(groups: dict[Group, pd.DataFrame]) -> str:
         if frame["paper_error_percent"].notna().any():
             columns.append(["paper", *(_papers(by_mode.get(mode)) for mode in modes)])
     return aligned([list(row) for row in zip(*columns, strict=True)])
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up, so that it reads as text too.
-
-    Args:
-        rows: the first is the head.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:], ""])
 
 
 def _ours(cell: dict[Any, Any] | None) -> str:
@@ -192,74 +170,6 @@ def _mean_and_deviation(mean: float, deviation: float) -> str:
     return f"{mean:.2f}" if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"
 
 
-def largest_batches(found: list[Record]) -> pd.DataFrame:
-    """The cells of the tables of largest batches: the paper's own, and whatever else was looked for.
-
-    Args:
-        found: records of any metric; largest_batch counts.
-
-    Returns:
-        A row per budget, data set, network and mode: note (which tells the budget), dataset, precision, depth, width,
-        mode, largest_batch (empty where it has not been looked for), predicted, paper_largest_batch, commit.
-    """
-    newest = {
-        (record.note, record.dataset, record.precision, record.depth, record.width, record.mode): record
-        for record in sorted(found, key=lambda record: record.date)
-        if record.metric == "largest_batch"
-    }
-    papers = dict.fromkeys(key[:3] for key in newest if paper.is_its_card(key[0]))
-    keys = dict.fromkeys(
-        (*table, *network, mode) for table in papers for network in paper.LARGEST_BATCH for mode in BATCH_MODES
-    ) | dict.fromkeys(sorted(newest))
-    rows = []
-    for key in keys:
-        note, *_, depth, width, mode = key
-        record = newest.get(key)
-        of_paper = paper.LARGEST_BATCH.get((depth, width), {}) if paper.is_its_card(note) else {}
-        rows.append(
-            dict(zip(("note", "dataset", "precision", "depth", "width", "mode"), key, strict=True))
-            | {
-                "largest_batch": record.value if record else None,
-                "predicted": record.predicted if record else None,
-                "paper_largest_batch": of_paper.get(mode),
-                "commit": record.commit[:9] if record and record.commit else None,
-            }
-        )
-    return pd.DataFrame(rows, columns=[*BATCH_COLUMNS])
-
-
-def batches_markdown(cells: pd.DataFrame) -> str:
-    """The tables of largest batches for reading, one for each budget.
-
-    Args:
-        cells: what largest_batches returns.
-    """
-    parts = [BATCHES_OPENING]
-    if cells.empty:
-        parts.append("Nothing has been looked for yet: `blpa-run task=max-batch gpu=gtx1080ti`.\n")
-    for (note, dataset, precision), frame in cells.groupby(["note", "dataset", "precision"], sort=False):
-        networks = list(dict.fromkeys(zip(frame["depth"], frame["width"], strict=True)))
-        by_cell = {(cell["depth"], cell["width"], cell["mode"]): cell for cell in frame.to_dict("records")}
-        rows = [["", *(f"{depth}" if width == 1 else f"{depth} ({width:g}x)" for depth, width in networks)]]
-        for mode in dict.fromkeys(frame["mode"]):
-            ours = [by_cell.get((*network, mode)) for network in networks]
-            rows.append([ROWS[mode].label if mode in ROWS else mode, *(_batch(cell) for cell in ours)])
-            papers = [cell["paper_largest_batch"] if cell else None for cell in ours]
-            if any(pd.notna(value) for value in papers):
-                rows.append(["- in the paper", *(f"{value:.0f}" if pd.notna(value) else "-" for value in papers)])
-        commits = _listed(filter(None, frame["commit"].dropna())) or "unknown"
-        parts += [f"## {_title((dataset,))}-size images, {precision}, {note}\n", aligned(rows), f"Commit {commits}.\n"]
-    return "\n".join(parts)
-
-
-def _batch(cell: dict[Any, Any] | None) -> str:
-    if cell is None or pd.isna(cell["largest_batch"]):
-        return "not run"
-    if not cell["largest_batch"]:
-        return "does not fit"
-    return f"{cell['largest_batch']:.0f}{' (predicted)' if cell['predicted'] else ''}"
-
-
 def _conditions(group: Group, frame: pd.DataFrame) -> str:
     """What the table does not say: recipe, seeds, machine, versions."""
     _, depth, width, iterations, batch_size, precision, note = group
@@ -273,4 +183,4 @@ def _conditions(group: Group, frame: pd.DataFrame) -> str:
 
 
 def _title(group: Group) -> str:
-    return TITLES.get(group[0], str(group[0]))
+    return images(str(group[0]))

@@ -1,0 +1,261 @@
+"""The tables whose columns are networks and whose rows are modes: largest batch, time a sample, gradient error.
+
+A table holds the newest record of each cell, and there is one for each set of conditions that its cells share. What
+the paper says of a mode stands below it; a cell that failed says how.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from blpa.records import Record
+from blpa.runners import paper
+from blpa.runners.paper import ROWS
+
+Network = tuple[float, int]
+"""Width and depth."""
+
+TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet top-5", "digits": "digits"}
+
+SPREAD = "exact, from batch to batch"
+
+
+@dataclass(frozen=True)
+class Table:
+    """One kind of table.
+
+    Attributes:
+        name: of its file.
+        task: that measures it.
+        title: its heading.
+        opening: what a reader must know.
+        empty: what to run where there is nothing to show.
+        modes: the rows of the paper's own table, shown whether run or not.
+        conditions: what the cells of one table share, for its title.
+        text: what stands in a cell, from its records by metric; predicted ones are named "predicted".
+        papers: the paper's figures under some conditions, by depth and width, then mode.
+        metric: what a figure of it draws.
+        scale: factor on the metric's value, in tables and figures.
+        unit: of the product.
+    """
+
+    name: str
+    task: str
+    title: str
+    opening: str
+    empty: str
+    modes: tuple[str, ...]
+    conditions: Callable[[Record], tuple[str, ...]]
+    text: Callable[[dict[str, Record]], str]
+    papers: Callable[[tuple[str, ...]], Mapping[tuple[int, float], Mapping[str, float]]]
+    metric: str
+    scale: float = 1.0
+    unit: str = ""
+
+
+def cells(table: Table, found: list[Record]) -> list[Record]:
+    """The records that the table shows, in its order.
+
+    Args:
+        table: which.
+        found: records of any task.
+    """
+    newest = {
+        (table.conditions(record), record.width, record.depth, record.mode, record.metric, record.predicted): record
+        for record in sorted(found, key=lambda record: record.date)
+        if record.task == table.task
+    }
+    by_cell: dict[tuple[object, ...], list[Record]] = {}
+    for key, record in newest.items():
+        by_cell.setdefault(key[:4], []).append(record)
+    # A failure is shown where nothing was measured under the same conditions.
+    shown = [r for of_cell in by_cell.values() for r in of_cell if not r.failure or all(o.failure for o in of_cell)]
+    return sorted(shown, key=lambda r: (table.conditions(r), -r.width, -r.depth, mode_order(r.mode), r.metric))
+
+
+def markdown(table: Table, shown: list[Record]) -> str:
+    """The tables of one kind for reading.
+
+    Args:
+        table: which.
+        shown: what `cells` returns.
+    """
+    parts = [f"# {table.title}\n", table.opening]
+    if not shown:
+        parts.append(f"Nothing has been measured yet: `{table.empty}`.\n")
+    for conditions in dict.fromkeys(map(table.conditions, shown)):
+        under = [record for record in shown if table.conditions(record) == conditions]
+        commits = {record.commit[:9] for record in under if record.commit}
+        machines = ", ".join(sorted({record.device for record in under if record.device != "none"}))
+        measured = f"; measured on {machines}" if machines and machines not in conditions else ""
+        parts += [
+            f"## {', '.join(conditions)}\n",
+            aligned(rows(table, conditions, under)),
+            f"torch {', '.join(sorted({r.torch for r in under}))}; commit {', '.join(sorted(commits)) or 'unknown'}"
+            f"; n = {_range([record.n for record in under])}{measured}.\n",
+        ]
+    return "\n".join(parts)
+
+
+def rows(table: Table, conditions: tuple[str, ...], under: list[Record]) -> list[list[str]]:
+    """One table's rows, the head first.
+
+    Args:
+        table: of what kind.
+        conditions: what its cells share.
+        under: their records.
+    """
+    by_cell: dict[tuple[Network, str], dict[str, Record]] = {}
+    for record in under:
+        metric = "predicted" if record.predicted else record.metric
+        by_cell.setdefault(((record.width, record.depth), record.mode), {})[metric] = record
+    papers = {(width, depth): figures for (depth, width), figures in table.papers(conditions).items()}
+    networks = sorted({network for network, _ in by_cell} | set(papers), reverse=True)
+    modes = {mode for _, mode in by_cell} | (set(table.modes) if papers else set())
+    found = [["", *(f"{depth}" if width == 1 else f"{depth} ({width:g}x)" for width, depth in networks)]]
+    for mode in sorted(modes, key=mode_order):
+        ours = [by_cell.get((network, mode)) for network in networks]
+        found.append([label(mode), *(_text(table, cell) for cell in ours)])
+        figures = [papers.get(network, {}).get(mode) for network in networks]
+        if any(figures):
+            found.append(["- in the paper", *(f"{table.scale * v:.4g}{table.unit}" if v else "-" for v in figures)])
+    spreads = [_spread(by_cell, network) for network in networks]
+    return [*found, [SPREAD, *spreads]] if any(spreads) else found
+
+
+def label(mode: str) -> str:
+    """What a mode is called in tables and figures."""
+    return ROWS[mode].label if mode in ROWS else mode
+
+
+def images(dataset: str) -> str:
+    """What a data set is called in tables and figures."""
+    return TITLES.get(dataset, dataset)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """A Markdown table whose columns line up, so that it reads as text too.
+
+    Args:
+        rows: the first is the head.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:], ""])
+
+
+def mode_order(mode: str) -> tuple[int, str]:
+    """Where a mode stands in tables and figures: modes of the user's own last."""
+    return (list(ROWS).index(mode) if mode in ROWS else len(ROWS)), mode
+
+
+def _range(values: list[int]) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _text(table: Table, cell: dict[str, Record] | None) -> str:
+    if cell is None:
+        return "not run"
+    if "failed" in cell:
+        reason = cell["failed"].failure.partition(":")[0]
+        return reason if reason in ("does not fit", "does not compile") else "failed"
+    return table.text(cell)
+
+
+def _spread(by_cell: dict[tuple[Network, str], dict[str, Record]], network: Network) -> str:
+    """Exact's own spread, which every mode's run measured again on the same batches."""
+    metric = "gradient_spread"
+    found = [cell[metric] for (at, _), cell in by_cell.items() if at == network and metric in cell]
+    return f"{max(found, key=lambda record: record.date).value:.2f}" if found else ""
+
+
+def _batch_text(cell: dict[str, Record]) -> str:
+    texts = [
+        f"{record.value:.0f}{told}" if record.value else f"does not fit{told}"
+        for metric, told in (("largest_batch", ""), ("predicted", " (predicted)"))
+        if (record := cell.get(metric))
+    ]
+    return ", ".join(texts)
+
+
+def _time_text(cell: dict[str, Record]) -> str:
+    time, ratio = cell["seconds_per_sample"], cell.get("ratio_to_exact")
+    told = [f"batch {time.batch_size}"] if time.note.startswith("largest batch") else []
+    told += [f"{ratio.value:.2f} times exact"] if ratio else []
+    return f"{1e3 * time.value:.3g} ms" + (f" ({', '.join(told)})" if told else "")
+
+
+def _gradient_text(cell: dict[str, Record]) -> str:
+    return f"{cell['gradient_error'].value:.3g} (cosine {cell['gradient_cosine'].value:.4f})"
+
+
+def _papers_batches(conditions: tuple[str, ...]) -> Mapping[tuple[int, float], Mapping[str, float]]:
+    is_papers = conditions[0].startswith("CIFAR") and conditions[1] == "fp32" and paper.is_its_card(conditions[2])
+    return paper.LARGEST_BATCH if is_papers else {}
+
+
+def _papers_times(conditions: tuple[str, ...]) -> Mapping[tuple[int, float], Mapping[str, float]]:
+    is_papers = conditions[0].startswith("CIFAR") and conditions[1] == "fp32"
+    card = conditions[2].removeprefix("largest batch in ")
+    return paper.SECONDS_PER_SAMPLE if is_papers and card != conditions[2] and paper.is_its_card(card) else {}
+
+
+TABLES = (
+    Table(
+        "batches",
+        "max-batch",
+        "Largest batch",
+        """\
+Samples in the largest batch whose training steps fit the memory, for networks of so many layers. `exact` is PyTorch's
+own layers; `exact, one copy a unit` is what the paper calls exact. Predicted: counted on the meta device, with an
+allowance for the CUDA context and workspaces taken off the memory. Written by `blpa-run task=tables`.
+""",
+        "blpa-run task=max-batch gpu=gtx1080ti",
+        ("exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit"),
+        lambda record: (f"{images(record.dataset)}-size images", record.precision, record.note),
+        _batch_text,
+        _papers_batches,
+        "largest_batch",
+    ),
+    Table(
+        "times",
+        "runtime",
+        "Time a sample",
+        """\
+Median time of a whole training step by the sample: forward, loss, backward, update. The ratio is the median over pairs
+of steps, the mode's and exact's one after the other. The paper's figures are from its own card, a GTX 1080 Ti. Written
+by `blpa-run task=tables`.
+""",
+        "blpa-run task=runtime",
+        ("exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit"),
+        lambda record: (
+            f"{images(record.dataset)}-size images",
+            record.precision,
+            *filter(None, [f"batch {record.batch_size}" if "largest batch" not in record.note else "", record.note]),
+            record.device,
+        ),
+        _time_text,
+        _papers_times,
+        "seconds_per_sample",
+        1e3,
+        " ms",
+    ),
+    Table(
+        "gradients",
+        "gradient-error",
+        "Error of the gradient",
+        """\
+|g - g_exact| / |g_exact| over all weights of convolutions and classifier, and the cosine between the two, on the same
+weights and batches; medians over n batches. Last, what training lives with anyway: how far exact's own gradient of a
+batch is from the mean over batches, in units of that mean. Written by `blpa-run task=tables`.
+""",
+        "blpa-run task=gradient-error",
+        (),
+        lambda record: (images(record.dataset), record.precision, f"batch {record.batch_size}", record.note),
+        _gradient_text,
+        lambda conditions: {},
+        "gradient_error",
+    ),
+)
