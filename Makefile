@@ -3,10 +3,18 @@
 PYTHON ?= python3
 STAMP := .venv/installed
 
-.PHONY: help demo test lint check plots clean
+.PHONY: help demo reproduce-tables test lint check plots clean
+
+# The cells of the paper's tables. demo: small or predicted ones, for a CPU. paper: all of them, for a GPU and days.
+PROFILE ?= demo
+EXPERIMENTS_demo := demo,demo-batches,demo-times,demo-gradients
+EXPERIMENTS_paper := table1,table2,table2-wide,table3,table3-wide,gradients
+EXPERIMENTS = $(EXPERIMENTS_$(PROFILE))
 
 help:
 	@echo "make demo    train five modes on real digits, then show the table and draw the figure (minutes)"
+	@echo "make reproduce-tables PROFILE=demo   a small form of every table and figure, on a CPU (under 20 minutes)"
+	@echo "make reproduce-tables PROFILE=paper  the paper's tables, on a GPU; goes on where it was interrupted"
 	@echo "make test    run the tests"
 	@echo "make lint    check style and types"
 	@echo "make check   lint and test"
@@ -19,6 +27,13 @@ demo: $(STAMP)
 	OMP_NUM_THREADS=1 .venv/bin/blpa-run experiment=demo -m
 	.venv/bin/blpa-run task=plots
 	.venv/bin/blpa-run task=tables
+
+# Finished cells are skipped, and one that fails leaves a record and does not stop the rest: the tables are written all
+# the same, unless a signal ended it, and the exit code tells.
+reproduce-tables: $(STAMP)
+	@test -n "$(EXPERIMENTS)" || { echo "PROFILE=$(PROFILE) is not allowed: choose demo or paper" >&2; exit 2; }
+	.venv/bin/blpa-run experiment=$(EXPERIMENTS) -m; code=$$?; test $$code -gt 128 && exit $$code; \
+	.venv/bin/blpa-run task=tables && .venv/bin/blpa-run task=report && exit $$code
 
 test: $(STAMP)
 	.venv/bin/python -m pytest

@@ -4,7 +4,7 @@ import pytest
 from test_config import make
 
 from blpa.cells import departures, folder_name, overrides, run_name
-from blpa.config import Config
+from blpa.config import Config, options
 from blpa.runners import compose
 
 
@@ -31,7 +31,7 @@ def test_a_run_is_composed_again_by_its_overrides(arguments: list[str]) -> None:
     assert composed(overrides(config)) == [config]
 
 
-@pytest.mark.parametrize("experiment", ["demo", "table1", "table2"])
+@pytest.mark.parametrize("experiment", options("experiment"))
 def test_every_cell_of_an_experiment_is_composed_again_by_its_overrides(experiment: str) -> None:
     for config in composed([f"experiment={experiment}"], multirun=True):
         assert composed(overrides(config)) == [config]

@@ -37,6 +37,7 @@ ONLY_IN = {
     "omegaconf": {"config", "cells", "runners.cli", "runners.compose", "runners.launch"},
     "pandas": {"runners.tables", "runners.plots", "runners.curves"},
     "matplotlib": {"runners.tables", "runners.plots"},
+    "jinja2": {"runners.report"},
     "triton": {"kernels.triton_ops"},
     "sklearn": {"data.digits"},
     "torchvision": {"data.cifar"},

@@ -7,7 +7,8 @@ from test_records import RECORD
 from test_tables import rows_of
 
 from blpa.records import Record
-from blpa.runners.network_tables import TABLES, cells, markdown
+from blpa.runners.network_tables import TABLES, Table, cells, page
+from blpa.runners.pages import markdown
 
 BATCHES, TIMES, GRADIENTS = TABLES
 BATCH = replace(
@@ -26,13 +27,17 @@ ERROR = replace(
 TITLE = "CIFAR-10-size images, fp32, 11 GiB less 512 MiB"
 
 
+def read(table: Table, found: list[Record]) -> str:
+    return markdown(page(table, cells(table, found)))
+
+
 def batches(*found: Record) -> str:
-    return markdown(BATCHES, cells(BATCHES, list(found)))
+    return read(BATCHES, list(found))
 
 
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_where_nothing_was_measured_the_command_is_named(table: object) -> None:
-    text = markdown(table, cells(table, []))
+    text = read(table, [])
     assert f"Nothing has been measured yet: `blpa-run task={table.task}" in text
 
 
@@ -80,7 +85,7 @@ def test_nothing_fits_where_the_batch_is_zero() -> None:
 
 def test_times_are_by_the_sample_with_the_ratio_to_exact() -> None:
     ratio = replace(TIME, metric="ratio_to_exact", value=0.93)
-    text = markdown(TIMES, cells(TIMES, [TIME, ratio, replace(TIME, mode="exact", value=0.0046)]))
+    text = read(TIMES, [TIME, ratio, replace(TIME, mode="exact", value=0.0046)])
     rows = rows_of(text, "CIFAR-10-size images, fp32, batch 128, a card")
     assert rows["proposed 4-bit"] == ["4.3 ms (0.93 times exact)"]
     assert rows["exact"] == ["4.6 ms"]
@@ -90,7 +95,7 @@ def test_times_are_by_the_sample_with_the_ratio_to_exact() -> None:
 def test_times_at_the_largest_batch_stand_beside_the_papers_and_tell_the_batch() -> None:
     four_bits = replace(TIME, note=AT_LARGEST, batch_size=6290)
     own = [four_bits, replace(four_bits, mode="2bit", batch_size=9158)]
-    text = markdown(TIMES, cells(TIMES, own))
+    text = read(TIMES, own)
     rows = rows_of(text, f"CIFAR-10-size images, fp32, {AT_LARGEST}, a card")
     assert rows["proposed 4-bit"] == ["not run"] * 4 + ["4.3 ms (batch 6290)"]
     assert rows["2-bit (ours)"][-1] == "4.3 ms (batch 9158)"
@@ -98,7 +103,7 @@ def test_times_at_the_largest_batch_stand_beside_the_papers_and_tell_the_batch()
 
 
 def test_times_of_two_machines_share_no_table() -> None:
-    text = markdown(TIMES, cells(TIMES, [TIME, replace(TIME, device="another card")]))
+    text = read(TIMES, [TIME, replace(TIME, device="another card")])
     assert text.count("\n## ") == 2
 
 
@@ -108,7 +113,7 @@ def test_gradients_end_with_the_spread_of_exact() -> None:
         for depth in (11, 29)
         for metric, value in (("gradient_error", 0.1612), ("gradient_cosine", 0.98764), ("gradient_spread", 1.391))
     ]
-    rows = rows_of(markdown(GRADIENTS, cells(GRADIENTS, found)), "digits, fp32, batch 64, at initialisation")
+    rows = rows_of(read(GRADIENTS, found), "digits, fp32, batch 64, at initialisation")
     assert rows[""] == ["29", "11"]
     assert rows["proposed 4-bit"] == ["0.161 (cosine 0.9876)"] * 2
     assert list(rows)[-1] == "exact, from batch to batch"

@@ -13,7 +13,7 @@ from test_records import RECORD
 
 from blpa import records
 from blpa.records import Record
-from blpa.runners import cli, paper, tables
+from blpa.runners import cli, pages, paper, tables
 
 DIGITS = replace(RECORD, device="a CPU, 2 threads", commit="0123456789abcdef", is_dirty=False, paper_value=None)
 
@@ -28,7 +28,7 @@ def rows_of(text: str, title: str) -> dict[str, list[str]]:
 
 
 def table(*found: Record) -> str:
-    return tables.markdown(tables.summarise(list(found)))
+    return pages.markdown(tables.errors_page(tables.summarise(list(found))))
 
 
 def test_before_anything_has_run_the_papers_figures_stand_beside_not_run() -> None:
@@ -120,6 +120,13 @@ def test_a_mode_of_the_users_own_gets_a_row() -> None:
     rows = rows_of(table(DIGITS, replace(DIGITS, mode="4bit-narrow", value=3.0)), "digits, depth 29, 300 iterations")
     assert list(rows)[-1] == "4bit-narrow"
     assert rows["4bit-narrow"] == ["-", "3.00 (n=1)"]
+
+
+def test_a_training_that_failed_says_how_unless_another_seed_was_measured() -> None:
+    failed = replace(DIGITS, metric="failed", failure="does not fit: CUDA out of memory", seed=1)
+    assert rows_of(table(failed), "digits, depth 29, 300 iterations")["proposed 4-bit"] == ["1/8", "does not fit"]
+    rows = rows_of(table(failed, replace(DIGITS, value=2.0)), "digits, depth 29, 300 iterations")
+    assert rows["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
 
 
 def test_other_metrics_do_not_count() -> None:

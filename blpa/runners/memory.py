@@ -20,7 +20,7 @@ from blpa.kernels.reference import REFERENCE
 from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
 from blpa.records import Record
 from blpa.runners import plots, setup
-from blpa.runners.network_tables import aligned
+from blpa.runners.pages import aligned
 from blpa.runners.setup import META
 
 Row = dict[str, Any]

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 
 from blpa.records import Record
 from blpa.runners import paper
-from blpa.runners.paper import ROWS
+from blpa.runners.pages import Page, Section, failure, images, label, mode_order
 
 Network = tuple[float, int]
 """Width and depth."""
-
-TITLES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet top-5", "digits": "digits"}
 
 SPREAD = "exact, from batch to batch"
 
@@ -72,28 +70,26 @@ def cells(table: Table, found: list[Record]) -> list[Record]:
     return sorted(shown, key=lambda r: (table.conditions(r), -r.width, -r.depth, mode_order(r.mode), r.metric))
 
 
-def markdown(table: Table, shown: list[Record]) -> str:
-    """The tables of one kind for reading.
+def page(table: Table, shown: list[Record]) -> Page:
+    """The tables of one kind for reading, one for each set of conditions.
 
     Args:
         table: which.
         shown: what `cells` returns.
     """
-    parts = [f"# {table.title}\n", table.opening]
-    if not shown:
-        parts.append(f"Nothing has been measured yet: `{table.empty}`.\n")
+    sections = []
     for conditions in dict.fromkeys(map(table.conditions, shown)):
         under = [record for record in shown if table.conditions(record) == conditions]
         commits = {record.commit[:9] for record in under if record.commit}
-        machines = ", ".join(sorted({record.device for record in under if record.device != "none"}))
-        measured = f"; measured on {machines}" if machines and machines not in conditions else ""
-        parts += [
-            f"## {', '.join(conditions)}\n",
-            aligned(rows(table, conditions, under)),
-            f"torch {', '.join(sorted({r.torch for r in under}))}; commit {', '.join(sorted(commits)) or 'unknown'}"
-            f"; n = {_range([record.n for record in under])}{measured}.\n",
+        machines = {record.device for record in under if record.device != "none"} - set(conditions)
+        said = [
+            f"torch {_listed({record.torch for record in under})}",
+            f"commit {_listed(commits) or 'unknown'}",
+            f"n = {_range([record.n for record in under])}",
+            *([f"measured on {_listed(machines)}"] if machines else []),
         ]
-    return "\n".join(parts)
+        sections.append(Section(", ".join(conditions), rows(table, conditions, under), ["; ".join(said) + "."]))
+    return Page(table.title, table.opening, sections, table.empty)
 
 
 def rows(table: Table, conditions: tuple[str, ...], under: list[Record]) -> list[list[str]]:
@@ -122,33 +118,8 @@ def rows(table: Table, conditions: tuple[str, ...], under: list[Record]) -> list
     return [*found, [SPREAD, *spreads]] if any(spreads) else found
 
 
-def label(mode: str) -> str:
-    """What a mode is called in tables and figures."""
-    return ROWS[mode].label if mode in ROWS else mode
-
-
-def images(dataset: str) -> str:
-    """What a data set is called in tables and figures."""
-    return TITLES.get(dataset, dataset)
-
-
-def aligned(rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up, so that it reads as text too.
-
-    Args:
-        rows: the first is the head.
-    """
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
-    ]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    return "\n".join([lines[0], rule, *lines[1:], ""])
-
-
-def mode_order(mode: str) -> tuple[int, str]:
-    """Where a mode stands in tables and figures: modes of the user's own last."""
-    return (list(ROWS).index(mode) if mode in ROWS else len(ROWS)), mode
+def _listed(values: set[str]) -> str:
+    return ", ".join(sorted(values))
 
 
 def _range(values: list[int]) -> str:
@@ -158,10 +129,7 @@ def _range(values: list[int]) -> str:
 def _text(table: Table, cell: dict[str, Record] | None) -> str:
     if cell is None:
         return "not run"
-    if "failed" in cell:
-        reason = cell["failed"].failure.partition(":")[0]
-        return reason if reason in ("does not fit", "does not compile") else "failed"
-    return table.text(cell)
+    return failure(cell["failed"]) if "failed" in cell else table.text(cell)
 
 
 def _spread(by_cell: dict[tuple[Network, str], dict[str, Record]], network: Network) -> str:

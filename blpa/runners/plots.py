@@ -19,7 +19,8 @@ from blpa.config import Config
 from blpa.records import GROUP, Record
 from blpa.runners import network_tables
 from blpa.runners.curves import gather
-from blpa.runners.network_tables import TABLES, Table, label, mode_order
+from blpa.runners.network_tables import TABLES, Table
+from blpa.runners.pages import label, mode_order
 
 # Okabe and Ito's palette, told apart by colour-blind eyes too; the exact mode is black, the method blue.
 COLOURS = {

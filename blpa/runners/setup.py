@@ -160,9 +160,10 @@ def record_failure(config: Config, reason: str, seconds: float) -> None:
     run_dir = Path(config.results) / "runs" / str(folder_name(config))
     if records.is_finished(run_dir, overrides(config)):
         return
+    iterations = config.dataset.iterations if config.task.name == "train" else 0
     on = torch.device("cuda" if config.gpu.device != "cpu" and torch.cuda.is_available() else "cpu")
     failed = record(
         config, source(config, on, config.gpu.kernels), metric="failed", unit="s", value=seconds, low=seconds,
-        high=seconds, n=1, iterations=0, failure=reason,
+        high=seconds, n=1, iterations=iterations, failure=reason,
     )  # fmt: skip
     records.write([failed], run_dir)

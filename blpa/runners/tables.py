@@ -17,7 +17,8 @@ from blpa import records
 from blpa.config import Config
 from blpa.records import COLUMNS, GROUP, Record
 from blpa.runners import network_tables, paper
-from blpa.runners.network_tables import TABLES, aligned, images, label
+from blpa.runners.network_tables import TABLES
+from blpa.runners.pages import Page, Section, failure, images, label, markdown
 from blpa.runners.paper import ROWS
 
 Group = tuple[Any, ...]
@@ -25,8 +26,7 @@ Group = tuple[Any, ...]
 
 PAPERS_GROUPS: list[Group] = [(*cells, "fp32", "") for cells in paper.ERROR_PERCENT]
 
-OPENING = """# Test error (%)
-
+OPENING = """\
 Mean over seeds ± sample standard deviation (n runs). alpha is the bits kept of an activation over 32, as the paper
 counts them; `exact` here is PyTorch's own layers, which keep two tensors a unit. Written by `blpa-run task=tables`.
 """
@@ -41,21 +41,19 @@ def run(config: Config) -> list[Record]:
     Returns:
         Every record.
     """
-    results = Path(config.results)
-    found = records.collect(results)
-    texts = []
+    folder = Path(config.results) / "tables"
+    found = records.collect(Path(config.results))
+    texts = {}
     for table in TABLES:
         shown = network_tables.cells(table, found)
-        texts.append(network_tables.markdown(table, shown))
-        rows = [asdict(record) for record in shown]
-        records.write_table(results / "tables" / f"{table.name}.csv", rows, columns=COLUMNS)
-        records.write_atomically(results / "tables" / f"{table.name}.md", texts[-1])
+        texts[table.name] = markdown(network_tables.page(table, shown))
+        records.write_table(folder / f"{table.name}.csv", [asdict(record) for record in shown], columns=COLUMNS)
     errors = summarise(found)
-    texts.append(markdown(errors))
-    columns = [str(column) for column in errors.columns]
-    records.write_table(results / "tables" / "errors.csv", errors.to_dict("records"), columns=columns)
-    records.write_atomically(results / "tables" / "errors.md", texts[-1])
-    print(*texts, sep="\n", end="")
+    texts["errors"] = markdown(errors_page(errors))
+    records.write_atomically(folder / "errors.csv", errors.to_csv(index=False, lineterminator="\n"))
+    for name, text in texts.items():
+        records.write_atomically(folder / f"{name}.md", text)
+    print(*texts.values(), sep="\n", end="")
     return found
 
 
@@ -63,15 +61,20 @@ def summarise(found: list[Record]) -> pd.DataFrame:
     """The cells of every table, in reading order.
 
     Args:
-        found: records of any metric; test_error_percent counts.
+        found: records of any metric; test_error_percent counts, and where there is none, a failed training.
 
     Returns:
         A row per group and mode: the fields of GROUP, mode, alpha, error_percent, error_percent_std (sample standard
-        deviation; empty below two runs), n, seeds, the paper's mean and deviation, device, torch, commit. A cell not
-        run has n = 0.
+        deviation; empty below two runs), n, failed (how, where one did), seeds, the paper's mean and deviation, device,
+        torch, commit. A cell not run has n = 0.
     """
-    errors = [asdict(record) for record in found if record.metric == "test_error_percent"]
-    frame = pd.DataFrame(errors, columns=list(COLUMNS)).sort_values("date", kind="stable")
+    errors = [
+        asdict(record) | {"failed": failure(record) if record.failure else ""}
+        for record in found
+        if record.metric == "test_error_percent" or (record.failure and record.task == "train")
+    ]
+    frame = pd.DataFrame(errors, columns=[*COLUMNS, "failed"])
+    frame = frame.assign(measured=frame["failed"] == "").sort_values(["measured", "date"], kind="stable")
     frame = frame.drop_duplicates([*GROUP, "mode", "seed"], keep="last").sort_values("seed")
     runs: dict[Group, dict[str, pd.DataFrame]] = {group: {} for group in PAPERS_GROUPS}
     for key, cell in frame.groupby([*GROUP, "mode"]):
@@ -88,6 +91,7 @@ def summarise(found: list[Record]) -> pd.DataFrame:
 
 def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
     """One row: the runs of one mode in one group, none or one for each seed."""
+    failed, runs = runs[runs["failed"] != ""]["failed"], runs[runs["failed"] == ""]
     paper_mean, paper_std = paper.error_percent(group, mode)
     return dict(zip(GROUP, group, strict=True)) | {
         "mode": mode,
@@ -95,6 +99,7 @@ def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
         "error_percent": runs["value"].mean() if len(runs) else None,
         "error_percent_std": runs["value"].std() if len(runs) > 1 else None,
         "n": len(runs),
+        "failed": _listed(failed),
         "seeds": _listed(runs["seed"]),
         "paper_error_percent": paper_mean,
         "paper_error_percent_std": paper_std,
@@ -124,7 +129,7 @@ def _listed(values: Iterable[object], separator: str = ", ") -> str:
     return separator.join(dict.fromkeys(map(str, values)))
 
 
-def markdown(cells: pd.DataFrame) -> str:
+def errors_page(cells: pd.DataFrame) -> Page:
     """The tables for reading: the paper's own cells side by side, then one table a group.
 
     Args:
@@ -132,14 +137,14 @@ def markdown(cells: pd.DataFrame) -> str:
     """
     groups = dict(iter(cells.groupby(list(GROUP), sort=False)))
     papers = {group: groups.pop(group) for group in PAPERS_GROUPS}
-    parts = [OPENING, "## The paper's cells\n", _table(papers), *map(_conditions, papers, papers.values()), ""]
+    sections = [Section("The paper's cells", _rows(papers), list(map(_conditions, papers, papers.values())))]
     for group, frame in groups.items():
         title = f"{_title(group)}, depth {group[1]}, {group[3]:,} iterations"
-        parts += [f"## {title}\n", _table({group: frame}), _conditions(group, frame), ""]
-    return "\n".join(parts)
+        sections.append(Section(title, _rows({group: frame}), [_conditions(group, frame)]))
+    return Page("Test error (%)", OPENING, sections)
 
 
-def _table(groups: dict[Group, pd.DataFrame]) -> str:
+def _rows(groups: dict[Group, pd.DataFrame]) -> list[list[str]]:
     """The groups side by side, a row a mode; the paper's figure stands beside ours where it has one."""
     modes = list(dict.fromkeys(mode for frame in groups.values() for mode in frame["mode"]))
     columns = [
@@ -151,12 +156,12 @@ def _table(groups: dict[Group, pd.DataFrame]) -> str:
         columns.append([_title(group), *(_ours(by_mode.get(mode)) for mode in modes)])
         if frame["paper_error_percent"].notna().any():
             columns.append(["paper", *(_papers(by_mode.get(mode)) for mode in modes)])
-    return aligned([list(row) for row in zip(*columns, strict=True)])
+    return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _ours(cell: dict[Any, Any] | None) -> str:
     if cell is None or not cell["n"]:
-        return "not run"
+        return str((cell and cell["failed"]) or "not run")
     return f"{_mean_and_deviation(cell['error_percent'], cell['error_percent_std'])} (n={cell['n']})"
 
 
@@ -179,7 +184,7 @@ def _conditions(group: Group, frame: pd.DataFrame) -> str:
     if len(ran):
         source = f"seeds {_listed(ran['seeds'], ' / ')}; {_listed(ran['device'], '; ')}; torch {_listed(ran['torch'])}"
         source += f"; commit {_listed(filter(None, ran['commit'])) or 'unknown'}"
-    return f"- {_title(group)}: {recipe}{f', {note}' if note else ''}; {source}."
+    return f"{_title(group)}: {recipe}{f', {note}' if note else ''}; {source}."
 
 
 def _title(group: Group) -> str:
