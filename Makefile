@@ -3,7 +3,7 @@
 PYTHON ?= python3
 STAMP := .venv/installed
 
-.PHONY: help demo reproduce-tables test lint check plots clean
+.PHONY: help demo reproduce-tables known-profile test lint check plots clean
 
 # The cells of the paper's tables. demo: small or predicted ones, for a CPU. paper: all of them, for a GPU and days.
 PROFILE ?= demo
@@ -30,10 +30,12 @@ demo: $(STAMP)
 
 # Finished cells are skipped, and one that fails leaves a record and does not stop the rest: the tables are written all
 # the same, unless a signal ended it, and the exit code tells.
-reproduce-tables: $(STAMP)
-	@test -n "$(EXPERIMENTS)" || { echo "PROFILE=$(PROFILE) is not allowed: choose demo or paper" >&2; exit 2; }
+reproduce-tables: known-profile $(STAMP)
 	.venv/bin/blpa-run experiment=$(EXPERIMENTS) -m; code=$$?; test $$code -gt 128 && exit $$code; \
 	.venv/bin/blpa-run task=tables && .venv/bin/blpa-run task=report && exit $$code
+
+known-profile:
+	@test -n "$(EXPERIMENTS)" || { echo "PROFILE=$(PROFILE) is not allowed: choose demo or paper" >&2; exit 2; }
 
 test: $(STAMP)
 	.venv/bin/python -m pytest

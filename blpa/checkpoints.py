@@ -17,7 +17,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from blpa.config import Config
+from blpa.locks import held
 
 KEPT = 2
 """Checkpoints kept: the newest, and one to fall back on."""
@@ -57,22 +58,20 @@ def deciding_fields(config: Config) -> dict[str, Any]:
 
 @contextmanager
 def alone_in(path: Path) -> Iterator[None]:
-    """Keep every other process from training in a run's folder; however this one ends, the system lets go of it.
+    """Keep every other process from training in a run's folder.
 
     Args:
-        path: the folder, which exists. Where the system has no flock (Windows) nothing is kept out.
+        path: the folder, which exists.
 
     Raises:
         Stopped: another process is in there.
     """
-    with (path / "lock").open("w") as lock:
-        if sys.platform != "win32":
-            import fcntl
-
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise Stopped(f"another process is training in {path}: name another folder by run=") from error
+    lock = ExitStack()
+    try:
+        lock.enter_context(held(path / "lock", wait=False))
+    except BlockingIOError as error:
+        raise Stopped(f"another process is training in {path}: name another folder by run=") from error
+    with lock:
         yield
 
 

@@ -16,14 +16,14 @@ import os
 import platform
 import shlex
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
+
+from blpa.locks import held
 
 if TYPE_CHECKING:
     import torch
@@ -192,7 +192,7 @@ def collect(results: Path) -> list[Record]:
     """
     if not merged(results):
         return []
-    with _one_at_a_time(results):
+    with held(results / ".lock", wait=True):  # else another process might write what it read before this one's changes
         found = merged(results)
         write_table(results / "records.csv", [asdict(record) for record in found])
     return found
@@ -222,17 +222,6 @@ def merged(results: Path) -> list[Record]:
         for record in (newest[cell] for cell in sorted(newest, key=_none_first))
         if not (record.failure and measured.get(record.command, "") >= record.date)
     ]
-
-
-@contextmanager
-def _one_at_a_time(results: Path) -> Iterator[None]:
-    """Wait until no other process collects: it would write what it read before this one's changes."""
-    with (results / ".lock").open("w") as lock:
-        if sys.platform != "win32":  # which has no flock
-            import fcntl
-
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def write_table(file: Path, rows: Sequence[Mapping[Any, object]], *, columns: Sequence[str] = ()) -> None:

@@ -2,10 +2,12 @@
 
 import hashlib
 import pickle
+import shutil
 import tarfile
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -353,3 +355,18 @@ def test_an_archive_with_other_files_is_one_line(config: DatasetConfig, monkeypa
     name = source(config).test_list[0][0]
     monkeypatch.setattr(source(config), "test_list", [[name, "0" * 32]])
     assert "also after the download" in message(replace(config, download=True))
+
+
+def test_of_runs_that_start_at_once_one_downloads(config: DatasetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.rmtree(folder(config))
+    download, downloads = cifar.download_and_extract_archive, []
+
+    def counted(*arguments: Any, **options: Any) -> None:
+        downloads.append(arguments)
+        download(*arguments, **options)
+
+    monkeypatch.setattr(cifar, "download_and_extract_archive", counted)
+    with ThreadPoolExecutor(8) as runs:
+        found = list(runs.map(lambda _: len(load(replace(config, download=True), CPU).test.labels), range(8)))
+    assert found == [10] * 8
+    assert len(downloads) == 1

@@ -26,9 +26,10 @@ LAYERS = (
 SIDE = {
     "config": set[str](),
     "cells": {"config"},
-    "records": set[str](),
-    "data": {"config"},
-    "checkpoints": {"config"},
+    "locks": set[str](),
+    "records": {"locks"},
+    "data": {"config", "locks"},
+    "checkpoints": {"config", "locks"},
     "signals": set[str](),
 }
 
@@ -44,8 +45,8 @@ ONLY_IN = {
 }
 
 WITHOUT_TORCH = {
-    "", "config", "cells", "records", "runners", "runners.cli", "runners.compose", "runners.sweep", "runners.launch",
-    "runners.usage", "runners.paper",
+    "", "config", "cells", "locks", "records", "runners", "runners.cli", "runners.compose", "runners.sweep",
+    "runners.launch", "runners.usage", "runners.paper",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run."""
 

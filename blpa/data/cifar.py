@@ -14,6 +14,8 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
+from blpa.locks import held
+
 SOURCES = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 
 
@@ -39,7 +41,12 @@ def read(name: str, root: str, *, download: bool) -> tuple[tuple[Tensor, Tensor]
         raise ValueError(f"dataset.root={root}: {problem}; {advice}, or dataset.download=true to fetch it")
     if problem:
         try:
-            download_and_extract_archive(source.url, str(folder.parent), filename=source.filename, md5=source.tgz_md5)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with held(folder.parent / f".{name}.lock", wait=True):  # one of the runs of a sweep fetches it for all
+                if find_problem(source, folder):
+                    download_and_extract_archive(
+                        source.url, str(folder.parent), filename=source.filename, md5=source.tgz_md5
+                    )
         except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(

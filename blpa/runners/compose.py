@@ -136,7 +136,7 @@ def _values(override: Override, multirun: bool) -> list[str]:
         _refuse_unless_option(key, value, options(key))
     if key == LAUNCHER:
         installed = GlobalHydra.instance().config_loader().get_group_options(LAUNCHER)
-        _refuse_unless_option(key, values[0], installed, "; joblib and submitit: pip install 'blpa[launchers]'")
+        _refuse_unless_option(key, values[0], installed, "; joblib and submitit come with the extra blpa[launchers]")
     return [f"{key}={value}" for value in values]
 
 
