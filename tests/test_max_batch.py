@@ -184,21 +184,50 @@ def test_a_probe_runs_in_a_fresh_process_and_out_of_memory_is_an_answer(
     assert max_batch.fits_in(config, 4, 1, 2**30) is None
 
 
+def on_a_card(monkeypatch: pytest.MonkeyPatch, free: int, total: int, answer: Card) -> list[int]:
+    """Make believe that there is one; the limits that are probed under come back."""
+    limits: list[int] = []
+    monkeypatch.setattr(max_batch.setup, "device", lambda name: max_batch.torch.device("cuda"))
+    monkeypatch.setattr(max_batch, "_in_a_fresh_process", lambda function: (free, total))
+    monkeypatch.setattr(max_batch, "_probe_on", lambda config, limit: limits.append(limit) or answer)
+    monkeypatch.setattr(max_batch.torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(max_batch.kernels, "_missing_for_inductor", lambda device: "")
+    return limits
+
+
 def test_on_a_card_both_answers_are_recorded(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(max_batch.setup, "device", lambda name: max_batch.torch.device("cuda"))
-    monkeypatch.setattr(
-        max_batch.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**40)
-    )
-    monkeypatch.setattr(max_batch.torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(max_batch.kernels, "_missing_for_inductor", lambda device: "")
-    asked = []
-    monkeypatch.setattr(max_batch, "_probe_on", lambda config, limit: asked.append(limit) or Card(100))
+    limits = on_a_card(monkeypatch, 2**40, 2**40, Card(100))
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "run=a", *TINY]) == 0
     predicted, measured = record_of("a-max-batch-0.6gib-auto")
-    assert asked == [int(0.6 * 2**30) - 512 * 2**20]
+    assert limits == [int(0.6 * 2**30) - 512 * 2**20]
     assert (predicted.predicted, measured.predicted, measured.device) == (True, False, "a card")
     assert (measured.value, measured.low, measured.high) == (100, 100, 100)
     assert "largest batch 100 in 0.6 GiB (measured); 101 does not fit" in capsys.readouterr().out
     assert {record.value for record in records.collect(Path("results"))} == {predicted.value, 100}
+
+
+def test_without_a_budget_it_is_the_whole_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = on_a_card(monkeypatch, 10**9, 2**30, Card(100))
+    assert cli.main(["task=max-batch", "run=a", *TINY]) == 0
+    assert limits == [2**29]
+    assert {record.note for record in record_of("a-max-batch-whole-card-auto")} == {"the whole card"}
+
+
+def test_a_smaller_card_measures_nothing_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = on_a_card(monkeypatch, 2**29, 2**29, Card(100))
+    assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "run=a", *TINY]) == 0
+    assert limits == []
+    assert [record.predicted for record in record_of("a-max-batch-0.6gib-auto")] == [True]
+    assert "not measured: this card has 0.5 GiB" in capsys.readouterr().err
+
+
+def test_a_card_that_others_are_on_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    on_a_card(monkeypatch, 2**30, 2**33, Card(100))
+    assert cli.main(["task=max-batch", "gpu.memory_gib=8", "run=a", *TINY]) == 1
+    assert "1 GiB of the GPU are free: too little to measure 7.5" in capsys.readouterr().err

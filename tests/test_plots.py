@@ -14,7 +14,8 @@ from test_records import RECORD
 
 from blpa import records
 from blpa.records import Record
-from blpa.runners import cli, plots
+from blpa.runners import cli, curves, plots
+from blpa.runners.network_tables import TABLES, cells
 
 HEADER = "iteration,learning_rate,train_loss,train_error_percent,test_loss,test_error_percent\n"
 RUN = replace(RECORD, iterations=300)
@@ -29,23 +30,23 @@ def finished_run(results: Path, name: str, record: Record, errors: dict[int, flo
 
 def test_curves_outlive_the_runs(tmp_path: Path) -> None:
     finished_run(tmp_path, "a", RUN, {100: 0.1 + 0.2, 300: 2.5})
-    gathered = plots.gather(tmp_path)
+    gathered = curves.gather(tmp_path)
     assert list(gathered["test_error_percent"]) == [0.1 + 0.2, 2.5]
     kept = (tmp_path / "curves.csv").read_bytes()
     for file in (tmp_path / "runs" / "a").iterdir():
         file.unlink()
-    pd.testing.assert_frame_equal(plots.gather(tmp_path).reset_index(drop=True), gathered.reset_index(drop=True))
+    pd.testing.assert_frame_equal(curves.gather(tmp_path).reset_index(drop=True), gathered.reset_index(drop=True))
     assert (tmp_path / "curves.csv").read_bytes() == kept
 
 
 def test_the_newer_curve_of_a_cell_and_seed_replaces_the_older_whole(tmp_path: Path) -> None:
     finished_run(tmp_path, "a", RUN, {100: 50.0, 200: 30.0, 300: 10.0})
-    plots.gather(tmp_path)
+    curves.gather(tmp_path)
     finished_run(tmp_path, "b", replace(RUN, date="2026-02-01T00:00:00+00:00", device="other"), {150: 40.0, 300: 5.0})
     finished_run(tmp_path, "c", replace(RUN, seed=1), {300: 7.0})
-    curves = plots.gather(tmp_path)
-    assert list(curves[curves["seed"] == 0]["iteration"]) == [150, 300]
-    assert list(curves[curves["seed"] == 1]["test_error_percent"]) == [7.0]
+    gathered = curves.gather(tmp_path)
+    assert list(gathered[gathered["seed"] == 0]["iteration"]) == [150, 300]
+    assert list(gathered[gathered["seed"] == 1]["test_error_percent"]) == [7.0]
 
 
 def test_a_run_that_is_not_finished_is_not_drawn(tmp_path: Path) -> None:
@@ -54,12 +55,12 @@ def test_a_run_that_is_not_finished_is_not_drawn(tmp_path: Path) -> None:
     (tmp_path / "runs" / "no-metrics" / "metrics.csv").unlink()
     finished_run(tmp_path, "empty", replace(RUN, seed=2), {300: 7.0})
     (tmp_path / "runs" / "empty" / "metrics.csv").write_text(HEADER)
-    assert plots.gather(tmp_path).empty
+    assert curves.gather(tmp_path).empty
     assert not (tmp_path / "curves.csv").exists()
 
 
 def drawn(tmp_path: Path) -> Figure:
-    return plots.draw(plots.gather(tmp_path))
+    return plots.draw(curves.gather(tmp_path))
 
 
 def test_a_line_is_the_mean_over_seeds_and_carries_its_name(tmp_path: Path) -> None:
@@ -140,3 +141,33 @@ def test_nothing_to_draw_says_so(
     assert cli.main(["task=plots"]) == 0
     assert "nothing to draw" in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == []
+
+
+def test_over_depth_a_line_takes_what_was_measured_and_circles_are_the_papers() -> None:
+    table = TABLES[0]
+    batch = replace(
+        RECORD, task="max-batch", metric="largest_batch", dataset="cifar10", predicted=True, note="11 GiB less 512 MiB"
+    )
+    found = [replace(batch, depth=164, value=6290.0), replace(batch, depth=254, value=4246.0)]
+    found += [replace(found[0], value=6200.0, predicted=False, device="a card")]
+    found += [replace(batch, depth=254, mode="exact", value=0.0)]  # does not fit: nothing to draw but the paper's
+    shown = cells(table, found)
+    (axes,) = plots.draw_over_depth(table, table.conditions(found[0]), shown).axes
+    ours, theirs = axes.lines
+    assert list(ours.get_xdata()) == [164, 254]
+    assert list(ours.get_ydata()) == [6200.0, 4246.0]
+    assert sorted(zip(theirs.get_xdata(), theirs.get_ydata(), strict=True)) == [
+        (164, 2522), (254, 2154), (488, 1468), (1001, 876),
+    ]  # fmt: skip
+    assert [text.get_text() for text in axes.texts] == ["proposed 4-bit  4246"]
+    assert to_hex(ours.get_color()) == to_hex(theirs.get_color()) == plots.COLOURS["4bit"].lower()
+
+
+def test_the_task_draws_tables_over_two_depths_or_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    time = replace(RECORD, task="runtime", metric="seconds_per_sample", batch_size=64, device="a CPU")
+    records.write([time, replace(time, batch_size=32)], Path("results/runs/a"))
+    records.write([replace(time, depth=56)], Path("results/runs/b"))
+    assert cli.main(["task=plots"]) == 0
+    (figure,) = Path("results/figures").iterdir()
+    assert figure.name == "times-digits-size-images-fp32-batch-64-a-CPU.png"

@@ -6,13 +6,17 @@ usage: blpa-run [-m] [--cfg] [group=option ...] [key=value ...]
   blpa-run mode=exact,4bit depth=164,254 -m      train every combination, one after the other
   blpa-run experiment=demo -m                    the paper's five modes on digits, in minutes on a CPU
   blpa-run experiment=table1 seed=0 -m           the paper's table of errors, one seed
-  blpa-run task=max-batch gpu=gtx1080ti depth=488   the largest batch that fits a card, predicted
+  blpa-run task=max-batch gpu=gtx1080ti depth=488   the largest batch that fits a card
+  blpa-run task=runtime mode=4bit depth=56       time of a training step, by the sample, beside exact's
   blpa-run task=memory depth=164                 where the bytes of a training step go
   blpa-run task=gradient-error mode=4bit         how far the mode's gradients are from exact's
   blpa-run task=tables                           results/tables from everything that has been run
   blpa-run task=plots                            results/figures from everything that has been run
+  blpa-run task=report                           all of it on one page, results/report.html
 
-  -m, --multirun    run every combination of values separated by commas, and those an experiment lists
+  -m, --multirun    run every combination of values separated by commas, and those an experiment lists, but for those
+                    that are finished (resume=false runs them again); hydra/launcher=joblib or submitit_slurm runs
+                    them in processes or on a cluster
   -c, --cfg         print the composed configuration and run nothing
   -h, --help        print this
 

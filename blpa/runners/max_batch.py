@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -45,13 +46,13 @@ def run(config: Config) -> list[Record]:
         sample fits.
 
     Raises:
-        ValueError: no budget is given and there is no GPU whose memory it could be, or the results folder cannot be
-            written.
+        ValueError: no budget is given and there is no GPU whose memory it could be, others hold too much of the GPU's
+            memory, or the results folder cannot be written.
     """
     run_dir = Path(config.results) / "runs" / str(folder_name(config))
     setup.refuse_unwritable(run_dir)
     device = setup.device(config.gpu.device)
-    card_bytes = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    free_bytes, card_bytes = _in_a_fresh_process(torch.cuda.mem_get_info) if device.type == "cuda" else (0, 0)
     if config.gpu.memory_gib is None and not card_bytes:
         raise ValueError("gpu.memory_gib=null: here is no GPU to take it from; name a card, gpu=gtx1080ti, or its GiB")
     budget = int(config.gpu.memory_gib * GIB) if config.gpu.memory_gib else card_bytes
@@ -62,6 +63,8 @@ def run(config: Config) -> list[Record]:
     used = kernels.choose(config.gpu.kernels, META).name
     found = [_record(config, predicted, predicted, setup.source(config, META, used))]
     if device.type == "cuda" and budget <= card_bytes:
+        if free_bytes < limit - config.gpu.allowance_mib * MIB:  # a process has its context there before it can ask
+            raise ValueError(f"{free_bytes / GIB:.4g} GiB of the GPU are free: too little to measure {limit / GIB:.4g}")
         fits, fails = search(_probe_on(config, limit), predicted)
         print(f"{_network(config)}: largest batch {fits} in {budget / GIB:.4g} GiB (measured); {fails} does not fit")
         used = kernels.choose(config.gpu.kernels, device).name
@@ -131,13 +134,18 @@ def _probe_on(config: Config, limit: int) -> Callable[[int, int], bool]:
     """A probe in a fresh process each, which says on stderr what it found."""
 
     def probe(batch: int, steps: int) -> bool:
-        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-            reserved = process.submit(fits_in, config, batch, steps, limit).result()
+        reserved = _in_a_fresh_process(fits_in, config, batch, steps, limit)
         outcome = "does not fit" if reserved is None else f"fits, {reserved / GIB:.2f} of {limit / GIB:.2f} GiB taken"
         print(f"batch {batch}, {steps} steps: {outcome}", file=sys.stderr)
         return reserved is not None
 
     return probe
+
+
+def _in_a_fresh_process(function: Callable[..., Any], *arguments: object) -> Any:
+    """Call a function where nothing is on the GPU yet; this process leaves it alone, for a context takes memory."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+        return process.submit(function, *arguments).result()
 
 
 def fits_in(config: Config, batch: int, steps: int, limit: int) -> int | None:
