@@ -10,6 +10,9 @@ PROFILE ?= demo
 EXPERIMENTS_demo := demo,demo-batches,demo-times,demo-gradients
 EXPERIMENTS_paper := table1,table2,table2-wide,table3,table3-wide,gradients
 EXPERIMENTS = $(EXPERIMENTS_$(PROFILE))
+# One thread, for layers of 8x8 pixels are too small to share: two would mostly wait for each other.
+THREADS_demo := OMP_NUM_THREADS=1
+THREADS = $(THREADS_$(PROFILE))
 
 help:
 	@echo "make demo    train five modes on real digits, then show the table and draw the figure (minutes)"
@@ -21,17 +24,16 @@ help:
 	@echo "make plots   draw the figures of every finished run again"
 	@echo "make clean   remove .venv"
 
-# One thread, for layers of 8x8 pixels are too small to share: two would mostly wait for each other. The figure comes
-# before the table so that the table is what is read last.
+# The figure comes before the table so that the table is what is read last.
 demo: $(STAMP)
-	OMP_NUM_THREADS=1 .venv/bin/blpa-run experiment=demo -m
+	$(THREADS_demo) .venv/bin/blpa-run experiment=demo -m
 	.venv/bin/blpa-run task=plots
 	.venv/bin/blpa-run task=tables
 
 # Finished cells are skipped, and one that fails leaves a record and does not stop the rest: the tables are written all
 # the same, unless a signal ended it, and the exit code tells.
 reproduce-tables: known-profile $(STAMP)
-	.venv/bin/blpa-run experiment=$(EXPERIMENTS) -m; code=$$?; test $$code -gt 128 && exit $$code; \
+	$(THREADS) .venv/bin/blpa-run experiment=$(EXPERIMENTS) -m; code=$$?; test $$code -gt 128 && exit $$code; \
 	.venv/bin/blpa-run task=tables && .venv/bin/blpa-run task=report && exit $$code
 
 known-profile:
