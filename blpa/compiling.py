@@ -45,16 +45,26 @@ class Compiler:
 
     def compile(self, block: nn.Module) -> None:
         """Compile a block's forward pass, and with it the backward pass; parameters and names stay as they are."""
-        forward = torch.compile(block.forward, backend=_backend(self), dynamic=False, fullgraph=True)
-
-        def with_room_for_variants(*args: Any) -> Any:  # beyond its limit fullgraph refuses to go on
-            with torch._dynamo.config.patch(recompile_limit=VARIANTS):
-                return forward(*args)
-
-        block.forward = with_room_for_variants
+        torch._dynamo.config.recompile_limit = VARIANTS  # beyond it fullgraph refuses to go on
+        block.forward = _CompiledForward(block, _compiled(self, type(block).forward))
 
 
-@functools.cache  # graphs are shared between blocks that have one and the same back end
+class _CompiledForward:
+    """A bound method that copy.deepcopy binds to the copy."""
+
+    def __init__(self, block: nn.Module, function: Callable[..., Any]) -> None:
+        self.block = block
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(self.block, *args)
+
+
+@functools.cache  # blocks share their graphs through it
+def _compiled(compiler: Compiler, forward: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(forward, backend=_backend(compiler), dynamic=False, fullgraph=True)
+
+
 def _backend(compiler: Compiler) -> Callable[..., Any]:
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
         # Inductor makes no code for the meta device: there the graphs run as they were divided, node by node.

@@ -171,6 +171,8 @@ def check(config: Config) -> None:
     _at_least("task.evaluate_every", config.task.evaluate_every, 1)
     _at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
     _at_least("task.steps", config.task.steps, 1)
+    if config.task.checkpoint == "":
+        raise ValueError("task.checkpoint= is empty: give a file of weights, or null for freshly initialised ones")
     _check_depth(config.depth)
     _above_zero("width", config.width)
     _check_size(config)

@@ -16,9 +16,10 @@ import os
 import platform
 import shlex
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -96,6 +97,7 @@ class Record:
 
 
 COLUMNS = tuple(column.name for column in fields(Record))
+REQUIRED = tuple(column.name for column in fields(Record) if column.default is MISSING)
 
 CELL = (
     "experiment", "task", "metric", "dataset", "mode", "bits", "depth", "width", "seed", "batch_size", "precision",
@@ -137,11 +139,25 @@ def write(records: Iterable[Record], run_dir: Path) -> None:
     """Write a run's records to `run_dir`/records.json, whole or not at all.
 
     Args:
-        records: what the run measured; replaces what it measured before.
+        records: what the run measured; replaces what it measured before, which records.csv keeps where another command
+            had measured it.
         run_dir: the run's own folder under results/runs.
     """
+    written, file = list(records), run_dir / "records.json"
+    before = {record.command for record in known(run_dir)}
+    if before and before != {record.command for record in written}:
+        collect(run_dir.parents[1])
+    _write_json(written, file)
+
+
+def write_failure(record: Record, run_dir: Path) -> None:
+    """Write the record of a run that failed to `run_dir`/failure.json, beside what it may have measured before."""
+    _write_json([record], run_dir / "failure.json")
+
+
+def _write_json(records: Iterable[Record], file: Path) -> None:
     rows = [asdict(record) for record in records]
-    write_atomically(run_dir / "records.json", json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    write_atomically(file, json.dumps(rows, indent=1, allow_nan=False) + "\n")
 
 
 def read(file: Path) -> list[Record]:
@@ -159,18 +175,18 @@ def read(file: Path) -> list[Record]:
         raise ValueError(f"{file} is not a run's records ({error}): remove it, or run the cell again") from error
 
 
-def is_finished(run_dir: Path, command: list[str]) -> bool:
-    """Whether a run's folder holds records, none of a failure, that the same command made.
+def known(run_dir: Path) -> list[Record]:
+    """A run's records; none where there are none yet, or where the file is damaged, which is said on stderr.
 
     Args:
         run_dir: the run's own folder under results/runs.
-        command: what cells.overrides returns.
-
-    Raises:
-        ValueError: its records.json is not what its name says.
     """
     file = run_dir / "records.json"
-    return file.exists() and all(r.command == as_text(command) and not r.failure for r in read(file))
+    try:
+        return read(file) if file.exists() else []
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return []
 
 
 def as_text(command: list[str]) -> str:
@@ -212,8 +228,9 @@ def merged(results: Path) -> list[Record]:
     """
     table = results / "records.csv"
     found = _read_table(table) if table.exists() else []
-    for file in sorted(results.glob("runs/*/records.json")):
-        found += read(file)
+    for file in sorted(results.glob("runs/*/*.json")):
+        if file.name in ("records.json", "failure.json"):
+            found += read(file)
     found.sort(key=lambda record: record.date)
     newest = {tuple(getattr(record, name) for name in CELL): record for record in found}
     measured = {record.command: record.date for record in found if not record.failure}
@@ -263,18 +280,19 @@ def write_atomically(file: Path, text: str) -> None:
 def _read_table(table: Path) -> list[Record]:
     with table.open(encoding="utf-8", newline="") as text:
         rows = csv.reader(text, strict=True)
-        if tuple(next(rows, ())) != COLUMNS:
+        header = tuple(next(rows, ()))
+        if header != COLUMNS[: max(len(header), len(REQUIRED))]:  # older tables lack the last ones
             raise ValueError(f"{table} does not have the columns of a records table: {', '.join(COLUMNS)}")
         try:
-            return [_from_text(cells) for cells in rows]
+            return [_from_text(header, cells) for cells in rows]
         except (ValueError, csv.Error) as error:
             raise ValueError(f"{table}, line {rows.line_num}: {error}") from error
 
 
-def _from_text(cells: list[str]) -> Record:
+def _from_text(header: tuple[str, ...], cells: list[str]) -> Record:
     """A record from the text of its columns: empty is None where the column may be None."""
     values: dict[str, Any] = {}
-    for column, text in zip(fields(Record), cells, strict=True):
+    for column, text in zip(fields(Record)[: len(header)], cells, strict=True):
         kinds = get_args(column.type) or (column.type,)
         if text == "" and type(None) in kinds:
             values[column.name] = None

@@ -1,17 +1,21 @@
 """blpa/compiling.py: the compiler's ways to save memory do save it, are really compiled, and give the gradients."""
 
+import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_cells import composed
 from torch import Tensor
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.utils import counters
 
 from blpa import compiling, memory
 from blpa.models.preact_resnet import Bottleneck, PreActResNet
 from blpa.modes import Mode
-from blpa.runners import cli
+from blpa.runners import cli, setup
 
 # Dynamo itself looks at the .grad of whatever it meets.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -49,10 +53,30 @@ def test_blocks_of_one_shape_share_a_graph(mode: GetMode) -> None:
     assert counters["stats"]["unique_graphs"] == 6  # first and later blocks of three groups
 
 
+def test_every_run_of_a_process_begins_without_the_graphs_of_the_others(
+    mode: GetMode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiling, "VARIANTS", 6)  # those of one batch size at this depth are five
+    (config,) = composed(["mode=compiled", f"results={tmp_path}"])
+    for batch in (2, 3, 4):
+        setup.run_folder(config)
+        step(mode("compiled"), batch)
+    with pytest.raises(FailOnRecompileLimitHit):
+        step(mode("compiled"), 5)
+
+
 def test_more_batch_sizes_than_dynamo_s_limit_are_compiled_too(mode: GetMode) -> None:
     """Past its limit of 8, dynamo quietly runs the source instead."""
     per_sample = {step(mode("compiled-budget-0.2"), batch).forward_bytes // batch for batch in (4, 8, 16)}
     assert max(per_sample) < 1.01 * min(per_sample)
+
+
+def test_a_copy_of_a_compiled_network_computes_with_its_own_weights(mode: GetMode) -> None:
+    model = PreActResNet(11, mode=mode("compiled"), classes=10)
+    copied = copy.deepcopy(model)
+    for (name, block), (_, of_copy) in zip(model.blocks.named_children(), copied.blocks.named_children(), strict=True):
+        assert of_copy.forward.block is of_copy is not block, name
+    assert copied.state_dict().keys() == PreActResNet(11, mode=mode("exact"), classes=10).state_dict().keys()
 
 
 @pytest.mark.parametrize(
@@ -82,7 +106,7 @@ def test_gradients_are_those_of_stock_layers(name: str, tolerance: float, mode: 
 
 
 def test_a_mode_that_does_not_compile_says_so_in_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: object
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     def refuse(name: str) -> object:
         raise NotImplementedError("no code for this machine")

@@ -46,7 +46,7 @@ ONLY_IN = {
 
 WITHOUT_TORCH = {
     "", "config", "cells", "locks", "records", "runners", "runners.cli", "runners.compose", "runners.sweep",
-    "runners.launch", "runners.usage", "runners.paper",
+    "runners.launch", "runners.failures", "runners.usage", "runners.paper",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run."""
 

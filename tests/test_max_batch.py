@@ -1,6 +1,9 @@
 """blpa/runners/max_batch.py and memory.py, from the command line to the record; and the table of largest batches."""
 
 import csv
+import os
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,11 +11,12 @@ import pandas as pd
 import pytest
 
 from blpa import records
+from blpa.checkpoints import Stopped
 from blpa.config import Config
 from blpa.records import Record
 from blpa.runners import cli, compose, max_batch, paper, setup
 
-TINY = ["dataset=digits", "depth=11", "width=0.25", "mode=4bit"]
+TINY = ["dataset=digits", "depth=11", "width=0.25", "mode=4bit", "gpu.device=cpu"]
 
 
 @pytest.fixture(autouse=True)
@@ -111,8 +115,15 @@ def test_memory_of_stock_layers_has_no_formula(capsys: pytest.CaptureFixture[str
 def test_paper_figures_are_looked_up_for_its_own_card_alone() -> None:
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti"])
     assert paper.largest_batch(config) == 2522
-    config.gpu.memory_gib = 80
-    assert paper.largest_batch(config) is None
+    assert paper.seconds_per_sample(config) is None
+    config.task.largest_batch = True
+    assert paper.seconds_per_sample(config) == 0.0043
+    for changed in (
+        replace(config, gpu=replace(config.gpu, memory_gib=80)),
+        replace(config, gpu=replace(config.gpu, precision="bf16")),
+        replace(config, mode=replace(config.mode, clip=2.0)),
+    ):
+        assert paper.largest_batch(changed) is paper.seconds_per_sample(changed) is None
 
 
 # ---- measuring: the search, on a made-up card -----------------------------------------------------------------------
@@ -166,22 +177,71 @@ def test_where_more_than_the_answer_fits_the_search_goes_on() -> None:
     assert fits <= 2000 < fails <= 2020
 
 
-def test_a_probe_runs_in_a_fresh_process_and_out_of_memory_is_an_answer(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The process is real; the card is not there, so that what comes back is the child's own error."""
-    (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
-    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|NVIDIA"):
-        max_batch._probe_on(config, 2**30)(4, 1)
+def test_a_process_of_its_own_answers_or_hands_its_error_over() -> None:
+    assert max_batch._in_a_fresh_process(os.getpid) not in (os.getpid(), None)
+    with pytest.raises(ValueError, match="could not convert string to float: 'x'"):
+        max_batch._in_a_fresh_process(float, "x")
+    with pytest.raises(Stopped, match="ended without an answer, by exit code 7"):
+        max_batch._in_a_fresh_process(os._exit, 7)
 
-    def out_of_memory(*_: object) -> None:
-        raise max_batch.torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(max_batch.torch.cuda, "set_per_process_memory_fraction", lambda fraction: None)
-    monkeypatch.setattr(max_batch.torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=1))
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A GPU of 8 GiB that remembers the part a process may take and the steps it ran, and runs out at batch 5."""
+    seen = SimpleNamespace(parts=[], steps=[], error=max_batch.torch.OutOfMemoryError("CUDA out of memory"), free=2**33)
+
+    def training_step(config: Config, batch: int, *_: object) -> Callable[[], None]:
+        def step() -> None:
+            seen.steps.append(batch)
+            if batch >= 5 and seen.steps.count(batch) == 2:
+                raise seen.error
+
+        return step
+
+    cuda = max_batch.torch.cuda
+    monkeypatch.setattr(cuda, "mem_get_info", lambda: (seen.free, 2**33))
+    monkeypatch.setattr(cuda, "set_per_process_memory_fraction", seen.parts.append)
+    monkeypatch.setattr(cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**33))
+    monkeypatch.setattr(cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(cuda, "max_memory_reserved", lambda: 77)
     monkeypatch.setattr(max_batch.kernels, "choose", lambda *_: None)
-    monkeypatch.setattr(max_batch.setup, "training_step", out_of_memory)
-    assert max_batch.fits_in(config, 4, 1, 2**30) is None
+    monkeypatch.setattr(max_batch.setup, "training_step", training_step)
+    return seen
+
+
+def test_a_probe_runs_its_steps_under_the_limit(gpu: SimpleNamespace) -> None:
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
+    assert max_batch.fits_in(config, 4, 3, 2**31) == 77
+    assert gpu.parts == [1 / 4]
+    assert gpu.steps == [4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        max_batch.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("GET was unable to find an engine to execute this computation"),
+    ],
+    ids=str,
+)
+def test_out_of_memory_in_whatever_words_is_an_answer(gpu: SimpleNamespace, error: Exception) -> None:
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
+    gpu.error = error
+    assert max_batch.fits_in(config, 5, 3, 2**31) is None
+    assert gpu.steps == [5, 5]
+
+
+def test_other_errors_of_a_probe_are_no_answer(gpu: SimpleNamespace) -> None:
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
+    gpu.error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        max_batch.fits_in(config, 5, 3, 2**31)
+    gpu.free = 2**30
+    with pytest.raises(max_batch.CardIsTaken, match="1 GiB of the GPU are free: too little to measure 2"):
+        max_batch.fits_in(config, 4, 3, 2**31)
 
 
 def on_a_card(monkeypatch: pytest.MonkeyPatch, free: int, total: int, answer: Card) -> list[int]:
@@ -212,17 +272,44 @@ def test_without_a_budget_it_is_the_whole_card(monkeypatch: pytest.MonkeyPatch) 
     limits = on_a_card(monkeypatch, 10**9, 2**30, Card(100))
     assert cli.main(["task=max-batch", "run=a", *TINY]) == 0
     assert limits == [2**29]
-    assert {record.note for record in record_of("a-max-batch-whole-card-auto")} == {"the whole card"}
+    assert {record.note for record in record_of("a-max-batch-whole-card-auto")} == {"1 GiB less 512 MiB"}
+
+
+def test_a_card_a_little_smaller_than_its_name_measures_what_is_left_without_the_allowance(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A card of 11 GB has 10.92 GiB."""
+    limits = on_a_card(monkeypatch, int(10.6 * 2**30), int(10.92 * 2**30), Card(100))
+    assert cli.main(["task=max-batch", "gpu.memory_gib=11", "run=a", *TINY]) == 0
+    assert limits == [int(10.5 * 2**30)]
+
+
+def test_a_budget_that_the_allowance_eats_is_not_probed(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = on_a_card(monkeypatch, 2**33, 2**33, Card(100))
+    assert cli.main(["task=max-batch", "gpu.memory_gib=0.3", "run=a", *TINY]) == 0
+    assert limits == []
+    assert [(r.value, r.predicted) for r in record_of("a-max-batch-0.3gib-auto")] == [(0, True), (0, False)]
+
+
+def test_bf16_is_measured_and_not_predicted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "gpu.precision=bf16", "run=a", *TINY]) == 1
+    assert "gpu.precision=bf16 cannot be predicted" in capsys.readouterr().err
+    on_a_card(monkeypatch, 2**33, 2**33, Card(100))
+    assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "gpu.precision=bf16", "run=a", *TINY]) == 0
+    (record,) = record_of("a-max-batch-0.6gib-auto")
+    assert (record.value, record.predicted, record.precision) == (100, False, "bf16")
 
 
 def test_a_smaller_card_measures_nothing_and_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    limits = on_a_card(monkeypatch, 2**29, 2**29, Card(100))
-    assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "run=a", *TINY]) == 0
+    limits = on_a_card(monkeypatch, 2**30, 2**30, Card(100))
+    assert cli.main(["task=max-batch", "gpu.memory_gib=2", "run=a", *TINY]) == 0
     assert limits == []
-    assert [record.predicted for record in record_of("a-max-batch-0.6gib-auto")] == [True]
-    assert "not measured: this card has 0.5 GiB" in capsys.readouterr().err
+    assert [record.predicted for record in record_of("a-max-batch-2gib-auto")] == [True]
+    assert "not measured: this card has 1 GiB" in capsys.readouterr().err
 
 
 def test_a_card_that_others_are_on_is_refused(

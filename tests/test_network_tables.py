@@ -92,6 +92,13 @@ def test_times_are_by_the_sample_with_the_ratio_to_exact() -> None:
     assert "in the paper" not in text  # its times are at no batch that it tells
 
 
+def test_a_ratio_belongs_to_the_time_of_its_own_run() -> None:
+    ratio = replace(TIME, metric="ratio_to_exact", value=0.93)
+    later = replace(TIME, value=0.0099, date="2027-01-01T00:00:00+00:00")
+    rows = rows_of(read(TIMES, [TIME, ratio, later]), "CIFAR-10-size images, fp32, batch 128, a card")
+    assert rows["proposed 4-bit"] == ["9.9 ms"]
+
+
 def test_times_at_the_largest_batch_stand_beside_the_papers_and_tell_the_batch() -> None:
     four_bits = replace(TIME, note=AT_LARGEST, batch_size=6290)
     own = [four_bits, replace(four_bits, mode="2bit", batch_size=9158)]
@@ -118,3 +125,10 @@ def test_gradients_end_with_the_spread_of_exact() -> None:
     assert rows["proposed 4-bit"] == ["0.161 (cosine 0.9876)"] * 2
     assert list(rows)[-1] == "exact, from batch to batch"
     assert rows["exact, from batch to batch"] == ["1.39", "1.39"]
+
+
+def test_the_newest_run_tells_the_spread() -> None:
+    older = [replace(ERROR, metric=f"gradient_{m}", value=1.0) for m in ("error", "cosine", "spread")]
+    newer = [replace(r, mode="8bit", value=2.0, date="2027-01-01T00:00:00+00:00") for r in older]
+    rows = rows_of(read(GRADIENTS, newer + older), "digits, fp32, batch 64, at initialisation")
+    assert rows["exact, from batch to batch"] == ["2.00"]

@@ -3,18 +3,21 @@
 import csv
 import json
 import re
+import shlex
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_cells import composed
 from test_records import RECORD
 
 from blpa import records
+from blpa.cells import overrides
 from blpa.config import CONF, Config
-from blpa.runners import cli, train
+from blpa.runners import cli, sweep, train
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "dataset.iterations=1", "gpu=cpu", "-m"]
 GRADIENTS = [*TINY, "task=gradient-error", "task.steps=1", "gpu.kernels=torch"]
@@ -61,7 +64,7 @@ def test_one_run_on_its_own_always_runs() -> None:
 def test_a_failed_cell_is_recorded_and_the_next_one_runs(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*GRADIENTS, "mode=fewer-features,4bit"]) == 1
     folder = RUN.format("fewer-features") + "-gradient-error-batch4"
-    (failed,) = records.read(Path("results/runs") / folder / "records.json")
+    (failed,) = records.read(Path("results/runs") / folder / "failure.json")
     assert (failed.metric, failed.unit, failed.mode, failed.n) == ("failed", "s", "fewer-features", 1)
     assert failed.failure.startswith("mode=fewer-features: its layers are of another width than exact's")
     assert len(records.collect(Path("results"))) == 1 + 3
@@ -97,7 +100,65 @@ def test_a_failure_does_not_take_the_place_of_what_was_measured(monkeypatch: pyt
     before = records.collect(Path("results"))
     monkeypatch.setattr(train, "run", lambda config: 1 / 0)
     assert cli.main([*TINY, "mode=exact,4bit", "resume=false"]) == 1
-    assert records.collect(Path("results")) == before
+    found = records.collect(Path("results"))
+    assert [record for record in found if not record.failure] == before
+    assert {record.mode for record in found if record.failure} == {"exact", "4bit"}
+
+
+def test_what_another_configuration_measured_in_the_same_folder_is_kept_in_the_table() -> None:
+    assert cli.main([*GRADIENTS, "mode=2bit,4bit"]) == 0
+    assert cli.main([*GRADIENTS, "mode=2bit,4bit", "mode.clip=2"]) == 0
+    found = records.collect(Path("results"))
+    assert {(record.mode, record.note) for record in found} == {
+        (mode, f"at initialisation{clip}") for mode in ("2bit", "4bit") for clip in ("", " mode.clip=2.0")
+    }
+
+
+def test_a_failure_that_cannot_be_recorded_does_not_stop_the_rest(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(record: records.Record, run_dir: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(records, "write_failure", full)
+    assert cli.main([*GRADIENTS, "mode=fewer-features,4bit"]) == 1
+    assert "the failure could not be recorded: No space left on device" in capsys.readouterr().err
+    assert {record.mode for record in records.collect(Path("results"))} == {"4bit"}
+
+
+@pytest.mark.parametrize("content", ["[{", "[]"])
+def test_a_torn_or_empty_file_of_records_is_a_cell_to_be_run(content: str) -> None:
+    assert cli.main([*TINY, "mode=exact,4bit"]) == 0
+    file = Path("results/runs") / RUN.format("exact") / "records.json"
+    file.write_text(content)
+    assert cli.main([*TINY, "mode=exact,4bit"]) == 0
+    assert [record.mode for record in records.read(file)] == ["exact"] * 3
+
+
+def test_what_was_measured_without_a_gpu_is_not_finished_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    (config,) = composed([argument for argument in TINY if argument not in ("-m", "gpu=cpu")])
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    run_dir = Path("results/runs") / config.run
+    made_by = replace(RECORD, command=records.as_text(overrides(config)), cuda=None)
+    records.write([made_by], run_dir)
+    assert sweep.is_finished(config)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert not sweep.is_finished(config)
+    records.write([replace(made_by, cuda="13.0")], run_dir)
+    assert sweep.is_finished(config)
+
+
+def test_time_left_is_that_of_the_cells_that_ran(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = iter(range(0, 10_000, 120))  # two minutes from one look at it to the next
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sweep, "run_cell", lambda config, records_failure: 0)
+    assert cli.main([*TINY, "mode=exact,4bit,8bit,2bit"]) == 0
+    told = re.findall(r"^\[\d/4\] .*\((.*)\)$", capsys.readouterr().err, re.MULTILINE)
+    assert told == [
+        "2 min done", "4 min done, about 12 min left", "6 min done, about 6 min left", "8 min done, about 3 min left",
+    ]  # fmt: skip
 
 
 WRITER = """
@@ -147,18 +208,17 @@ def test_who_collects_meanwhile_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_largest_batch_that_was_found_is_what_runtime_takes(capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["dataset=digits", "depth=11", "width=0.25", "gpu=cpu", "gpu.memory_gib=0.502"]
-    timing = [*small, "task=runtime", "task.largest_batch=true", "task.steps=2", "gpu.kernels=torch", "mode=4bit"]
+    small = ["dataset=digits", "depth=11", "width=0.25", "gpu=cpu", "gpu.kernels=torch", "gpu.memory_gib=0.502"]
+    timing = [*small, "task=runtime", "task.largest_batch=true", "task.steps=2", "mode=4bit"]
     assert cli.main(timing) == 1
-    assert capsys.readouterr().err.endswith(
-        "none has been found yet; blpa-run task=max-batch mode=4bit depth=11 width=0.25 gpu=cpu finds it\n"
-    )
+    advice = capsys.readouterr().err.rpartition("none has been found for 4bit yet: blpa-run ")[2]
+    assert cli.main(shlex.split(advice)) == 0
     assert cli.main([*small, "task=max-batch", "mode=exact,4bit", "-m"]) == 0
     largest = {r.mode: r.value for r in records.merged(Path("results")) if r.metric == "largest_batch"}
     assert cli.main(timing) == 0
     timed = [r for r in records.merged(Path("results")) if r.task == "runtime"]
     assert {(r.metric, r.batch_size, r.note) for r in timed} == {
-        (metric, largest["4bit"], "largest batch in 0.502 GiB less 512 MiB")
+        (metric, largest["4bit"], "largest batch in 0.502 GiB less 512 MiB gpu.kernels=torch")
         for metric in ("seconds_per_sample", "ratio_to_exact")
     }
     assert re.search(rf"^exact: .*, batch {largest['exact']:.0f}$", capsys.readouterr().out, re.MULTILINE)

@@ -49,6 +49,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         exit_code = _answer(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
+    except KeyboardInterrupt:
+        return refuse("interrupted", 130)
     except BrokenPipeError:  # whoever read the output has left, as `| head` does; what is left of it goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, which ends other programs here

@@ -156,7 +156,10 @@ def _refuse_shared_folders(configs: list[Config]) -> None:
     for config in configs:
         folder = folder_name(config)
         if folder in seen:
-            raise ValueError(f"two cells of this sweep would share run={config.run}: name them apart with run=")
+            raise ValueError(
+                f"two cells of this sweep would share the folder {folder}: "
+                "run them in two sweeps, each with a run= of its own"
+            )
         if folder is not None:
             seen.add(folder)
 

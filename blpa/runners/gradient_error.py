@@ -11,6 +11,7 @@ each over training batches with their augmentation. Written are results/gradient
 results/figures/<run>.png, which task=plots draws again from the file.
 """
 
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from blpa import data, kernels, records, training
-from blpa.cells import folder_name
 from blpa.config import Config, GpuConfig
 from blpa.records import Record
 from blpa.runners import plots, setup
@@ -44,9 +44,8 @@ def run(config: Config) -> list[Record]:
     """
     if config.mode.width_factor != 1:
         raise ValueError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
-    results, name = Path(config.results), str(folder_name(config))
-    run_dir = results / "runs" / name
-    setup.refuse_unwritable(run_dir)
+    results, run_dir = Path(config.results), setup.run_folder(config)
+    name = run_dir.name
     device = setup.device(config.gpu.device)
     chosen = kernels.choose(config.gpu.kernels, device)
     training.configure_torch(config.gpu)
@@ -132,5 +131,6 @@ def _load(model: nn.Module, file: Path) -> None:
         raise ValueError(f"task.checkpoint={file}: no such file")
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
-    except (RuntimeError, KeyError) as error:
-        raise ValueError(f"task.checkpoint={file} holds no weights of this network: {error}") from error
+    except (RuntimeError, LookupError, EOFError, TypeError, pickle.UnpicklingError) as error:  # as any file may end
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise ValueError(f"task.checkpoint={file} holds no weights of this network ({reason})") from error

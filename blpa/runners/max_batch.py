@@ -10,21 +10,23 @@ sees: the CUDA context, and in the prediction the workspace of convolutions and 
 
 import math
 import sys
+import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
-from pathlib import Path
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from blpa import kernels, memory, records, training
-from blpa.cells import folder_name
+from blpa.checkpoints import Stopped
 from blpa.config import Config
 from blpa.memory import GIB, MIB, TrainingBytes
 from blpa.records import Record
 from blpa.runners import paper, setup
+from blpa.runners.failures import is_out_of_memory
 from blpa.runners.setup import META
 
 STEPS = 4
@@ -46,31 +48,35 @@ def run(config: Config) -> list[Record]:
         sample fits.
 
     Raises:
-        ValueError: no budget is given and there is no GPU whose memory it could be, others hold too much of the GPU's
-            memory, or the results folder cannot be written.
+        ValueError: no budget is given and there is no GPU whose memory it could be, or the results folder cannot be
+            written.
+        CardIsTaken: others hold so much of the GPU's memory that the budget cannot be reached.
     """
-    run_dir = Path(config.results) / "runs" / str(folder_name(config))
-    setup.refuse_unwritable(run_dir)
+    run_dir = setup.run_folder(config)
     device = setup.device(config.gpu.device)
-    free_bytes, card_bytes = _in_a_fresh_process(torch.cuda.mem_get_info) if device.type == "cuda" else (0, 0)
-    if config.gpu.memory_gib is None and not card_bytes:
-        raise ValueError("gpu.memory_gib=null: here is no GPU to take it from; name a card, gpu=gtx1080ti, or its GiB")
-    budget = int(config.gpu.memory_gib * GIB) if config.gpu.memory_gib else card_bytes
-    limit = budget - config.gpu.allowance_mib * MIB
+    chosen = kernels.choose(config.gpu.kernels, device)
+    is_cuda = device.type == "cuda"
+    free, card = _in_a_fresh_process(torch.cuda.mem_get_info) if is_cuda else (0, 0)
+    cell = setup.on_card(config, card)
+    assert cell.gpu.memory_gib is not None
+    limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
 
-    predicted = _predict(config, limit)
-    print(describe(config, predicted, limit, setup.training_bytes(config, max(predicted, 1))))
-    used = kernels.choose(config.gpu.kernels, META).name
-    found = [_record(config, predicted, predicted, setup.source(config, META, used))]
-    if device.type == "cuda" and budget <= card_bytes:
-        if free_bytes < limit - config.gpu.allowance_mib * MIB:  # a process has its context there before it can ask
-            raise ValueError(f"{free_bytes / GIB:.4g} GiB of the GPU are free: too little to measure {limit / GIB:.4g}")
-        fits, fails = search(_probe_on(config, limit), predicted)
-        print(f"{_network(config)}: largest batch {fits} in {budget / GIB:.4g} GiB (measured); {fails} does not fit")
-        used = kernels.choose(config.gpu.kernels, device).name
-        found.append(_record(config, fits, fails - 1, setup.source(config, device, used)))
-    elif device.type == "cuda":
-        print(f"not measured: this card has {card_bytes / GIB:.4g} GiB", file=sys.stderr)
+    in_fp32 = replace(cell, gpu=replace(cell.gpu, precision="fp32"))
+    predicted = _predict(in_fp32 if is_cuda else cell, limit)
+    found = []
+    if config.gpu.precision != "bf16":  # else the prediction is where the search begins, and no more
+        print(describe(cell, predicted, limit, setup.training_bytes(cell, max(predicted, 1))))
+        used = kernels.choose(config.gpu.kernels, META).name
+        found.append(_record(cell, predicted, predicted, setup.source(config, META, used)))
+    if is_cuda and limit > card:
+        print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
+    elif is_cuda:
+        _refuse_taken(free, limit, cell)
+        fits, fails = search(_probe_on(cell, limit), predicted) if limit > 0 else (0, 1)
+        print(f"{_network(cell)}: largest batch {fits} in {cell.gpu.memory_gib:g} GiB (measured); {fails} does not fit")
+        found.append(_record(cell, fits, fails - 1, setup.source(config, device, chosen.name)))
+    if not found:
+        raise ValueError(f"gpu.precision=bf16: this card has {card / GIB:.4g} GiB, and nothing else tells what fits")
     records.write(found, run_dir)
     return found
 
@@ -142,10 +148,44 @@ def _probe_on(config: Config, limit: int) -> Callable[[int, int], bool]:
     return probe
 
 
+class CardIsTaken(Stopped):
+    """Somebody else's processes fill the GPU."""
+
+
+def _refuse_taken(free: int, limit: int, config: Config) -> None:
+    """Raise if a limit cannot be reached; a process has its context there before it can ask, hence the allowance."""
+    if free < limit - config.gpu.allowance_mib * MIB:
+        raise CardIsTaken(f"{free / GIB:.4g} GiB of the GPU are free: too little to measure {limit / GIB:.4g}")
+
+
 def _in_a_fresh_process(function: Callable[..., Any], *arguments: object) -> Any:
-    """Call a function where nothing is on the GPU yet; this process leaves it alone, for a context takes memory."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(function, *arguments).result()
+    """Call a function where nothing is on the GPU yet; this process leaves it alone, for a context takes memory.
+
+    The other process ends when it has answered, or finds nobody to answer to.
+    """
+    context = get_context("spawn")
+    receiving, sending = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sending, function, arguments))
+    process.start()
+    sending.close()
+    try:
+        answer = receiving.recv()
+    except EOFError:
+        process.join()
+        raise Stopped(f"a process ended without an answer, by exit code {process.exitcode}") from None
+    process.join()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
+
+
+def _answer(sending: Connection, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
+    try:
+        answer = function(*arguments)
+    except Exception as error:
+        traceback.print_exc()  # the pipe carries the exception without it
+        answer = error
+    sending.send(answer)
 
 
 def fits_in(config: Config, batch: int, steps: int, limit: int) -> int | None:
@@ -159,8 +199,12 @@ def fits_in(config: Config, batch: int, steps: int, limit: int) -> int | None:
 
     Returns:
         The most bytes it took; None where they were not enough.
+
+    Raises:
+        CardIsTaken: others hold so much memory that the limit cannot be reached.
     """
     device = torch.device("cuda")
+    _refuse_taken(torch.cuda.mem_get_info()[0], limit, config)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     training.configure_torch(config.gpu)
     try:
@@ -168,8 +212,8 @@ def fits_in(config: Config, batch: int, steps: int, limit: int) -> int | None:
         for _ in range(steps):
             step()
         torch.cuda.synchronize()
-    except RuntimeError as error:  # torch.OutOfMemoryError is one, and cuDNN and cuBLAS have words of their own
-        if isinstance(error, torch.OutOfMemoryError) or "ALLOC_FAILED" in str(error):
+    except RuntimeError as error:
+        if is_out_of_memory(error):
             return None
         raise
     return torch.cuda.max_memory_reserved()

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from blpa import kernels, modes, records
-from blpa.cells import folder_name
 from blpa.config import Config
 from blpa.kernels.reference import REFERENCE
 from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
@@ -41,11 +40,10 @@ def run(config: Config) -> list[Record]:
     Raises:
         ValueError: the results folder cannot be written.
     """
-    results, name = Path(config.results), str(folder_name(config))
-    run_dir = results / "runs" / name
-    setup.refuse_unwritable(run_dir)
+    results, run_dir = Path(config.results), setup.run_folder(config)
+    name = run_dir.name
     batch = config.dataset.batch_size
-    cells = [config] if config.mode.layers == "stock" else [setup.exact(config), config]
+    cells = setup.with_exact(config)[::-1]
     counted = {cell.mode.name: setup.training_bytes(cell, batch) for cell in cells}
     print(by_kind(counted, batch))
     blocks = by_block(config, counted[config.mode.name])

@@ -57,17 +57,22 @@ def cells(table: Table, found: list[Record]) -> list[Record]:
         table: which.
         found: records of any task.
     """
-    newest = {
-        (table.conditions(record), record.width, record.depth, record.mode, record.metric, record.predicted): record
-        for record in sorted(found, key=lambda record: record.date)
-        if record.task == table.task
-    }
     by_cell: dict[tuple[object, ...], list[Record]] = {}
-    for key, record in newest.items():
-        by_cell.setdefault(key[:4], []).append(record)
+    for record in found:
+        if record.task == table.task:
+            key = table.conditions(record), record.width, record.depth, record.mode, record.predicted, record.failure
+            by_cell.setdefault(key, []).append(record)
+    by_cell = {key: _newest_run(of_cell) for key, of_cell in by_cell.items()}
+    measured = {key[:4] for key in by_cell if not key[5]}
     # A failure is shown where nothing was measured under the same conditions.
-    shown = [r for of_cell in by_cell.values() for r in of_cell if not r.failure or all(o.failure for o in of_cell)]
+    shown = [r for key, of_cell in by_cell.items() if not key[5] or key[:4] not in measured for r in of_cell]
     return sorted(shown, key=lambda r: (table.conditions(r), -r.width, -r.depth, mode_order(r.mode), r.metric))
+
+
+def _newest_run(of_cell: list[Record]) -> list[Record]:
+    """The records that the newest run made: they bear one date, and a ratio belongs to the time beside it."""
+    newest = max(record.date for record in of_cell)
+    return [record for record in of_cell if record.date == newest]
 
 
 def page(table: Table, shown: list[Record]) -> Page:

@@ -7,6 +7,7 @@ alpha is bits kept an activation over the 32 of full precision, as the paper cou
 import re
 from typing import Any, NamedTuple
 
+from blpa.cells import departures
 from blpa.config import Config
 
 
@@ -102,14 +103,14 @@ def is_its_card(note: str) -> bool:
 
 
 def largest_batch(config: Config) -> int | None:
-    """Look up the largest batch; None where the paper has no such figure.
+    """Look up the largest batch; None where the paper has no such figure."""
+    return LARGEST_BATCH.get((config.depth, config.width), {}).get(config.mode.name) if _is_its(config) else None
 
-    Args:
-        config: the run; its data set's images are of CIFAR's size in the paper's figure.
-    """
-    if config.gpu.memory_gib != CARD_GIB or config.dataset.image_size != 32:
-        return None
-    return LARGEST_BATCH.get((config.depth, config.width), {}).get(config.mode.name)
+
+def _is_its(config: Config) -> bool:
+    """Whether a run is of the paper's conditions: its card, its precision, images of CIFAR's size, its own recipe."""
+    gpu = config.gpu
+    return (gpu.memory_gib, gpu.precision, config.dataset.image_size, departures(config)) == (CARD_GIB, "fp32", 32, "")
 
 
 SECONDS_PER_SAMPLE: dict[tuple[int, float], dict[str, float]] = {
@@ -123,11 +124,7 @@ SECONDS_PER_SAMPLE: dict[tuple[int, float], dict[str, float]] = {
 
 
 def seconds_per_sample(config: Config) -> float | None:
-    """Look up the time a sample, on the paper's card; None where the paper has no such figure.
-
-    Args:
-        config: the run; its data set's images are of CIFAR's size in the paper's figure.
-    """
-    if config.dataset.image_size != 32 or config.gpu.precision != "fp32":
+    """Look up the time a sample at the largest batch, on the paper's card; None where it has no such figure."""
+    if not (_is_its(config) and config.task.largest_batch):
         return None
     return SECONDS_PER_SAMPLE.get((config.depth, config.width), {}).get(config.mode.name)

@@ -11,18 +11,27 @@ modes have dataset.batch_size, or, with task.largest_batch, each its own largest
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from blpa import kernels, records, training
-from blpa.cells import folder_name
-from blpa.config import Config
+from blpa.cells import overrides
+from blpa.checkpoints import Stopped
+from blpa.config import Config, TaskConfig
+from blpa.kernels import Kernels
 from blpa.records import Record
 from blpa.runners import paper, setup
+from blpa.runners.failures import is_out_of_memory
 
 Step = Callable[[], object]
+
+
+class DoesNotFit(Stopped):
+    """Max-batch found that not one sample fits."""
+
 
 WARM_UP = 2
 
@@ -39,21 +48,28 @@ def run(config: Config) -> list[Record]:
 
     Raises:
         ValueError: the machine cannot do what the configuration asks for, or no largest batch has been found yet.
+        DoesNotFit: the mode's largest batch is none.
     """
-    run_dir = Path(config.results) / "runs" / str(folder_name(config))
-    setup.refuse_unwritable(run_dir)
+    run_dir = setup.run_folder(config)
     device = setup.device(config.gpu.device)
     chosen = kernels.choose(config.gpu.kernels, device)
     training.configure_torch(config.gpu)
-    cells = [config] if config.mode.name == "exact" else [config, setup.exact(config)]
-    batches = [_largest_batch(cell) if config.task.largest_batch else cell.dataset.batch_size for cell in cells]
-    steps = [setup.training_step(cell, batch, chosen, device) for cell, batch in zip(cells, batches, strict=True)]
-    _warm_up(steps[:1])
-    try:
-        _warm_up(steps[1:])
-    except torch.OutOfMemoryError:
-        print(f"exact does not fit at batch {batches[1]}: {config.mode.name} is timed alone", file=sys.stderr)
-        del steps[1:]
+    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    cell = setup.on_card(config, card) if config.task.largest_batch else config
+    steps: list[Step] = []
+    batches: list[int] = []
+    for one in setup.with_exact(cell):
+        try:
+            batch = _largest_batch(one, chosen) if config.task.largest_batch else config.dataset.batch_size
+            step = setup.training_step(one, batch, chosen, device)
+            _warm_up(step)
+        except RuntimeError as error:
+            if not steps or not (isinstance(error, DoesNotFit) or is_out_of_memory(error)):
+                raise
+            print(f"{error}; {config.mode.name} is timed alone", file=sys.stderr)
+        else:
+            steps.append(step)
+            batches.append(batch)
     seconds = torch.zeros(config.task.steps, len(steps), dtype=torch.float64)
     for turn in tqdm(range(config.task.steps), "timed steps of each mode"):
         for which in range(len(steps))[:: 1 if turn % 2 else -1]:
@@ -69,7 +85,7 @@ def run(config: Config) -> list[Record]:
         low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=values.dtype)).tolist()
         measured.append(
             setup.record(
-                config, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
+                cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
                 iterations=config.task.steps, batch_size=batches[0],
                 paper_value=paper.seconds_per_sample(config) if unit == "s" else None,
             )
@@ -82,8 +98,8 @@ def run(config: Config) -> list[Record]:
     return measured
 
 
-def _largest_batch(config: Config) -> int:
-    """What max-batch found for this network in this budget; what was measured counts before what was predicted."""
+def _largest_batch(config: Config, chosen: Kernels) -> int:
+    """What max-batch found for this network, budget and back end, first what was measured, then what was predicted."""
     found = [
         record
         for record in records.merged(Path(config.results))
@@ -91,18 +107,19 @@ def _largest_batch(config: Config) -> int:
         and (record.dataset, record.mode, record.depth, record.width, record.precision)
         == (config.dataset.name, config.mode.name, config.depth, config.width, config.gpu.precision)
         and record.note == setup.note(config, task="max-batch")
+        and record.kernels in (chosen.name, "stock")
     ]
     best = max(found, key=lambda record: (not record.predicted, record.date), default=None)
     if best is None:
-        cell = f"mode={config.mode.name} depth={config.depth} width={config.width:g} gpu={config.gpu.name}"
-        raise ValueError(f"task.largest_batch=true: none has been found yet; blpa-run task=max-batch {cell} finds it")
+        command = records.as_text(overrides(replace(config, task=TaskConfig(name="max-batch"), experiment="single")))
+        raise ValueError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:
-        raise ValueError(f"{config.mode.name}, depth {config.depth}: does not fit even at batch 1")
+        raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")
     return int(best.value)
 
 
-def _warm_up(steps: list[Step]) -> None:
-    for step in steps * WARM_UP:
+def _warm_up(step: Step) -> None:
+    for _ in range(WARM_UP):
         step()
 
 

@@ -1,5 +1,6 @@
 """What the tasks that run a network share: the folder, the device, the model, the record."""
 
+import gc
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,14 +19,25 @@ from blpa.records import Record
 META = torch.device("meta")
 
 
-def refuse_unwritable(run_dir: Path) -> None:
-    """Make the run's folder, and raise a ValueError if nothing can be written there."""
+def run_folder(config: Config) -> Path:
+    """Begin a run: make its folder, and let go of what earlier runs of this process left behind.
+
+    Raises:
+        ValueError: nothing can be written there.
+    """
+    run_dir = Path(config.results) / "runs" / str(folder_name(config))
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run_dir):
             pass
     except OSError as error:
         raise ValueError(f"cannot write into {run_dir} ({error.strerror}): name another folder, results=") from error
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    if config.mode.layers == "compiled":
+        torch.compiler.reset()  # of one block's graphs there may be only so many
+    return run_dir
 
 
 def device(name: str) -> torch.device:
@@ -91,6 +103,24 @@ def exact(config: Config) -> Config:
     return replace(config, mode=ModeConfig(name="exact", layers="stock"))
 
 
+def with_exact(config: Config) -> list[Config]:
+    """The run, and where it is not exact itself, exact's beside it."""
+    return [config] if config.mode == exact(config).mode else [config, exact(config)]
+
+
+def on_card(config: Config, card_bytes: int) -> Config:
+    """The run with its budget in numbers: gpu.memory_gib=null is the card's own memory.
+
+    Raises:
+        ValueError: there is no card whose memory it could be.
+    """
+    if config.gpu.memory_gib is not None:
+        return config
+    if not card_bytes:
+        raise ValueError("gpu.memory_gib=null: here is no GPU to take it from; name a card, gpu=gtx1080ti, or its GiB")
+    return replace(config, gpu=replace(config.gpu, memory_gib=round(card_bytes / memory.GIB, 2)))
+
+
 def source(config: Config, device: torch.device, kernels_used: str) -> dict[str, Any]:
     """The fields of a record that tell by what it was made.
 
@@ -141,29 +171,32 @@ def note(config: Config, *, task: str | None = None) -> str:
     """
     gpu, at = config.gpu, config.task.checkpoint
     card = f"{gpu.memory_gib:g} GiB less {gpu.allowance_mib} MiB" if gpu.memory_gib else "the whole card"
+    kernels = f"gpu.kernels={gpu.kernels}" if gpu.kernels != "auto" and config.mode.layers == "coded" else ""
+    seed = f"seed={config.seed}" if config.seed else ""
     particular = {
-        "max-batch": card,
-        "runtime": f"largest batch in {card}" if config.task.largest_batch else "",
-        "gradient-error": f"at {Path(at).stem}" if at else "at initialisation",
+        "max-batch": [card],
+        "runtime": [f"largest batch in {card}" if config.task.largest_batch else "", kernels],
+        "gradient-error": [f"at {Path(at).stem}" if at else "at initialisation", seed],
     }
-    return " ".join(filter(None, [particular.get(task or config.task.name), departures(config)]))
+    return " ".join(filter(None, [*particular.get(task or config.task.name, []), departures(config)]))
 
 
 def record_failure(config: Config, reason: str, seconds: float) -> None:
-    """Leave a record of a cell that failed, where nothing is that it measured before.
+    """Leave a record of a cell that failed.
 
     Args:
         config: the run.
         reason: one line.
         seconds: how long it ran.
     """
-    run_dir = Path(config.results) / "runs" / str(folder_name(config))
-    if records.is_finished(run_dir, overrides(config)):
-        return
     iterations = config.dataset.iterations if config.task.name == "train" else 0
     on = torch.device("cuda" if config.gpu.device != "cpu" and torch.cuda.is_available() else "cpu")
+    run_dir = Path(config.results) / "runs" / str(folder_name(config))
+    told = source(config, on, config.gpu.kernels)
+    if on.type == "cuda":
+        config = on_card(config, torch.cuda.get_device_properties(on).total_memory)
     failed = record(
-        config, source(config, on, config.gpu.kernels), metric="failed", unit="s", value=seconds, low=seconds,
+        config, told, metric="failed", unit="s", value=seconds, low=seconds,
         high=seconds, n=1, iterations=iterations, failure=reason,
     )  # fmt: skip
-    records.write([failed], run_dir)
+    records.write_failure(failed, run_dir)

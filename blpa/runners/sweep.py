@@ -12,6 +12,7 @@ from pathlib import Path
 from blpa import records
 from blpa.cells import folder_name, overrides
 from blpa.config import Config
+from blpa.runners.failures import judge
 
 
 def run_all(configs: list[Config]) -> int:
@@ -51,11 +52,19 @@ def run_all(configs: list[Config]) -> int:
 
 
 def is_finished(config: Config) -> bool:
-    """Whether a cell's own folder holds its records, and resume=false does not ask for new ones."""
+    """Whether a cell's own folder holds its records, and resume=false does not ask for new ones.
+
+    What was predicted or measured without a GPU is not what is asked for where there is one.
+    """
     folder = folder_name(config)
     if folder is None or not config.resume:
         return False
-    return records.is_finished(Path(config.results) / "runs" / folder, overrides(config))
+    found = records.known(Path(config.results) / "runs" / folder)
+    if not found or any(record.command != records.as_text(overrides(config)) for record in found):
+        return False
+    if config.task.name == "memory" or config.gpu.device == "cpu":
+        return True
+    return any(record.cuda for record in found) or not importlib.import_module("torch").cuda.is_available()
 
 
 def _minutes(seconds: float) -> str:
@@ -76,42 +85,23 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
     try:
         module = config.task.name.replace("-", "_")
         importlib.import_module(f"blpa.runners.{module}").run(config)
-    except KeyboardInterrupt:
-        return refuse("interrupted", 130)
     except Exception as error:
-        exit_code, reason = _judge(error)
+        exit_code, reason = judge(error)
         if exit_code is None and not records_failure:
             raise
         if exit_code is None:
             traceback.print_exc()
         if records_failure and (exit_code or 1) < 128 and folder_name(config):
-            importlib.import_module("blpa.runners.setup").record_failure(config, reason, time.monotonic() - began)
+            _record_failure(config, reason, time.monotonic() - began)
         return refuse(reason, exit_code or 1)
     return 0
 
 
-def _judge(error: Exception) -> tuple[int | None, str]:
-    """The exit code of what is a mistake or misfortune of the user's, None for a bug; and one line that says it."""
-    if isinstance(error, OSError):
-        return 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if hasattr(error, "exit_code"):
-        return error.exit_code, str(error)
-    if isinstance(error, ValueError) and _is_ours(error):
-        return 1, str(error)
-    said = next(iter(str(error).strip().splitlines()), "")
-    if type(error).__name__ == "OutOfMemoryError":  # torch's own, known by name alone: torch need not be there
-        return 1, f"does not fit: {said}"
-    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return 1, f"does not compile: {said}"
-    return None, f"{type(error).__name__}: {said}"
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether our own code raised it: then, by the rule of this house, its message is meant for the user."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals["__name__"]).startswith("blpa.")
+def _record_failure(config: Config, reason: str, seconds: float) -> None:
+    try:
+        importlib.import_module("blpa.runners.setup").record_failure(config, reason, seconds)
+    except OSError as error:  # a full disk, say, which may be why the cell failed
+        refuse(f"the failure could not be recorded: {error.strerror}", 1)
 
 
 def refuse(message: object, exit_code: int) -> int:

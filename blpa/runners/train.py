@@ -24,8 +24,7 @@ def run(config: Config) -> list[Record]:
         ValueError: the machine or the data cannot do what the configuration asks for.
         Stopped: the training came to a stop before its end (see training.py), or another process is at this run.
     """
-    run_dir = Path(config.results) / "runs" / config.run
-    setup.refuse_unwritable(run_dir)
+    run_dir = setup.run_folder(config)
     device = setup.device(config.gpu.device)
     chosen = kernels.choose(config.gpu.kernels, device, elements=_encoded_elements(config))
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
@@ -57,9 +56,8 @@ def _encoded_elements(config: Config) -> float:
 
 def _records(config: Config, outcome: training.Outcome, source: dict[str, Any], run_dir: Path) -> list[Record]:
     """What was measured; the records already there where the run was finished before and nothing was measured now."""
-    written = run_dir / "records.json"
-    if config.resume and written.exists():
-        before = records.read(written)
+    if config.resume:
+        before = records.known(run_dir)
         if any(record.metric == "train_seconds" and record.value == outcome.seconds for record in before):
             # A wall time in nanoseconds does not come twice: their date and commit stay true.
             return [replace(record, experiment=config.experiment, command=source["command"]) for record in before]
