@@ -221,8 +221,9 @@ by `blpa-run task=tables`.
         "Error of the gradient",
         """\
 |g - g_exact| / |g_exact| over all weights of convolutions and classifier, and the cosine between the two, on the same
-weights and batches; medians over n batches. Last, what training lives with anyway: how far exact's own gradient of a
-batch is from the mean over batches, in units of that mean. Written by `blpa-run task=tables`.
+weights and batches; medians over n batches. `exact, one copy a unit` is exact but for the order of rounding: its row is
+what rounding alone does. Last, what training lives with anyway: how far exact's own gradient of a batch is from the
+mean over batches, in units of that mean. Written by `blpa-run task=tables`.
 """,
         "blpa-run task=gradient-error",
         (),
