@@ -35,7 +35,7 @@ from blpa.kernels import Norm
 
 MIB, GIB = 2**20, 2**30
 
-CODES = "codes"
+CODES = "codes, or 8-bit floats"
 VECTORS = "per-channel vectors"
 FULL_PRECISION = "kept at full precision"
 GRADIENTS = "gradients of the weights"

@@ -17,9 +17,6 @@ from blpa.models.preact_resnet import Bottleneck, PreActResNet
 from blpa.modes import Mode
 from blpa.runners import cli, setup
 
-# Dynamo itself looks at the .grad of whatever it meets.
-pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-
 META = torch.device("meta")
 GetMode = Callable[[str], Mode]
 

@@ -94,7 +94,7 @@ def test_memory_shows_kinds_blocks_and_a_picture(capsys: pytest.CaptureFixture[s
     assert [block["block"] for block in blocks] == ["block 1", "block 2", "block 3"]
     assert all(block["kept"] == block["formula"] for block in blocks)
     total = sum(int(block["kept"]) for block in blocks)
-    assert f"kept by the blocks: {total} bytes counted, {total} by the formula" in out
+    assert f"kept by the blocks: {total} bytes counted, {total} by blpa.memory.kept_bytes" in out
     lines = pd.read_csv(f"results/memory/{name}.csv")
     assert {mode: line["mib"].max() for mode, line in lines.groupby("mode")} == pytest.approx(
         {"exact": exact.value, "4bit": coded.value},
@@ -109,7 +109,7 @@ def test_memory_shows_kinds_blocks_and_a_picture(capsys: pytest.CaptureFixture[s
 
 def test_memory_of_stock_layers_has_no_formula(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["task=memory", "run=a", "dataset.batch_size=4", *TINY, "mode=checkpoint"]) == 0
-    assert "formula" not in capsys.readouterr().out
+    assert "kept_bytes" not in capsys.readouterr().out
 
 
 def test_paper_figures_are_looked_up_for_its_own_card_alone() -> None:

@@ -128,7 +128,7 @@ def _joined(layers: Gradients) -> Tensor:
 def _load(model: nn.Module, file: Path) -> None:
     """Give a model the weights of a checkpoint, of whatever mode."""
     if not file.is_file():
-        raise ValueError(f"task.checkpoint={file}: no such file")
+        raise ValueError(f"task.checkpoint={file}: there is no such file")
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
     except (RuntimeError, LookupError, EOFError, TypeError, pickle.UnpicklingError) as error:  # as any file may end

@@ -57,11 +57,12 @@ def run_all(cells: list[Cell]) -> int:
         return sweep.refuse(error, 1)
     finally:
         signal.signal(signal.SIGTERM, before)
-    failure = 0
-    for overrides, job in zip(waiting, returned, strict=True):
-        if job.return_value:
-            failure = sweep.refuse(f"failed: {' '.join(overrides)}", job.return_value)
-    return failure
+    exit_codes = [job.return_value for job in returned]
+    failed = [(overrides, code) for overrides, code in zip(waiting, exit_codes, strict=True) if code]
+    print(f"{len(cells)} cells: {len(waiting) - len(failed)} done, {len(failed)} failed", file=sys.stderr)
+    for overrides, exit_code in failed:
+        sweep.refuse(f"failed: {' '.join(overrides)}", exit_code)
+    return failed[-1][1] if failed else 0
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -71,5 +72,5 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 def run_cell(composed: DictConfig) -> int:
     """Run one cell in a launcher's process, and return its exit code."""
     config = compose.checked(composed)
-    print(config.run, file=sys.stderr)
+    print(f"{config.run}\n", end="", file=sys.stderr)  # in one piece, for others write there too
     return sweep.run_cell(config, records_failure=True)

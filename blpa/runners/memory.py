@@ -51,7 +51,7 @@ def run(config: Config) -> list[Record]:
     print(by_size(counted[config.mode.name], batch))
     if config.mode.layers == "coded":
         kept, formula = (sum(block[column] for block in blocks) for column in ("kept", "formula"))
-        print(f"kept by the blocks: {kept} bytes counted, {formula} by the formula")
+        print(f"kept by the blocks: {kept} bytes counted, {formula} by blpa.memory.kept_bytes")
     lines = [point for mode, total in counted.items() for point in timeline(mode, total, batch)]
     records.write_table(results / "memory" / f"{name}.csv", lines)
     print(plots.draw_memory(results, name))

@@ -128,7 +128,8 @@ def draw_over_depth(table: Table, conditions: tuple[str, ...], under: list[Recor
         colour = COLOURS.get(mode, OTHER_COLOUR)
         if line:
             values = [table.scale * record.value for record in line.values()]
-            axes.plot(list(line), values, color=colour, linewidth=1.8, marker="o", markersize=4)
+            style = "--" if mode.startswith("compiled") else "-"  # what lies below shows through
+            axes.plot(list(line), values, color=colour, linewidth=1.8, linestyle=style, marker="o", markersize=4)
             ends[mode] = values[-1]
         theirs = {depth: figures[mode] for (depth, width), figures in papers.items() if width == 1 and mode in figures}
         if theirs:
@@ -136,6 +137,7 @@ def draw_over_depth(table: Table, conditions: tuple[str, ...], under: list[Recor
             axes.plot(list(theirs), values, color=colour, linestyle="", marker="o", fillstyle="none", markersize=8)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.margins(y=0.12)  # room for the names of lines that end close together
     depths = sorted({record.depth for record in under})
     axes.set_xticks(depths, map(str, depths))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -169,7 +171,7 @@ def draw_memory(results: Path, name: str) -> Path:
     axes.set_ylim(0, None)
     axes.set_xticks([0.25, 0.75], ["forward pass", "backward pass"])
     axes.tick_params(axis="x", length=0)
-    axes.set_title(f"Memory of a training step, MiB a sample: {name}", loc="left", fontsize=10)
+    axes.set_title(f"Memory of a training step, MiB a sample\n{name}", loc="left", fontsize=9)
     axes.legend(title="most at once", frameon=False, loc="upper left")
     return _save(figure, results, name)
 
@@ -199,7 +201,7 @@ def draw_gradients(results: Path, name: str) -> Path:
     axes.set_xlim(0, len(layers) - 1)
     axes.set_xlabel("layer, from the first convolution to the classifier")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(f"Relative error of a layer's gradient: {name}", loc="left", fontsize=10)
+    axes.set_title(f"Relative error of a layer's gradient\n{name}", loc="left", fontsize=9)
     axes.legend(frameon=False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     return _save(figure, results, name)
@@ -254,7 +256,8 @@ def _title(curves: pd.DataFrame) -> str:
     first = curves.iloc[0]
     runs = curves.groupby("mode")["seed"].nunique()
     n = f"n={runs.min()}" if runs.min() == runs.max() else f"n={runs.min()} to {runs.max()}"
-    recipe = f"{first['dataset']}, depth {first['depth']}, width {first['width']:g}, batch {first['batch_size']}"
+    recipe = f"{first['dataset']}, depth {first['depth']}, width {first['width']:g}"
+    recipe += f", {first['iterations']:,} iterations of batch {first['batch_size']}"
     note = f", {first['note']}" if first["note"] else ""
     return f"Test error (%), {recipe}, {first['precision']}{note} ({n})"
 

@@ -111,7 +111,8 @@ def _largest_batch(config: Config, chosen: Kernels) -> int:
     ]
     best = max(found, key=lambda record: (not record.predicted, record.date), default=None)
     if best is None:
-        command = records.as_text(overrides(replace(config, task=TaskConfig(name="max-batch"), experiment="single")))
+        asked = overrides(replace(config, task=TaskConfig(name="max-batch"), experiment="single"))
+        command = records.as_text([*asked, f"results={config.results}"])
         raise ValueError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:
         raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")

@@ -139,7 +139,8 @@ def errors_page(cells: pd.DataFrame) -> Page:
     papers = {group: groups.pop(group) for group in PAPERS_GROUPS}
     sections = [Section("The paper's cells", _rows(papers), list(map(_conditions, papers, papers.values())))]
     for group, frame in groups.items():
-        title = f"{_title(group)}, depth {group[1]}, {group[3]:,} iterations"
+        width = f" ({group[2]:g}x)" if group[2] != 1 else ""
+        title = f"{_title(group)}, depth {group[1]}{width}, {group[3]:,} iterations"
         sections.append(Section(title, _rows({group: frame}), [_conditions(group, frame)]))
     return Page("Test error (%)", OPENING, sections)
 
@@ -180,7 +181,7 @@ def _conditions(group: Group, frame: pd.DataFrame) -> str:
     _, depth, width, iterations, batch_size, precision, note = group
     recipe = f"depth {depth}, width {width:g}, {iterations:,} iterations of batch {batch_size}, {precision}"
     ran = frame[frame["n"] > 0]
-    source = "not run"
+    source = "failed" if (frame["failed"] != "").any() else "not run"
     if len(ran):
         source = f"seeds {_listed(ran['seeds'], ' / ')}; {_listed(ran['device'], '; ')}; torch {_listed(ran['torch'])}"
         source += f"; commit {_listed(filter(None, ran['commit'])) or 'unknown'}"

@@ -27,8 +27,10 @@ def run(config: Config) -> list[Record]:
     run_dir = setup.run_folder(config)
     device = setup.device(config.gpu.device)
     chosen = kernels.choose(config.gpu.kernels, device, elements=_encoded_elements(config))
+    if device.type == "cpu" and config.gpu.name not in ("auto", "cpu"):
+        print(f"gpu={config.gpu.name}: torch finds no CUDA device here; training on the CPU", file=sys.stderr)
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
-        print(f"kernels: {chosen.name}", file=sys.stderr)
+        print(f"kernels: {chosen.name}\n", end="", file=sys.stderr)
     used = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
     with checkpoints.alone_in(run_dir):
         images = data.load(config.dataset, device)

@@ -34,7 +34,7 @@ def text(opening: str, defaults: Config) -> str:
 
 def _entry(key: str, meaning: str) -> list[str]:
     """A key and its meaning, the meaning in a column of its own."""
-    wrapped = textwrap.wrap(meaning, width=84, initial_indent=" " * 36, subsequent_indent=" " * 36)
+    wrapped = textwrap.wrap(" ".join(meaning.split()), width=84, initial_indent=" " * 36, subsequent_indent=" " * 36)
     if len(key) <= 32:
         return [f"  {key:34}{wrapped[0].lstrip()}", *wrapped[1:]]
     return [f"  {key}", *wrapped]
