@@ -18,7 +18,7 @@ THREADS = $(THREADS_$(PROFILE))
 
 help:
 	@echo "make demo    train five modes on real digits, then show the table and draw the figure (minutes)"
-	@echo "make reproduce-tables PROFILE=demo   a small form of every table and figure, on a CPU (20 minutes)"
+	@echo "make reproduce-tables PROFILE=demo   a small form of every table and figure, on a CPU (a quarter of an hour)"
 	@echo "make reproduce-tables PROFILE=paper  the paper's tables, on a GPU; goes on where it was interrupted"
 	@echo "make test    run the tests"
 	@echo "make lint    check style and types"
