@@ -99,7 +99,7 @@ def _parse(overrides: list[str]) -> dict[str, Override]:
         except HydraException as error:
             raise ValueError(f"cannot read {text!r}: write key=value, with quotes around special characters") from error
         key = override.get_key_element()
-        if key not in groups and key not in plain and not _is_launchers(key):
+        if key not in groups and key not in plain and not is_launchers(key):
             raise ValueError(f"unknown key {key!r}{hint(key, [*groups, *plain])}; {_allowed(key, groups, plain)}")
         parsed[key] = override
     return parsed
@@ -119,7 +119,7 @@ def _keys() -> tuple[list[str], list[str]]:
 def _values(override: Override, multirun: bool) -> list[str]:
     """The key=value texts an override stands for: one, or in a sweep one for each value."""
     key, text = override.get_key_element(), override.input_line
-    if _is_launchers(key) and (not multirun or override.is_sweep_override()):
+    if is_launchers(key) and (not multirun or override.is_sweep_override()):
         raise ValueError(f"{text} is not allowed: one launcher runs the whole of a sweep, which -m makes")
     if not override.is_sweep_override():
         values = [override.get_value_element_as_str()]
@@ -147,7 +147,8 @@ def _refuse_unless_option(group: str, value: str, allowed: list[str], more: str 
         )
 
 
-def _is_launchers(key: str) -> bool:
+def is_launchers(key: str) -> bool:
+    """Whether a key chooses a launcher of Hydra's or sets a value of the chosen one."""
     return key == LAUNCHER or key.startswith("hydra.launcher.")
 
 

@@ -25,7 +25,7 @@ from blpa.runners.compose import Cell
 
 def is_asked_for(cells: list[Cell]) -> bool:
     """Whether the command line names a launcher."""
-    return any(override.startswith((compose.LAUNCHER, "hydra.launcher.")) for override in cells[0].overrides)
+    return any(compose.is_launchers(override.partition("=")[0]) for override in cells[0].overrides)
 
 
 def run_all(cells: list[Cell]) -> int:

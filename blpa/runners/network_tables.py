@@ -14,6 +14,9 @@ from blpa.runners.pages import Page, Section, failure, images, label, mode_order
 Network = tuple[float, int]
 """Width and depth."""
 
+BESIDE_THE_PAPER = ("exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit")
+"""Modes that have a row where the paper has figures, whether they were run or not."""
+
 SPREAD = "exact, from batch to batch"
 
 
@@ -27,7 +30,6 @@ class Table:
         title: its heading.
         opening: what a reader must know.
         empty: what to run where there is nothing to show.
-        modes: the rows of the paper's own table, shown whether run or not.
         conditions: what the cells of one table share, for its title.
         text: what stands in a cell, from its records by metric; predicted ones are named "predicted".
         papers: the paper's figures under some conditions, by depth and width, then mode.
@@ -41,7 +43,6 @@ class Table:
     title: str
     opening: str
     empty: str
-    modes: tuple[str, ...]
     conditions: Callable[[Record], tuple[str, ...]]
     text: Callable[[dict[str, Record]], str]
     papers: Callable[[tuple[str, ...]], Mapping[tuple[int, float], Mapping[str, float]]]
@@ -111,7 +112,7 @@ def rows(table: Table, conditions: tuple[str, ...], under: list[Record]) -> list
         by_cell.setdefault(((record.width, record.depth), record.mode), {})[metric] = record
     papers = {(width, depth): figures for (depth, width), figures in table.papers(conditions).items()}
     networks = sorted({network for network, _ in by_cell} | set(papers), reverse=True)
-    modes = {mode for _, mode in by_cell} | (set(table.modes) if papers else set())
+    modes = {mode for _, mode in by_cell} | (set(BESIDE_THE_PAPER) if papers else set())
     found = [["", *(f"{depth}" if width == 1 else f"{depth} ({width:g}x)" for width, depth in networks)]]
     for mode in sorted(modes, key=mode_order):
         ours = [by_cell.get((network, mode)) for network in networks]
@@ -186,7 +187,6 @@ own layers; `exact, one copy a unit` is what the paper calls exact. Predicted: c
 allowance for the CUDA context and workspaces taken off the memory. Written by `blpa-run task=tables`.
 """,
         "blpa-run task=max-batch gpu=gtx1080ti",
-        ("exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit"),
         lambda record: (f"{images(record.dataset)}-size images", record.precision, record.note),
         _batch_text,
         _papers_batches,
@@ -202,7 +202,6 @@ of steps, the mode's and exact's one after the other. The paper's figures are fr
 by `blpa-run task=tables`.
 """,
         "blpa-run task=runtime",
-        ("exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit"),
         lambda record: (
             f"{images(record.dataset)}-size images",
             record.precision,
@@ -226,7 +225,6 @@ what rounding alone does. Last, what training lives with anyway: how far exact's
 mean over batches, in units of that mean. Written by `blpa-run task=tables`.
 """,
         "blpa-run task=gradient-error",
-        (),
         lambda record: (images(record.dataset), record.precision, f"batch {record.batch_size}", record.note),
         _gradient_text,
         lambda conditions: {},

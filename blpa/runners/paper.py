@@ -5,10 +5,13 @@ alpha is bits kept an activation over the 32 of full precision, as the paper cou
 """
 
 import re
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypeVar
 
 from blpa.cells import departures
 from blpa.config import Config
+
+Number = TypeVar("Number", int, float)
 
 
 class Row(NamedTuple):
@@ -104,13 +107,16 @@ def is_its_card(note: str) -> bool:
 
 def largest_batch(config: Config) -> int | None:
     """Look up the largest batch; None where the paper has no such figure."""
-    return LARGEST_BATCH.get((config.depth, config.width), {}).get(config.mode.name) if _is_its(config) else None
+    return _of_cell(LARGEST_BATCH, config)
 
 
-def _is_its(config: Config) -> bool:
-    """Whether a run is of the paper's conditions: its card, its precision, images of CIFAR's size, its own recipe."""
+def _of_cell(figures: Mapping[tuple[int, float], Mapping[str, Number]], config: Config) -> Number | None:
+    """The figure of a run's own network and mode, on the paper's card, in its precision, at its size and recipe."""
     gpu = config.gpu
-    return (gpu.memory_gib, gpu.precision, config.dataset.image_size, departures(config)) == (CARD_GIB, "fp32", 32, "")
+    here = gpu.memory_gib, gpu.precision, config.dataset.image_size, departures(config)
+    if here != (CARD_GIB, "fp32", 32, ""):
+        return None
+    return figures.get((config.depth, config.width), {}).get(config.mode.name)
 
 
 SECONDS_PER_SAMPLE: dict[tuple[int, float], dict[str, float]] = {
@@ -125,6 +131,4 @@ SECONDS_PER_SAMPLE: dict[tuple[int, float], dict[str, float]] = {
 
 def seconds_per_sample(config: Config) -> float | None:
     """Look up the time a sample at the largest batch, on the paper's card; None where it has no such figure."""
-    if not (_is_its(config) and config.task.largest_batch):
-        return None
-    return SECONDS_PER_SAMPLE.get((config.depth, config.width), {}).get(config.mode.name)
+    return _of_cell(SECONDS_PER_SAMPLE, config) if config.task.largest_batch else None

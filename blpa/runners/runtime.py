@@ -28,12 +28,11 @@ from blpa.runners.failures import is_out_of_memory
 
 Step = Callable[[], object]
 
+WARM_UP = 2
+
 
 class DoesNotFit(Stopped):
     """Max-batch found that not one sample fits."""
-
-
-WARM_UP = 2
 
 
 def run(config: Config) -> list[Record]:

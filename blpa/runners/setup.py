@@ -35,9 +35,14 @@ def run_folder(config: Config) -> Path:
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    if config.mode.layers == "compiled":
-        torch.compiler.reset()  # of one block's graphs there may be only so many
+    _forget_graphs(config)
     return run_dir
+
+
+def _forget_graphs(config: Config) -> None:
+    """Begin without the compiled blocks of other runs or batch sizes, of which there may be only so many."""
+    if config.mode.layers == "compiled":
+        torch.compiler.reset()
 
 
 def device(name: str) -> torch.device:
@@ -89,7 +94,7 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
     if config.gpu.precision == "bf16":
         raise ValueError("gpu.precision=bf16 cannot be predicted: bytes are counted in fp32; choose fp32 or tf32")
     size, channels = config.dataset.image_size, config.dataset.image_channels
-    torch.compiler.reset()  # graphs for other batch sizes, of which there may be only so many
+    _forget_graphs(config)
     with META:
         network = model(config, kernels.choose(config.gpu.kernels, META)).to(memory_format=torch.channels_last)
         images = torch.empty(batch, channels, size, size).to(memory_format=torch.channels_last)
