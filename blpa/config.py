@@ -90,7 +90,7 @@ class GpuConfig:
     precision: str = "fp32"
     """fp32 (strict), tf32 (tensor cores in matrix products) or bf16 (autocast)."""
     kernels: str = "auto"
-    """Back end of the four kernel functions: auto, torch or inductor."""
+    """Back end of the four kernel functions: auto, torch, inductor or triton (CUDA only)."""
     deterministic: bool = True
     """Refuse operations whose result can differ between runs."""
     memory_gib: float | None = None
@@ -163,7 +163,7 @@ def check(config: Config) -> None:
     _check_mode(config.mode)
     _one_of("gpu.device", config.gpu.device, ("auto", "cpu", "cuda"))
     _one_of("gpu.precision", config.gpu.precision, ("fp32", "tf32", "bf16"))
-    _one_of("gpu.kernels", config.gpu.kernels, ("auto", "torch", "inductor"))
+    _one_of("gpu.kernels", config.gpu.kernels, ("auto", "torch", "inductor", "triton"))
     if config.gpu.memory_gib is not None:
         _above_zero("gpu.memory_gib", config.gpu.memory_gib)
     _at_least("gpu.allowance_mib", config.gpu.allowance_mib, 0)

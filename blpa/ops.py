@@ -29,7 +29,7 @@ from torch.autograd.function import once_differentiable
 from blpa.codec import Code
 from blpa.convolution import Convolution
 from blpa.kept import Kept, Layout, rows
-from blpa.kernels import Kernels, Norm, compute_dtype
+from blpa.kernels import Averages, Kernels, Norm, compute_dtype
 from blpa.kernels.reference import REFERENCE
 
 _PLAIN = Convolution()
@@ -52,18 +52,14 @@ class _Statistics:
 
     def norm(self, x: Tensor, gamma: Tensor, beta: Tensor, code: Code | None, kernels: Kernels) -> Tensor:
         """Norm [9, C] for x [M, C]; in training the running averages move towards its statistics."""
-        averages = self.running_mean, self.running_var
-        if averages[0] is None or averages[1] is None:
+        mean, var = self.running_mean, self.running_var
+        if mean is None or var is None:
             return kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code)
-        if not self.training:
-            mean, var = averages[0], averages[1].to(compute_dtype(x.dtype))
-            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
-        vectors = kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code)
-        mean, var, *_ = vectors.unbind(0)
-        averages[0].lerp_(mean.to(averages[0].dtype), self.momentum)
-        unbiased = var * (x.shape[0] / (x.shape[0] - 1))
-        averages[1].lerp_(unbiased.to(averages[1].dtype), self.momentum)
-        return vectors
+        if self.training:
+            averages = Averages(mean, var, self.momentum)
+            return kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code, averages=averages)
+        var = var.to(compute_dtype(x.dtype))
+        return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
 
 
 @dataclass(frozen=True)

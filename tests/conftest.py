@@ -1,9 +1,17 @@
 """What several test files share."""
 
 import gc
+import os
 from collections.abc import Callable
 
 import pytest
+import torch
+
+# Without a GPU, Triton's kernels run in its interpreter, on CPU tensors. Triton reads this when it is imported, as much
+# of torch does below.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 

@@ -105,7 +105,7 @@ def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
         ("mode__layers", "stock, coded, checkpoint, compiled"),
         ("gpu__device", "auto, cpu, cuda"),
         ("gpu__precision", "fp32, tf32, bf16"),
-        ("gpu__kernels", "auto, torch, inductor"),
+        ("gpu__kernels", "auto, torch, inductor, triton"),
         ("task__name", "gradient-error, max-batch, memory, plots, report, runtime, tables, train"),
     ],
 )

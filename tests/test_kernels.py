@@ -226,24 +226,28 @@ def test_compiled_backward_is_the_references(
     code: Code | None, dtype: torch.dtype, shapes: Shapes, constant_stats: bool
 ) -> None:
     for shape in shapes:
-        u = unit(shape, code, dtype)
-        expected, actual = torch.empty_like(u.grad), u.grad.clone()
-        options = {"code": code, "constant_stats": constant_stats}
-        expected_sums = REFERENCE.backward(u.grad, u.kept, u.vectors, **options, out=expected)
-        sums = COMPILED.backward(actual, u.kept, u.vectors, **options, out=actual)
-        # Two orders of a sum of M terms differ by at most M roundings of the sum of their sizes.
-        x_hat, relu_mask = recovered(u, code)
-        sizes = torch.stack([u.grad.abs() * relu_mask, (u.grad * x_hat).abs() * relu_mask]).sum(1)
-        off = shape[0] * torch.finfo(sums.dtype).eps * sizes
-        assert ((sums - expected_sums).abs() <= off).all()
-        if constant_stats:
-            assert torch.equal(actual, expected)
-            continue
-        # The sums reach dX divided by M; and two roundings to its own dtype may differ by one of its units.
-        through_sums = off[0] + x_hat.abs() * off[1]
-        bound = (u.norm.gamma * u.norm.rstd).abs() * through_sums / shape[0]
-        rounding = torch.finfo(dtype).eps * expected.abs()
-        assert ((actual - expected).abs() <= bound + rounding + 4 * torch.finfo(sums.dtype).eps * scale(u, x_hat)).all()
+        assert_backward_is_the_references(COMPILED, unit(shape, code, dtype), code, constant_stats)
+
+
+def assert_backward_is_the_references(kernels: Kernels, u: Unit, code: Code | None, constant_stats: bool) -> None:
+    """The sums but for the order of their terms, and dX but for what comes of that."""
+    expected, actual = torch.empty_like(u.grad), u.grad.clone()
+    options = {"code": code, "constant_stats": constant_stats}
+    expected_sums = REFERENCE.backward(u.grad, u.kept, u.vectors, **options, out=expected)
+    sums = kernels.backward(actual, u.kept, u.vectors, **options, out=actual)
+    # Two orders of a sum of M terms differ by at most M roundings of the sum of their sizes.
+    x_hat, relu_mask = recovered(u, code)
+    sizes = torch.stack([u.grad.abs() * relu_mask, (u.grad * x_hat).abs() * relu_mask]).sum(1)
+    off = len(u.x) * torch.finfo(sums.dtype).eps * sizes
+    assert ((sums - expected_sums).abs() <= off).all()
+    if constant_stats:
+        assert torch.equal(actual, expected)
+        return
+    # The sums reach dX divided by M; and two roundings to its own dtype may differ by one of its units.
+    through_sums = off[0] + x_hat.abs() * off[1]
+    bound = (u.norm.gamma * u.norm.rstd).abs() * through_sums / len(u.x)
+    rounding = torch.finfo(u.x.dtype).eps * expected.abs()
+    assert ((actual - expected).abs() <= bound + rounding + 4 * torch.finfo(sums.dtype).eps * scale(u, x_hat)).all()
 
 
 def scale(u: Unit, x_hat: Tensor) -> Tensor:
@@ -301,12 +305,23 @@ def test_every_name_gives_its_back_end() -> None:
     assert [kernels.name for kernels in (REFERENCE, COMPILED)] == ["torch", "inductor"]
 
 
+def test_a_gpu_gets_the_kernels_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    for name in ("auto", "triton"):
+        assert choose(name, torch.device("cuda"), elements=1).name == "triton"
+
+
+def test_triton_is_refused_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"kernels = triton: it is for CUDA GPUs, and the run is on the cpu; ask for"):
+        choose("triton", CPU)
+
+
 def test_auto_compiles_for_long_work_only() -> None:
     assert choose("auto", CPU, elements=1e6) is REFERENCE
 
 
 def test_unknown_back_end_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"kernels = cuda: must be auto, torch or inductor"):
+    with pytest.raises(ValueError, match=r"kernels = cuda: must be auto, torch, inductor or triton"):
         choose("cuda", CPU)
 
 
@@ -321,5 +336,6 @@ def test_missing_triton_is_an_error_only_for_who_asked_for_it(monkeypatch: pytes
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: False)
     cuda = torch.device("cuda")
     assert choose("auto", cuda) is REFERENCE
-    with pytest.raises(ValueError, match=r"kernels = inductor: triton is missing"):
-        choose("inductor", cuda)
+    for name in ("inductor", "triton"):
+        with pytest.raises(ValueError, match=rf"kernels = {name}: triton is missing"):
+            choose(name, cuda)

@@ -12,7 +12,8 @@ An activation [N, C, H, W] in channels-last memory is the matrix x [M, C], M = N
 `code=None` stands for keeping x itself: x_hat~ is x_hat, and every function is exact.
 
 Back ends: `torch` is the specification, in eager PyTorch (reference.py); `inductor` is the same text through
-torch.compile (compiled.py). All arithmetic is in `compute_dtype`, whatever the activation's dtype.
+torch.compile (compiled.py); `triton` is written by hand for CUDA (triton_ops.py). All arithmetic is in `compute_dtype`,
+whatever the activation's dtype.
 """
 
 import shutil
@@ -61,6 +62,16 @@ class Norm(NamedTuple):
         return Grid(self.bins_per_unit, self.bin_width, self.frac, self.zero)
 
 
+class Averages(NamedTuple):
+    """Running averages of a batch norm, [C] each, of any floating-point dtype."""
+
+    mean: Tensor
+    var: Tensor
+    """Of the unbiased variance."""
+    momentum: float
+    """Weight of the new value."""
+
+
 class Kernels(Protocol):
     """The contract of a back end.
 
@@ -69,8 +80,10 @@ class Kernels(Protocol):
 
     name: str
 
-    def channel_stats(self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None) -> Tensor:
-        """Norm [9, C] of the mean and biased variance of each column."""
+    def channel_stats(
+        self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None, averages: Averages | None = None
+    ) -> Tensor:
+        """Norm [9, C] of the mean and biased variance of each column; running averages, if given, move towards them."""
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
         """Write a to `out`, which may be x; return the codes, uint8 [code.packed_rows(M), C], if there is a code."""
@@ -102,27 +115,34 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
     """The back end of a run.
 
     Args:
-        name: torch, inductor, or auto: the fastest this machine has, but torch for work too small to repay compiling.
+        name: torch, inductor, triton, or auto: triton on a GPU that it supports; on a CPU inductor, but torch for work
+            too small to repay compiling, and where there is no compiler.
         device: where the run computes; on the meta device, which only counts, every back end does.
         elements: activation elements that the run will encode in all; auto weighs them against the compiling.
 
     Raises:
         ValueError: the name is unknown, or the back end asked for cannot run on this machine.
     """
-    from blpa.kernels.compiled import COMPILED
-    from blpa.kernels.reference import REFERENCE
-
+    if name not in ("auto", "torch", "inductor", "triton"):
+        raise ValueError(f"kernels = {name}: must be auto, torch, inductor or triton")
+    missing = {"torch": "", "inductor": _missing_for_inductor(device), "triton": _missing_for_triton(device)}
+    if name == "auto":
+        pays = elements * _SAVED_SECONDS_PER_ELEMENT > _COMPILE_SECONDS
+        fastest_first = ("triton",) if device.type == "cuda" else ("inductor",) if pays else ()
+        name = next((back_end for back_end in fastest_first if not missing[back_end]), "torch")
+    if missing[name]:
+        raise ValueError(f"kernels = {name}: {missing[name]}; ask for kernels auto or torch")
     if name == "torch":
+        from blpa.kernels.reference import REFERENCE
+
         return REFERENCE
-    if name not in ("auto", "inductor"):
-        raise ValueError(f"kernels = {name}: must be auto, torch or inductor")
-    missing = _missing_for_inductor(device)
     if name == "inductor":
-        if missing:
-            raise ValueError(f"kernels = inductor: {missing}; install it, or ask for kernels auto or torch")
+        from blpa.kernels.compiled import COMPILED
+
         return COMPILED
-    pays = elements * _SAVED_SECONDS_PER_ELEMENT > _COMPILE_SECONDS
-    return COMPILED if pays and not missing else REFERENCE
+    from blpa.kernels.triton_ops import TRITON
+
+    return TRITON
 
 
 def _missing_for_inductor(device: torch.device) -> str:
@@ -130,8 +150,17 @@ def _missing_for_inductor(device: torch.device) -> str:
     if device.type == "meta":
         return ""
     if device.type == "cuda":
-        from torch.utils._triton import has_triton
-
-        return "" if has_triton() else "triton is missing or does not support this GPU"
+        return _missing_for_triton(device)
     compilers = ("g++", "clang++", "c++")
     return "" if any(map(shutil.which, compilers)) else f"no C++ compiler found (looked for {', '.join(compilers)})"
+
+
+def _missing_for_triton(device: torch.device) -> str:
+    """What kernels in Triton lack to run on this device; empty if nothing."""
+    from torch.utils._triton import has_triton, has_triton_package
+
+    if device.type == "meta":
+        return "" if has_triton_package() else "triton is not installed"
+    if device.type != "cuda":
+        return f"it is for CUDA GPUs, and the run is on the {device.type}"
+    return "" if has_triton() else "triton is missing or does not support this GPU"

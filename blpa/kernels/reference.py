@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Code
-from blpa.kernels import Norm, compute_dtype
+from blpa.kernels import Averages, Norm, compute_dtype
 
 Body = Callable[..., None]
 
@@ -145,11 +145,18 @@ class RowBlockKernels:
             variant = _variant(rows, blocks[0].shape[1], blocks[0].dtype, args[0] is None)
             self._fuse(body, variant, *constants)(blocks, *args)
 
-    def channel_stats(self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None) -> Tensor:
+    def channel_stats(
+        self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None, averages: Averages | None = None
+    ) -> Tensor:
         """See Kernels."""
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=compute_dtype(x.dtype))
         # As plain tensors: torch.compile makes new code for each size of a Parameter.
         self._run(channel_stats, [x], vectors, gamma.detach(), beta.detach(), constants=(eps, code))
+        if averages:
+            mean, var, *_ = vectors.unbind(0)
+            unbiased = var * (x.shape[0] / (x.shape[0] - 1))
+            averages.mean.lerp_(mean.to(averages.mean.dtype), averages.momentum)
+            averages.var.lerp_(unbiased.to(averages.var.dtype), averages.momentum)
         return vectors
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:

@@ -1,0 +1,395 @@
+"""The four functions as Triton kernels, written by hand: back end `triton`.
+
+A program takes a tile [BLOCKS, ROWS, CHANNELS] of the activation: the rows that share ROWS rows of bytes (the row
+blocks of Code.row_blocks) in CHANNELS neighbouring columns. Every row of a tile is contiguous in memory, every byte of
+codes has one owner, and each element is read once and written once a kernel, in place where out is the input:
+
+                                bytes an element, fp32, K bits
+    channel_stats               4                    reads x
+    normalise_rectify_encode    4 + 4 + K/8          reads x, writes a and the codes
+    decode                      K/8 + 4              reads the codes, writes a~
+    backward                    2 (4 + K/8) + 4      reads dA and the codes twice, for the sums and for dX, and writes it
+
+Sums over rows are made in two stages, in an order that depends on the shape alone: a lane of a tile adds up at most 64
+rows, a program its lanes, and a second kernel the programs. Nothing is atomic, so the same input gives the same bits.
+
+Products and sums are not contracted to fused multiply-adds: the sign of y decides the mask in two kernels, and a code
+must be the reference's, to the bit. A tile's first element is found in 64 bits; within a tile 32 are enough.
+
+The kernels are operations of torch.library, which torch.compile and torch.export see as one node each.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from blpa.codec import Code
+from blpa.kernels import Averages, Norm
+
+TILE_ELEMENTS = 2048
+"""Elements of a tile: 16 a thread, four loads of 16 bytes under way in fp32, and registers for six programs at once."""
+TILE_CHANNELS = 128
+LANE_ROWS = 64
+"""Rows that one lane adds up at most, the reference's strip."""
+PROGRAMS = 512
+"""Programs that sums are divided among before lanes grow longer: enough to fill any card, few to add up."""
+PARTIAL_ROWS, PARTIAL_CHANNELS = 64, 32
+"""Tile of the second stage of sums."""
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""Of the compiler, for every kernel: threads enough for a tile, and no fused multiply-adds."""
+
+MEAN, VAR, RSTD, GAMMA, BETA, BINS_PER_UNIT, BIN_WIDTH, FRAC, ZERO = map(tl.constexpr, range(len(Norm._fields)))
+"""Rows of the Norm [9, C]."""
+
+
+@triton.jit
+def _vector(vectors, row: tl.constexpr, c, C):
+    return tl.load(vectors + row * C + c, mask=c < C, other=0.0)
+
+
+@triton.jit
+def _tile(program, M, C, R, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Columns, offsets and mask of the program's tile of the activation, and of the bytes that its rows share."""
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    first, r = program * ROWS, tl.arange(0, ROWS)
+    byte_offset = first.to(tl.int64) * C + (r[:, None] * C + c[None, :])
+    byte_mask = (first + r < R)[:, None] & (c < C)[None, :]
+    block = tl.arange(0, BLOCKS)[:, None, None]
+    offset = block.to(tl.int64) * R * C + byte_offset[None, :, :]
+    mask = (block * R + first + r[None, :, None] < M) & byte_mask[None, :, :]
+    return c, offset, mask, byte_offset, byte_mask
+
+
+@triton.jit
+def _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS: tl.constexpr, BLOCKS: tl.constexpr):
+    """x_hat~, y~ and relu_mask of a tile, from its codes, or from x where BITS is 0."""
+    gamma, beta = _vector(vectors, GAMMA, c, C), _vector(vectors, BETA, c, C)
+    if BITS == 0:
+        x = tl.load(kept + offset, mask=mask, other=0.0).to(tl.float32)
+        x_hat = (x - _vector(vectors, MEAN, c, C)) * _vector(vectors, RSTD, c, C)
+        y = gamma * x_hat + beta
+        relu_mask = y > 0
+    else:
+        packed = tl.load(kept + byte_offset, mask=byte_mask, other=0).to(tl.int32)
+        shift = tl.arange(0, BLOCKS)[:, None, None] * BITS
+        code = ((packed[None, :, :] >> shift) & ((1 << BITS) - 1)).to(tl.float32)
+        centre = code + (0.5 - (1 << (BITS - 1))) - _vector(vectors, FRAC, c, C)
+        x_hat = centre * _vector(vectors, BIN_WIDTH, c, C)
+        y = gamma * x_hat + beta
+        relu_mask = code >= _vector(vectors, ZERO, c, C)
+    return x_hat, y, relu_mask
+
+
+@triton.jit(do_not_specialize=["M", "R"])
+def _normalise_rectify_encode(
+    x, out, codes, vectors, M, C, R,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), M, C, R, BLOCKS, ROWS, CHANNELS)
+    value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    x_hat = (value - _vector(vectors, MEAN, c, C)) * _vector(vectors, RSTD, c, C)
+    y = _vector(vectors, GAMMA, c, C) * x_hat + _vector(vectors, BETA, c, C)
+    if BITS > 0:
+        zero = _vector(vectors, ZERO, c, C)
+        is_positive = y > 0
+        lowest = tl.where(is_positive, zero, 0.0)
+        highest = tl.where(is_positive, (1 << BITS) - 1.0, zero - 1.0)
+        bins = _vector(vectors, BINS_PER_UNIT, c, C) * x_hat + _vector(vectors, FRAC, c, C)
+        code = tl.minimum(tl.maximum(tl.floor(bins) + (1 << (BITS - 1)), lowest), highest).to(tl.int32)
+        code = tl.where(mask, code, 0) << (tl.arange(0, BLOCKS)[:, None, None] * BITS)
+        tl.store(codes + byte_offset, tl.sum(code, axis=0).to(tl.uint8), mask=byte_mask)
+    a = tl.where(y <= 0, 0.0, y)  # a NaN stays one, as it must to be noticed
+    tl.store(out + offset, a.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "R"])
+def _decode(
+    out, kept, vectors, M, C, R,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), M, C, R, BLOCKS, ROWS, CHANNELS)
+    _, y, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
+    a = tl.where(relu_mask & ~(y <= 0), y, 0.0)
+    tl.store(out + offset, a.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M", "R"])
+def _partial_sums(
+    grad, kept, vectors, partial, M, C, R, steps,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Sums of dY and dY x_hat~ over `steps` tiles, into partial [programs, 2, C]."""
+    program = tl.program_id(0)
+    sum_dy = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+    sum_dy_x_hat = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+    for step in range(steps):
+        tile = program * steps + step
+        c, offset, mask, byte_offset, byte_mask = _tile(tile, M, C, R, BLOCKS, ROWS, CHANNELS)
+        x_hat, _, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
+        dy = tl.where(relu_mask, tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32), 0.0)
+        sum_dy += tl.sum(dy, axis=0)
+        sum_dy_x_hat += tl.sum(dy * x_hat, axis=0)
+    columns = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    to = partial + program.to(tl.int64) * 2 * C + columns
+    tl.store(to, tl.sum(sum_dy, axis=0), mask=columns < C)
+    tl.store(to + C, tl.sum(sum_dy_x_hat, axis=0), mask=columns < C)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _combine_sums(partial, sums, M, N, programs, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Sums over the programs, and the means, into sums [2, N] of partial [programs, N]."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    lanes = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+    for start in range(0, programs, ROWS):
+        p = start + tl.arange(0, ROWS)
+        mask = (p < programs)[:, None] & (c < N)[None, :]
+        lanes += tl.load(partial + p[:, None] * N + c[None, :], mask=mask, other=0.0)
+    total = tl.sum(lanes, axis=0)
+    tl.store(sums + c, total, mask=c < N)
+    tl.store(sums + N + c, total * (1.0 / M.to(tl.float64)).to(tl.float32), mask=c < N)
+
+
+@triton.jit(do_not_specialize=["M", "R"])
+def _input_gradient(
+    grad, out, kept, vectors, means, M, C, R,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, CONSTANT_STATS: tl.constexpr,
+):  # fmt: skip
+    c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), M, C, R, BLOCKS, ROWS, CHANNELS)
+    x_hat, _, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
+    dx = tl.where(relu_mask, tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32), 0.0)
+    if not CONSTANT_STATS:
+        dx = dx - _vector(means, 0, c, C) - x_hat * _vector(means, 1, c, C)
+    dx = _vector(vectors, GAMMA, c, C) * _vector(vectors, RSTD, c, C) * dx
+    tl.store(out + offset, dx.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _partial_stats(x, partial, M, C, steps, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Mean and sum of squares about it of `steps` tiles, into partial [programs, 2, C].
+
+    Lanes are summed about the program's first row, a value of the same size as the others, so nothing cancels; they
+    combine by the parallel axis theorem.
+    """
+    program = tl.program_id(0)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    begin = program * steps * ROWS
+    first = tl.load(x + begin.to(tl.int64) * C + c, mask=c < C, other=0.0).to(tl.float32)
+    total = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+    squares = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+    for step in range(steps):
+        _, _, _, offset, mask = _tile(program * steps + step, M, C, M, 1, ROWS, CHANNELS)  # one block: a row a byte
+        value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, value - first, 0.0)
+        total += centred
+        squares += centred * centred
+    rows = tl.minimum(steps * ROWS, M - begin)
+    lane_rows = (tl.maximum(rows - tl.arange(0, ROWS) + ROWS - 1, 0) // ROWS).to(tl.float32)[:, None]
+    lane_mean = total / tl.maximum(lane_rows, 1.0)
+    lane_squares = tl.maximum(squares - lane_rows * lane_mean * lane_mean, 0.0)
+    mean = tl.sum(total, axis=0) / rows.to(tl.float32)
+    off_mean = lane_mean - mean
+    to = partial + program.to(tl.int64) * 2 * C + c
+    tl.store(to, first + mean, mask=c < C)
+    tl.store(to + C, tl.sum(lane_squares + lane_rows * off_mean * off_mean, axis=0), mask=c < C)
+
+
+@triton.jit
+def _lerp(start, end, weight):
+    """As torch.lerp, which is exact at both ends."""
+    return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))
+
+
+@triton.jit(do_not_specialize=["M"])
+def _combine_stats(
+    partial, gamma, beta, vectors, running_mean, running_var, M, C, program_rows, programs, eps, bin_width, momentum,
+    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The Norm [9, C] of all programs' statistics, of which each has `program_rows` rows, the last those left over."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    here = c < C
+    # The sum is of what means differ by, so that its rounding does not scale with the mean.
+    pivot = tl.load(partial + c, mask=here, other=0.0)
+    lanes = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+    for start in range(0, programs, ROWS):
+        p = start + tl.arange(0, ROWS)
+        mask = (p < programs)[:, None] & here[None, :]
+        rows = tl.minimum(program_rows, M - p * program_rows).to(tl.float32)[:, None]
+        means = tl.load(partial + p[:, None] * 2 * C + c[None, :], mask=mask, other=0.0)
+        lanes += tl.where(mask, rows * (means - pivot), 0.0)
+    mean = pivot + tl.sum(lanes, axis=0) / M.to(tl.float32)
+    lanes = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+    for start in range(0, programs, ROWS):
+        p = start + tl.arange(0, ROWS)
+        mask = (p < programs)[:, None] & here[None, :]
+        rows = tl.minimum(program_rows, M - p * program_rows).to(tl.float32)[:, None]
+        means = tl.load(partial + p[:, None] * 2 * C + c[None, :], mask=mask, other=0.0)
+        squares = tl.load(partial + p[:, None] * 2 * C + C + c[None, :], mask=mask, other=0.0)
+        lanes += tl.where(mask, squares + rows * (means - mean) * (means - mean), 0.0)
+    var = tl.sum(lanes, axis=0) / M.to(tl.float32)
+
+    scale = tl.load(gamma + c, mask=here, other=0.0).to(tl.float32)
+    shift = tl.load(beta + c, mask=here, other=0.0).to(tl.float32)
+    tl.store(vectors + MEAN * C + c, mean, mask=here)
+    tl.store(vectors + VAR * C + c, var, mask=here)
+    tl.store(vectors + RSTD * C + c, tl.rsqrt(var + eps), mask=here)
+    tl.store(vectors + GAMMA * C + c, scale, mask=here)
+    tl.store(vectors + BETA * C + c, shift, mask=here)
+    sign = tl.where(scale < 0, -1.0, 1.0)
+    nothing = tl.full([CHANNELS], 0.0, dtype=tl.float32)
+    bins_per_unit, width, frac, zero = nothing, nothing, nothing, nothing
+    if LEVELS > 0:
+        edge = tl.div_rn(shift, tl.abs(scale) * bin_width)
+        edge = tl.where(edge == edge, edge, 0.0)  # 0 / 0
+        down = tl.floor(edge)
+        rest = edge - down
+        is_odd = down - 2 * tl.floor(down / 2) == 1
+        nearest = down + tl.where((rest > 0.5) | ((rest == 0.5) & is_odd), 1.0, 0.0)  # halves to the even one
+        frac = edge - nearest
+        frac = tl.where(frac == frac, frac, 0.0)  # infinity less infinity: no edge within reach, so no shift
+        zero = tl.minimum(tl.maximum(LEVELS // 2 - nearest, 1.0), LEVELS - 1.0)
+        bins_per_unit = tl.div_rn(sign, tl.full([CHANNELS], bin_width, dtype=tl.float32))
+        width = sign * bin_width
+    tl.store(vectors + BINS_PER_UNIT * C + c, bins_per_unit, mask=here)
+    tl.store(vectors + BIN_WIDTH * C + c, width, mask=here)
+    tl.store(vectors + FRAC * C + c, frac, mask=here)
+    tl.store(vectors + ZERO * C + c, zero, mask=here)
+    if HAS_AVERAGES:
+        unbiased = var * (M.to(tl.float64) / (M - 1)).to(tl.float32)
+        old_mean = tl.load(running_mean + c, mask=here, other=0.0).to(tl.float32)
+        old_var = tl.load(running_var + c, mask=here, other=0.0).to(tl.float32)
+        new_mean, new_var = _lerp(old_mean, mean, momentum), _lerp(old_var, unbiased, momentum)
+        tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=here)
+        tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=here)
+
+
+def _channel_tiles(channels: int) -> tuple[int, int]:
+    """Columns of a tile, and how many tiles side by side make a row."""
+    width = min(triton.next_power_of_2(channels), TILE_CHANNELS)
+    return width, triton.cdiv(channels, width)
+
+
+def _launch(kernel: "triton.JITFunction", grid: tuple[int, ...], *args: object, **constants: object) -> None:
+    kernel[grid](*args, **constants, **OPTIONS)
+
+
+@torch.library.custom_op("blpa::channel_stats", mutates_args=("vectors", "running_mean", "running_var"))
+def channel_stats(
+    x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
+    momentum: float, eps: float, bin_width: float, levels: int,
+) -> None:  # fmt: skip
+    """Write the Norm of x [M, C] to `vectors` [9, C] and move the running averages, if there are any."""
+    rows, channels = x.shape
+    width, across = _channel_tiles(channels)
+    tile_rows = TILE_ELEMENTS // width
+    tiles = triton.cdiv(rows, tile_rows)
+    steps = min(triton.cdiv(tiles, PROGRAMS), LANE_ROWS)
+    programs = triton.cdiv(tiles, steps)
+    partial = vectors.new_empty(programs, 2, channels)
+    _launch(_partial_stats, (programs, across), x, partial, rows, channels, steps, ROWS=tile_rows, CHANNELS=width)
+    _launch(
+        _combine_stats, (triton.cdiv(channels, PARTIAL_CHANNELS),), partial, gamma, beta, vectors,
+        vectors if running_mean is None else running_mean, vectors if running_var is None else running_var,
+        rows, channels, steps * tile_rows, programs, eps, bin_width, momentum,
+        LEVELS=levels, HAS_AVERAGES=running_mean is not None, ROWS=PARTIAL_ROWS, CHANNELS=PARTIAL_CHANNELS,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("blpa::normalise_rectify_encode", mutates_args=("out", "codes"))
+def normalise_rectify_encode(x: Tensor, vectors: Tensor, out: Tensor, codes: Tensor | None, bits: int) -> None:
+    """Write a to `out` and the packed codes to `codes`; without any, bits is 0."""
+    grid, sizes, constants = _tiles(x, bits)
+    codes = vectors if codes is None else codes  # never looked at
+    _launch(_normalise_rectify_encode, grid, x, out, codes, vectors, *sizes, **constants)
+
+
+@torch.library.custom_op("blpa::decode", mutates_args=("out",))
+def decode(kept: Tensor, vectors: Tensor, out: Tensor, bits: int) -> None:
+    """Write a~ to `out`, from codes, or from x where bits is 0."""
+    grid, sizes, constants = _tiles(out, bits)
+    _launch(_decode, grid, out, kept, vectors, *sizes, **constants)
+
+
+@torch.library.custom_op("blpa::backward", mutates_args=("out", "sums"))
+def backward(
+    grad: Tensor, kept: Tensor, vectors: Tensor, out: Tensor, sums: Tensor, bits: int, constant_stats: bool
+) -> None:
+    """Write dX to `out`, and dbeta, dgamma and both divided by M to `sums` [4, C]."""
+    grid, sizes, constants = _tiles(grad, bits)
+    tiles, across = grid
+    steps = min(triton.cdiv(tiles, PROGRAMS), LANE_ROWS // constants["BLOCKS"])
+    programs = triton.cdiv(tiles, steps)
+    rows, channels = grad.shape
+    partial = sums.new_empty(programs, 2, channels)
+    _launch(_partial_sums, (programs, across), grad, kept, vectors, partial, *sizes, steps, **constants)
+    _launch(
+        _combine_sums, (triton.cdiv(2 * channels, PARTIAL_CHANNELS),), partial, sums, rows, 2 * channels, programs,
+        ROWS=PARTIAL_ROWS, CHANNELS=PARTIAL_CHANNELS,
+    )  # fmt: skip
+    _launch(
+        _input_gradient, grid, grad, out, kept, vectors, sums[2:], *sizes, **constants, CONSTANT_STATS=constant_stats
+    )
+
+
+def _tiles(x: Tensor, bits: int) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
+    """The grid over an activation, its sizes M, C and R, and the constants of its tiles."""
+    rows, channels = x.shape
+    blocks = 8 // bits if bits else 1
+    width, across = _channel_tiles(channels)
+    tile_rows = TILE_ELEMENTS // (width * blocks)
+    packed_rows = triton.cdiv(rows, blocks)
+    constants = {"BITS": bits, "BLOCKS": blocks, "ROWS": tile_rows, "CHANNELS": width}
+    return (triton.cdiv(packed_rows, tile_rows), across), (rows, channels, packed_rows), constants
+
+
+for operation in (channel_stats, normalise_rectify_encode, decode, backward):
+    operation.register_fake(lambda *args: None)  # they only write to what they are given
+
+
+class TritonKernels:
+    """The back end; see kernels.Kernels for the contract."""
+
+    name = "triton"
+
+    def channel_stats(
+        self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None, averages: Averages | None = None
+    ) -> Tensor:
+        """See Kernels."""
+        _refuse_float64(x)
+        vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=torch.float32)
+        mean, var, momentum = averages or (None, None, 0.0)
+        bin_width, levels = (code.bin_width, code.levels) if code else (0.0, 0)
+        channel_stats(x, gamma.detach(), beta.detach(), vectors, mean, var, momentum, eps, bin_width, levels)
+        return vectors
+
+    def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
+        """See Kernels."""
+        _refuse_float64(x)
+        codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
+        normalise_rectify_encode(x, vectors, out, codes, code.bits if code else 0)
+        return codes
+
+    def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
+        """See Kernels."""
+        _refuse_float64(out)
+        decode(kept, vectors, out, code.bits if code else 0)
+
+    def backward(
+        self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None, constant_stats: bool, out: Tensor
+    ) -> Tensor:
+        """See Kernels."""
+        _refuse_float64(grad)
+        sums = vectors.new_empty(4, grad.shape[1])
+        backward(grad, kept, vectors, out, sums, code.bits if code else 0, constant_stats)
+        return sums[:2]
+
+
+def _refuse_float64(x: Tensor) -> None:
+    if x.dtype == torch.float64:
+        raise ValueError(
+            "kernels = triton: computes in float32 and is given float64; ask for kernels torch or inductor"
+        )
+
+
+TRITON = TritonKernels()

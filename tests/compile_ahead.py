@@ -1,0 +1,76 @@
+"""Compile every Triton kernel for the architectures named as arguments, without a GPU; a line of JSON for each.
+
+It stands by itself because Triton either interprets or compiles in a process, and the tests interpret.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from blpa.kernels import triton_ops
+
+CHANNELS = 64  # one of the paper's, a multiple of 16, as the compiler is told of C below
+VARIANTS = [("fp32", 4), ("fp32", 2), ("fp32", 8), ("fp32", 0), ("bf16", 4), ("fp16", 4)]
+INTEGERS = ("M", "C", "R", "N", "steps", "programs", "program_rows")
+FLOATS = ("eps", "bin_width", "momentum")
+
+
+def constants(name: str, bits: int) -> dict[str, int | bool]:
+    """What the launches in triton_ops give a kernel as constants."""
+    *_, tile = triton_ops._tiles(triton_ops.torch.empty(1, CHANNELS, device="meta"), bits)
+    if name.startswith("_combine"):
+        tile = {"ROWS": triton_ops.PARTIAL_ROWS, "CHANNELS": triton_ops.PARTIAL_CHANNELS}
+    return tile | {"LEVELS": 1 << bits if bits else 0, "HAS_AVERAGES": True, "CONSTANT_STATS": False}
+
+
+def compile_kernel(name: str, dtype: str, bits: int, architecture: int) -> dict[str, Any]:
+    """Registers, spilled bytes and kinds of instructions of one kernel."""
+    kernel = getattr(triton_ops, name)
+    types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(FLOATS, "fp32")
+    types |= dict.fromkeys(("x", "out", "grad"), f"*{dtype}")
+    types |= dict.fromkeys(("kept", "codes"), "*u8" if bits else f"*{dtype}")
+    known = {key: value for key, value in constants(name, bits).items() if key in kernel.arg_names}
+    signature = {key: "constexpr" if key in known else types.get(key, "*fp32") for key in kernel.arg_names}
+    divisible = [key.startswith("*") or name in ("C", "N") for name, key in signature.items()]
+    attributes = {(index,): [["tt.divisibility", 16]] for index, is_one in enumerate(divisible) if is_one}
+    made = triton.compile(
+        ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes),
+        target=GPUTarget("cuda", architecture, 32),
+        options=triton_ops.OPTIONS,
+    )
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(made.asm["cubin"])
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", usage)
+    assert found, usage
+    registers, stack, _, local = map(int, found.groups())
+    ptx = made.asm["ptx"]
+    return {
+        "variant": f"{name.removeprefix('_')}" + ("" if name.startswith("_combine") else f", {dtype}, {bits} bits"),
+        "architecture": architecture,
+        "registers": registers,
+        "spilled": stack + local,
+        "loads_16_bytes": bool(re.search(r"ld\.global[.\w]*\.v4\.b32", ptx)),
+        "stores_16_bytes": bool(re.search(r"st\.global[.\w]*\.v4\.b32", ptx)),
+        "fused_multiply_adds": len(re.findall(r"\bfma\.rn\.f32", ptx)),
+    }
+
+
+if __name__ == "__main__":
+    for dtype, bits in VARIANTS:
+        for name in ("_partial_stats", "_normalise_rectify_encode", "_decode", "_partial_sums", "_input_gradient"):
+            if name != "_partial_stats" or bits == 4:
+                for architecture in map(int, sys.argv[1:]):
+                    print(json.dumps(compile_kernel(name, dtype, bits, architecture)), flush=True)
+    for name in ("_combine_stats", "_combine_sums"):
+        for architecture in map(int, sys.argv[1:]):
+            print(json.dumps(compile_kernel(name, "fp32", 4, architecture)), flush=True)

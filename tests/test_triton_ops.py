@@ -1,0 +1,333 @@
+"""blpa/kernels/triton_ops.py against the reference: on a GPU where there is one, else in Triton's interpreter."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_kernels import CHANNELS, CODES, EPS, Unit, assert_backward_is_the_references, assert_stats_are_accurate, unit
+from torch import Tensor
+
+from blpa import memory
+from blpa.codec import Code
+from blpa.kernels import Averages
+from blpa.kernels.reference import REFERENCE
+from blpa.models.preact_resnet import PreActResNet
+from blpa.modes import Mode
+
+triton = pytest.importorskip("triton", reason="Triton comes with torch for CUDA: it is not installed")
+tl = pytest.importorskip("triton.language")
+from blpa.kernels import triton_ops  # noqa: E402
+from blpa.kernels.triton_ops import TRITON  # noqa: E402
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1), (1, 5), (2, 3), (3, 17), (64, 16), (130, 1), (259, 5)]
+
+all_codes = pytest.mark.parametrize("code", CODES, ids=str)
+all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """New tensors come full of NaN or 0xFF, so that whatever a kernel leaves unwritten shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["whole tiles", "tiny tiles"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles as they are, larger than all of these activations, and so small that all loops turn more than once."""
+    if request.param == "tiny tiles":
+        sizes = {"TILE_ELEMENTS": 64, "TILE_CHANNELS": 4, "PROGRAMS": 2, "PARTIAL_ROWS": 2, "PARTIAL_CHANNELS": 2}
+        for name, size in sizes.items():
+            monkeypatch.setattr(triton_ops, name, size)
+
+
+def on_device(u: Unit) -> Unit:
+    return Unit(*(tensor.to(DEVICE) for tensor in u))
+
+
+def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """To the nearest, as a GPU does; Triton's interpreter rounds to bfloat16 towards zero."""
+    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
+        values = (values.view(torch.int32) & ~0xFFFF).view(torch.float32)
+    return values.to(dtype)
+
+
+@all_codes
+@all_dtypes
+@pytest.mark.usefixtures("tiles")
+def test_activations_and_codes_are_the_references_to_the_bit(code: Code | None, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        u = on_device(unit(shape, code, dtype))
+        expected, out, in_place = torch.empty_like(u.x, dtype=torch.float32), torch.empty_like(u.x), u.x.clone()
+        expected_codes = REFERENCE.normalise_rectify_encode(u.x, u.vectors, code=code, out=expected)
+        for x, to in ((u.x, out), (in_place, in_place)):
+            codes = TRITON.normalise_rectify_encode(x, u.vectors, code=code, out=to)
+            assert torch.equal(to, rounded(expected, dtype))
+            assert codes is expected_codes is None or torch.equal(codes, expected_codes)
+
+
+@all_codes
+@all_dtypes
+@pytest.mark.usefixtures("tiles")
+def test_decoded_activations_are_the_references_to_the_bit(code: Code | None, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        u = on_device(unit(shape, code, dtype))
+        expected, actual = torch.empty_like(u.x, dtype=torch.float32), torch.empty_like(u.x)
+        REFERENCE.decode(u.kept, u.vectors, code=code, out=expected)
+        TRITON.decode(u.kept, u.vectors, code=code, out=actual)
+        assert torch.equal(actual, rounded(expected, dtype))
+
+
+@all_codes
+@all_dtypes
+@pytest.mark.parametrize("constant_stats", [False, True])
+@pytest.mark.usefixtures("tiles")
+def test_backward_is_the_references(code: Code | None, dtype: torch.dtype, constant_stats: bool) -> None:
+    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter rounds to bfloat16 towards zero")
+    for shape in SHAPES:
+        assert_backward_is_the_references(TRITON, on_device(unit(shape, code, dtype)), code, constant_stats)
+
+
+@pytest.mark.parametrize("channel", CHANNELS)
+@pytest.mark.usefixtures("tiles")
+def test_channel_stats_are_accurate(channel: str) -> None:
+    mean, deviation = CHANNELS[channel]
+    for shape in ((1, 1), (2, 3), (63, 16), (259, 5)):
+        x = mean + deviation * torch.randn(shape, generator=torch.Generator().manual_seed(shape[0]))
+        assert_stats_are_accurate(TRITON, x.to(DEVICE))
+
+
+@pytest.mark.parametrize("row", [0, 1, 64, 129])
+@pytest.mark.usefixtures("tiles")
+def test_one_outlier_spoils_no_statistics(row: int) -> None:
+    x = torch.randn(130, 3, generator=torch.Generator().manual_seed(row))
+    x[row] = 1e5
+    assert_stats_are_accurate(TRITON, x.to(DEVICE))
+
+
+@all_codes
+def test_the_grid_is_the_references_also_where_gamma_is_zero_and_the_edge_between_two_bins(code: Code | None) -> None:
+    clip = code.bin_width if code else 0.375
+    gamma = torch.tensor([0.0, 0.0, -0.0, 1.0, 1.0, -1.0, 1e-6, 1e6, 2.0], device=DEVICE)
+    beta = torch.tensor([0.0, 1.0, -1.0, 0.5 * clip, 1.5 * clip, -2.5 * clip, 1e6, 1e-6, 0.49999997 * 2 * clip],
+                        device=DEVICE)  # fmt: skip
+    x = torch.randn(5, len(gamma), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    actual, expected = (k.channel_stats(x, gamma, beta, eps=EPS, code=code) for k in (TRITON, REFERENCE))
+    assert torch.equal(actual[3:], expected[3:])
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.1, 0.9, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_running_averages_move_as_the_references(momentum: float, dtype: torch.dtype) -> None:
+    u = on_device(unit((130, 5), None, torch.float32))
+    results = []
+    for kernels in (TRITON, REFERENCE):
+        averages = Averages(torch.arange(5.0).to(DEVICE, dtype), torch.ones(5).to(DEVICE, dtype), momentum)
+        vectors = kernels.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=None, averages=averages)
+        results.append(torch.stack(averages[:2]).float())
+        if momentum == 1:
+            unbiased = vectors[1] * (130 / 129)
+            assert torch.equal(results[-1], rounded(torch.stack([vectors[0], unbiased]), dtype).float())
+    # Some roundings to float32, or one to bfloat16, which the interpreter makes in the other direction.
+    tolerance = 2 * torch.finfo(dtype).eps if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(*results, rtol=tolerance, atol=tolerance)
+
+
+def test_a_value_that_is_not_a_number_stays_one() -> None:
+    u = on_device(unit((130, 5), Code(4), torch.float32))
+    u.x[7, 3] = float("nan")
+    TRITON.normalise_rectify_encode(u.x, u.vectors, code=Code(4), out=u.x)
+    assert u.x.isnan().sum() == 1
+
+
+@all_codes
+def test_the_same_input_gives_the_same_bits(code: Code | None) -> None:
+    rows = 300_000 if DEVICE.type == "cuda" else 700
+    u = on_device(unit((rows, 17), code, torch.float32))
+    results = []
+    for _ in range(3):
+        out = torch.empty_like(u.grad)
+        sums = TRITON.backward(u.grad, u.kept, u.vectors, code=code, constant_stats=False, out=out)
+        vectors = TRITON.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=code)
+        results.append((sums, out, vectors))
+    for others in results[1:]:
+        assert all(map(torch.equal, others, results[0]))
+
+
+def test_float64_is_refused() -> None:
+    u = on_device(unit((2, 3), None))
+    with pytest.raises(ValueError, match=r"kernels = triton: computes in float32 and is given float64; ask for"):
+        TRITON.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=None)
+
+
+@triton.jit
+def _offsets_of_the_last_tile(offsets, byte_offsets, M, C, R, program, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    _, offset, _, byte_offset, _ = triton_ops._tile(program, M, C, R, 2, ROWS, CHANNELS)
+    local = tl.arange(0, ROWS)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
+    block = tl.arange(0, 2)[:, None, None]
+    tl.store(offsets + block * (ROWS * CHANNELS) + local[None, :, :], offset)
+    tl.store(byte_offsets + local, byte_offset)
+
+
+def test_offsets_beyond_two_to_the_31_are_right() -> None:
+    rows, channels, tile_rows = 3 * 2**29, 16, 8
+    packed_rows, first = rows // 2, rows // 2 - tile_rows
+    offsets = torch.empty(2, tile_rows, channels, dtype=torch.int64, device=DEVICE)
+    byte_offsets = torch.empty(tile_rows, channels, dtype=torch.int64, device=DEVICE)
+    _offsets_of_the_last_tile[(1,)](
+        offsets, byte_offsets, rows, channels, packed_rows, first // tile_rows, ROWS=tile_rows, CHANNELS=channels
+    )
+    tile = torch.arange(tile_rows * channels, device=DEVICE).view(tile_rows, channels)
+    assert torch.equal(byte_offsets, first * channels + tile)
+    assert torch.equal(offsets, torch.stack([byte_offsets, packed_rows * channels + byte_offsets]))
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU with 30 GiB")
+def test_an_activation_of_more_than_two_to_the_31_elements() -> None:
+    """Its last rows are those of a small activation that ends alike."""
+    code, channels, few = Code(4), 16, 1024
+    rows = 2**27 + 2**26 + 2 * few
+    if torch.cuda.mem_get_info()[0] < 30 * 2**30:
+        pytest.skip("needs 30 GiB of the GPU")
+    small = on_device(unit((2 * few, channels), code, torch.bfloat16))
+    x = torch.zeros(rows, channels, dtype=torch.bfloat16, device=DEVICE)
+    packed = code.packed_rows(rows)
+    x[packed - few : packed], x[-few:] = small.x[:few], small.x[few:]
+    codes = TRITON.normalise_rectify_encode(x, small.vectors, code=code, out=x)
+    a, expected = torch.empty_like(small.x), torch.empty_like(small.x)
+    small_codes = TRITON.normalise_rectify_encode(small.x, small.vectors, code=code, out=a)
+    assert torch.equal(codes[-few:], small_codes)
+    assert torch.equal(torch.cat([x[packed - few : packed], x[-few:]]), a)
+    TRITON.decode(small_codes, small.vectors, code=code, out=expected)
+    TRITON.decode(codes, small.vectors, code=code, out=x)
+    assert torch.equal(torch.cat([x[packed - few : packed], x[-few:]]), expected)
+    x[packed - few : packed], x[-few:] = small.grad[:few], small.grad[few:]
+    TRITON.backward(x, codes, small.vectors, code=code, constant_stats=True, out=x)
+    TRITON.backward(small.grad, small_codes, small.vectors, code=code, constant_stats=True, out=expected)
+    assert torch.equal(torch.cat([x[packed - few : packed], x[-few:]]), expected)
+
+
+def _all_four(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
+    code, a, dx = Code(4), torch.empty_like(x), torch.empty_like(x)
+    vectors = TRITON.channel_stats(x, gamma, beta, eps=EPS, code=code)
+    codes = TRITON.normalise_rectify_encode(x, vectors, code=code, out=a)
+    assert codes is not None
+    sums = TRITON.backward(grad, codes, vectors, code=code, constant_stats=False, out=dx)
+    TRITON.decode(codes, vectors, code=code, out=a)
+    return a, dx, sums
+
+
+def test_compile_and_export_see_one_node_a_function() -> None:
+    u = on_device(unit((130, 5), Code(4), torch.float32))
+    arguments = u.x, u.grad, u.norm.gamma, u.norm.beta
+    expected = _all_four(*arguments)
+    graphs = []
+
+    def look(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    assert all(map(torch.equal, torch.compile(_all_four, backend=look, fullgraph=True)(*arguments), expected))
+    assert all(map(torch.equal, torch.compile(_all_four, backend="aot_eager", fullgraph=True)(*arguments), expected))
+
+    class Module(torch.nn.Module):
+        def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return _all_four(*tensors)
+
+    exported = torch.export.export(Module(), arguments)
+    assert all(map(torch.equal, exported.module()(*arguments), expected))
+    names = {"channel_stats", "normalise_rectify_encode", "backward", "decode"}
+    for graph in (graphs[0], exported.graph_module):
+        targets = [str(node.target) for node in graph.graph.nodes]
+        assert {name for name in names for target in targets if f"blpa.{name}" in target} == names
+
+
+def test_the_operations_keep_their_promises_to_torch_library() -> None:
+    u = on_device(unit((13, 5), Code(4), torch.float32))
+    mean, var, gamma, beta, *_ = u.vectors
+    sums, codes = torch.empty(4, 5, device=DEVICE), torch.empty_like(u.kept)
+    torch.library.opcheck(
+        triton_ops.channel_stats,
+        (u.x, gamma, beta, torch.empty_like(u.vectors), mean.clone(), var.clone(), 0.1, EPS, 0.375, 16),
+    )
+    torch.library.opcheck(triton_ops.channel_stats, (u.x, gamma, beta, u.vectors.clone(), None, None, 0.0, EPS, 0.0, 0))
+    torch.library.opcheck(triton_ops.normalise_rectify_encode, (u.x, u.vectors, torch.empty_like(u.x), codes, 4))
+    torch.library.opcheck(triton_ops.decode, (u.kept, u.vectors, torch.empty_like(u.x), 4))
+    torch.library.opcheck(triton_ops.backward, (u.grad, u.kept, u.vectors, torch.empty_like(u.x), sums, 4, False))
+
+
+def test_the_meta_device_counts_what_it_counts_of_the_reference() -> None:
+    counted = []
+    for kernels in (TRITON, REFERENCE):
+        with torch.device("meta"):
+            model = PreActResNet(11, mode=Mode("coded", Code(4), kernels=kernels), classes=10)
+            images, labels = torch.empty(8, 3, 32, 32), torch.empty(8, dtype=torch.int64)
+            counted.append(memory.step_bytes(model, images, labels))
+    assert counted[0].forward_bytes == counted[1].forward_bytes
+    # A unit's sums have two rows more, the means; nothing else lives longer or is larger than the reference's.
+    assert counted[0].peak_bytes <= counted[1].peak_bytes
+
+
+def test_a_network_s_gradients_are_the_references() -> None:
+    gradients = []
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for kernels in (TRITON, REFERENCE):
+        torch.manual_seed(0)
+        model = PreActResNet(11, mode=Mode("coded", Code(4), kernels=kernels), classes=10)
+        model = model.to(DEVICE, memory_format=torch.channels_last)
+        model(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    for ours, theirs in zip(*gradients, strict=True):
+        # Statistics differ in their last bits, and so do codes next to an edge; a single one moves a gradient little.
+        assert (ours - theirs).norm() <= 1e-2 * theirs.norm() + 1e-6
+
+
+ARCHITECTURES = (75, 80, 90, 100)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> list[dict[str, object]]:
+    """Every kernel compiled for every architecture, where Triton compiles instead of interpreting."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_ahead.py")
+    done = subprocess.run(
+        [sys.executable, script, *map(str, ARCHITECTURES)],
+        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_kernels_compile_ahead_of_time_and_spill_nothing(
+    compiled: list[dict[str, object]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with capsys.disabled():
+        print("\nregisters a thread / bytes spilled, for sm_" + ", ".join(map(str, ARCHITECTURES)))
+        for variant in dict.fromkeys(kernel["variant"] for kernel in compiled):
+            found = [kernel for kernel in compiled if kernel["variant"] == variant]
+            print(f"    {variant:<44}", "  ".join(f"{kernel['registers']}/{kernel['spilled']}" for kernel in found))
+    assert {kernel["architecture"] for kernel in compiled} == set(ARCHITECTURES)
+    assert not [kernel for kernel in compiled if kernel["spilled"]]
+
+
+def test_compiled_kernels_read_and_write_sixteen_bytes_at_once(compiled: list[dict[str, object]]) -> None:
+    """Those that go through whole activations, of channels that divide by 16; codes may be fewer bytes."""
+    through = [kernel for kernel in compiled if "combine" not in str(kernel["variant"])]
+    assert not [kernel for kernel in through if not kernel["loads_16_bytes"]]
+    assert not [
+        kernel for kernel in through if "partial" not in str(kernel["variant"]) and not kernel["stores_16_bytes"]
+    ]
+
+
+def test_compiled_kernels_fuse_no_multiply_with_an_add(compiled: list[dict[str, object]]) -> None:
+    assert not [kernel for kernel in compiled if kernel["fused_multiply_adds"]]
