@@ -8,7 +8,7 @@ codes has one owner, and each element is read once and written once a kernel, in
     channel_stats               4                    reads x
     normalise_rectify_encode    4 + 4 + K/8          reads x, writes a and the codes
     decode                      K/8 + 4              reads the codes, writes a~
-    backward                    2 (4 + K/8) + 4      reads dA and the codes twice, for the sums and for dX, and writes it
+    backward                    2 (4 + K/8) + 4      reads dA and the codes twice, writes dX
 
 Sums over rows are made in two stages, in an order that depends on the shape alone: a lane of a tile adds up at most 64
 rows, a program its lanes, and a second kernel the programs. Nothing is atomic, so the same input gives the same bits.
