@@ -91,6 +91,8 @@ class GpuConfig:
     """fp32 (strict), tf32 (tensor cores in matrix products) or bf16 (autocast)."""
     kernels: str = "auto"
     """Back end of the four kernel functions: auto, torch, inductor or triton (CUDA only)."""
+    cuda_graph: bool | None = None
+    """Record a training step once and replay it, launches and all; null does so on every CUDA device."""
     deterministic: bool = True
     """Refuse operations whose result can differ between runs."""
     memory_gib: float | None = None

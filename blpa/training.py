@@ -10,7 +10,6 @@ The host waits for the device only to read the losses: about once a second, at a
 """
 
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -26,8 +25,9 @@ from tqdm import tqdm
 
 from blpa import signals
 from blpa.checkpoints import CannotWrite, RunFolder, Stopped, deciding_fields
-from blpa.config import Config, DatasetConfig, GpuConfig
-from blpa.data import ImageData, Split, batches, normalise
+from blpa.config import Config, DatasetConfig
+from blpa.data import ImageData, Split, normalise
+from blpa.steps import TrainingStep, configure_torch, forward, make_optimiser
 
 __all__ = ["METRICS", "CannotWrite", "Diverged", "Interrupted", "Outcome", "Stopped", "evaluate", "train"]
 
@@ -114,12 +114,16 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
     progress = _resume(folder, model, optimiser, recipe.iterations)
     folder.write_metrics(METRICS, progress.rows)
 
+    def make_batch(draws: Tensor) -> tuple[Tensor, Tensor]:
+        return data.train.batch(draws, recipe)
+
+    step = TrainingStep(model, optimiser, make_batch, gpu=config.gpu, device=device)
     unread: list[Tensor] = []
     clock = time.perf_counter()
     with signals.noted() as stop, _progress_bar(progress.iteration, recipe.iterations) as bar:
-        for iteration, images, labels in batches(data.train, recipe, seed=config.seed, start=progress.iteration + 1):
+        for iteration, draws in data.train.draws(recipe, seed=config.seed, start=progress.iteration + 1):
             rate = learning_rate(recipe, iteration)
-            unread.append(step(model, optimiser, images, labels, rate=rate, gpu=config.gpu))
+            unread.append(step(draws, rate=rate))
 
             is_last = iteration == recipe.iterations
             evaluates = is_last or iteration % config.task.evaluate_every == 0
@@ -166,33 +170,6 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
         seconds=progress.seconds,
         samples_per_second=progress.iteration * recipe.batch_size / progress.seconds,
     )
-
-
-def configure_torch(gpu: GpuConfig) -> None:
-    """Set what PyTorch keeps for the whole process: precision of float32 products, and determinism.
-
-    Args:
-        gpu: `precision` tf32 lets tensor cores round float32 factors; fp32 and bf16 do not. `deterministic` refuses
-            what can differ between runs, also the search for the fastest convolution, which may not end alike.
-    """
-    is_tf32 = gpu.precision == "tf32"
-    torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if is_tf32 else "ieee"  # type: ignore[attr-defined]
-    torch.backends.cudnn.benchmark = not gpu.deterministic
-    torch.use_deterministic_algorithms(gpu.deterministic)
-    # Else every new tensor is first filled with NaN, a pass over memory; nothing here reads before it writes.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if gpu.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, and reads it when it starts
-
-
-def make_optimiser(model: nn.Module, recipe: DatasetConfig) -> torch.optim.SGD:
-    """Stochastic gradient descent with momentum; weight decay on the weights of convolutions and classifiers only."""
-    decayed = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    is_decayed = {id(weight) for weight in decayed}
-    others = [parameter for parameter in model.parameters() if id(parameter) not in is_decayed]
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum)  # the rate is set at every step
 
 
 def learning_rate(recipe: DatasetConfig, iteration: int) -> float:
@@ -250,27 +227,6 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             norm.running_mean, norm.running_var = mean, var
 
 
-def forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
-    """Float32 logits of a batch, computed in gpu.precision."""
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=gpu.precision == "bf16"):
-        logits: Tensor = model(images)
-    return logits.float()
-
-
-def step(
-    model: nn.Module, optimiser: torch.optim.SGD, images: Tensor, labels: Tensor, *, rate: float, gpu: GpuConfig
-) -> Tensor:
-    """One training step; mean loss and number of samples classified wrongly, float32 [2], still on the device."""
-    for group in optimiser.param_groups:
-        group["lr"] = rate
-    optimiser.zero_grad(set_to_none=True)
-    logits = forward(model, images, gpu)
-    loss = F.cross_entropy(logits, labels)
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimiser.step()
-    return torch.stack([loss.detach(), (logits.detach().argmax(dim=1) != labels).sum()])
-
-
 def _read(unread: list[Tensor], progress: Progress, folder: RunFolder) -> None:
     """Wait for the device, and add its steps to the sums one by one, so that the sums do not show when it was."""
     for loss, wrong in torch.stack(unread).tolist():
@@ -297,7 +253,9 @@ def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, ite
         return Progress()
     file, state = found
     model.load_state_dict(state["model"])
-    optimiser.load_state_dict(state["optimiser"])
+    # Rates and the like are the configuration's, with which the checkpoint agrees.
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict(state["optimiser"] | {"param_groups": groups})
     progress = Progress(**state["progress"])
     verb = "finished before, as in" if progress.iteration == iterations else "going on from"
     print(f"{verb} {file}", file=sys.stderr)

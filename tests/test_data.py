@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from blpa.config import DatasetConfig
-from blpa.data import Split, augment, batches, cifar, digits, load, normalise
+from blpa.data import Split, cifar, crop, digits, draw_crops, load, normalise
 
 CPU = torch.device("cpu")
 DIGITS = DatasetConfig(
@@ -54,6 +54,15 @@ def crops(image: torch.Tensor, padding: int) -> dict[tuple[int, int, bool], torc
             crop = torch.from_numpy(padded[:, row : row + size, column : column + size].copy())
             found[row, column, False], found[row, column, True] = crop, crop.flip(2)
     return found
+
+
+def augment(images: torch.Tensor, config: DatasetConfig, *, generator: torch.Generator) -> torch.Tensor:
+    return crop(images, draw_crops(len(images), config, generator=generator), config)
+
+
+def batches(split: Split, config: DatasetConfig, **options: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+    for iteration, drawn in split.draws(config, **options):
+        yield iteration, *split.batch(drawn, config)
 
 
 def draws(images: torch.Tensor, config: DatasetConfig, seed: int = 0) -> list[tuple[int, int, bool]]:

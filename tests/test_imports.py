@@ -15,6 +15,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("runners",),
     ("training", "memory"),
+    ("steps",),
     ("models",),
     ("modes",),
     ("layers",),

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blpa import training
+from blpa import steps, training
 from blpa.config import Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
-from blpa.data import ImageData, Split, batches, load, normalise
+from blpa.data import ImageData, Split, load, normalise
 
 CPU = torch.device("cpu")
 
@@ -135,7 +135,8 @@ def test_the_loop_is_the_recipe_written_out(tmp_path: Path) -> None:
     reference = TinyNet()
     velocity = {name: torch.zeros_like(parameter) for name, parameter in reference.named_parameters()}
     losses, wrong, expected_rows = [], [], []
-    for iteration, images, labels in batches(data.train, config.dataset, seed=config.seed):
+    for iteration, draws in data.train.draws(config.dataset, seed=config.seed):
+        images, labels = data.train.batch(draws, config.dataset)
         rate = 0.1 if iteration <= 6 else 0.01
         reference.zero_grad()
         logits = reference.train()(images)
@@ -176,7 +177,7 @@ def test_the_loop_is_the_recipe_written_out(tmp_path: Path) -> None:
 
 def test_only_convolution_and_classifier_weights_decay() -> None:
     net = TinyNet()
-    decayed, others = training.make_optimiser(net, tiny_config(weight_decay=0.5).dataset).param_groups
+    decayed, others = steps.make_optimiser(net, tiny_config(weight_decay=0.5).dataset).param_groups
     assert {id(value) for value in decayed["params"]} == {id(net.conv.weight), id(net.classifier.weight)}
     assert len(others["params"]) == 4
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.5, 0.0)
@@ -227,7 +228,7 @@ def test_evaluation_by_running_averages_differs_and_counts_every_image() -> None
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_settings_of_torch(precision: str, deterministic: bool) -> None:
-    training.configure_torch(GpuConfig(name="cpu", precision=precision, deterministic=deterministic))
+    steps.configure_torch(GpuConfig(name="cpu", precision=precision, deterministic=deterministic))
     is_tf32 = precision == "tf32"
     assert torch.get_float32_matmul_precision() == ("high" if is_tf32 else "highest")
     assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if is_tf32 else "ieee")  # type: ignore[attr-defined]

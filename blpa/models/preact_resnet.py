@@ -135,7 +135,10 @@ class PreActResNet(nn.Module):
         """Images [N, image_channels, H, W], H and W multiples of 4 -> logits [N, classes]."""
         x = self.stem(images)
         if self.checkpoint_segments and torch.is_grad_enabled():
-            x = checkpoint_sequential(self.blocks, self.checkpoint_segments, x, use_reentrant=False)
+            # Nothing in a block is random, and a CUDA graph could not record the saving of a generator's state.
+            x = checkpoint_sequential(
+                self.blocks, self.checkpoint_segments, x, use_reentrant=False, preserve_rng_state=False
+            )
         else:
             x = self.blocks(x)
         activation = self.bn(x, overwrite_x=True).value

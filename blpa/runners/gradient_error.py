@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blpa import data, kernels, records, training
+from blpa import data, kernels, records, steps
 from blpa.config import Config, GpuConfig
 from blpa.records import Record
 from blpa.runners import plots, setup
@@ -46,20 +46,19 @@ def run(config: Config) -> list[Record]:
         raise ValueError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
     results, run_dir = Path(config.results), setup.run_folder(config)
     name = run_dir.name
-    device = setup.device(config.gpu.device)
+    device = setup.device(config.gpu)
     chosen = kernels.choose(config.gpu.kernels, device)
-    training.configure_torch(config.gpu)
-    exact, ours = (
-        setup.model(cell, chosen).to(device).train() for cell in (setup.exact(config), config)
-    )
+    steps.configure_torch(config.gpu)
+    exact, ours = (setup.model(cell, chosen).to(device).train() for cell in (setup.exact(config), config))
     if config.task.checkpoint:
         _load(exact, Path(config.task.checkpoint))
     ours.load_state_dict(exact.state_dict())
     recipe = replace(config.dataset, iterations=config.task.steps)
-    batches = data.batches(data.load(config.dataset, device).train, recipe, seed=config.seed)
+    train = data.load(config.dataset, device).train
+    batches = (train.batch(draws.to(device), recipe) for _, draws in train.draws(recipe, seed=config.seed))
     pairs = [
-        (gradients(exact, images, labels, config.gpu), gradients(ours, images, labels, config.gpu))
-        for _, images, labels in tqdm(batches, "batches", total=config.task.steps)
+        (gradients(exact, *batch, config.gpu), gradients(ours, *batch, config.gpu))
+        for batch in tqdm(batches, "batches", total=config.task.steps)
     ]
     layers = [{"mode": config.mode.name, **row} for row in compare(pairs)]
     records.write_table(results / "gradients" / f"{name}.csv", layers)
@@ -91,7 +90,7 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor, gpu: GpuConfig) 
         gpu: its precision.
     """
     model.zero_grad()
-    F.cross_entropy(training.forward(model, images, gpu), labels).backward()
+    F.cross_entropy(steps.forward(model, images, gpu), labels).backward()
     return {
         name.removesuffix(".weight"): parameter.grad.flatten().double().cpu()
         for name, parameter in model.named_parameters()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from blpa import kernels, memory, records, training
+from blpa import kernels, memory, records, steps
 from blpa.checkpoints import Stopped
 from blpa.config import Config
 from blpa.memory import GIB, MIB, TrainingBytes
@@ -28,9 +28,10 @@ from blpa.records import Record
 from blpa.runners import paper, setup
 from blpa.runners.failures import is_out_of_memory
 from blpa.runners.setup import META
+from blpa.steps import EAGER_STEPS
 
-STEPS = 4
-"""Training steps of a probe: the first two allocate what later ones use again (gradients, momentum)."""
+STEPS = EAGER_STEPS + 2
+"""Training steps of a probe: those before a CUDA graph is recorded, the one that records it, and one more."""
 VERIFYING_STEPS = 20
 """Training steps that the answer must stand."""
 RESOLUTION = 100
@@ -53,7 +54,7 @@ def run(config: Config) -> list[Record]:
         CardIsTaken: others hold so much of the GPU's memory that the budget cannot be reached.
     """
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu.device)
+    device = setup.device(config.gpu)
     chosen = kernels.choose(config.gpu.kernels, device)
     is_cuda = device.type == "cuda"
     free, card = _in_a_fresh_process(torch.cuda.mem_get_info) if is_cuda else (0, 0)
@@ -188,13 +189,13 @@ def _answer(sending: Connection, function: Callable[..., Any], arguments: tuple[
     sending.send(answer)
 
 
-def fits_in(config: Config, batch: int, steps: int, limit: int) -> int | None:
+def fits_in(config: Config, batch: int, count: int, limit: int) -> int | None:
     """Run training steps on the GPU under a limit of memory.
 
     Args:
         config: the run.
         batch: samples a step.
-        steps: how many.
+        count: how many.
         limit: bytes that the allocator may take.
 
     Returns:
@@ -206,10 +207,10 @@ def fits_in(config: Config, batch: int, steps: int, limit: int) -> int | None:
     device = torch.device("cuda")
     _refuse_taken(torch.cuda.mem_get_info()[0], limit, config)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
-    training.configure_torch(config.gpu)
+    steps.configure_torch(config.gpu)
     try:
         step = setup.training_step(config, batch, kernels.choose(config.gpu.kernels, device), device)
-        for _ in range(steps):
+        for _ in range(count):
             step()
         torch.cuda.synchronize()
     except RuntimeError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from blpa import kernels, records, training
+from blpa import kernels, records, steps
 from blpa.cells import overrides
 from blpa.checkpoints import Stopped
 from blpa.config import Config, TaskConfig
@@ -29,6 +29,7 @@ from blpa.runners.failures import is_out_of_memory
 Step = Callable[[], object]
 
 WARM_UP = 2
+"""Steps before those that are timed, besides those before a CUDA graph is recorded."""
 
 
 class DoesNotFit(Stopped):
@@ -50,32 +51,32 @@ def run(config: Config) -> list[Record]:
         DoesNotFit: the mode's largest batch is none.
     """
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu.device)
+    device = setup.device(config.gpu)
     chosen = kernels.choose(config.gpu.kernels, device)
-    training.configure_torch(config.gpu)
+    steps.configure_torch(config.gpu)
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     cell = setup.on_card(config, card) if config.task.largest_batch else config
-    steps: list[Step] = []
+    timed: list[Step] = []
     batches: list[int] = []
     for one in setup.with_exact(cell):
         try:
             batch = _largest_batch(one, chosen) if config.task.largest_batch else config.dataset.batch_size
             step = setup.training_step(one, batch, chosen, device)
-            _warm_up(step)
+            _warm_up(step, device)
         except RuntimeError as error:
-            if not steps or not (isinstance(error, DoesNotFit) or is_out_of_memory(error)):
+            if not timed or not (isinstance(error, DoesNotFit) or is_out_of_memory(error)):
                 raise
             print(f"{error}; {config.mode.name} is timed alone", file=sys.stderr)
         else:
-            steps.append(step)
+            timed.append(step)
             batches.append(batch)
-    seconds = torch.zeros(config.task.steps, len(steps), dtype=torch.float64)
+    seconds = torch.zeros(config.task.steps, len(timed), dtype=torch.float64)
     for turn in tqdm(range(config.task.steps), "timed steps of each mode"):
-        for which in range(len(steps))[:: 1 if turn % 2 else -1]:
-            seconds[turn, which] = _seconds(steps[which], device) / batches[which]
+        for which in range(len(timed))[:: 1 if turn % 2 else -1]:
+            seconds[turn, which] = _seconds(timed[which], device) / batches[which]
 
     figures = [("seconds_per_sample", "s", seconds[:, 0])]
-    if len(steps) > 1:
+    if len(timed) > 1:
         figures.append(("ratio_to_exact", "times", seconds[:, 0] / seconds[:, 1]))
         print(f"exact: {1e3 * seconds[:, 1].median().item():.3f} ms a sample, batch {batches[1]}")
     source = setup.source(config, device, chosen.name)
@@ -118,8 +119,8 @@ def _largest_batch(config: Config, chosen: Kernels) -> int:
     return int(best.value)
 
 
-def _warm_up(step: Step) -> None:
-    for _ in range(WARM_UP):
+def _warm_up(step: Step, device: torch.device) -> None:
+    for _ in range(WARM_UP + (steps.EAGER_STEPS if device.type == "cuda" else 0)):
         step()
 
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import torch
 
-from blpa import kernels, memory, modes, records, training
+from blpa import kernels, memory, modes, records, steps
 from blpa.cells import departures, folder_name, overrides
-from blpa.config import Config, ModeConfig
+from blpa.config import Config, GpuConfig, ModeConfig
 from blpa.kernels import Kernels
 from blpa.models.preact_resnet import PreActResNet
 from blpa.records import Record
 
 META = torch.device("meta")
+NO_DRAWS = torch.empty(0)
 
 
 def run_folder(config: Config) -> Path:
@@ -45,24 +46,31 @@ def _forget_graphs(config: Config) -> None:
         torch.compiler.reset()
 
 
-def device(name: str) -> torch.device:
-    """The device that gpu.device names; a ValueError if it is cuda and there is none."""
+def device(gpu: GpuConfig) -> torch.device:
+    """The device that gpu.device names.
+
+    Raises:
+        ValueError: it is cuda and there is none, or it cannot do what gpu.cuda_graph asks for.
+    """
     has_cuda = torch.cuda.is_available()
-    if name == "cuda" and not has_cuda:
+    if gpu.device == "cuda" and not has_cuda:
         raise ValueError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
-    return torch.device("cuda" if has_cuda and name != "cpu" else "cpu")
+    found = torch.device("cuda" if has_cuda and gpu.device != "cpu" else "cpu")
+    steps.uses_cuda_graph(gpu, found)
+    return found
 
 
 def model(config: Config, kernels: Kernels) -> PreActResNet:
-    """The configured network, its weights drawn from the seed, on the CPU."""
+    """The configured network, its weights drawn from the seed, channels last, on the CPU."""
     torch.manual_seed(config.seed)
-    return PreActResNet(
+    network = PreActResNet(
         config.depth,
         mode=modes.from_config(config.mode, kernels),
         classes=config.dataset.classes,
         image_channels=config.dataset.image_channels,
         width=config.width,
     )
+    return network.to(memory_format=torch.channels_last)
 
 
 def training_step(config: Config, batch: int, chosen: Kernels, device: torch.device) -> Callable[[], object]:
@@ -80,9 +88,10 @@ def training_step(config: Config, batch: int, chosen: Kernels, device: torch.dev
     size, channels = config.dataset.image_size, config.dataset.image_channels
     images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(config.dataset.classes, (batch,), device=device)
-    network = model(config, chosen).to(device).to(memory_format=torch.channels_last)
-    optimiser = training.make_optimiser(network, config.dataset)
-    return lambda: training.step(network, optimiser, images, labels, rate=0.01, gpu=config.gpu)
+    network = model(config, chosen).to(device)
+    optimiser = steps.make_optimiser(network, config.dataset)
+    step = steps.TrainingStep(network, optimiser, lambda _: (images, labels), gpu=config.gpu, device=device)
+    return lambda: step(NO_DRAWS, rate=0.01)
 
 
 def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
@@ -96,7 +105,7 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
     size, channels = config.dataset.image_size, config.dataset.image_channels
     _forget_graphs(config)
     with META:
-        network = model(config, kernels.choose(config.gpu.kernels, META)).to(memory_format=torch.channels_last)
+        network = model(config, kernels.choose(config.gpu.kernels, META))
         images = torch.empty(batch, channels, size, size).to(memory_format=torch.channels_last)
         labels = torch.empty(batch, dtype=torch.int64)
         parts = {f"block {number}": block for number, block in enumerate(network.blocks, start=1)}
@@ -177,10 +186,11 @@ def note(config: Config, *, task: str | None = None) -> str:
     gpu, at = config.gpu, config.task.checkpoint
     card = f"{gpu.memory_gib:g} GiB less {gpu.allowance_mib} MiB" if gpu.memory_gib else "the whole card"
     kernels = f"gpu.kernels={gpu.kernels}" if gpu.kernels != "auto" and config.mode.layers == "coded" else ""
+    graph = "" if gpu.cuda_graph is None else f"gpu.cuda_graph={gpu.cuda_graph}".lower()
     seed = f"seed={config.seed}" if config.seed else ""
     particular = {
-        "max-batch": [card],
-        "runtime": [f"largest batch in {card}" if config.task.largest_batch else "", kernels],
+        "max-batch": [card, graph],
+        "runtime": [f"largest batch in {card}" if config.task.largest_batch else "", kernels, graph],
         "gradient-error": [f"at {Path(at).stem}" if at else "at initialisation", seed],
     }
     return " ".join(filter(None, [*particular.get(task or config.task.name, []), departures(config)]))

@@ -25,7 +25,7 @@ def run(config: Config) -> list[Record]:
         Stopped: the training came to a stop before its end (see training.py), or another process is at this run.
     """
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu.device)
+    device = setup.device(config.gpu)
     chosen = kernels.choose(config.gpu.kernels, device, elements=_encoded_elements(config))
     if device.type == "cpu" and config.gpu.name not in ("auto", "cpu"):
         print(f"gpu={config.gpu.name}: torch finds no CUDA device here; training on the CPU", file=sys.stderr)

@@ -1,0 +1,166 @@
+"""One training step: a batch made on the device, forward pass, loss, backward pass, update.
+
+    draws -> images, labels -> logits -> loss -> gradients -> weights
+
+On a GPU a network of 164 layers is thousands of small kernels, and launching them one by one takes longer than running
+them. A CUDA graph records the launches of a whole step once and replays them with one call. What changes from step to
+step stays in tensors that the graph reads: which images, how they are cropped, and the learning rate. A replay is the
+recorded kernels on the recorded addresses, so it gives the bits that the step gave before it was recorded.
+"""
+
+import gc
+import os
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from blpa.config import DatasetConfig, GpuConfig
+
+MakeBatch = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+EAGER_STEPS = 3
+"""Steps before the graph is recorded: they compile kernels, choose convolutions and create the momentum."""
+
+
+def configure_torch(gpu: GpuConfig) -> None:
+    """Set what PyTorch keeps for the whole process: precision of float32 products, and determinism.
+
+    Args:
+        gpu: `precision` tf32 lets tensor cores round float32 factors; fp32 and bf16 do not. `deterministic` refuses
+            what can differ between runs, also the search for the fastest convolution, which may not end alike.
+    """
+    is_tf32 = gpu.precision == "tf32"
+    torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
+    torch.backends.cudnn.conv.fp32_precision = "tf32" if is_tf32 else "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = not gpu.deterministic
+    torch.use_deterministic_algorithms(gpu.deterministic)
+    # Else every new tensor is first filled with NaN, a pass over memory; nothing here reads before it writes.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if gpu.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, and reads it when it starts
+
+
+def uses_cuda_graph(gpu: GpuConfig, device: torch.device) -> bool:
+    """Whether steps are replayed: gpu.cuda_graph, or where that is null, on every CUDA device.
+
+    Raises:
+        ValueError: it is true and the device is another.
+    """
+    if gpu.cuda_graph and device.type != "cuda":
+        raise ValueError(f"gpu.cuda_graph=true: the run is on the {device.type}; only a CUDA device records graphs")
+    return device.type == "cuda" if gpu.cuda_graph is None else gpu.cuda_graph
+
+
+def make_optimiser(model: nn.Module, recipe: DatasetConfig) -> torch.optim.SGD:
+    """Stochastic gradient descent with momentum; weight decay on the weights of convolutions and classifiers only.
+
+    It is fused because only that reads the learning rate from a tensor, as a recorded step must.
+    """
+    decayed = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    is_decayed = {id(weight) for weight in decayed}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in is_decayed]
+    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.SGD(groups, lr=0.0, momentum=recipe.momentum, fused=True)  # every step sets the rate
+
+
+def forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
+    """Logits, in float32 whatever the precision."""
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=gpu.precision == "bf16"):
+        logits: Tensor = model(images)
+    return logits.float()
+
+
+class TrainingStep:
+    """Training steps of one network, recorded as a CUDA graph after the first few where that is asked for.
+
+    Args:
+        model: on its device, in training mode.
+        optimiser: from make_optimiser; whatever checkpoint it goes on from has been loaded.
+        make_batch: from a tensor of draws, on the device, to images [N, C, H, W] and labels [N]. Where steps are
+            recorded it is recorded too, so it must not wait for the device, and all draws are of one shape.
+        gpu: precision, and whether to record.
+        device: the model's.
+
+    Raises:
+        ValueError: see uses_cuda_graph.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimiser: torch.optim.SGD,
+        make_batch: MakeBatch,
+        *,
+        gpu: GpuConfig,
+        device: torch.device,
+    ) -> None:
+        self.model = model
+        self.optimiser = optimiser
+        self.make_batch = make_batch
+        self.gpu = gpu
+        self.device = device
+        self.rate = torch.zeros((), device=device)
+        for group in optimiser.param_groups:
+            group["lr"] = self.rate
+        self.recorded: _Recorded | None = None
+        self.eager_steps_left = EAGER_STEPS if uses_cuda_graph(gpu, device) else -1
+
+    def __call__(self, draws: Tensor, *, rate: float) -> Tensor:
+        """Make one step, without waiting for the device.
+
+        Args:
+            draws: what make_batch is given, on the CPU.
+            rate: learning rate.
+
+        Returns:
+            Mean loss and number of samples classified wrongly, float32 [2], still on the device.
+        """
+        self.rate.fill_(rate)
+        if self.device.type == "cuda":
+            draws = draws.pin_memory()  # from other memory the host would wait for the copy
+        if self.eager_steps_left > 0:
+            self.eager_steps_left -= 1
+            return self._on_a_side_stream(draws)
+        if self.eager_steps_left < 0:
+            return self._step(draws.to(self.device, non_blocking=True))
+        if self.recorded is None:
+            self.recorded = _Recorded(self._step, draws.to(self.device))
+        return self.recorded.replay(draws)
+
+    def _step(self, draws: Tensor) -> Tensor:
+        images, labels = self.make_batch(draws)
+        self.optimiser.zero_grad(set_to_none=True)
+        logits = forward(self.model, images, self.gpu)
+        loss = F.cross_entropy(logits, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimiser.step()
+        return torch.stack([loss.detach(), (logits.detach().argmax(dim=1) != labels).sum()])
+
+    def _on_a_side_stream(self, draws: Tensor) -> Tensor:
+        """A step as recording will see it: the default stream cannot be recorded."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            result = self._step(draws.to(self.device, non_blocking=True))
+        torch.cuda.current_stream().wait_stream(stream)
+        result.record_stream(torch.cuda.current_stream())
+        return result
+
+
+class _Recorded:
+    """A step as a CUDA graph, with the tensors that it reads and writes."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], draws: Tensor) -> None:
+        self.draws = draws
+        self.graph = torch.cuda.CUDAGraph()
+        gc.collect()  # the graph has memory of its own: what the eager steps left goes back first
+        torch.cuda.empty_cache()
+        with torch.cuda.graph(self.graph):
+            self.result = step(self.draws)
+
+    def replay(self, draws: Tensor) -> Tensor:
+        self.draws.copy_(draws, non_blocking=True)
+        self.graph.replay()
+        return self.result.clone()  # the next replay writes over it
