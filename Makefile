@@ -3,7 +3,7 @@
 PYTHON ?= python3
 STAMP := .venv/installed
 
-.PHONY: help demo reproduce-tables known-profile test lint check plots clean
+.PHONY: help demo reproduce-tables known-profile test lint check plots gpu-check gpu-bench known-gpu clean
 
 # The cells of the paper's tables. demo: small or predicted ones, for a CPU. paper: all of them, for a GPU and days.
 PROFILE ?= demo
@@ -16,6 +16,13 @@ EXPERIMENTS = $(EXPERIMENTS_$(PROFILE))
 THREADS_demo := OMP_NUM_THREADS=1
 THREADS = $(THREADS_$(PROFILE))
 
+# What gpu-check and gpu-bench write: a log, and records. They run under $(PYTHON) and the packages that it has.
+OUT ?= gpu-out
+BUDGET_MINUTES ?= 8.5
+GPU_TESTS := tests/test_gpu.py tests/test_triton_ops.py
+# In the order of their worth; a sweep goes on where the last one stopped.
+BENCHES := bench-kernels,bench-times,bench-batches,bench-times-wide,bench-batches-wide,bench-largest,bench-kernels-others,bench-card
+
 help:
 	@echo "make demo    train five modes on real digits, then show the table and draw the figure (minutes)"
 	@echo "make reproduce-tables PROFILE=demo   a small form of every table and figure, on a CPU (a quarter of an hour)"
@@ -23,6 +30,8 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    check style and types"
 	@echo "make check   lint and test"
+	@echo "make gpu-check OUT=folder   run the tests that need a GPU, under the PYTHON given (5 minutes)"
+	@echo "make gpu-bench OUT=folder   measure kernels, steps and largest batches on a GPU (9 minutes, then again for the rest)"
 	@echo "make plots   draw the figures of every finished run again"
 	@echo "make clean   remove .venv"
 
@@ -53,6 +62,21 @@ check: lint test
 
 plots: $(STAMP)
 	.venv/bin/blpa-run task=plots
+
+gpu-check: known-gpu
+	@bash -o pipefail -c '$(PYTHON) -m pytest -W default -p no:cacheprovider -rs --durations=10 $(GPU_TESTS) \
+	--junitxml=$(OUT)/gpu-check.xml 2>&1 | tee $(OUT)/gpu-check.log'
+
+# Whatever becomes of the sweep, what it measured is shown and kept.
+gpu-bench: known-gpu
+	@bash -o pipefail -c '$(PYTHON) -m blpa.runners.cli experiment=$(BENCHES) -m budget_minutes=$(BUDGET_MINUTES) \
+	2>&1 | tee $(OUT)/gpu-bench.log'; code=$$?; \
+	$(PYTHON) -m blpa.runners.cli task=tables "task.tables=[batches,times,kernels]" | tee -a $(OUT)/gpu-bench.log; \
+	cp results/records.csv $(OUT)/records.csv; tar -czf $(OUT)/runs.tgz -C results runs; exit $$code
+
+known-gpu:
+	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA GPU: torch finds none under $(PYTHON)")'
+	@mkdir -p $(OUT)
 
 clean:
 	rm -rf .venv

@@ -43,6 +43,8 @@ def folder_name(config: Config) -> str | None:
     if task.name == "runtime":
         batch = f"largest-batch-{card}" if task.largest_batch else batch
         return f"{config.run}-runtime-{batch}-{gpu.kernels}-{gpu.precision}"
+    if task.name == "kernels":
+        return f"{config.run}-kernels-{gpu.kernels}-{gpu.precision}"
     if task.name == "gradient-error":
         at = f"-{Path(task.checkpoint).stem}" if task.checkpoint else ""
         return f"{config.run}-gradient-error-{batch}{at}"

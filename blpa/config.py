@@ -10,8 +10,9 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 CONF = Path(__file__).parent / "conf"
 
@@ -106,13 +107,22 @@ class TaskConfig:
     """What to do."""
 
     name: str = MISSING
-    """train, max-batch, runtime, memory, gradient-error, tables, plots or report."""
+    """train, max-batch, runtime, kernels, memory, gradient-error, tables, plots or report."""
     evaluate_every: int = 1000
     """Training steps between evaluations on the test images; the last step is always evaluated."""
     checkpoint_every: int = 1000
     """Training steps between checkpoints."""
     steps: int = 15
     """Training steps that runtime times, after two that warm up; batches that gradient-error compares."""
+    modes: list[str] = field(default_factory=list)
+    """Modes that runtime times in turn with the configured one and exact, in one process, and records like it."""
+    tables: list[str] = field(default_factory=list)
+    """Tables that the task tables prints, of batches, times, gradients, kernels and errors; an empty list is all."""
+    elements: int = 2**26
+    """Elements of the activation that the task kernels works on: more than any cache holds."""
+    resolution: float = 0.01
+    """How near max-batch comes to the largest batch where it measures: a smaller one than this part more is too large.
+    """
     largest_batch: bool = False
     """Runtime at each mode's largest batch as max-batch found it for gpu.memory_gib, not at dataset.batch_size."""
     checkpoint: str | None = None
@@ -139,6 +149,8 @@ class Config:
     """Folder for runs, records, tables and figures."""
     experiment: str = "single"
     """The group of table cells this run belongs to."""
+    budget_minutes: float | None = None
+    """A sweep begins no cell that, if it takes as long as the longest before it, would end after so many minutes."""
     run: str = MISSING
     """Folder of this run under results/runs; composed from the values that tell runs apart."""
 
@@ -150,6 +162,12 @@ def options(group: str) -> list[str]:
         group: a folder of blpa/conf, such as mode.
     """
     return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def mode(name: str) -> ModeConfig:
+    """The mode that a file of blpa/conf/mode describes."""
+    values = OmegaConf.merge(OmegaConf.structured(ModeConfig), OmegaConf.load(CONF / "mode" / f"{name}.yaml"))
+    return cast(ModeConfig, OmegaConf.to_object(values))
 
 
 def check(config: Config) -> None:
@@ -173,11 +191,20 @@ def check(config: Config) -> None:
     _at_least("task.evaluate_every", config.task.evaluate_every, 1)
     _at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
     _at_least("task.steps", config.task.steps, 1)
+    _at_least("task.elements", config.task.elements, 2)
+    if not 0 < config.task.resolution < 1:
+        raise ValueError(f"task.resolution={config.task.resolution} is not allowed: it is above 0 and less than 1")
+    for name in config.task.tables:
+        _one_of("task.tables", name, ("batches", "times", "gradients", "kernels", "errors"))
+    for name in config.task.modes:
+        _one_of("task.modes", name, options("mode"))
     if config.task.checkpoint == "":
         raise ValueError("task.checkpoint= is empty: give a file of weights, or null for freshly initialised ones")
     _check_depth(config.depth)
     _above_zero("width", config.width)
     _check_size(config)
+    if config.budget_minutes is not None:
+        _above_zero("budget_minutes", config.budget_minutes)
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"seed={config.seed} is not allowed: it is a whole number from 0 to 2**63 - 1")
     _plain_name("mode.name", config.mode.name)

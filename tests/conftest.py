@@ -12,10 +12,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from omegaconf import OmegaConf
 from torch.profiler import ProfilerActivity, profile
 
-from blpa.config import CONF, ModeConfig
+from blpa import config
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 from blpa.modes import Mode, from_config
@@ -26,8 +25,7 @@ def mode() -> Callable[..., Mode]:
     """How to get a mode by the name of its file."""
 
     def from_file(name: str, kernels: Kernels = REFERENCE) -> Mode:
-        values = OmegaConf.merge(OmegaConf.structured(ModeConfig), OmegaConf.load(CONF / "mode" / f"{name}.yaml"))
-        return from_config(OmegaConf.to_object(values), kernels)
+        return from_config(config.mode(name), kernels)
 
     return from_file
 

@@ -68,7 +68,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         ("mode=null", "mode=null is not allowed"),
         (
             "task=trian",
-            "task=trian is not allowed, did you mean train?; choose one of gradient-error, max-batch, memory, plots, ",
+            "task=trian is not allowed, did you mean train?; choose one of gradient-error, kernels, max-batch, ",
         ),
         ("gpu=[cpu]", "gpu=[cpu] is not allowed"),
         ("experiment=tabel1", "experiment=tabel1 is not allowed, did you mean table1?"),

@@ -161,6 +161,13 @@ def test_few_probes_are_needed_where_the_prediction_is_good() -> None:
         assert len(card.probes) <= 9
 
 
+def test_a_coarse_search_needs_three_probes() -> None:
+    for largest in (1000, 1025, 1049):
+        card = Card(largest)
+        assert max_batch.search(card, 1000, resolution=0.05) == (1000, 1050)
+        assert len(card.probes) == 3
+
+
 def test_an_answer_that_does_not_stand_is_lowered() -> None:
     fits, fails = max_batch.search(Card(1000, steady=960), 1000)
     assert fits <= 960 < fails <= 1000

@@ -65,12 +65,39 @@ def test_exact_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {metric: record.value for metric, record in found.items()} == {"seconds_per_sample": pytest.approx(0.2)}
 
 
+def test_more_modes_take_their_turns_and_each_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(exact=[9, 9, 10, 20, 40], _4bit=[9, 9, 5, 30, 8], _2bit=[9, 9, 2, 2, 2])
+    monkeypatch.setattr(runtime.setup, "training_step", clock.training_step)
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: clock.now)
+    assert cli.main([*TINY, "mode=4bit", "task.modes=[exact,4bit,2bit]"]) == 0
+    (file,) = Path("results/runs").glob("a-runtime-*/records.json")
+    found = {(record.mode, record.metric): record for record in records.read(file)}
+    assert {key: record.value for key, record in found.items()} == {
+        ("4bit", "seconds_per_sample"): pytest.approx(0.8),
+        ("4bit", "ratio_to_exact"): pytest.approx(0.5),
+        ("exact", "seconds_per_sample"): pytest.approx(2.0),
+        ("2bit", "seconds_per_sample"): pytest.approx(0.2),
+        ("2bit", "ratio_to_exact"): pytest.approx(0.1),
+    }
+    assert len({record.command for record in found.values()}) == 1
+    assert found["exact", "seconds_per_sample"].kernels == "stock"
+    assert found["2bit", "seconds_per_sample"].bits == 2
+
+
+def test_a_mode_beside_that_does_not_fit_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = timed(monkeypatch, Clock(exact=[1] * 9, _4bit=[1] * 9, _8bit=[-1]), "mode=4bit", "task.modes=[8bit]")
+    assert {record.mode for record in found.values()} == {"4bit"}
+    assert "CUDA out of memory; 8bit is not timed" in capsys.readouterr().err
+
+
 def test_where_exact_does_not_fit_the_mode_is_timed_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = timed(monkeypatch, Clock(exact=[-1], _4bit=[9, 9, 1, 2, 3]), "mode=4bit")
     assert list(found) == ["seconds_per_sample"]
-    assert "CUDA out of memory; 4bit is timed alone" in capsys.readouterr().err
+    assert "CUDA out of memory; exact is not timed" in capsys.readouterr().err
 
 
 def test_a_mode_that_does_not_fit_says_so(

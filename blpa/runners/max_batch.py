@@ -32,10 +32,10 @@ from blpa.steps import EAGER_STEPS
 
 STEPS = EAGER_STEPS + 2
 """Training steps of a probe: those before a CUDA graph is recorded, the one that records it, and one more."""
+STRIDE = 1 / 40
+"""First stride of the search, as a part of the batch; each further one is twice as long."""
 VERIFYING_STEPS = 20
 """Training steps that the answer must stand."""
-RESOLUTION = 100
-"""The measured answer and the smallest batch seen to fail are within 1 / RESOLUTION of each other, or neighbours."""
 
 
 def run(config: Config) -> list[Record]:
@@ -73,7 +73,7 @@ def run(config: Config) -> list[Record]:
         print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
     elif is_cuda:
         _refuse_taken(free, limit, cell)
-        fits, fails = search(_probe_on(cell, limit), predicted) if limit > 0 else (0, 1)
+        fits, fails = search(_probe_on(cell, limit), predicted, config.task.resolution) if limit > 0 else (0, 1)
         print(f"{_network(cell)}: largest batch {fits} in {cell.gpu.memory_gib:g} GiB (measured); {fails} does not fit")
         found.append(_record(cell, fits, fails - 1, setup.source(config, device, chosen.name)))
     if not found:
@@ -102,21 +102,22 @@ def _predict(config: Config, limit: int) -> int:
         return memory.largest_batch(total_bytes, limit)
 
 
-def search(probe: Callable[[int, int], bool], predicted: int) -> tuple[int, int]:
+def search(probe: Callable[[int, int], bool], predicted: int, resolution: float = 0.01) -> tuple[int, int]:
     """Find the largest batch that fits, beginning at the prediction, and see that it stands and that 5 % more fail.
 
     Args:
         probe: (batch, steps) -> whether so many training steps fit.
         predicted: where to begin.
+        resolution: how near, as a part of the answer, the smallest batch seen to fail must be; or they are neighbours.
 
     Returns:
         The largest batch seen to fit, over VERIFYING_STEPS, or 0; and the smallest seen not to.
     """
     fits, fails = 0, sys.maxsize
     guess = max(1, predicted)
-    stride = max(1, guess // 40)
+    stride = max(1, int(guess * max(STRIDE, resolution)))
     while True:
-        while fails - fits > max(1, fits // RESOLUTION):
+        while fails - fits > max(1, int(fits * resolution)):
             if probe(guess, STEPS):
                 fits = guess
             else:
@@ -129,7 +130,7 @@ def search(probe: Callable[[int, int], bool], predicted: int) -> tuple[int, int]
                 guess = (fits + fails) // 2
         if fits and not probe(fits, VERIFYING_STEPS):
             fits, fails = 0, fits
-            guess, stride = max(1, fails - fails // RESOLUTION - 1), max(1, fails // 40)
+            guess, stride = max(1, fails - int(fails * resolution) - 1), max(1, int(fails * STRIDE))
             continue
         beyond = max(fails, math.ceil(1.05 * fits))
         if not fits or beyond == fails or not probe(beyond, STEPS):

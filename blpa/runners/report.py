@@ -17,7 +17,7 @@ import blpa
 from blpa import records
 from blpa.config import Config
 from blpa.records import Record
-from blpa.runners import network_tables, plots, tables
+from blpa.runners import kernel_tables, network_tables, plots, tables
 from blpa.runners.network_tables import TABLES
 
 FIGURES = ("error-", "batches-", "times-", "gradients-")
@@ -73,6 +73,7 @@ def render(found: list[Record], pictures: Iterable[Path]) -> str:
     """
     pages = [tables.errors_page(tables.summarise(found))]
     pages += [network_tables.page(table, network_tables.cells(table, found)) for table in TABLES]
+    pages.append(kernel_tables.page(kernel_tables.cells(found)))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("blpa.runners", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,

@@ -1,4 +1,4 @@
-"""Time a sample of a training step, beside exact's: the two take turns in one process, so that drift meets both.
+"""Time a sample of a training step, beside exact's: modes take turns in one process, so that drift meets them all.
 
 They also take turns at going first, for a step leaves caches and heap as they suit itself.
 
@@ -11,7 +11,7 @@ modes have dataset.batch_size, or, with task.largest_batch, each its own largest
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,11 +20,11 @@ from tqdm import tqdm
 from blpa import kernels, records, steps
 from blpa.cells import overrides
 from blpa.checkpoints import Stopped
-from blpa.config import Config, TaskConfig
+from blpa.config import Config, TaskConfig, mode
 from blpa.kernels import Kernels
 from blpa.records import Record
 from blpa.runners import paper, setup
-from blpa.runners.failures import is_out_of_memory
+from blpa.runners.failures import judge
 
 Step = Callable[[], object]
 
@@ -36,15 +36,25 @@ class DoesNotFit(Stopped):
     """Max-batch found that not one sample fits."""
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """A mode that is timed."""
+
+    cell: Config
+    batch: int
+    step: Step
+
+
 def run(config: Config) -> list[Record]:
-    """Time the configured mode's step and exact's, print both, and record the mode's time and the ratio.
+    """Time the steps of the configured mode, of task.modes and of exact; print and record times and ratios.
 
     Args:
         config: one run, checked.
 
     Returns:
-        Seconds a sample and the ratio to exact, each a median with 20 and 80 % quantiles. The ratio is left out where
-        the mode is exact, and where exact's step does not fit the GPU.
+        Seconds a sample and the ratio to exact of each mode, each a median with 20 and 80 % quantiles. The ratio is
+        left out for exact itself, which is not recorded unless it is asked for, and where exact's step does not fit the
+        GPU.
 
     Raises:
         ValueError: the machine cannot do what the configuration asks for, or no largest batch has been found yet.
@@ -55,47 +65,55 @@ def run(config: Config) -> list[Record]:
     chosen = kernels.choose(config.gpu.kernels, device)
     steps.configure_torch(config.gpu)
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    cell = setup.on_card(config, card) if config.task.largest_batch else config
-    timed: list[Step] = []
-    batches: list[int] = []
-    for one in setup.with_exact(cell):
+    asked = [config, *(replace(config, mode=mode(name)) for name in config.task.modes)]
+    if config.task.largest_batch:
+        asked = [setup.on_card(cell, card) for cell in asked]
+    timed: list[_Timed] = []
+    cells = [asked[0], setup.exact(asked[0]), *asked[1:]]
+    for cell in [cell for place, cell in enumerate(cells) if cell not in cells[:place]]:
         try:
-            batch = _largest_batch(one, chosen) if config.task.largest_batch else config.dataset.batch_size
-            step = setup.training_step(one, batch, chosen, device)
-            _warm_up(step, device)
-        except RuntimeError as error:
-            if not timed or not (isinstance(error, DoesNotFit) or is_out_of_memory(error)):
+            timed.append(_timed(cell, chosen, device))
+        except (RuntimeError, ValueError) as error:
+            exit_code, reason = judge(error)
+            if not timed or exit_code is None:
                 raise
-            print(f"{error}; {config.mode.name} is timed alone", file=sys.stderr)
-        else:
-            timed.append(step)
-            batches.append(batch)
+            print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)
     seconds = torch.zeros(config.task.steps, len(timed), dtype=torch.float64)
     for turn in tqdm(range(config.task.steps), "timed steps of each mode"):
         for which in range(len(timed))[:: 1 if turn % 2 else -1]:
-            seconds[turn, which] = _seconds(timed[which], device) / batches[which]
+            seconds[turn, which] = seconds_of(timed[which].step, device) / timed[which].batch
 
-    figures = [("seconds_per_sample", "s", seconds[:, 0])]
-    if len(timed) > 1:
-        figures.append(("ratio_to_exact", "times", seconds[:, 0] / seconds[:, 1]))
-        print(f"exact: {1e3 * seconds[:, 1].median().item():.3f} ms a sample, batch {batches[1]}")
+    exact = next((which for which, one in enumerate(timed) if one.cell == setup.exact(one.cell)), None)
     source = setup.source(config, device, chosen.name)
     measured = []
-    for metric, unit, values in figures:
-        low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=values.dtype)).tolist()
-        measured.append(
-            setup.record(
-                cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
-                iterations=config.task.steps, batch_size=batches[0],
-                paper_value=paper.seconds_per_sample(config) if unit == "s" else None,
-            )
-        )  # fmt: skip
-        scale, shown = (1e3, f"ms a sample, batch {batches[0]}") if unit == "s" else (1, "times exact")
-        print(
-            f"{config.mode.name}: {scale * median:.3f} {shown} (20 to 80 %: {scale * low:.3f} to {scale * high:.3f})"
-        )
+    for which, one in enumerate(timed):
+        found = [("seconds_per_sample", "s", seconds[:, which])]
+        if exact not in (None, which):
+            found.append(("ratio_to_exact", "times", seconds[:, which] / seconds[:, exact]))
+        for metric, unit, values in found:
+            low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=values.dtype)).tolist()
+            scale, shown = (1e3, f"ms a sample, batch {one.batch}") if unit == "s" else (1, "times exact")
+            spread = f"(20 to 80 %: {scale * low:.3f} to {scale * high:.3f})"
+            print(f"{one.cell.mode.name}: {scale * median:.3f} {shown} {spread}")
+            if one.cell in asked:
+                measured.append(
+                    setup.record(
+                        one.cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
+                        iterations=config.task.steps, batch_size=one.batch,
+                        kernels=setup.kernels_used(one.cell, chosen.name),
+                        paper_value=paper.seconds_per_sample(one.cell) if unit == "s" else None,
+                    )
+                )  # fmt: skip
     records.write(measured, run_dir)
     return measured
+
+
+def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
+    """A mode whose step has warmed up."""
+    batch = _largest_batch(cell, chosen) if cell.task.largest_batch else cell.dataset.batch_size
+    step = setup.training_step(cell, batch, chosen, device)
+    _warm_up(step, device)
+    return _Timed(cell, batch, step)
 
 
 def _largest_batch(config: Config, chosen: Kernels) -> int:
@@ -124,7 +142,7 @@ def _warm_up(step: Step, device: torch.device) -> None:
         step()
 
 
-def _seconds(step: Step, device: torch.device) -> float:
+def seconds_of(step: Step, device: torch.device) -> float:
     """One step by the device's own clock."""
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -135,16 +135,21 @@ def on_card(config: Config, card_bytes: int) -> Config:
     return replace(config, gpu=replace(config.gpu, memory_gib=round(card_bytes / memory.GIB, 2)))
 
 
-def source(config: Config, device: torch.device, kernels_used: str) -> dict[str, Any]:
+def kernels_used(config: Config, back_end: str) -> str:
+    """The back end as a record names it: layers that are not ours have none."""
+    return back_end if config.mode.layers == "coded" else "stock"
+
+
+def source(config: Config, device: torch.device, back_end: str) -> dict[str, Any]:
     """The fields of a record that tell by what it was made.
 
     Args:
         config: the run, as it was composed.
         device: what it really computed on.
-        kernels_used: name of the back end that was really used.
+        back_end: name of the one that was really used.
     """
     return records.provenance(device) | {
-        "kernels": kernels_used if config.mode.layers == "coded" else "stock",
+        "kernels": kernels_used(config, back_end),
         "command": records.as_text(overrides(config)),
     }
 

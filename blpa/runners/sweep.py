@@ -21,7 +21,8 @@ def run_all(configs: list[Config]) -> int:
     A cell that fails says so, leaves a record of it, and the next one runs, unless a signal ended it.
 
     Args:
-        configs: checked; one on its own runs whether it is finished or not.
+        configs: checked; one on its own runs whether it is finished or not. `budget_minutes` ends the sweep before the
+            first cell that might not end in time; what is left is told.
 
     Returns:
         The exit code: that of the last cell that failed.
@@ -29,12 +30,19 @@ def run_all(configs: list[Config]) -> int:
     if len(configs) == 1:
         return run_cell(configs[0])
     failure = failed = skipped = 0
+    longest = before = 0.0
     began = time.monotonic()
     for number, config in enumerate(configs):
         if is_finished(config):
             skipped += 1
             continue
         done, elapsed = number - skipped, time.monotonic() - began
+        longest, before = max(longest, elapsed - before), elapsed
+        if config.budget_minutes and elapsed + longest > 60 * config.budget_minutes:
+            waiting = sum(not is_finished(other) for other in configs[number:])
+            print(f"{waiting} cells left: budget_minutes={config.budget_minutes:g} is not enough", file=sys.stderr)
+            configs = configs[:number]
+            break
         left = f", about {_minutes(elapsed / done * (len(configs) - number))} left" if done else ""
         counts = f"{skipped} finished before, {failed} failed" if skipped or failed else ""
         told = ", ".join(filter(None, [counts, f"{_minutes(elapsed)} done{left}"]))

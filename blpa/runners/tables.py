@@ -1,9 +1,10 @@
-"""Every table from every record there is: errors, largest batches, times and gradient errors, ours beside the paper's.
+"""Every table from every record there is: errors, largest batches, times, gradient errors, kernels; the paper's beside.
 
 results/tables/<name>.md are for reading; <name>.csv holds the same cells in one row each. The table of errors is made
-here, those by network in network_tables.py. An error is a mean over seeds, with its deviation. A table belongs to a
-group of records that differ by mode and seed alone; the paper's own cells come first and are there before anything has
-been run. Where a cell was run twice with the same seed, on two machines say, the newer run counts.
+here, those by network in network_tables.py, that of kernels in kernel_tables.py. An error is a mean over seeds, with
+its deviation. A table belongs to a group of records that differ by mode and seed alone; the paper's own cells come
+first and are there before anything has been run. Where a cell was run twice with the same seed, on two machines say,
+the newer run counts.
 """
 
 from collections.abc import Iterable
@@ -16,7 +17,7 @@ import pandas as pd
 from blpa import records
 from blpa.config import Config
 from blpa.records import COLUMNS, GROUP, Record
-from blpa.runners import network_tables, paper
+from blpa.runners import kernel_tables, network_tables, paper
 from blpa.runners.network_tables import TABLES
 from blpa.runners.pages import Page, Section, failure, images, label, markdown
 from blpa.runners.paper import ROWS
@@ -33,7 +34,7 @@ counts them; `exact` here is PyTorch's own layers, which keep two tensors a unit
 
 
 def run(config: Config) -> list[Record]:
-    """Collect every record, write every table and print the readable ones, the errors last.
+    """Collect every record, write every table and print those that task.tables names, or all, the errors last.
 
     Args:
         config: `results` is the folder of runs, records and tables.
@@ -48,12 +49,15 @@ def run(config: Config) -> list[Record]:
         shown = network_tables.cells(table, found)
         texts[table.name] = markdown(network_tables.page(table, shown))
         records.write_table(folder / f"{table.name}.csv", [asdict(record) for record in shown], columns=COLUMNS)
+    of_kernels = kernel_tables.cells(found)
+    texts["kernels"] = markdown(kernel_tables.page(of_kernels))
+    records.write_table(folder / "kernels.csv", [asdict(record) for record in of_kernels], columns=COLUMNS)
     errors = summarise(found)
     texts["errors"] = markdown(errors_page(errors))
     records.write_atomically(folder / "errors.csv", errors.to_csv(index=False, lineterminator="\n"))
     for name, text in texts.items():
         records.write_atomically(folder / f"{name}.md", text)
-    print(*texts.values(), sep="\n", end="")
+    print(*(texts[name] for name in config.task.tables or texts), sep="\n", end="")
     return found
 
 

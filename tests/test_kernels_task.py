@@ -1,0 +1,106 @@
+"""blpa/runners/kernels.py and kernel_tables.py: what is measured, in what units, and how it reads."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from blpa import records
+from blpa.records import Record
+from blpa.runners import cli, kernel_tables, kernels
+from blpa.runners.pages import markdown
+
+TINY = ["task=kernels", "gpu=cpu", "gpu.kernels=torch", "task.steps=3", "task.elements=32768"]
+SECONDS = {"copy": 2.0, "channel_stats": 4.0, "normalise_rectify_encode": 4.0, "decode": 1.0, "backward": 8.0}
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def measured(*arguments: str) -> list[Record]:
+    assert cli.main([*TINY, *arguments]) == 0
+    (file,) = Path("results/runs").glob("*-kernels-*/records.json")
+    return records.read(file)
+
+
+def test_every_function_and_unit_is_measured_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured("mode=4bit")
+    shapes = [f"{32768 // channels} rows of {channels} channels" for channels in kernels.CHANNELS]
+    units = ["unit 1x1 64 to 16", "unit 3x3 16 to 16", "unit 1x1 16 to 64"]
+    expected = {(name, shape) for name in SECONDS for shape in shapes}
+    expected |= {(f"{name}_share_of_copy", shape) for name in list(SECONDS)[1:] for shape in shapes}
+    expected |= {(name, unit) for name in ("unit_seconds", "unit_ratio_to_exact") for unit in units}
+    assert {(record.metric, record.note) for record in found} == expected
+    assert len(found) == 3 * 5 + 3 * 4 + 3 * 3 * 2
+    assert all(record.value > 0 and record.low <= record.value <= record.high and record.n == 3 for record in found)
+    assert {record.mode for record in found if record.metric == "unit_seconds"} == {"4bit", "exact", "compiled"}
+    ratios = [record.value for record in found if record.metric == "unit_ratio_to_exact" and record.mode == "exact"]
+    assert ratios == [1.0] * 3
+    capsys.readouterr()
+
+    assert cli.main(["task=tables", "task.tables=[kernels]"]) == 0
+    text = capsys.readouterr().out
+    assert "## proposed 4-bit, fp32, " in text
+    assert all(name in text for name in (*SECONDS, *shapes, *units, "torch.compile"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "precision", "shares"),
+    [
+        # bytes an element over the copy's 8 (4 in bf16), times the copy's 2 seconds over the function's
+        ("4bit", "fp32", {"channel_stats": 4 / 8 / 2, "normalise_rectify_encode": 8.5 / 8 / 2, "decode": 4.5 / 8 * 2,
+                          "backward": 13 / 8 / 4}),
+        ("8bit", "bf16", {"channel_stats": 2 / 4 / 2, "normalise_rectify_encode": 5 / 4 / 2, "decode": 3 / 4 * 2,
+                          "backward": 8 / 4 / 4}),
+        ("exact-one-copy", "fp32", {"channel_stats": 4 / 8 / 2, "normalise_rectify_encode": 8 / 8 / 2,
+                                    "decode": 8 / 8 * 2, "backward": 20 / 8 / 4}),
+    ],
+)  # fmt: skip
+def test_a_share_is_of_the_bytes_that_must_be_moved(
+    mode: str, precision: str, shares: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def take_turns(calls: list[object], turns: int, *_: object) -> torch.Tensor:
+        taken = list(SECONDS.values()) if len(calls) == len(SECONDS) else [1.0] * len(calls)
+        return torch.tensor([taken] * turns, dtype=torch.float64)
+
+    monkeypatch.setattr(kernels, "_take_turns", take_turns)
+    found = measured(f"mode={mode}", f"gpu.precision={precision}")
+    values = {record.metric: record.value for record in found if record.metric.endswith("_share_of_copy")}
+    assert values == {f"{name}_share_of_copy": pytest.approx(share) for name, share in shares.items()}
+
+
+def test_stock_layers_have_no_kernels_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*TINY, "mode=exact"]) == 1
+    assert "task=kernels mode=exact: its layers are not ours; choose 8bit, 4bit or 2bit" in capsys.readouterr().err
+
+
+def test_a_function_that_was_not_measured_everywhere_says_so() -> None:
+    found = measured("mode=2bit")
+    without = [r for r in found if (r.metric, r.note.split()[3]) != ("decode", "64")]
+    text = markdown(kernel_tables.page(kernel_tables.cells(without)))
+    (row,) = [line for line in text.splitlines() if line.startswith("| decode ")]
+    assert row.count("not run") == 1
+
+
+def test_nothing_measured_says_what_to_run() -> None:
+    assert "`blpa-run task=kernels mode=4bit`" in markdown(kernel_tables.page([]))
+
+
+def test_turns_are_taken_in_both_orders(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    clock = SimpleNamespace(now=0.0)
+
+    def call(name: str, seconds: float) -> object:
+        def run() -> None:
+            log.append(name)
+            clock.now += seconds
+
+        return run
+
+    monkeypatch.setattr("blpa.runners.runtime.time.perf_counter", lambda: clock.now)
+    seconds = kernels._take_turns([call("a", 1.0), call("b", 2.0)], 2, "", torch.device("cpu"))
+    assert seconds.tolist() == [[1.0, 2.0]] * 2
+    assert log == ["a", "b", "b", "a", "a", "b"]  # once each to warm up
