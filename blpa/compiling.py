@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.backends.registry import lookup_backend
 
-VARIANTS = 64
-"""Graphs that one compiler may make of the blocks: six for each batch size, with gradients and without."""
+VARIANTS = 256
+"""Graphs that may be made of the blocks: six for each compiler, batch size and precision, with gradients and without.
+"""
 
 FP8 = {
     "activation_quantization_aten_pass": {

@@ -8,6 +8,7 @@ step stays in tensors that the graph reads: which images, how they are cropped, 
 recorded kernels on the recorded addresses, so it gives the bits that the step gave before it was recorded.
 """
 
+import functools
 import gc
 import os
 from collections.abc import Callable
@@ -72,6 +73,40 @@ def forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
     return logits.float()
 
 
+@functools.cache
+def _side_stream() -> torch.cuda.Stream:
+    """One for the whole process: memory that one stream gave back is not at once another's."""
+    return torch.cuda.Stream()
+
+
+def aside(call: Callable[[], Tensor]) -> Tensor:
+    """Call a function as `record` will: on a stream that is not the default one, which cannot be recorded."""
+    here = torch.cuda.current_stream()
+    _side_stream().wait_stream(here)
+    with torch.cuda.stream(_side_stream()):
+        result = call()
+    here.wait_stream(_side_stream())
+    result.record_stream(here)
+    return result
+
+
+def record(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Record the launches of a function, which runs only when they are replayed.
+
+    Args:
+        call: it was called `aside` before, and does not wait for the device.
+
+    Returns:
+        The graph, and the tensor that each replay writes its result to.
+    """
+    graph = torch.cuda.CUDAGraph()
+    gc.collect()  # the graph has memory of its own: what earlier calls left goes back first
+    torch.cuda.empty_cache()
+    with torch.cuda.graph(graph, stream=_side_stream()):
+        result = call()
+    return graph, result
+
+
 class TrainingStep:
     """Training steps of one network, recorded as a CUDA graph after the first few where that is asked for.
 
@@ -104,8 +139,10 @@ class TrainingStep:
         self.rate = torch.zeros((), device=device)
         for group in optimiser.param_groups:
             group["lr"] = self.rate
-        self.recorded: _Recorded | None = None
-        self.eager_steps_left = EAGER_STEPS if uses_cuda_graph(gpu, device) else -1
+        self.records = uses_cuda_graph(gpu, device)
+        self.steps_before_recording = EAGER_STEPS
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.draws = self.result = self.rate  # what the graph reads and writes, once there is one
 
     def __call__(self, draws: Tensor, *, rate: float) -> Tensor:
         """Make one step, without waiting for the device.
@@ -120,14 +157,18 @@ class TrainingStep:
         self.rate.fill_(rate)
         if self.device.type == "cuda":
             draws = draws.pin_memory()  # from other memory the host would wait for the copy
-        if self.eager_steps_left > 0:
-            self.eager_steps_left -= 1
-            return self._on_a_side_stream(draws)
-        if self.eager_steps_left < 0:
+        if not self.records:
             return self._step(draws.to(self.device, non_blocking=True))
-        if self.recorded is None:
-            self.recorded = _Recorded(self._step, draws.to(self.device))
-        return self.recorded.replay(draws)
+        if self.steps_before_recording:
+            self.steps_before_recording -= 1
+            return aside(lambda: self._step(draws.to(self.device, non_blocking=True)))
+        if self.graph is None:
+            self.draws = draws.to(self.device)
+            self.optimiser.zero_grad(set_to_none=True)  # recorded gradients have memory of their own
+            self.graph, self.result = record(lambda: self._step(self.draws))
+        self.draws.copy_(draws, non_blocking=True)
+        self.graph.replay()
+        return self.result.clone()  # the next replay writes over it
 
     def _step(self, draws: Tensor) -> Tensor:
         images, labels = self.make_batch(draws)
@@ -137,30 +178,3 @@ class TrainingStep:
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimiser.step()
         return torch.stack([loss.detach(), (logits.detach().argmax(dim=1) != labels).sum()])
-
-    def _on_a_side_stream(self, draws: Tensor) -> Tensor:
-        """A step as recording will see it: the default stream cannot be recorded."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            result = self._step(draws.to(self.device, non_blocking=True))
-        torch.cuda.current_stream().wait_stream(stream)
-        result.record_stream(torch.cuda.current_stream())
-        return result
-
-
-class _Recorded:
-    """A step as a CUDA graph, with the tensors that it reads and writes."""
-
-    def __init__(self, step: Callable[[Tensor], Tensor], draws: Tensor) -> None:
-        self.draws = draws
-        self.graph = torch.cuda.CUDAGraph()
-        gc.collect()  # the graph has memory of its own: what the eager steps left goes back first
-        torch.cuda.empty_cache()
-        with torch.cuda.graph(self.graph):
-            self.result = step(self.draws)
-
-    def replay(self, draws: Tensor) -> Tensor:
-        self.draws.copy_(draws, non_blocking=True)
-        self.graph.replay()
-        return self.result.clone()  # the next replay writes over it

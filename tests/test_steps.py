@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,50 +16,36 @@ from blpa.steps import TrainingStep
 CUDA = torch.device("cuda")
 
 
-class MadeUpGraph:
-    """Like steps._Recorded, but for replaying by calling: the same tensors are read and written each time."""
-
-    made = 0
-
-    def __init__(self, step: Callable[[Tensor], Tensor], draws: Tensor) -> None:
-        type(self).made += 1
-        self.step, self.draws = step, draws
-        self.result = torch.zeros(2)
-
-    def replay(self, draws: Tensor) -> Tensor:
-        self.draws.copy_(draws)
-        self.result.copy_(self.step(self.draws))
-        return self.result.clone()
-
-
 @pytest.fixture
-def recording(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Steps on the CPU believe that they are recorded; tells which ran on a side stream."""
-    aside: list[str] = []
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Steps on the CPU believe that they are recorded, and a replay calls the function again; tells what happened."""
+    told: list[str] = []
 
-    def on_a_side_stream(self: TrainingStep, draws: Tensor) -> Tensor:
-        aside.append("step")
-        return self._step(draws)
+    def aside(call: Callable[[], Tensor]) -> Tensor:
+        told.append("aside")
+        return call()
 
-    monkeypatch.setattr(MadeUpGraph, "made", 0)
+    def record(call: Callable[[], Tensor]) -> tuple[SimpleNamespace, Tensor]:
+        told.append("record")
+        result = torch.zeros(2)  # replays write to the same memory
+        return SimpleNamespace(replay=lambda: result.copy_(call())), result
+
     monkeypatch.setattr(steps, "uses_cuda_graph", lambda gpu, device: True)
-    monkeypatch.setattr(steps, "_Recorded", MadeUpGraph)
-    monkeypatch.setattr(TrainingStep, "_on_a_side_stream", on_a_side_stream)
-    return aside
+    monkeypatch.setattr(steps, "aside", aside)
+    monkeypatch.setattr(steps, "record", record)
+    return told
 
 
-def test_a_recorded_run_is_that_which_is_not(
-    recording: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_recorded_run_is_that_which_is_not(log: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over a change of the learning rate, evaluations and checkpoints; recorded once, after the first few steps."""
     train(TinyNet(), tmp_path / "recorded")
-    assert (len(recording), MadeUpGraph.made) == (steps.EAGER_STEPS, 1)
+    assert log == ["aside"] * steps.EAGER_STEPS + ["record"]
     monkeypatch.undo()
     train(TinyNet(), tmp_path / "not")
     assert_same_end(tmp_path / "recorded", tmp_path / "not")
 
 
-@pytest.mark.usefixtures("recording")
+@pytest.mark.usefixtures("log")
 def test_results_of_replays_do_not_write_over_each_other() -> None:
     data, recipe = tiny_data().train, tiny_config().dataset
     net = TinyNet()

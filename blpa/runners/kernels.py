@@ -29,7 +29,7 @@ from blpa.records import Record
 from blpa.runners import setup
 from blpa.runners.runtime import seconds_of
 
-Call = Callable[[], object]
+Call = Callable[[], Tensor]
 Source = dict[str, Any]
 Unit = tuple[int, int, int]
 """Channels in and out, and kernel size, of a unit's convolution."""
@@ -114,10 +114,19 @@ def _calls(back_end: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Conf
     vectors = back_end.channel_stats(x, gamma, beta, eps=EPS, code=code)
     codes = back_end.normalise_rectify_encode(x, vectors, code=code, out=out)
     kept = x if codes is None else codes
+
+    def encode() -> Tensor:
+        back_end.normalise_rectify_encode(x, vectors, code=code, out=out)
+        return out
+
+    def decode() -> Tensor:
+        back_end.decode(kept, vectors, code=code, out=out)
+        return out
+
     return {
         "channel_stats": lambda: back_end.channel_stats(x, gamma, beta, eps=EPS, code=code),
-        "normalise_rectify_encode": lambda: back_end.normalise_rectify_encode(x, vectors, code=code, out=out),
-        "decode": lambda: back_end.decode(kept, vectors, code=code, out=out),
+        "normalise_rectify_encode": encode,
+        "decode": decode,
         "backward": lambda: back_end.backward(grad, kept, vectors, code=code, constant_stats=False, out=out),
     }
 
@@ -154,10 +163,10 @@ def _unit(cell: Config, back_end: Kernels, unit: Unit, batch: int, device: torch
 
     compiled = torch.compile(forward, dynamic=False, fullgraph=True) if made.compiler else forward
 
-    def call() -> object:
+    def call() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=cell.gpu.precision == "bf16"):
             out = compiled(x)
-        return torch.autograd.grad(out, leaves, grad.to(out.dtype))
+        return torch.autograd.grad(out, leaves, grad.to(out.dtype))[0]
 
     return call
 
@@ -172,20 +181,14 @@ def _take_turns(calls: list[Call], turns: int, name: str, device: torch.device) 
     return seconds
 
 
-def _replayed(call: Call, device: torch.device) -> Call:
+def _replayed(call: Call, device: torch.device) -> Callable[[], object]:
     """The call warmed up, and on a GPU recorded as a CUDA graph."""
     if device.type != "cuda":
         call()
         return call
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(steps.EAGER_STEPS):
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
+    for _ in range(steps.EAGER_STEPS):
+        steps.aside(call)
+    graph, _ = steps.record(call)
     graph.replay()
     return graph.replay
 

@@ -17,7 +17,7 @@ from blpa.models.preact_resnet import PreActResNet
 from blpa.records import Record
 
 META = torch.device("meta")
-NO_DRAWS = torch.empty(0)
+NO_DRAWS = torch.zeros(1)
 
 
 def run_folder(config: Config) -> Path:
