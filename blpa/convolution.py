@@ -34,6 +34,8 @@ class Convolution:
 
     def __call__(self, a: Tensor, weight: Tensor) -> Tensor:
         """Out [N, C_out, H_out, W_out] of a [N, C, H, W] and W [C_out, C / groups, k_h, k_w]."""
+        if a.is_meta:  # there a convolution loses the memory format, and a copy would be counted
+            return torch.empty(self._size(a, weight), dtype=a.dtype, device="meta", memory_format=torch.channels_last)
         return F.conv2d(a, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def weight_grad(self, grad: Tensor, a: Tensor, weight: Tensor) -> Tensor:
@@ -49,7 +51,7 @@ class Convolution:
 
     def input_grad(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
         """dA, in the dtype of grad = G, for an a of that size: the transposed convolution of G."""
-        if grad.is_meta:  # there the transposed convolution loses the memory format, and a copy would be counted
+        if grad.is_meta:  # as above
             return torch.empty(size, dtype=grad.dtype, device="meta", memory_format=torch.channels_last)
         stride, padding, dilation = self._pairs()
         height_width, kernel = size[2:], weight.shape[2:]
@@ -59,6 +61,15 @@ class Convolution:
             for i in range(2)
         ]
         return F.conv_transpose2d(grad, weight.to(grad.dtype), None, stride, padding, lost, self.groups, dilation)
+
+    def _size(self, a: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
+        """Shape of out."""
+        stride, padding, dilation = self._pairs()
+        height, width = (
+            (a.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
+            for i in range(2)
+        )
+        return a.shape[0], weight.shape[0], height, width
 
     def _pairs(self) -> tuple[Pair, Pair, Pair]:
         stride, padding, dilation = (

@@ -51,9 +51,9 @@ class Kept:
         return a
 
     def batch_norm_backward(
-        self, grad: Tensor, *, constant_stats: bool, overwrite_grad: bool = False
+        self, grad: Tensor, *, constant_stats: bool, overwrite_grad: bool = False, add: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients dX, dgamma and dbeta for grad = dA.
+        """Gradients dX, dgamma and dbeta for grad = dA; `add`, a gradient that x has from elsewhere, is added to dX.
 
         dX takes the place of grad only where that is known to be nobody else's: autograd may have handed its own
         to hooks, callers or other functions too.
@@ -69,6 +69,7 @@ class Kept:
             code=self.layout.code,
             constant_stats=constant_stats,
             out=grad_rows if overwrite else rows(dx),
+            add=None if add is None else rows(add.contiguous(memory_format=torch.channels_last)),
         ).unbind(0)
         gamma_dtype, beta_dtype = self.layout.parameter_dtypes
         return dx, dgamma.to(gamma_dtype), dbeta.to(beta_dtype)

@@ -8,7 +8,7 @@ A batch norm and ReLU gives an Activation, a convolution takes one, so a model i
 and conv.after(batch_norm_relu, x) is both, for an activation that nothing else reads.
 """
 
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,12 +115,24 @@ class Conv2d(nn.Conv2d):
         called one after the other.
         """
         bn = batch_norm_relu
-        if not (isinstance(bn, BatchNormReLU) and _is_plain(bn, BatchNormReLU) and _is_plain(self, Conv2d)):
+        if not self._is_one_with(bn):
             return cast(Tensor, self(bn(x, overwrite_x=overwrite_x)))
         options = bn._options(overwrite_x)
         return ops.batch_norm_relu_conv2d(
             x, bn.weight, bn.bias, self.weight, convolution=self._convolution(), **options
         )
+
+    def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Out as `after`, and x for a shortcut that reads it too (ops.batch_norm_relu_conv2d_with_shortcut)."""
+        bn = batch_norm_relu
+        if not self._is_one_with(bn):
+            return cast(Tensor, self(bn(x))), x
+        return ops.batch_norm_relu_conv2d_with_shortcut(
+            x, bn.weight, bn.bias, self.weight, convolution=self._convolution(), **bn._options(False)
+        )
+
+    def _is_one_with(self, bn: nn.BatchNorm2d) -> TypeGuard[BatchNormReLU]:
+        return isinstance(bn, BatchNormReLU) and _is_plain(bn, BatchNormReLU) and _is_plain(self, Conv2d)
 
     def _convolution(self) -> Convolution:
         stride, padding, dilation = (cast(Pair, v) for v in (self.stride, self.padding, self.dilation))
@@ -145,6 +157,10 @@ class StockConv2d(nn.Conv2d):
     def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
         """Out of x through a batch norm and ReLU."""
         return cast(Tensor, self(batch_norm_relu(x, overwrite_x=overwrite_x)))
+
+    def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Out as `after`, and x, which autograd lets a shortcut read too."""
+        return cast(Tensor, self(batch_norm_relu(x))), x
 
 
 def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:

@@ -12,8 +12,10 @@ Backward, from G, the gradient of out, and the codes of x_hat, which give x_hat~
     dgamma = sum dY x_hat~                                           approximate
     dX = gamma rstd (dY - mean(dY) - x_hat~ mean(dY x_hat~))         only the last term is approximate
 
-`batch_norm_relu_conv2d` is all of it, for an a that one convolution reads. Where a has other readers, `batch_norm_relu`
-makes a and a `Kept`, and every `conv2d` that reads a takes the Kept along, so all of them share its codes.
+`batch_norm_relu_conv2d` is all of it, for an a that one convolution reads; where a shortcut reads x as well,
+`batch_norm_relu_conv2d_with_shortcut` adds the shortcut's gradient in the pass that writes dX. Where a has other
+readers, `batch_norm_relu` makes a and a `Kept`, and every `conv2d` that reads a takes the Kept along, so all of them
+share its codes.
 
 Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.
 """
@@ -135,27 +137,32 @@ class _Conv2d(torch.autograd.Function):
 
 
 class _BatchNormReLUConv2d(torch.autograd.Function):
-    """x, gamma, beta, weight -> out; the two above in one, whose dA is nobody else's, so that dX takes its place."""
+    """x, gamma, beta, weight -> out, x; the two above in one, whose dA is nobody else's, so that dX takes its place."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, forward: _Forward, convolution: Convolution
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
+        ctx.set_materialize_grads(False)
         a, kept = forward(x, gamma, beta)
         kept.save(ctx, weight)
         ctx.constant_stats = forward.statistics.are_constant
         ctx.convolution = convolution
-        return convolution(a, weight)
+        return convolution(a, weight), None if forward.overwrite else x
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return grad_x, *(None,) * 5
         kept, (weight,) = Kept.saved(ctx)
         *wants_da, wants_dw = ctx.needs_input_grad[:4]
         da, dw = _convolution_backward(ctx.convolution, kept, weight, grad, wants_da=any(wants_da), wants_dw=wants_dw)
         dx = dgamma = dbeta = None
         if da is not None:
-            dx, dgamma, dbeta = kept.batch_norm_backward(da, constant_stats=ctx.constant_stats, overwrite_grad=True)
+            dx, dgamma, dbeta = kept.batch_norm_backward(
+                da, constant_stats=ctx.constant_stats, overwrite_grad=True, add=grad_x
+            )
         return dx, dgamma, dbeta, dw, None, None
 
 
@@ -311,7 +318,47 @@ def batch_norm_relu_conv2d(
         a, _ = batch_norm_relu(x, gamma, beta, **options)
         return convolution(a, weight)
     x, forward = _prepare(x, gamma, beta, recording=True, **options)
-    return cast(Tensor, _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward, convolution))
+    out, _ = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward, convolution)
+    return cast(Tensor, out)
+
+
+def batch_norm_relu_conv2d_with_shortcut(
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    weight: Tensor,
+    *,
+    convolution: Convolution = _PLAIN,
+    **options: Unpack[BatchNormOptions],
+) -> tuple[Tensor, Tensor]:
+    """batch_norm_relu_conv2d, for an x that a shortcut reads as well.
+
+    Autograd would make the sum of x's two gradients in a pass of its own over three tensors. Here the shortcut's
+    gradient comes in by the x that is returned, and the pass that writes dX adds it.
+
+    Args:
+        x: as batch_norm_relu_conv2d; so are the others. `overwrite_x` is not for an x that is read again.
+        gamma: scale [C].
+        beta: shift [C].
+        weight: as conv2d.
+        convolution: its stride, padding, dilation and groups.
+        options: see BatchNormOptions.
+
+    Returns:
+        out [N, C_out, H_out, W_out], and x for the shortcut.
+
+    Raises:
+        ValueError: as batch_norm_relu, or overwrite_x is true.
+
+    Source: the sum is He et al. 2016's; the rest is Chakrabarti and Moseley, section 3.
+    """
+    if options.get("overwrite_x"):
+        raise ValueError("overwrite_x = True, but a shortcut reads x again")
+    if not (_is_recording(x, gamma, beta) and x.is_contiguous(memory_format=torch.channels_last)):
+        return batch_norm_relu_conv2d(x, gamma, beta, weight, convolution=convolution, **options), x
+    x, forward = _prepare(x, gamma, beta, recording=True, **options)
+    out, x_again = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward, convolution)
+    return cast(Tensor, out), cast(Tensor, x_again)
 
 
 def _is_recording(*tensors: Tensor) -> bool:

@@ -27,14 +27,14 @@ def constants(name: str, bits: int) -> dict[str, int | bool]:
     *_, tile = triton_ops._tiles(triton_ops.torch.empty(1, CHANNELS, device="meta"), bits)
     if name.startswith("_combine"):
         tile = {"ROWS": triton_ops.PARTIAL_ROWS, "CHANNELS": triton_ops.PARTIAL_CHANNELS}
-    return tile | {"LEVELS": 1 << bits if bits else 0, "HAS_AVERAGES": True, "CONSTANT_STATS": False}
+    return tile | {"LEVELS": 1 << bits if bits else 0, "HAS_AVERAGES": True, "CONSTANT_STATS": False, "ADDS": True}
 
 
 def compile_kernel(name: str, dtype: str, bits: int, architecture: int) -> dict[str, Any]:
     """Registers, spilled bytes and kinds of instructions of one kernel."""
     kernel = getattr(triton_ops, name)
     types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(FLOATS, "fp32")
-    types |= dict.fromkeys(("x", "out", "grad"), f"*{dtype}")
+    types |= dict.fromkeys(("x", "out", "grad", "add"), f"*{dtype}")
     types |= dict.fromkeys(("kept", "codes"), "*u8" if bits else f"*{dtype}")
     known = {key: value for key, value in constants(name, bits).items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in known else types.get(key, "*fp32") for key in kernel.arg_names}

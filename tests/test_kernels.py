@@ -103,7 +103,11 @@ def test_backward(shape: tuple[int, int], code: Code | None, constant_stats: boo
     assert_same(dbeta, dy.sum(0))
     assert_same(dgamma, (dy * x_hat).sum(0))
     through_statistics = 0 if constant_stats else dy.mean(0) + x_hat * (dy * x_hat).mean(0)
-    assert_same(out, u.norm.gamma * u.norm.rstd * (dy - through_statistics))
+    dx = u.norm.gamma * u.norm.rstd * (dy - through_statistics)
+    assert_same(out, dx)
+    options = {"code": code, "constant_stats": constant_stats, "out": out}
+    REFERENCE.backward(u.grad, u.kept, u.vectors, **options, add=u.x)
+    assert_same(out, dx + u.x)
 
 
 @all_codes
@@ -226,13 +230,16 @@ def test_compiled_backward_is_the_references(
     code: Code | None, dtype: torch.dtype, shapes: Shapes, constant_stats: bool
 ) -> None:
     for shape in shapes:
-        assert_backward_is_the_references(COMPILED, unit(shape, code, dtype), code, constant_stats)
+        for adds in (False, True):
+            assert_backward_is_the_references(COMPILED, unit(shape, code, dtype), code, constant_stats, adds=adds)
 
 
-def assert_backward_is_the_references(kernels: Kernels, u: Unit, code: Code | None, constant_stats: bool) -> None:
+def assert_backward_is_the_references(
+    kernels: Kernels, u: Unit, code: Code | None, constant_stats: bool, *, adds: bool = False
+) -> None:
     """The sums but for the order of their terms, and dX but for what comes of that."""
     expected, actual = torch.empty_like(u.grad), u.grad.clone()
-    options = {"code": code, "constant_stats": constant_stats}
+    options = {"code": code, "constant_stats": constant_stats, "add": u.x.flip(0).contiguous() if adds else None}
     expected_sums = REFERENCE.backward(u.grad, u.kept, u.vectors, **options, out=expected)
     sums = kernels.backward(actual, u.kept, u.vectors, **options, out=actual)
     # Two orders of a sum of M terms differ by at most M roundings of the sum of their sizes.

@@ -114,12 +114,14 @@ def test_hooks_on_the_layers_are_called(kind: str, on_conv: bool) -> None:
     bn, conv = BatchNormReLU(4, code=Code(4)).double(), Conv2d(4, 2, 3, bias=False).double()
     x = images().requires_grad_()
     expected = conv.after(bn, x)
-    calls: list[nn.Module] = []
-    getattr(conv if on_conv else bn, kind)(lambda module, *others: calls.append(module))
-    out = conv.after(bn, x)
-    out.sum().backward()
-    assert torch.equal(out, expected)
-    assert calls == [conv if on_conv else bn]
+    for after in (conv.after, lambda bn, x: conv.after_with_shortcut(bn, x)[0]):
+        calls: list[nn.Module] = []
+        handle = getattr(conv if on_conv else bn, kind)(lambda module, *others, calls=calls: calls.append(module))
+        out = after(bn, x)
+        out.sum().backward()
+        handle.remove()
+        assert torch.equal(out, expected)
+        assert calls == [conv if on_conv else bn]
 
 
 def test_global_hooks_are_called() -> None:

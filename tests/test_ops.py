@@ -14,7 +14,13 @@ from torch import Tensor, nn
 
 from blpa.codec import Code
 from blpa.convolution import Convolution
-from blpa.ops import average_pool, batch_norm_relu, batch_norm_relu_conv2d, conv2d
+from blpa.ops import (
+    average_pool,
+    batch_norm_relu,
+    batch_norm_relu_conv2d,
+    batch_norm_relu_conv2d_with_shortcut,
+    conv2d,
+)
 
 CODES = [Code(8), Code(4), Code(2), None]
 EPS = 1e-3
@@ -281,6 +287,53 @@ def test_retained_gradient_of_the_activation() -> None:
     loss.backward()
     assert torch.equal(a.grad, expected)
     assert torch.equal(seen[0], expected)
+
+
+def with_shortcut(
+    i: Inputs, x: Tensor, weight: Tensor, code: Code | None, *, fused: bool, training: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Out, and x for a shortcut."""
+    options = {"convolution": PADDED, "code": code, "eps": EPS, "training": training, **clones(i.averages)}
+    if fused:
+        return batch_norm_relu_conv2d_with_shortcut(x, i.gamma, i.beta, weight, **options)
+    return batch_norm_relu_conv2d(x, i.gamma, i.beta, weight, **options), x
+
+
+@all_codes
+@train_and_eval
+@pytest.mark.parametrize("readers", [["out"], ["shortcut"], ["out", "shortcut"]], ids="+".join)
+@pytest.mark.parametrize("memory_format", [LAST, torch.contiguous_format], ids=str)
+def test_a_shortcut_s_gradient_is_added_to_the_bit(
+    code: Code | None, training: bool, readers: list[str], memory_format: torch.memory_format
+) -> None:
+    i, (weight,) = inputs(), weights((5, 4, 3, 3))
+    results = []
+    for fused in (True, False):
+        x = i.x.clone(memory_format=memory_format)
+        out, again = with_shortcut(i, x, weight, code, fused=fused, training=training)
+        losses = {"out": out.square().sum(), "shortcut": (again**3).sum()}
+        loss = torch.stack([losses[reader] for reader in readers]).sum()
+        gradients = torch.autograd.grad(loss, [*i.leaves, weight], allow_unused=True)
+        results.append([out, again, *gradients])
+    for found, expected in zip(*results, strict=True):
+        assert found is expected is None or torch.equal(found, expected)
+
+
+@all_codes
+def test_a_shortcut_s_gradient_is_not_written_over(code: Code | None) -> None:
+    i, (weight,) = inputs(), weights((5, 4, 3, 3))
+    out, again = with_shortcut(i, i.x.clone(), weight, code, fused=True)
+    seen = []
+    again.register_hook(lambda grad: seen.append((grad, grad.clone())))
+    (out.sum() + again.square().sum()).backward()
+    ((grad, as_it_was),) = seen
+    assert torch.equal(grad, as_it_was)
+
+
+def test_an_x_that_a_shortcut_reads_is_not_to_be_overwritten() -> None:
+    i, (weight,) = inputs(), weights((5, 4, 3, 3))
+    with pytest.raises(ValueError, match="overwrite_x = True, but a shortcut reads x again"):
+        batch_norm_relu_conv2d_with_shortcut(i.x * 1, i.gamma, i.beta, weight, code=None, overwrite_x=True)
 
 
 def test_zero_gamma_gets_its_gradient() -> None:

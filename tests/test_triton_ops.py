@@ -94,7 +94,9 @@ def test_backward_is_the_references(code: Code | None, dtype: torch.dtype, const
     if DEVICE.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter rounds to bfloat16 towards zero")
     for shape in SHAPES:
-        assert_backward_is_the_references(TRITON, on_device(unit(shape, code, dtype)), code, constant_stats)
+        for adds in (False, True):
+            u = on_device(unit(shape, code, dtype))
+            assert_backward_is_the_references(TRITON, u, code, constant_stats, adds=adds)
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
@@ -261,7 +263,7 @@ def test_the_operations_keep_their_promises_to_torch_library() -> None:
     torch.library.opcheck(triton_ops.channel_stats, (u.x, gamma, beta, u.vectors.clone(), None, None, 0.0, EPS, 0.0, 0))
     torch.library.opcheck(triton_ops.normalise_rectify_encode, (u.x, u.vectors, torch.empty_like(u.x), codes, 4))
     torch.library.opcheck(triton_ops.decode, (u.kept, u.vectors, torch.empty_like(u.x), 4))
-    torch.library.opcheck(triton_ops.backward, (u.grad, u.kept, u.vectors, torch.empty_like(u.x), sums, 4, False))
+    torch.library.opcheck(triton_ops.backward, (u.grad, u.kept, u.vectors, torch.empty_like(u.x), sums, None, 4, False))
 
 
 def test_the_meta_device_counts_what_it_counts_of_the_reference() -> None:

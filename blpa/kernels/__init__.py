@@ -92,11 +92,20 @@ class Kernels(Protocol):
         """Write a~ to `out`. `kept` is the packed codes, or x where code is None."""
 
     def backward(
-        self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None, constant_stats: bool, out: Tensor
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        vectors: Tensor,
+        *,
+        code: Code | None,
+        constant_stats: bool,
+        out: Tensor,
+        add: Tensor | None = None,
     ) -> Tensor:
         """Write dX to `out`, which may be grad = dA, and return dbeta and dgamma [2, C].
 
-        Constant statistics do not depend on x, so that dX = gamma rstd dY.
+        Constant statistics do not depend on x, so that dX = gamma rstd dY. `add` [M, C] is a gradient that x has from
+        another reader: then their sum is written.
         """
 
 

@@ -100,6 +100,7 @@ def backward(
     kept: Tensor,
     sums: Tensor,
     vectors: Tensor,
+    add: Sequence[Tensor] | None,
     code: Code | None,
     constant_stats: bool,
 ) -> None:
@@ -119,7 +120,8 @@ def backward(
     for k, (grad_block, out_block) in enumerate(zip(grad, grad if out is None else out, strict=True)):
         x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
         dy = torch.where(relu_mask, grad_block.to(sums.dtype), 0)
-        out_block.copy_(scale * dy if constant_stats else scale * (dy - mean_dy - x_hat * mean_dy_x_hat))
+        dx = scale * dy if constant_stats else scale * (dy - mean_dy - x_hat * mean_dy_x_hat)
+        out_block.copy_(dx if add is None else dx + add[k].to(dx.dtype))
 
 
 class RowBlockKernels:
@@ -142,7 +144,8 @@ class RowBlockKernels:
             body(blocks, *args, *constants)
         elif not blocks[0].is_meta:  # there only what is allocated counts, and a fused body allocates nothing
             rows = tuple(block.shape[0] for block in blocks)
-            variant = _variant(rows, blocks[0].shape[1], blocks[0].dtype, args[0] is None)
+            absent = tuple(arg is None for arg in args)
+            variant = _variant(rows, blocks[0].shape[1], blocks[0].dtype, absent)
             self._fuse(body, variant, *constants)(blocks, *args)
 
     def channel_stats(
@@ -171,21 +174,30 @@ class RowBlockKernels:
         self._run(decode, _row_blocks(out, code), kept, vectors, constants=(code,))
 
     def backward(
-        self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None, constant_stats: bool, out: Tensor
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        vectors: Tensor,
+        *,
+        code: Code | None,
+        constant_stats: bool,
+        out: Tensor,
+        add: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
         sums = vectors.new_empty(2, grad.shape[1])
         out_blocks = None if out is grad else _row_blocks(out, code)
+        add_blocks = None if add is None else _row_blocks(add, code)
         constants = code, constant_stats
-        self._run(backward, _row_blocks(grad, code), out_blocks, kept, sums, vectors, constants=constants)
+        self._run(backward, _row_blocks(grad, code), out_blocks, kept, sums, vectors, add_blocks, constants=constants)
         return sums
 
 
 @functools.cache
-def _variant(rows: tuple[int, ...], channels: int, dtype: torch.dtype, in_place: bool) -> tuple[Any, ...]:
+def _variant(rows: tuple[int, ...], channels: int, dtype: torch.dtype, absent: tuple[bool, ...]) -> tuple[Any, ...]:
     """What about the arguments changes the computation: above all how each block's rows divide into strips."""
     divisions = [(n == rows[0], n % STRIP_ROWS == 0, n <= STRIP_ROWS, min(n, 2)) for n in rows]
-    return dtype, channels == 1, in_place, *divisions
+    return dtype, channels == 1, absent, *divisions
 
 
 def _row_blocks(x: Tensor, code: Code | None) -> list[Tensor]:

@@ -153,8 +153,9 @@ def _combine_sums(partial, sums, M, N, programs, ROWS: tl.constexpr, CHANNELS: t
 
 @triton.jit(do_not_specialize=["M", "R"])
 def _input_gradient(
-    grad, out, kept, vectors, means, M, C, R,
-    BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, CONSTANT_STATS: tl.constexpr,
+    grad, out, kept, vectors, means, add, M, C, R,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    CONSTANT_STATS: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), M, C, R, BLOCKS, ROWS, CHANNELS)
     x_hat, _, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
@@ -162,6 +163,8 @@ def _input_gradient(
     if not CONSTANT_STATS:
         dx = dx - _vector(means, 0, c, C) - x_hat * _vector(means, 1, c, C)
     dx = _vector(vectors, GAMMA, c, C) * _vector(vectors, RSTD, c, C) * dx
+    if ADDS:
+        dx += tl.load(add + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offset, dx.to(out.dtype.element_ty), mask=mask)
 
 
@@ -313,9 +316,10 @@ def decode(kept: Tensor, vectors: Tensor, out: Tensor, bits: int) -> None:
 
 @torch.library.custom_op("blpa::backward", mutates_args=("out", "sums"))
 def backward(
-    grad: Tensor, kept: Tensor, vectors: Tensor, out: Tensor, sums: Tensor, bits: int, constant_stats: bool
-) -> None:
-    """Write dX to `out`, and dbeta, dgamma and both divided by M to `sums` [4, C]."""
+    grad: Tensor, kept: Tensor, vectors: Tensor, out: Tensor, sums: Tensor, add: Tensor | None, bits: int,
+    constant_stats: bool,
+) -> None:  # fmt: skip
+    """Write dX, plus `add` if there is any, to `out`, and dbeta, dgamma and both divided by M to `sums` [4, C]."""
     grid, sizes, constants = _tiles(grad, bits)
     tiles, across = grid
     steps = min(triton.cdiv(tiles, PROGRAMS), LANE_ROWS // constants["BLOCKS"])
@@ -328,8 +332,9 @@ def backward(
         ROWS=PARTIAL_ROWS, CHANNELS=PARTIAL_CHANNELS,
     )  # fmt: skip
     _launch(
-        _input_gradient, grid, grad, out, kept, vectors, sums[2:], *sizes, **constants, CONSTANT_STATS=constant_stats
-    )
+        _input_gradient, grid, grad, out, kept, vectors, sums[2:], grad if add is None else add, *sizes, **constants,
+        CONSTANT_STATS=constant_stats, ADDS=add is not None,
+    )  # fmt: skip
 
 
 def _tiles(x: Tensor, bits: int) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
@@ -376,12 +381,20 @@ class TritonKernels:
         decode(kept, vectors, out, code.bits if code else 0)
 
     def backward(
-        self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None, constant_stats: bool, out: Tensor
+        self,
+        grad: Tensor,
+        kept: Tensor,
+        vectors: Tensor,
+        *,
+        code: Code | None,
+        constant_stats: bool,
+        out: Tensor,
+        add: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
         _refuse_float64(grad)
         sums = vectors.new_empty(4, grad.shape[1])
-        backward(grad, kept, vectors, out, sums, code.bits if code else 0, constant_stats)
+        backward(grad, kept, vectors, out, sums, add, code.bits if code else 0, constant_stats)
         return sums[:2]
 
 

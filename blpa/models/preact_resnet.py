@@ -60,8 +60,8 @@ class Bottleneck(nn.Module):
             out = self.conv1(activation)
             del activation
         else:
+            out, x = self.conv1.after_with_shortcut(self.bn1, x)
             shortcut = self.shortcut(x)
-            out = self.conv1.after(self.bn1, x)
         out = self.conv2.after(self.bn2, out, overwrite_x=True)
         out = self.conv3.after(self.bn3, out, overwrite_x=True)
         return out.add_(shortcut)  # no layer keeps what it put out, so the sum takes its place
