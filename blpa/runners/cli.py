@@ -8,6 +8,7 @@ usage: blpa-run [-m] [--cfg] [group=option ...] [key=value ...]
   blpa-run experiment=table1 seed=0 -m           the paper's table of errors, one seed
   blpa-run task=max-batch gpu=gtx1080ti depth=488   the largest batch that fits a card
   blpa-run task=runtime mode=4bit depth=56       time of a training step, by the sample, beside exact's
+  blpa-run task=kernels mode=4bit                bytes a second of each kernel function, beside a copy's
   blpa-run task=memory depth=164                 where the bytes of a training step go
   blpa-run task=gradient-error mode=4bit         how far the mode's gradients are from exact's
   blpa-run task=tables                           results/tables from everything that has been run
