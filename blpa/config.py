@@ -150,7 +150,8 @@ class Config:
     experiment: str = "single"
     """The group of table cells this run belongs to."""
     budget_minutes: float | None = None
-    """A sweep begins no cell that, if it takes as long as the longest before it, would end after so many minutes."""
+    """Minutes that the command may take: a training run stops in time, its checkpoint written, and a sweep begins no
+    other cell that, if it takes as long as the longest before it, would end later. A launcher's jobs have them each."""
     run: str = MISSING
     """Folder of this run under results/runs; composed from the values that tell runs apart."""
 

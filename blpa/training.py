@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blpa import signals
+from blpa import budget, signals
 from blpa.checkpoints import CannotWrite, RunFolder, Stopped, deciding_fields
 from blpa.config import Config, DatasetConfig
 from blpa.data import ImageData, Split, normalise
 from blpa.steps import TrainingStep, configure_torch, forward, make_optimiser
 
-__all__ = ["METRICS", "CannotWrite", "Diverged", "Interrupted", "Outcome", "Stopped", "evaluate", "train"]
+__all__ = ["METRICS", "CannotWrite", "Diverged", "Interrupted", "OutOfTime", "Outcome", "Stopped", "evaluate", "train"]
 
 METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
 """Columns of metrics.csv; the training figures are means since the row before."""
@@ -37,6 +37,8 @@ METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "t
 READ_EVERY_ITERATIONS = 50
 READ_EVERY_SECONDS = 1.0
 """Losses wait on the device until there are so many, or for so long."""
+STOPPING_SECONDS = 5.0
+"""Kept of the budget for one more step, an evaluation and a checkpoint, or as long as those have taken at most."""
 
 
 class Interrupted(Stopped):
@@ -45,6 +47,12 @@ class Interrupted(Stopped):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + number
+
+
+class OutOfTime(Stopped):
+    """The command's time was up before the last step; there is a checkpoint."""
+
+    exit_code = budget.OUT_OF_TIME
 
 
 class Diverged(Stopped):
@@ -101,6 +109,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
         ValueError: a checkpoint belongs to another configuration.
         Interrupted: SIGINT or SIGTERM; the step under way was finished and a checkpoint written (of a finished run,
             there is one). A second signal does, at once, what it would do outside of training.
+        OutOfTime: `budget_minutes` are nearly over; as after a signal.
         Diverged: a loss or a weight that is not finite; no checkpoint holds it.
         CannotWrite: a full disk, or the like; the checkpoints written before are untouched.
     """
@@ -119,6 +128,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
 
     step = TrainingStep(model, optimiser, make_batch, gpu=config.gpu, device=device)
     unread: list[Tensor] = []
+    stopping_seconds, is_out_of_time = STOPPING_SECONDS, False
     clock = time.perf_counter()
     with signals.noted() as stop, _progress_bar(progress.iteration, recipe.iterations) as bar:
         for iteration, draws in data.train.draws(recipe, seed=config.seed, start=progress.iteration + 1):
@@ -126,18 +136,22 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
             unread.append(step(draws, rate=rate))
 
             is_last = iteration == recipe.iterations
+            is_out_of_time = not is_last and budget.seconds_left(config.budget_minutes) < stopping_seconds
+            stops = stop.received is not None or is_out_of_time
             evaluates = is_last or iteration % config.task.evaluate_every == 0
-            saves = is_last or iteration % config.task.checkpoint_every == 0 or stop.received is not None
+            saves = is_last or iteration % config.task.checkpoint_every == 0 or stops
             is_due = len(unread) == READ_EVERY_ITERATIONS or time.perf_counter() - clock > READ_EVERY_SECONDS
             if not (evaluates or saves or is_due):
                 continue
 
+            paused = time.perf_counter()
             _read(unread, progress, folder)
             elapsed = time.perf_counter() - clock
             progress.seconds += elapsed
             train_loss = progress.loss_sum / progress.steps
             train_error_percent = 100 * progress.wrong_sum / (progress.steps * recipe.batch_size)
-            speed = len(unread) * recipe.batch_size / elapsed
+            step_seconds = elapsed / len(unread)
+            speed = recipe.batch_size / step_seconds
             figures = f"loss {train_loss:.3f}, error {train_error_percent:.2f} %, {speed:.0f} samples/s"
             bar.set_postfix_str(figures, refresh=False)
             bar.update(len(unread))
@@ -150,15 +164,16 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
                 folder.write_metrics(METRICS, progress.rows)
             if saves:
                 _save(folder, model, optimiser, progress)
-                if stop.received is not None:
+                if stops:
                     break
             clock = time.perf_counter()
-    if stop.received is not None:  # here, for a signal after the last step counts too
-        raise Interrupted(
-            f"stopped by {stop.received.name} at iteration {progress.iteration} of {recipe.iterations}; "
-            f"started again, the run goes on from {folder.known_good[-1]}",
-            stop.received,
-        )
+            stopping_seconds = max(stopping_seconds, step_seconds + clock - paused)
+    if stop.received is not None or is_out_of_time:  # here, for a signal after the last step counts too
+        where = f"at iteration {progress.iteration} of {recipe.iterations}"
+        goes_on = f"started again, the run goes on from {folder.known_good[-1]}"
+        if stop.received is None:
+            raise OutOfTime(f"budget_minutes={config.budget_minutes:g} are over {where}; {goes_on}")
+        raise Interrupted(f"stopped by {stop.received.name} {where}; {goes_on}", stop.received)
 
     _, _, train_loss, train_error_percent, test_loss, test_error_percent = progress.rows[-1]
     return Outcome(

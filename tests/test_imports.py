@@ -32,6 +32,7 @@ SIDE = {
     "data": {"config", "locks"},
     "checkpoints": {"config", "locks"},
     "signals": set[str](),
+    "budget": set[str](),
 }
 
 ONLY_IN = {
@@ -46,7 +47,7 @@ ONLY_IN = {
 }
 
 WITHOUT_TORCH = {
-    "", "config", "cells", "locks", "records", "runners", "runners.cli", "runners.compose", "runners.sweep",
+    "", "config", "cells", "locks", "records", "budget", "runners", "runners.cli", "runners.compose", "runners.sweep",
     "runners.launch", "runners.failures", "runners.usage", "runners.paper",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from blpa import records
+from blpa.budget import OUT_OF_TIME
 from blpa.config import CONF
 from blpa.runners import cli
 
@@ -38,6 +39,17 @@ def test_every_cell_leaves_its_records_and_finished_ones_are_left_out(launcher: 
     again = launch("mode=exact,4bit", *chosen)
     assert (again.returncode, again.stderr) == (0, "2 cells, 2 finished before\n")
     assert before == {file: file.stat().st_mtime_ns for file in results.glob("runs/*/records.json")}
+
+
+def test_a_budget_stops_the_runs_of_every_job_and_they_go_on() -> None:
+    cells = ["mode=exact,4bit", "dataset.iterations=100000", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
+    stopped = launch(*cells, "budget_minutes=0.3")
+    assert stopped.returncode == OUT_OF_TIME, stopped.stderr
+    assert stopped.stderr.count("budget_minutes=0.3 are over at iteration") == 2
+    assert "2 cells: 0 done, 0 failed, 2 left when budget_minutes were over" in stopped.stderr
+    again = launch(*cells, "budget_minutes=0.3")
+    assert again.stderr.count("going on from") == 2
+    assert not list(Path("results").glob("runs/*/*.json"))
 
 
 def test_a_cell_that_fails_is_recorded_and_does_not_stop_the_rest() -> None:

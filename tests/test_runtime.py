@@ -100,9 +100,7 @@ def test_where_exact_does_not_fit_the_mode_is_timed_alone(
     assert "CUDA out of memory; exact is not timed" in capsys.readouterr().err
 
 
-def test_a_mode_that_does_not_fit_says_so(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_mode_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(runtime.setup, "training_step", Clock(exact=[1], _4bit=[-1]).training_step)
     assert cli.main([*TINY, "mode=4bit"]) == 1
     assert capsys.readouterr().err.endswith("blpa-run: error: does not fit: CUDA out of memory\n")

@@ -224,26 +224,3 @@ def test_the_largest_batch_that_was_found_is_what_runtime_takes(capsys: pytest.C
         for metric in ("seconds_per_sample", "ratio_to_exact")
     }
     assert re.search(rf"^exact: .*, batch {largest['exact']:.0f} ", capsys.readouterr().out, re.MULTILINE)
-
-
-def test_a_sweep_begins_no_cell_that_might_not_end_in_its_budget(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Cells of 100 seconds each: after two of them a third would end at 300, which is more than 4.5 minutes."""
-    now = [0.0]
-
-    def run_cell(config: Config, **_: object) -> int:
-        now[0] += 100
-        return 0
-
-    monkeypatch.setattr(sweep.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(sweep, "run_cell", run_cell)
-    assert cli.main([*TINY, "mode=exact,8bit,4bit,2bit", "budget_minutes=4.5"]) == 0
-    err = capsys.readouterr().err
-    assert "2 cells left: budget_minutes=4.5 is not enough" in err
-    assert "2 cells: 2 done, 0 finished before" in err
-
-
-def test_a_budget_is_above_zero(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main([*TINY, "mode=exact", "budget_minutes=0"]) == 2
-    assert "budget_minutes=0.0 is not allowed: it is a number above 0" in capsys.readouterr().err

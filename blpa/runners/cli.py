@@ -22,7 +22,7 @@ usage: blpa-run [-m] [--cfg] [group=option ...] [key=value ...]
   -h, --help        print this
 
 A run goes on from its last checkpoint when it is started again. Exit codes: 0 done, 1 not done (stderr says why),
-2 bad configuration, 128 + n ended by signal n.
+2 bad configuration, 3 budget_minutes are over (started again, it goes on), 128 + n ended by signal n.
 """
 
 # torch is imported by the task, after every cell has been checked.

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
+from blpa.budget import OUT_OF_TIME
 from blpa.runners import compose, sweep
 from blpa.runners.compose import Cell
 
@@ -35,7 +36,7 @@ def run_all(cells: list[Cell]) -> int:
         cells: of one sweep.
 
     Returns:
-        The exit code: that of the last cell that failed.
+        The exit code: that of the last cell that failed, or else OUT_OF_TIME where cells are left.
 
     Raises:
         ValueError: the launcher has no such option.
@@ -58,11 +59,13 @@ def run_all(cells: list[Cell]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     exit_codes = [job.return_value for job in returned]
-    failed = [(overrides, code) for overrides, code in zip(waiting, exit_codes, strict=True) if code]
-    print(f"{len(cells)} cells: {len(waiting) - len(failed)} done, {len(failed)} failed", file=sys.stderr)
+    left = exit_codes.count(OUT_OF_TIME)
+    failed = [(cell, code) for cell, code in zip(waiting, exit_codes, strict=True) if code not in (0, OUT_OF_TIME)]
+    told = f", {left} left when budget_minutes were over" if left else ""
+    print(f"{len(cells)} cells: {exit_codes.count(0)} done, {len(failed)} failed{told}", file=sys.stderr)
     for overrides, exit_code in failed:
         sweep.refuse(f"failed: {' '.join(overrides)}", exit_code)
-    return failed[-1][1] if failed else 0
+    return failed[-1][1] if failed else OUT_OF_TIME if left else 0
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -70,7 +73,9 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def run_cell(composed: DictConfig) -> int:
-    """Run one cell in a launcher's process, and return its exit code."""
+    """Run one cell in a launcher's process, unless it has no time left, and return the exit code."""
     config = compose.checked(composed)
+    if not sweep.has_time_for(config, 0):
+        return OUT_OF_TIME
     print(f"{config.run}\n", end="", file=sys.stderr)  # in one piece, for others write there too
     return sweep.run_cell(config, records_failure=True)

@@ -9,10 +9,15 @@ import time
 import traceback
 from pathlib import Path
 
-from blpa import records
+from blpa import budget, records
+from blpa.budget import OUT_OF_TIME
 from blpa.cells import folder_name, overrides
 from blpa.config import Config
 from blpa.runners.failures import judge
+
+BEGINNING_SECONDS = 60.0
+"""No training run is begun in the last minute of a budget, which data, compiling and recording would take, or in the
+last tenth of a small one."""
 
 
 def run_all(configs: list[Config]) -> int:
@@ -21,42 +26,51 @@ def run_all(configs: list[Config]) -> int:
     A cell that fails says so, leaves a record of it, and the next one runs, unless a signal ended it.
 
     Args:
-        configs: checked; one on its own runs whether it is finished or not. `budget_minutes` ends the sweep before the
-            first cell that might not end in time; what is left is told.
+        configs: checked; one on its own runs whether it is finished or not. `budget_minutes` ends the sweep, by the
+            cell under way where that can go on from a checkpoint, else before the first that might not end in time.
 
     Returns:
-        The exit code: that of the last cell that failed.
+        The exit code: that of the last cell that failed, or else OUT_OF_TIME where cells are left.
     """
     if len(configs) == 1:
         return run_cell(configs[0])
-    failure = failed = skipped = 0
+    failure = failed = skipped = done = 0
     longest = before = 0.0
     began = time.monotonic()
     for number, config in enumerate(configs):
         if is_finished(config):
             skipped += 1
             continue
-        done, elapsed = number - skipped, time.monotonic() - began
+        ran, elapsed = done + failed, time.monotonic() - began
         longest, before = max(longest, elapsed - before), elapsed
-        if config.budget_minutes and elapsed + longest > 60 * config.budget_minutes:
-            waiting = sum(not is_finished(other) for other in configs[number:])
-            print(f"{waiting} cells left: budget_minutes={config.budget_minutes:g} is not enough", file=sys.stderr)
-            configs = configs[:number]
+        if ran and not has_time_for(config, longest):
             break
-        left = f", about {_minutes(elapsed / done * (len(configs) - number))} left" if done else ""
+        left = f", about {_minutes(elapsed / ran * (len(configs) - number))} left" if ran else ""
         counts = f"{skipped} finished before, {failed} failed" if skipped or failed else ""
         told = ", ".join(filter(None, [counts, f"{_minutes(elapsed)} done{left}"]))
         print(f"[{number + 1}/{len(configs)}] {folder_name(config) or config.task.name} ({told})", file=sys.stderr)
         exit_code = run_cell(config, records_failure=True)
-        failure, failed = exit_code or failure, failed + (exit_code != 0)
+        if exit_code == OUT_OF_TIME:
+            break
         if exit_code > 128:
             return exit_code
+        failure, failed, done = exit_code or failure, failed + (exit_code != 0), done + (exit_code == 0)
+    skipped += sum(is_finished(config) for config in configs[number + 1 :])
+    cells_left = len(configs) - done - skipped - failed
+    out_of_time = f", {cells_left} left when budget_minutes={configs[0].budget_minutes} were over" if cells_left else ""
     print(
-        f"{len(configs)} cells: {len(configs) - skipped - failed} done, {skipped} finished before (resume=false does "
-        f"them again), {failed} failed; {_minutes(time.monotonic() - began)}",
+        f"{len(configs)} cells: {done} done, {skipped} finished before (resume=false does them again), {failed} failed"
+        f"{out_of_time}; {_minutes(time.monotonic() - began)}",
         file=sys.stderr,
     )
-    return failure
+    return failure or (OUT_OF_TIME if cells_left else 0)
+
+
+def has_time_for(config: Config, seconds: float) -> bool:
+    """Whether there is time left for a cell that takes so long; a training run can stop, once it has begun."""
+    if config.budget_minutes is not None and config.task.name == "train":
+        seconds = min(BEGINNING_SECONDS, 0.1 * 60 * config.budget_minutes)
+    return budget.seconds_left(config.budget_minutes) > seconds
 
 
 def is_finished(config: Config) -> bool:
@@ -99,7 +113,7 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
             raise
         if exit_code is None:
             traceback.print_exc()
-        if records_failure and (exit_code or 1) < 128 and folder_name(config):
+        if records_failure and exit_code != OUT_OF_TIME and (exit_code or 1) < 128 and folder_name(config):
             _record_failure(config, reason, time.monotonic() - began)
         return refuse(reason, exit_code or 1)
     return 0
