@@ -3,7 +3,7 @@
 PYTHON ?= python3
 STAMP := .venv/installed
 
-.PHONY: help demo reproduce-tables known-profile test lint check plots gpu-check gpu-bench known-gpu clean
+.PHONY: help demo reproduce-tables known-profile test lint check plots gpu-check gpu-bench known-gpu train-table clean
 
 # The cells of the paper's tables. demo: small or predicted ones, for a CPU. paper: all of them, for a GPU and days.
 PROFILE ?= demo
@@ -32,6 +32,7 @@ help:
 	@echo "make check   lint and test"
 	@echo "make gpu-check OUT=folder   run the tests that need a GPU, under the PYTHON given (5 minutes)"
 	@echo "make gpu-bench OUT=folder   measure kernels, steps and largest batches on a GPU (9 minutes, then again for the rest)"
+	@echo "make train-table OUT=folder BUDGET_MINUTES=9   train the cells of the paper's first table, or go on with them"
 	@echo "make plots   draw the figures of every finished run again"
 	@echo "make clean   remove .venv"
 
@@ -73,6 +74,16 @@ gpu-bench: known-gpu
 	2>&1 | tee $(OUT)/gpu-bench.log'; code=$$?; \
 	$(PYTHON) -m blpa.runners.cli task=tables "task.tables=[batches,times,kernels]" | tee -a $(OUT)/gpu-bench.log; \
 	cp results/records.csv $(OUT)/records.csv; tar -czf $(OUT)/runs.tgz -C results runs; test $$code -eq 3 || exit $$code
+
+# Every call goes on where the last one stopped; what OUT/carry.txt names is what another machine needs for that.
+# CELLS names other runs: CELLS="dataset=digits depth=29". JOBS runs so many side by side.
+CELLS ?=
+JOBS ?= 1
+LAUNCHER = $(if $(filter-out 1,$(JOBS)),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS))
+train-table:
+	@$(PYTHON) -m blpa.runners.cli experiment=table1 -m results=$(OUT) budget_minutes=$(BUDGET_MINUTES) $(LAUNCHER) $(CELLS); \
+	code=$$?; test $$code -ne 2 || exit 2; $(PYTHON) -m blpa.runners.cli task=tables "task.tables=[errors]" results=$(OUT); \
+	$(PYTHON) -m blpa.runners.cli task=progress results=$(OUT); test $$code -eq 3 || exit $$code
 
 known-gpu:
 	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA GPU: torch finds none under $(PYTHON)")'

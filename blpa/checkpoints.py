@@ -81,14 +81,16 @@ class RunFolder:
     Args:
         path: created where it does not exist; what a killed process left half-written in it is removed.
         configuration: what decides the run's result; it goes into its checkpoints.
+        keep_every: iterations between checkpoints that no later one replaces; None is of no such.
 
     Raises:
         CannotWrite: the folder cannot be created.
     """
 
-    def __init__(self, path: Path, configuration: dict[str, Any]) -> None:
+    def __init__(self, path: Path, configuration: dict[str, Any], *, keep_every: int | None = None) -> None:
         self.path = path
         self.configuration = configuration
+        self.keep_every = keep_every
         self.known_good: list[Path] = []
         """Checkpoints written or read by this process, the newest last."""
         try:
@@ -98,13 +100,8 @@ class RunFolder:
         except OSError as error:
             raise CannotWrite(f"cannot write into {path}: {error.strerror}") from error
 
-    def checkpoints(self) -> list[Path]:
-        """List the folder's checkpoints, good or not, the oldest first."""
-        found = ((re.fullmatch(r"checkpoint-(\d+)-[0-9a-f]{16}\.pt", file.name), file) for file in self.path.iterdir())
-        return [file for _, file in sorted((int(match[1]), file) for match, file in found if match)]
-
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint, and remove all but it and the good one before it.
+        """Write a checkpoint, and remove all but it, the good one before it and those to be kept.
 
         Args:
             iteration: training steps done.
@@ -123,8 +120,9 @@ class RunFolder:
         file = self.path / f"checkpoint-{iteration}-{_digits(content)}.pt"
         self._write(file, content)
         self.known_good = [*self.known_good, file][-KEPT:]
-        for other in set(self.checkpoints()) - set(self.known_good):
-            other.unlink(missing_ok=True)
+        for other in set(checkpoints(self.path)) - set(self.known_good):
+            if not (self.keep_every and iteration_of(other) % self.keep_every == 0):
+                other.unlink(missing_ok=True)
         return file
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
@@ -136,22 +134,14 @@ class RunFolder:
         Raises:
             ValueError: it belongs to another configuration.
         """
-        files = self.checkpoints()
-        for file in reversed(files):
-            try:
-                content = file.read_bytes()
-            except OSError as error:
-                print(f"{file} cannot be read ({error.strerror}); using the one before", file=sys.stderr)
-                continue
-            if file.stem.endswith(_digits(content)):
-                state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-                self._refuse_another(file, state["configuration"])
-                self.known_good = [file]
-                return file, state
-            print(f"{file} is damaged (its sha256 does not match its name); using the one before", file=sys.stderr)
-        if files:
+        found = newest(self.path)
+        if found is not None:
+            file, state = found
+            self._refuse_another(file, state["configuration"])
+            self.known_good = [file]
+        elif checkpoints(self.path):
             print(f"no good checkpoint in {self.path}: starting from the beginning", file=sys.stderr)
-        return None
+        return found
 
     def remove_checkpoints(self) -> None:
         """Start anew.
@@ -159,7 +149,7 @@ class RunFolder:
         Raises:
             CannotWrite: a checkpoint cannot be removed.
         """
-        for file in self.checkpoints():
+        for file in checkpoints(self.path):
             try:
                 file.unlink()
             except OSError as error:
@@ -189,6 +179,32 @@ class RunFolder:
         except OSError as error:
             kept = f"{self.known_good[-1].name} is kept" if self.known_good else "there is no checkpoint yet"
             raise CannotWrite(f"cannot write {file}: {error.strerror}; {kept}") from error
+
+
+def newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Read the newest good checkpoint in a folder, of whatever configuration; see RunFolder.newest."""
+    for file in reversed(checkpoints(path)):
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            print(f"{file} cannot be read ({error.strerror}); using the one before", file=sys.stderr)
+            continue
+        if file.stem.endswith(_digits(content)):
+            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return file, state
+        print(f"{file} is damaged (its sha256 does not match its name); using the one before", file=sys.stderr)
+    return None
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """List a folder's checkpoints, good or not, the oldest first."""
+    return sorted(filter(iteration_of, path.iterdir()), key=lambda file: (iteration_of(file), file))
+
+
+def iteration_of(file: Path) -> int:
+    """The training steps behind a checkpoint, by its name; 0 for any other file."""
+    match = re.fullmatch(r"checkpoint-(\d+)-[0-9a-f]{16}\.pt", file.name)
+    return int(match[1]) if match else 0
 
 
 def _write_whole(file: Path, content: bytes | memoryview) -> None:

@@ -107,11 +107,13 @@ class TaskConfig:
     """What to do."""
 
     name: str = MISSING
-    """train, max-batch, runtime, kernels, memory, gradient-error, tables, plots or report."""
+    """train, max-batch, runtime, kernels, memory, gradient-error, thresholds, progress, tables, plots or report."""
     evaluate_every: int = 1000
     """Training steps between evaluations on the test images; the last step is always evaluated."""
     checkpoint_every: int = 1000
     """Training steps between checkpoints."""
+    keep_every: int | None = None
+    """Training steps between checkpoints that are kept for good; null keeps the last two alone."""
     steps: int = 15
     """Training steps that runtime times, after two that warm up; batches that gradient-error compares."""
     modes: list[str] = field(default_factory=list)
@@ -191,6 +193,8 @@ def check(config: Config) -> None:
     _one_of("task.name", config.task.name, options("task"))
     _at_least("task.evaluate_every", config.task.evaluate_every, 1)
     _at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
+    if config.task.keep_every is not None:
+        _at_least("task.keep_every", config.task.keep_every, 1)
     _at_least("task.steps", config.task.steps, 1)
     _at_least("task.elements", config.task.elements, 2)
     if not 0 < config.task.resolution < 1:

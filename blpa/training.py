@@ -117,7 +117,8 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
     configure_torch(config.gpu)
     model.to(device).train()
     optimiser = make_optimiser(model, recipe)
-    folder = RunFolder(run_dir, deciding_fields(config))
+    task = config.task
+    folder = RunFolder(run_dir, deciding_fields(config), keep_every=task.keep_every)
     if not config.resume:
         folder.remove_checkpoints()
     progress = _resume(folder, model, optimiser, recipe.iterations)
@@ -138,8 +139,9 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
             is_last = iteration == recipe.iterations
             is_out_of_time = not is_last and budget.seconds_left(config.budget_minutes) < stopping_seconds
             stops = stop.received is not None or is_out_of_time
-            evaluates = is_last or iteration % config.task.evaluate_every == 0
-            saves = is_last or iteration % config.task.checkpoint_every == 0 or stops
+            evaluates = is_last or iteration % task.evaluate_every == 0
+            is_kept = task.keep_every is not None and iteration % task.keep_every == 0
+            saves = is_last or iteration % task.checkpoint_every == 0 or is_kept or stops
             is_due = len(unread) == READ_EVERY_ITERATIONS or time.perf_counter() - clock > READ_EVERY_SECONDS
             if not (evaluates or saves or is_due):
                 continue

@@ -180,10 +180,14 @@ def test_the_demo_runs_five_modes_on_digits(ran: list[Config]) -> None:
     assert all(config.run.startswith("demo-digits-") for config in ran)
 
 
-def test_table1_runs_the_papers_cells(ran: list[Config]) -> None:
+def test_table1_runs_the_papers_cells_and_2_bits_in_the_order_of_value(ran: list[Config]) -> None:
     assert cli.main(["experiment=table1", "-m"]) == 0
-    assert len({config.run for config in ran}) == len(ran) == 2 * 5 * 3
+    assert len({config.run for config in ran}) == len(ran) == 2 * 6 * 3
     assert {config.depth for config in ran} == {164}
+    modes = ["4bit", "exact", "naive-8bit", "8bit", "fewer-features", "2bit"]
+    assert [(config.seed, config.dataset.name, config.mode.name) for config in ran[:13]] == [
+        *((0, "cifar10", mode) for mode in modes), *((0, "cifar100", mode) for mode in modes), (1, "cifar10", "4bit"),
+    ]  # fmt: skip
 
 
 def test_the_command_line_goes_before_an_experiments_lists(ran: list[Config]) -> None:
@@ -244,8 +248,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, failures: dict[int, BaseException])
 def test_a_cell_that_fails_does_not_keep_the_next_from_running(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seeds = failing(monkeypatch, {0: stopped(3)})
-    assert cli.main(["seed=0,1", "-m"]) == 3
+    seeds = failing(monkeypatch, {0: stopped(4)})
+    assert cli.main(["seed=0,1", "-m"]) == 4
     assert seeds == [0, 1]
     assert "blpa-run: error: stopped for a reason\n" in capsys.readouterr().err
 

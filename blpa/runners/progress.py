@@ -1,0 +1,68 @@
+"""How far each training run is, and the files that another machine needs to go on with all of them.
+
+    results/carry.txt    their names, a line each, relative to results:   tar -cf carried.tar -C results -T carry.txt
+
+A run that is under way needs its newest checkpoint, which holds its curve as well; one that is finished is its records
+and its curve.
+"""
+
+from pathlib import Path
+
+from blpa import checkpoints, records
+from blpa.config import Config
+from blpa.records import Record
+from blpa.runners.pages import aligned
+
+MIB = 2**20
+
+
+def run(config: Config) -> list[Record]:
+    """Print a row a run, and write carry.txt.
+
+    Args:
+        config: `results` is the folder of runs.
+
+    Returns:
+        Nothing is measured: an empty list.
+    """
+    results = Path(config.results)
+    rows = [["run", "iterations", "of", "test error (%)", "carried (MiB)"]]
+    carried: list[Path] = []
+    for run_dir in sorted(path for path in results.glob("runs/*") if path.is_dir()):
+        found = _finished(run_dir) or _under_way(run_dir)
+        if found is not None:
+            cells, files = found
+            rows.append([run_dir.name, *cells, f"{_mib(files):.1f}"])
+            carried += files
+    if not carried:
+        print(f"no training run under {results / 'runs'} has come to a checkpoint yet")
+        return []
+    records.write_atomically(results / "carry.txt", "".join(f"{file.relative_to(results)}\n" for file in carried))
+    print(aligned(rows))
+    print(f"{results / 'carry.txt'}: {len(carried)} files, {_mib(carried):.1f} MiB")
+    return []
+
+
+def _finished(run_dir: Path) -> tuple[list[str], list[Path]] | None:
+    """Iterations, of how many, test error, and the files of a run that has its records."""
+    for record in records.known(run_dir):
+        if record.metric == "test_error_percent":
+            files = [run_dir / name for name in ("records.json", "metrics.csv")]
+            cells = [f"{record.iterations:,}", f"{record.iterations:,}", f"{record.value:.2f}"]
+            return cells, [file for file in files if file.exists()]
+    return None
+
+
+def _under_way(run_dir: Path) -> tuple[list[str], list[Path]] | None:
+    """The same of a run that has a good checkpoint."""
+    found = checkpoints.newest(run_dir)
+    if found is None:
+        return None
+    file, state = found
+    progress = state["progress"]
+    error = f"{progress['rows'][-1][-1]:.2f}" if progress["rows"] else "-"
+    return [f"{progress['iteration']:,}", f"{state['configuration']['dataset.iterations']:,}", error], [file]
+
+
+def _mib(files: list[Path]) -> float:
+    return sum(file.stat().st_size for file in files) / MIB
