@@ -45,9 +45,11 @@ def folder_name(config: Config) -> str | None:
         return f"{config.run}-runtime-{batch}-{gpu.kernels}-{gpu.precision}"
     if task.name == "kernels":
         return f"{config.run}-kernels-{gpu.kernels}-{gpu.precision}"
+    at = f"-{Path(task.checkpoint).stem}" if task.checkpoint else ""
     if task.name == "gradient-error":
-        at = f"-{Path(task.checkpoint).stem}" if task.checkpoint else ""
         return f"{config.run}-gradient-error-{batch}{at}"
+    if task.name == "thresholds":
+        return f"{config.run}-thresholds{at}"
     if task.name == "memory":
         return f"{config.run}-memory-{batch}-{gpu.kernels}"
     return f"{config.run}-max-batch-{card}-{gpu.kernels}" if task.name == "max-batch" else None

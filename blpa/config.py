@@ -128,7 +128,8 @@ class TaskConfig:
     largest_batch: bool = False
     """Runtime at each mode's largest batch as max-batch found it for gpu.memory_gib, not at dataset.batch_size."""
     checkpoint: str | None = None
-    """File of weights that gradient-error compares at, of any mode; null takes freshly initialised ones."""
+    """File of weights that gradient-error compares at, of any mode; null takes freshly initialised ones. Those that
+    thresholds looks at."""
 
 
 @dataclass

@@ -106,7 +106,10 @@ def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
         ("gpu__device", "auto, cpu, cuda"),
         ("gpu__precision", "fp32, tf32, bf16"),
         ("gpu__kernels", "auto, torch, inductor, triton"),
-        ("task__name", "gradient-error, kernels, max-batch, memory, plots, progress, report, runtime, tables, train"),
+        (
+            "task__name",
+            "gradient-error, kernels, max-batch, memory, plots, progress, report, runtime, tables, thresholds, train",
+        ),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(key: str, allowed: str) -> None:
@@ -206,7 +209,8 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
     }  # fmt: skip
     assert options("gpu") == ["auto", "cpu", "gtx1080ti", "h200"]
     assert options("task") == [
-        "gradient-error", "kernels", "max-batch", "memory", "plots", "progress", "report", "runtime", "tables", "train",
+        "gradient-error", "kernels", "max-batch", "memory", "plots", "progress", "report", "runtime", "tables",
+        "thresholds", "train",
     ]  # fmt: skip
     assert options("experiment") == [
         "bench-batches", "bench-batches-wide", "bench-card", "bench-kernels", "bench-kernels-others", "bench-largest",

@@ -11,7 +11,6 @@ each over training batches with their augmentation. Written are results/gradient
 results/figures/<run>.png, which task=plots draws again from the file.
 """
 
-import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def run(config: Config) -> list[Record]:
     steps.configure_torch(config.gpu)
     exact, ours = (setup.model(cell, chosen).to(device).train() for cell in (setup.exact(config), config))
     if config.task.checkpoint:
-        _load(exact, Path(config.task.checkpoint))
+        setup.load_weights(exact, Path(config.task.checkpoint))
     ours.load_state_dict(exact.state_dict())
     recipe = replace(config.dataset, iterations=config.task.steps)
     train = data.load(config.dataset, device).train
@@ -122,14 +121,3 @@ def compare(pairs: list[tuple[Gradients, Gradients]]) -> list[dict[str, float | 
 
 def _joined(layers: Gradients) -> Tensor:
     return torch.cat(list(layers.values()))
-
-
-def _load(model: nn.Module, file: Path) -> None:
-    """Give a model the weights of a checkpoint, of whatever mode."""
-    if not file.is_file():
-        raise ValueError(f"task.checkpoint={file}: there is no such file")
-    try:
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
-    except (RuntimeError, LookupError, EOFError, TypeError, pickle.UnpicklingError) as error:  # as any file may end
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise ValueError(f"task.checkpoint={file} holds no weights of this network ({reason})") from error

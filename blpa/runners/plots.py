@@ -38,6 +38,8 @@ COLOURS = {
     "compiled-fp8": "#882255",
 }
 OTHER_COLOUR = "#666666"
+THIRDS = ("#56B4E9", "#0072B2", "#003355")
+"""Of a network: the deeper, the darker."""
 
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 """The error axis is logarithmic and lies between two of these; an error of 0 is drawn at the smallest."""
@@ -70,6 +72,8 @@ def run(config: Config) -> list[Record]:
         print(draw_memory(results, file.stem))
     for file in sorted((results / "gradients").glob("*.csv")):
         print(draw_gradients(results, file.stem))
+    for file in sorted((results / "thresholds").glob("*.csv")):
+        print(draw_thresholds(results, file.stem))
     return []
 
 
@@ -204,6 +208,29 @@ def draw_gradients(results: Path, name: str) -> Path:
     axes.set_title(f"Relative error of a layer's gradient\n{name}", loc="left", fontsize=9)
     axes.legend(frameon=False)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
+    return _save(figure, results, name)
+
+
+def draw_thresholds(results: Path, name: str) -> Path:
+    """Draw how many channels have their ReLU's threshold where.
+
+    Args:
+        results: the folder that holds thresholds/<name>.csv: part of the network, low, high, percent.
+        name: of the run.
+
+    Returns:
+        The picture, results/figures/<name>.png.
+    """
+    figure, axes = _canvas()
+    bins = pd.read_csv(results / "thresholds" / f"{name}.csv")
+    for (part, rows), colour in zip(bins.groupby("part", sort=False), THIRDS, strict=False):
+        axes.stairs(rows["percent"], [*rows["low"], rows["high"].iloc[-1]], color=colour, linewidth=1.6, label=part)
+    axes.set_xlim(bins["low"].min(), bins["high"].max())
+    axes.set_ylim(0, None)
+    axes.set_xlabel("beta / |gamma|, in standard deviations; the outermost bins hold what lies beyond")
+    axes.set_ylabel("% of the channels")
+    axes.set_title(f"Where y changes sign, by channel\n{name}", loc="left", fontsize=9)
+    axes.legend(frameon=False)
     return _save(figure, results, name)
 
 

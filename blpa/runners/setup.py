@@ -1,6 +1,7 @@
 """What the tasks that run a network share: the folder, the device, the model, the record."""
 
 import gc
+import pickle
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from blpa import kernels, memory, modes, records, steps
 from blpa.cells import departures, folder_name, overrides
@@ -71,6 +73,21 @@ def model(config: Config, kernels: Kernels) -> PreActResNet:
         width=config.width,
     )
     return network.to(memory_format=torch.channels_last)
+
+
+def load_weights(model: nn.Module, file: Path) -> None:
+    """Give a model the weights of a checkpoint, of whatever mode: task.checkpoint.
+
+    Raises:
+        ValueError: there is no such file, or it holds other weights.
+    """
+    if not file.is_file():
+        raise ValueError(f"task.checkpoint={file}: there is no such file")
+    try:
+        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
+    except (RuntimeError, LookupError, EOFError, TypeError, pickle.UnpicklingError) as error:  # as any file may end
+        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        raise ValueError(f"task.checkpoint={file} holds no weights of this network ({reason})") from error
 
 
 def training_step(config: Config, batch: int, chosen: Kernels, device: torch.device) -> Callable[[], object]:
