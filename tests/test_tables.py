@@ -94,12 +94,17 @@ def test_the_papers_figure_stands_beside_its_own_precision_and_recipe_only() -> 
 def test_digits_come_last_and_conditions_are_said() -> None:
     text = table(DIGITS, replace(DIGITS, dataset="cifar10", depth=29))
     headings = [line for line in text.splitlines() if line.startswith("## ")]
-    titles = ("The paper's cells", "CIFAR-10, depth 29, 300 iterations", "digits, depth 29, 300 iterations")
-    assert headings == [f"## {title}" for title in titles]
-    assert text.splitlines()[-1] == (
-        "- digits: depth 29, width 1, 300 iterations of batch 64, fp32; seeds 0; a CPU, 2 threads; torch 2.11.0; "
-        "commit 012345678."
+    titles = (
+        "The paper's cells",
+        "CIFAR-10, depth 29, 300 iterations",
+        "digits, depth 29, 300 iterations",
+        "What ran where",
     )
+    assert headings == [f"## {title}" for title in titles]
+    assert (
+        "\n- digits: depth 29, width 1, 300 iterations of batch 64, fp32; seeds 0; a CPU, 2 threads; torch 2.11.0; "
+        "commit 012345678.\n"
+    ) in text
     assert "- CIFAR-100: depth 164, width 1, 64,000 iterations of batch 128, fp32; not run." in text
 
 
@@ -175,3 +180,16 @@ def test_a_fresh_clone_shows_the_same_tables_without_the_runs(
     Path("results/runs/a/records.json").unlink()
     assert cli.main(["task=tables"]) == 0
     assert capsys.readouterr().out == first
+
+
+def test_every_cell_that_ran_tells_how_long_where_and_when() -> None:
+    runs = [replace(DIGITS, seed=seed, date=f"2026-11-2{seed}T09:00:00+00:00") for seed in (0, 1)]
+    times = [
+        replace(run, metric="train_seconds", unit="s", value=seconds)
+        for run, seconds in zip(runs, (60, 90), strict=True)
+    ]
+    rows = rows_of(table(*runs, *times, replace(DIGITS, mode="exact", seed=7)), "What ran where")
+    assert rows[""] == ["images", "depth", "iterations", "n", "minutes", "on", "dates"]
+    assert rows["proposed 4-bit"] == ["digits", "29", "300", "2", "1.2", "a CPU, 2 threads", "2026-11-20, 2026-11-21"]
+    assert rows["exact"][4] == "-"
+    assert "What ran where" not in table()

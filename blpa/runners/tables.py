@@ -65,19 +65,30 @@ def summarise(found: list[Record]) -> pd.DataFrame:
     """The cells of every table, in reading order.
 
     Args:
-        found: records of any metric; test_error_percent counts, and where there is none, a failed training.
+        found: records of any metric; test_error_percent counts, with the train_seconds of the same run, and where there
+            is none, a failed training.
 
     Returns:
         A row per group and mode: the fields of GROUP, mode, alpha, error_percent, error_percent_std (sample standard
-        deviation; empty below two runs), n, failed (how, where one did), seeds, the paper's mean and deviation, device,
-        torch, commit. A cell not run has n = 0.
+        deviation; empty below two runs), n, failed (how, where one did), seeds, the paper's mean and deviation, minutes
+        (of training, the mean), device, torch, commit, dates. A cell not run has n = 0.
     """
+    run = (*GROUP, "mode", "seed", "date")
+    seconds = {
+        tuple(getattr(record, name) for name in run): record.value
+        for record in found
+        if record.metric == "train_seconds"
+    }
     errors = [
-        asdict(record) | {"failed": failure(record) if record.failure else ""}
+        asdict(record)
+        | {
+            "failed": failure(record) if record.failure else "",
+            "seconds": seconds.get(tuple(getattr(record, name) for name in run)),
+        }
         for record in found
         if record.metric == "test_error_percent" or (record.failure and record.task == "train")
     ]
-    frame = pd.DataFrame(errors, columns=[*COLUMNS, "failed"])
+    frame = pd.DataFrame(errors, columns=[*COLUMNS, "failed", "seconds"])
     frame = frame.assign(measured=frame["failed"] == "").sort_values(["measured", "date"], kind="stable")
     frame = frame.drop_duplicates([*GROUP, "mode", "seed"], keep="last").sort_values("seed")
     runs: dict[Group, dict[str, pd.DataFrame]] = {group: {} for group in PAPERS_GROUPS}
@@ -107,9 +118,11 @@ def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
         "seeds": _listed(runs["seed"]),
         "paper_error_percent": paper_mean,
         "paper_error_percent_std": paper_std,
+        "minutes": runs["seconds"].mean() / 60 if runs["seconds"].notna().any() else None,
         "device": _listed(runs["device"], "; "),
         "torch": _listed(runs["torch"]),
         "commit": _listed(_commits(runs)),
+        "dates": _listed(sorted(date[:10] for date in runs["date"])),
     }
 
 
@@ -146,6 +159,9 @@ def errors_page(cells: pd.DataFrame) -> Page:
         width = f" ({group[2]:g}x)" if group[2] != 1 else ""
         title = f"{_title(group)}, depth {group[1]}{width}, {group[3]:,} iterations"
         sections.append(Section(title, _rows({group: frame}), [_conditions(group, frame)]))
+    ran = cells[cells["n"] > 0]
+    if len(ran):
+        sections.append(Section("What ran where", _runs(ran), ["minutes: wall time of the training steps of a run"]))
     return Page("Test error (%)", OPENING, sections)
 
 
@@ -162,6 +178,16 @@ def _rows(groups: dict[Group, pd.DataFrame]) -> list[list[str]]:
         if frame["paper_error_percent"].notna().any():
             columns.append(["paper", *(_papers(by_mode.get(mode)) for mode in modes)])
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _runs(cells: pd.DataFrame) -> list[list[str]]:
+    """Time, machine and date of every cell that has been run."""
+    rows = [["", "images", "depth", "iterations", "n", "minutes", "on", "dates"]]
+    for cell in cells.to_dict("records"):
+        minutes = "-" if pd.isna(cell["minutes"]) else f"{cell['minutes']:.1f}"
+        what = [images(cell["dataset"]), str(cell["depth"]), f"{cell['iterations']:,}", str(cell["n"])]
+        rows.append([label(cell["mode"]), *what, minutes, cell["device"], cell["dates"]])
+    return rows
 
 
 def _ours(cell: dict[Any, Any] | None) -> str:
