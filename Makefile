@@ -1,9 +1,11 @@
-# Each target sets itself up: it makes .venv from pyproject.toml first. Another interpreter: make PYTHON=python3.12 demo
+# Targets set themselves up: they make .venv from pyproject.toml first. Another interpreter: make PYTHON=python3.12 demo
+# Those for a GPU machine, which may have no network, do not: they run in .venv where it is, or under the PYTHON given.
 
 PYTHON ?= python3
 STAMP := .venv/installed
+RUNNER = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard .venv/bin/python) $(PYTHON)),$(PYTHON))
 
-.PHONY: help demo reproduce-tables known-profile test lint check plots gpu-check gpu-bench known-gpu train-table clean
+.PHONY: help demo reproduce-tables known-profile test lint check plots gpu-check gpu-bench train-table known-python known-gpu clean
 
 # The cells of the paper's tables. demo: small or predicted ones, for a CPU. paper: all of them, for a GPU and days.
 PROFILE ?= demo
@@ -16,7 +18,7 @@ EXPERIMENTS = $(EXPERIMENTS_$(PROFILE))
 THREADS_demo := OMP_NUM_THREADS=1
 THREADS = $(THREADS_$(PROFILE))
 
-# What gpu-check and gpu-bench write: a log, and records. They run under $(PYTHON) and the packages that it has.
+# What gpu-check and gpu-bench write: a log, and records.
 OUT ?= gpu-out
 BUDGET_MINUTES ?= 8.5
 GPU_TESTS := tests/test_gpu.py tests/test_triton_ops.py
@@ -30,9 +32,10 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    check style and types"
 	@echo "make check   lint and test"
-	@echo "make gpu-check OUT=folder   run the tests that need a GPU, under the PYTHON given (5 minutes)"
+	@echo "make gpu-check OUT=folder   run the tests that need a GPU (5 minutes)"
 	@echo "make gpu-bench OUT=folder   measure kernels, steps and largest batches on a GPU (9 minutes, then again for the rest)"
-	@echo "make train-table OUT=folder BUDGET_MINUTES=9   train the cells of the paper's first table, or go on with them"
+	@echo "make train-table OUT=folder BUDGET_MINUTES=9   train the cells of the paper's first table, or go on with them;"
+	@echo "             CELLS='dataset=digits depth=29' trains others, JOBS=2 two at a time"
 	@echo "make plots   draw the figures of every finished run again"
 	@echo "make clean   remove .venv"
 
@@ -65,14 +68,14 @@ plots: $(STAMP)
 	.venv/bin/blpa-run task=plots
 
 gpu-check: known-gpu
-	@bash -o pipefail -c '$(PYTHON) -m pytest -W default -p no:cacheprovider -rs --durations=10 $(GPU_TESTS) \
+	@bash -o pipefail -c '$(RUNNER) -m pytest -W default -p no:cacheprovider -rs --durations=10 $(GPU_TESTS) \
 	--junitxml=$(OUT)/gpu-check.xml 2>&1 | tee $(OUT)/gpu-check.log'
 
 # Whatever becomes of the sweep, what it measured is shown and kept.
 gpu-bench: known-gpu
-	@bash -o pipefail -c '$(PYTHON) -m blpa.runners.cli experiment=$(BENCHES) -m budget_minutes=$(BUDGET_MINUTES) \
+	@bash -o pipefail -c '$(RUNNER) -m blpa.runners.cli experiment=$(BENCHES) -m budget_minutes=$(BUDGET_MINUTES) \
 	2>&1 | tee $(OUT)/gpu-bench.log'; code=$$?; \
-	$(PYTHON) -m blpa.runners.cli task=tables "task.tables=[batches,times,kernels]" | tee -a $(OUT)/gpu-bench.log; \
+	$(RUNNER) -m blpa.runners.cli task=tables "task.tables=[batches,times,kernels]" | tee -a $(OUT)/gpu-bench.log; \
 	cp results/records.csv $(OUT)/records.csv; tar -czf $(OUT)/runs.tgz -C results runs; test $$code -eq 3 || exit $$code
 
 # Every call goes on where the last one stopped; what OUT/carry.txt names is what another machine needs for that.
@@ -80,13 +83,17 @@ gpu-bench: known-gpu
 CELLS ?=
 JOBS ?= 1
 LAUNCHER = $(if $(filter-out 1,$(JOBS)),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS))
-train-table:
-	@$(PYTHON) -m blpa.runners.cli experiment=table1 -m results=$(OUT) budget_minutes=$(BUDGET_MINUTES) $(LAUNCHER) $(CELLS); \
-	code=$$?; test $$code -ne 2 || exit 2; $(PYTHON) -m blpa.runners.cli task=tables "task.tables=[errors]" results=$(OUT); \
-	$(PYTHON) -m blpa.runners.cli task=progress results=$(OUT); test $$code -eq 3 || exit $$code
+train-table: known-python
+	@$(RUNNER) -m blpa.runners.cli experiment=table1 -m results=$(OUT) budget_minutes=$(BUDGET_MINUTES) $(LAUNCHER) $(CELLS); \
+	code=$$?; test $$code -ne 2 || exit 2; $(RUNNER) -m blpa.runners.cli task=tables "task.tables=[errors]" results=$(OUT); \
+	$(RUNNER) -m blpa.runners.cli task=progress results=$(OUT); test $$code -eq 3 || exit $$code
 
-known-gpu:
-	@$(PYTHON) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA GPU: torch finds none under $(PYTHON)")'
+known-python:
+	@$(RUNNER) -c 'import torch, blpa.runners.compose, blpa.runners.plots' || \
+	{ echo "$(RUNNER) lacks what pyproject.toml names: make test installs it in .venv, PYTHON=... takes another" >&2; exit 2; }
+
+known-gpu: known-python
+	@$(RUNNER) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA GPU: torch finds none under $(RUNNER)")'
 	@mkdir -p $(OUT)
 
 clean:
