@@ -1,6 +1,8 @@
 """blpa/runners/progress.py: how far runs are, and what another machine needs to go on with them."""
 
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from test_training import assert_same_end
 
 from blpa import budget, checkpoints
+from blpa.config import CONF
 from blpa.runners import cli
 
 CELLS = ["dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "dataset.iterations=4", "gpu=cpu", "-m"]
@@ -76,3 +79,18 @@ def test_checkpoints_to_be_kept_are_no_later_one_s_to_replace() -> None:
     assert cli.main([*run, "results=others"]) == 0  # they are written even where no other one is
     (run_dir,) = Path("others/runs").iterdir()
     assert [checkpoints.iteration_of(file) for file in checkpoints.checkpoints(run_dir)] == [3, 6, 8]
+
+
+def test_make_train_table_goes_on_call_by_call(tmp_path: Path) -> None:
+    """Each call ends well and in time, until nothing is left."""
+    cells = "dataset=digits depth=11 width=0.25 dataset.iterations=2 seed=0 mode=4bit gpu=cpu gpu.kernels=torch"
+    command = ["make", "train-table", f"PYTHON={sys.executable}", f"OUT={tmp_path}/queue", f"CELLS={cells}"]
+    said = []
+    for _ in range(2):
+        done = subprocess.run([*command, "BUDGET_MINUTES=0.01"], cwd=CONF.parents[1], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        said.append(done)
+    assert "budget_minutes=0.01 are over at iteration 1 of 2" in said[0].stderr
+    assert "| table1-digits-4bit-depth11-width0.25-seed0 | 1 " in said[0].stdout
+    assert "| proposed 4-bit        | 1/8   | not run " in said[0].stdout
+    assert (tmp_path / "queue/carry.txt").read_text().endswith("-seed0/metrics.csv\n")
