@@ -30,15 +30,19 @@ def constants(name: str, bits: int) -> dict[str, int | bool]:
     return tile | {"LEVELS": 1 << bits if bits else 0, "HAS_AVERAGES": True, "CONSTANT_STATS": False, "ADDS": True}
 
 
-def compile_kernel(name: str, dtype: str, bits: int, architecture: int) -> dict[str, Any]:
-    """Registers, spilled bytes and kinds of instructions of one kernel."""
+def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Registers, spilled bytes and kinds of instructions of one kernel; Triton takes an integer of 1 for a constant."""
     kernel = getattr(triton_ops, name)
     types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(FLOATS, "fp32")
     types |= dict.fromkeys(("x", "out", "grad", "add"), f"*{dtype}")
     types |= dict.fromkeys(("kept", "codes"), "*u8" if bits else f"*{dtype}")
-    known = {key: value for key, value in constants(name, bits).items() if key in kernel.arg_names}
+    given = constants(name, bits) | dict.fromkeys(ones, 1)
+    known = {key: value for key, value in given.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in known else types.get(key, "*fp32") for key in kernel.arg_names}
-    divisible = [key.startswith("*") or name in ("C", "N") for name, key in signature.items()]
+    divisible = [
+        key.startswith("*") or (key != "constexpr" and name in ("C", "N") and "C" not in ones)
+        for name, key in signature.items()
+    ]
     attributes = {(index,): [["tt.divisibility", 16]] for index, is_one in enumerate(divisible) if is_one}
     made = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes),
@@ -56,6 +60,7 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int) -> dict[
     ptx = made.asm["ptx"]
     return {
         "variant": f"{name.removeprefix('_')}" + ("" if name.startswith("_combine") else f", {dtype}, {bits} bits"),
+        "ones": ones,
         "architecture": architecture,
         "registers": registers,
         "spilled": stack + local,
@@ -65,12 +70,18 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int) -> dict[
     }
 
 
+MAIN = ("_partial_stats", "_normalise_rectify_encode", "_decode", "_partial_sums", "_input_gradient")
+ALL = (*MAIN, "_combine_stats", "_combine_sums")
+
 if __name__ == "__main__":
     for dtype, bits in VARIANTS:
-        for name in ("_partial_stats", "_normalise_rectify_encode", "_decode", "_partial_sums", "_input_gradient"):
+        for name in MAIN:
             if name != "_partial_stats" or bits == 4:
                 for architecture in map(int, sys.argv[1:]):
                     print(json.dumps(compile_kernel(name, dtype, bits, architecture)), flush=True)
     for name in ("_combine_stats", "_combine_sums"):
         for architecture in map(int, sys.argv[1:]):
             print(json.dumps(compile_kernel(name, "fp32", 4, architecture)), flush=True)
+    for name in ALL:  # small activations, and those of one channel
+        for ones in (("steps", "programs"), ("steps", "programs", "C")):
+            print(json.dumps(compile_kernel(name, "fp32", 4, int(sys.argv[1]), ones)), flush=True)
