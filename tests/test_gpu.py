@@ -205,27 +205,29 @@ def test_inductor_s_kernels_train_like_triton_s(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit"])
 def test_a_step_takes_the_memory_that_was_counted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Within 5 % and a constant: the workspaces of cudnn and cuBLAS, and sums that kernels make in two stages."""
-    config = config_of(name, depth=56, batch=512)
-    counted = setup.training_bytes(config, 512).total_bytes
+    """Within 5 % and the allowance: workspaces of cudnn and cuBLAS, and sums that kernels make in two stages."""
+    batch = 1024
+    config = config_of(name, depth=56, batch=batch)
+    counted = setup.training_bytes(config, batch).total_bytes
     before = torch.cuda.memory_allocated()
-    step = setup.training_step(config, 512, kernels.choose("auto", CUDA), CUDA)
+    step = setup.training_step(config, batch, kernels.choose("auto", CUDA), CUDA)
     step()
     torch.cuda.reset_peak_memory_stats()
     step()
     measured = torch.cuda.max_memory_allocated() - before
     with capsys.disabled():
         print(f"\n{name}: counted {counted / MIB:.0f} MiB, measured {measured / MIB:.0f} MiB")
-    assert 0.95 * counted <= measured <= 1.05 * counted + 192 * MIB
+    assert 0.95 * counted <= measured <= 1.05 * counted + config.gpu.allowance_mib * MIB
 
 
 def test_the_largest_batch_is_measured_where_it_is_predicted(tmp_path: Path) -> None:
-    arguments = ["task=max-batch", "mode=4bit", "depth=56", "gpu.memory_gib=2", "task.resolution=0.05"]
+    arguments = ["task=max-batch", "mode=4bit", "depth=56", "gpu.memory_gib=4", "task.resolution=0.05"]
     assert cli.main([*arguments, f"results={tmp_path}"]) == 0
     (file,) = tmp_path.glob("runs/*/records.json")
     predicted, measured = records.read(file)
     assert predicted.predicted and not measured.predicted
-    assert measured.value == pytest.approx(predicted.value, rel=0.1)  # the allowance is a quarter of these 2 GiB
+    # The allowance comes off both budgets, so a measured step pays for its workspaces again: no more than all of it.
+    assert 1 - 0.5 / 3.5 - 0.05 <= measured.value / predicted.value <= 1.05
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
