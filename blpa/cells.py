@@ -52,7 +52,7 @@ def folder_name(config: Config) -> str | None:
         return f"{config.run}-thresholds{at}"
     if task.name == "memory":
         return f"{config.run}-memory-{batch}-{gpu.kernels}"
-    return f"{config.run}-max-batch-{card}-{gpu.kernels}" if task.name == "max-batch" else None
+    return f"{config.run}-max-batch-{card}-{gpu.kernels}-{gpu.precision}" if task.name == "max-batch" else None
 
 
 def departures(config: Config) -> str:

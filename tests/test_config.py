@@ -213,7 +213,8 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "thresholds", "train",
     ]  # fmt: skip
     assert options("experiment") == [
-        "bench-batches", "bench-batches-wide", "bench-card", "bench-kernels", "bench-kernels-others", "bench-largest",
-        "bench-times", "bench-times-wide", "demo", "demo-batches", "demo-gradients", "demo-times", "gradients",
+        "bench-batches", "bench-batches-others", "bench-batches-wide", "bench-card", "bench-kernels",
+        "bench-kernels-others", "bench-largest", "bench-largest-others", "bench-largest-wide", "bench-times",
+        "bench-times-wide", "bench-training", "demo", "demo-batches", "demo-gradients", "demo-times", "gradients",
         "single", "table1", "table2", "table2-wide", "table3", "table3-wide",
     ]  # fmt: skip

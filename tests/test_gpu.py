@@ -3,6 +3,7 @@
 `make gpu-check` runs this and the tests of the Triton kernels; without a GPU all of it is skipped.
 """
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from test_training import assert_same_end, tiny_config
 from torch import Tensor, nn
 
 from blpa import kernels, records, steps, training
-from blpa.config import Config, mode
+from blpa.config import Config, GpuConfig, mode
 from blpa.data import ImageData, Split
 from blpa.runners import cli, setup
 from blpa.steps import TrainingStep
@@ -34,9 +35,12 @@ all_precisions = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def torch_settings() -> Iterator[None]:
     """Give back the process-wide settings that training changes."""
     yield
-    torch.use_deterministic_algorithms(False)
+    steps.configure_torch(GpuConfig(deterministic=False))
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.cuda.set_sync_debug_mode("default")
     torch.compiler.reset()
+    gc.collect()
     torch.cuda.empty_cache()
 
 
@@ -208,6 +212,7 @@ def test_a_step_takes_the_memory_that_was_counted(name: str, capsys: pytest.Capt
     """Within 5 % and the allowance: workspaces of cudnn and cuBLAS, and sums that kernels make in two stages."""
     batch = 1024
     config = config_of(name, depth=56, batch=batch)
+    steps.configure_torch(config.gpu)
     counted = setup.training_bytes(config, batch).total_bytes
     before = torch.cuda.memory_allocated()
     step = setup.training_step(config, batch, kernels.choose("auto", CUDA), CUDA)

@@ -168,7 +168,7 @@ def test_one_outlier_spoils_no_statistics(row: int) -> None:
 def assert_stats_are_accurate(kernels: Kernels, x: Tensor) -> None:
     """The mean to 8 roundings of the largest value; the variance to the square of that and 4 roundings a row of 64."""
     eps = torch.finfo(torch.float32).eps
-    gamma, beta = torch.linspace(-2, 2, 2 * x.shape[1]).view(2, -1)
+    gamma, beta = torch.linspace(-2, 2, 2 * x.shape[1], device=x.device).view(2, -1)
     vectors = kernels.channel_stats(x, gamma, beta, eps=EPS, code=Code(4))
     mean, var, *_ = vectors
     torch.testing.assert_close(  # what follows from them is another test's subject: here, that it does follow

@@ -30,7 +30,7 @@ def record_of(run: str) -> list[Record]:
 
 def test_largest_batch_is_recorded_as_predicted_and_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "run=a", *TINY]) == 0
-    (record,) = record_of("a-max-batch-0.6gib-auto")
+    (record,) = record_of("a-max-batch-0.6gib-auto-fp32")
     assert (record.metric, record.unit, record.predicted, record.device) == ("largest_batch", "samples", True, "none")
     assert record.note == "0.6 GiB less 512 MiB"
     out, _ = capsys.readouterr()
@@ -53,7 +53,7 @@ def training_total(config: Config, batch: int) -> int:
 
 def test_a_network_that_does_not_fit_is_recorded_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.5", "run=a", *TINY]) == 0
-    (record,) = record_of("a-max-batch-0.5gib-auto")
+    (record,) = record_of("a-max-batch-0.5gib-auto-fp32")
     assert record.value == 0
     assert "does not fit 0.5 GiB even at batch 1 (predicted)" in capsys.readouterr().out
     assert cli.main(["task=tables"]) == 0
@@ -241,6 +241,13 @@ def test_out_of_memory_in_whatever_words_is_an_answer(gpu: SimpleNamespace, erro
     assert gpu.steps == [5, 5]
 
 
+def test_out_of_memory_is_an_answer_where_the_graph_half_recorded_fails_last(gpu: SimpleNamespace) -> None:
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
+    gpu.error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
+    gpu.error.__context__ = max_batch.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    assert max_batch.fits_in(config, 5, 3, 2**31) is None
+
+
 def test_other_errors_of_a_probe_are_no_answer(gpu: SimpleNamespace) -> None:
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
     gpu.error = RuntimeError("CUDA error: an illegal memory access was encountered")
@@ -267,7 +274,7 @@ def test_on_a_card_both_answers_are_recorded(
 ) -> None:
     limits = on_a_card(monkeypatch, 2**40, 2**40, Card(100))
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "run=a", *TINY]) == 0
-    predicted, measured = record_of("a-max-batch-0.6gib-auto")
+    predicted, measured = record_of("a-max-batch-0.6gib-auto-fp32")
     assert limits == [int(0.6 * 2**30) - 512 * 2**20]
     assert (predicted.predicted, measured.predicted, measured.device) == (True, False, "a card")
     assert (measured.value, measured.low, measured.high) == (100, 100, 100)
@@ -279,7 +286,7 @@ def test_without_a_budget_it_is_the_whole_card(monkeypatch: pytest.MonkeyPatch) 
     limits = on_a_card(monkeypatch, 10**9, 2**30, Card(100))
     assert cli.main(["task=max-batch", "run=a", *TINY]) == 0
     assert limits == [2**29]
-    assert {record.note for record in record_of("a-max-batch-whole-card-auto")} == {"1 GiB less 512 MiB"}
+    assert {record.note for record in record_of("a-max-batch-whole-card-auto-fp32")} == {"1 GiB less 512 MiB"}
 
 
 def test_a_card_a_little_smaller_than_its_name_measures_what_is_left_without_the_allowance(
@@ -295,7 +302,7 @@ def test_a_budget_that_the_allowance_eats_is_not_probed(monkeypatch: pytest.Monk
     limits = on_a_card(monkeypatch, 2**33, 2**33, Card(100))
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.3", "run=a", *TINY]) == 0
     assert limits == []
-    assert [(r.value, r.predicted) for r in record_of("a-max-batch-0.3gib-auto")] == [(0, True), (0, False)]
+    assert [(r.value, r.predicted) for r in record_of("a-max-batch-0.3gib-auto-fp32")] == [(0, True), (0, False)]
 
 
 def test_bf16_is_measured_and_not_predicted(
@@ -305,7 +312,7 @@ def test_bf16_is_measured_and_not_predicted(
     assert "gpu.precision=bf16 cannot be predicted" in capsys.readouterr().err
     on_a_card(monkeypatch, 2**33, 2**33, Card(100))
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "gpu.precision=bf16", "run=a", *TINY]) == 0
-    (record,) = record_of("a-max-batch-0.6gib-auto")
+    (record,) = record_of("a-max-batch-0.6gib-auto-bf16")
     assert (record.value, record.predicted, record.precision) == (100, False, "bf16")
 
 
@@ -315,7 +322,7 @@ def test_a_smaller_card_measures_nothing_and_says_so(
     limits = on_a_card(monkeypatch, 2**30, 2**30, Card(100))
     assert cli.main(["task=max-batch", "gpu.memory_gib=2", "run=a", *TINY]) == 0
     assert limits == []
-    assert [record.predicted for record in record_of("a-max-batch-2gib-auto")] == [True]
+    assert [record.predicted for record in record_of("a-max-batch-2gib-auto-fp32")] == [True]
     assert "not measured: this card has 1 GiB" in capsys.readouterr().err
 
 

@@ -1,12 +1,6 @@
 """blpa/kernels/triton_ops.py against the reference: on a GPU where there is one, else in Triton's interpreter."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -28,6 +22,8 @@ from blpa.kernels.triton_ops import TRITON  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (1, 5), (2, 3), (3, 17), (64, 16), (130, 1), (259, 5)]
+if DEVICE.type == "cuda":  # whole tiles, and so many of them that all loops turn
+    SHAPES += [(300_001, 16), (70_001, 130)]
 
 all_codes = pytest.mark.parametrize("code", CODES, ids=str)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -37,6 +33,7 @@ all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def poisoned_memory() -> Iterator[None]:
     """New tensors come full of NaN or 0xFF, so that whatever a kernel leaves unwritten shows."""
     torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]  # training unsets it
     yield
     torch.use_deterministic_algorithms(False)
 
@@ -45,6 +42,8 @@ def poisoned_memory() -> Iterator[None]:
 def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tiles as they are, larger than all of these activations, and so small that all loops turn more than once."""
     if request.param == "tiny tiles":
+        if DEVICE.type == "cuda":
+            pytest.skip("there large activations make the loops turn, and every size of a tile costs compiling")
         sizes = {"TILE_ELEMENTS": 64, "TILE_CHANNELS": 4, "PROGRAMS": 2, "PARTIAL_ROWS": 2, "PARTIAL_CHANNELS": 2}
         for name, size in sizes.items():
             monkeypatch.setattr(triton_ops, name, size)
@@ -291,53 +290,3 @@ def test_a_network_s_gradients_are_the_references() -> None:
     for ours, theirs in zip(*gradients, strict=True):
         # Statistics differ in their last bits, and so do codes next to an edge; a single one moves a gradient little.
         assert (ours - theirs).norm() <= 1e-2 * theirs.norm() + 1e-6
-
-
-ARCHITECTURES = (75, 80, 90, 100)
-
-
-@pytest.fixture(scope="module")
-def compiled() -> list[dict[str, Any]]:
-    """Every kernel compiled for every architecture, where Triton compiles instead of interpreting."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    script = Path(__file__).with_name("compile_ahead.py")
-    done = subprocess.run(
-        [sys.executable, script, *map(str, ARCHITECTURES)],
-        env=environment | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
-
-
-def test_kernels_compile_ahead_of_time_and_spill_nothing(
-    compiled: list[dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    usual = [kernel for kernel in compiled if not kernel["ones"]]
-    with capsys.disabled():
-        print("\nregisters a thread / bytes spilled, for sm_" + ", ".join(map(str, ARCHITECTURES)))
-        for variant in dict.fromkeys(kernel["variant"] for kernel in usual):
-            found = [kernel for kernel in usual if kernel["variant"] == variant]
-            print(f"    {variant:<44}", "  ".join(f"{kernel['registers']}/{kernel['spilled']}" for kernel in found))
-    assert {kernel["architecture"] for kernel in usual} == set(ARCHITECTURES)
-    assert not [kernel for kernel in compiled if kernel["spilled"]]
-
-
-def test_kernels_compile_where_a_size_is_one(compiled: list[dict[str, Any]]) -> None:
-    """Then Triton makes a constant of it, which arithmetic with tensors has to take; the script fails where not."""
-    small = [kernel for kernel in compiled if kernel["ones"]]
-    assert len(small) == 2 * 7
-    assert {tuple(kernel["ones"]) for kernel in small} == {("steps", "programs"), ("steps", "programs", "C")}
-
-
-def test_compiled_kernels_read_and_write_sixteen_bytes_at_once(compiled: list[dict[str, Any]]) -> None:
-    """Those that go through whole activations, of channels that divide by 16; codes may be fewer bytes."""
-    through = [kernel for kernel in compiled if "combine" not in str(kernel["variant"]) and "C" not in kernel["ones"]]
-    assert not [kernel for kernel in through if not kernel["loads_16_bytes"]]
-    assert not [
-        kernel for kernel in through if "partial" not in str(kernel["variant"]) and not kernel["stores_16_bytes"]
-    ]
-
-
-def test_compiled_kernels_fuse_no_multiply_with_an_add(compiled: list[dict[str, Any]]) -> None:
-    assert not [kernel for kernel in compiled if kernel["fused_multiply_adds"]]

@@ -34,8 +34,9 @@ LANE_ROWS = 64
 """Rows that one lane adds up at most, the reference's strip."""
 PROGRAMS = 512
 """Programs that sums are divided among before lanes grow longer: enough to fill any card, few to add up."""
-PARTIAL_ROWS, PARTIAL_CHANNELS = 64, 32
-"""Tile of the second stage of sums."""
+PARTIAL_ROWS, PARTIAL_CHANNELS = 512, 8
+"""Tile of the second stage of sums: tall, for one round of loads from as many programs as there are, not one after the
+other; and narrow, so that few channels still make several programs."""
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Of the compiler, for every kernel: threads enough for a tile, and no fused multiply-adds."""

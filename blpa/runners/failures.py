@@ -8,11 +8,15 @@ OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether memory was what was missing, by the words of an exception or of those that led to it."""
+    """Whether memory was what was missing, by the words of an exception or of those that led to it.
+
+    They led to it too if it was raised while they were handled: a CUDA graph that ran out of memory half recorded
+    cannot be ended, and that is what is heard last.
+    """
     while error is not None:
         if isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY):
             return True
-        error = error.__cause__
+        error = error.__cause__ or error.__context__
     return False
 
 

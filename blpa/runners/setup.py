@@ -209,10 +209,11 @@ def note(config: Config, *, task: str | None = None) -> str:
     card = f"{gpu.memory_gib:g} GiB less {gpu.allowance_mib} MiB" if gpu.memory_gib else "the whole card"
     kernels = f"gpu.kernels={gpu.kernels}" if gpu.kernels != "auto" and config.mode.layers == "coded" else ""
     graph = "" if gpu.cuda_graph is None else f"gpu.cuda_graph={gpu.cuda_graph}".lower()
+    convolutions = "" if gpu.deterministic else "gpu.deterministic=false"
     seed = f"seed={config.seed}" if config.seed else ""
     particular = {
         "max-batch": [card, graph],
-        "runtime": [f"largest batch in {card}" if config.task.largest_batch else "", kernels, graph],
+        "runtime": [f"largest batch in {card}" if config.task.largest_batch else "", kernels, graph, convolutions],
         "gradient-error": [f"at {Path(at).stem}" if at else "at initialisation", seed],
     }
     return " ".join(filter(None, [*particular.get(task or config.task.name, []), departures(config)]))
