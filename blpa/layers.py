@@ -63,16 +63,15 @@ class BatchNormReLU(nn.BatchNorm2d):
         return Activation(*ops.batch_norm_relu(x, self.weight, self.bias, **self._options(overwrite_x)))
 
     def _options(self, overwrite_x: bool) -> ops.BatchNormOptions:
-        """What ops need besides x and the parameters; in training, counts the batch."""
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        """What ops need besides x and the parameters."""
         momentum = self.momentum
-        if momentum is None:
-            momentum = 1 / max(int(self.num_batches_tracked), 1) if self.num_batches_tracked is not None else 0.0
+        if momentum is None:  # each of the batches has the same weight, this one too
+            momentum = 1 / (int(self.num_batches_tracked) + 1) if self.num_batches_tracked is not None else 0.0
         return {
             "code": self.code,
             "running_mean": self.running_mean,
             "running_var": self.running_var,
+            "num_batches_tracked": self.num_batches_tracked,
             "training": self.training,
             "momentum": momentum,
             "eps": self.eps,

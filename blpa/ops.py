@@ -43,6 +43,7 @@ class _Statistics:
 
     running_mean: Tensor | None
     running_var: Tensor | None
+    num_batches_tracked: Tensor | None
     training: bool
     momentum: float
     eps: float
@@ -58,7 +59,7 @@ class _Statistics:
         if mean is None or var is None:
             return kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code)
         if self.training:
-            averages = Averages(mean, var, self.momentum)
+            averages = Averages(mean, var, self.momentum, self.num_batches_tracked)
             return kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code, averages=averages)
         var = var.to(compute_dtype(x.dtype))
         return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
@@ -204,6 +205,8 @@ class BatchNormOptions(TypedDict, total=False):
     """Running average [C], updated in training, used in evaluation; None, the default, uses the statistics of x."""
     running_var: Tensor | None
     """The same for the unbiased variance."""
+    num_batches_tracked: Tensor | None
+    """How many batches the averages have seen, int64 [], counted in training; None, the default, is not counted."""
     training: bool
     """Normalise by the statistics of x, which is the default, or else by the running averages."""
     momentum: float
@@ -374,6 +377,7 @@ def _prepare(
     code: Code | None,
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
+    num_batches_tracked: Tensor | None = None,
     training: bool = True,
     momentum: float = 0.1,
     eps: float = 1e-3,
@@ -399,7 +403,7 @@ def _prepare(
     owner = channels_last._base if channels_last._base is not None else channels_last
     if overwrite and recording and owner.is_leaf and owner.requires_grad:
         raise ValueError("overwrite_x = True, but x is a leaf that requires grad: its gradient is of the value it has")
-    statistics = _Statistics(running_mean, running_var, training, momentum, eps)
+    statistics = _Statistics(running_mean, running_var, num_batches_tracked, training, momentum, eps)
     return channels_last, _Forward(
         statistics, Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), code, kernels), overwrite, forward_from_code
     )

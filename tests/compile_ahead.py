@@ -27,7 +27,8 @@ def constants(name: str, bits: int) -> dict[str, int | bool]:
     *_, tile = triton_ops._tiles(triton_ops.torch.empty(1, CHANNELS, device="meta"), bits)
     if name.startswith("_combine"):
         tile = {"ROWS": triton_ops.PARTIAL_ROWS, "CHANNELS": triton_ops.PARTIAL_CHANNELS}
-    return tile | {"LEVELS": 1 << bits if bits else 0, "HAS_AVERAGES": True, "CONSTANT_STATS": False, "ADDS": True}
+    given = {"HAS_AVERAGES": True, "COUNTS": True, "CONSTANT_STATS": False, "ADDS": True}
+    return tile | {"LEVELS": 1 << bits if bits else 0} | given
 
 
 def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -35,6 +36,7 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tu
     kernel = getattr(triton_ops, name)
     types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(FLOATS, "fp32")
     types |= dict.fromkeys(("x", "out", "grad", "add"), f"*{dtype}")
+    types["batches"] = "*i64"
     types |= dict.fromkeys(("kept", "codes"), "*u8" if bits else f"*{dtype}")
     given = constants(name, bits) | dict.fromkeys(ones, 1)
     known = {key: value for key, value in given.items() if key in kernel.arg_names}

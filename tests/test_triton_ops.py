@@ -133,9 +133,11 @@ def test_running_averages_move_as_the_references(momentum: float, dtype: torch.d
     u = on_device(unit((130, 5), None, torch.float32))
     results = []
     for kernels in (TRITON, REFERENCE):
-        averages = Averages(torch.arange(5.0).to(DEVICE, dtype), torch.ones(5).to(DEVICE, dtype), momentum)
+        batches = torch.tensor(2**40, device=DEVICE)
+        averages = Averages(torch.arange(5.0).to(DEVICE, dtype), torch.ones(5).to(DEVICE, dtype), momentum, batches)
         vectors = kernels.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=None, averages=averages)
         results.append(torch.stack(averages[:2]).float())
+        assert batches == 2**40 + 1
         if momentum == 1 and dtype == torch.float32:
             assert torch.equal(results[-1], torch.stack([vectors[0], vectors[1] * (130 / 129)]))
     # Some roundings to float32, or one to bfloat16, which the interpreter makes in the other direction.
@@ -256,11 +258,13 @@ def test_the_operations_keep_their_promises_to_torch_library() -> None:
     u = on_device(unit((13, 5), Code(4), torch.float32))
     mean, var, gamma, beta, *_ = u.vectors
     sums, codes = torch.empty(4, 5, device=DEVICE), torch.empty_like(u.kept)
+    batches = torch.tensor(0, device=DEVICE)
     torch.library.opcheck(
         triton_ops.channel_stats,
-        (u.x, gamma, beta, torch.empty_like(u.vectors), mean.clone(), var.clone(), 0.1, EPS, 0.375, 16),
+        (u.x, gamma, beta, torch.empty_like(u.vectors), mean.clone(), var.clone(), batches, 0.1, EPS, 0.375, 16),
     )
-    torch.library.opcheck(triton_ops.channel_stats, (u.x, gamma, beta, u.vectors.clone(), None, None, 0.0, EPS, 0.0, 0))
+    without = (u.x, gamma, beta, u.vectors.clone(), None, None, None, 0.0, EPS, 0.0, 0)
+    torch.library.opcheck(triton_ops.channel_stats, without)
     torch.library.opcheck(triton_ops.normalise_rectify_encode, (u.x, u.vectors, torch.empty_like(u.x), codes, 4))
     torch.library.opcheck(triton_ops.decode, (u.kept, u.vectors, torch.empty_like(u.x), 4))
     torch.library.opcheck(triton_ops.backward, (u.grad, u.kept, u.vectors, torch.empty_like(u.x), sums, None, 4, False))

@@ -70,6 +70,8 @@ class Averages(NamedTuple):
     """Of the unbiased variance."""
     momentum: float
     """Weight of the new value."""
+    batches: Tensor | None = None
+    """How many batches there were, one whole number."""
 
 
 class Kernels(Protocol):
@@ -83,7 +85,10 @@ class Kernels(Protocol):
     def channel_stats(
         self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None, averages: Averages | None = None
     ) -> Tensor:
-        """Norm [9, C] of the mean and biased variance of each column; running averages, if given, move towards them."""
+        """Norm [9, C] of the mean and biased variance of each column; running averages, if given, move towards them.
+
+        Their count of batches, if given, is one more.
+        """
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
         """Write a to `out`, which may be x; return the codes, uint8 [code.packed_rows(M), C], if there is a code."""

@@ -160,6 +160,8 @@ class RowBlockKernels:
             unbiased = var * (x.shape[0] / (x.shape[0] - 1))
             averages.mean.lerp_(mean.to(averages.mean.dtype), averages.momentum)
             averages.var.lerp_(unbiased.to(averages.var.dtype), averages.momentum)
+            if averages.batches is not None:
+                averages.batches.add_(1)
         return vectors
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:

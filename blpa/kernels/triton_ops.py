@@ -207,8 +207,9 @@ def _lerp(start, end, weight):
 
 @triton.jit(do_not_specialize=["M"])
 def _combine_stats(
-    partial, gamma, beta, vectors, running_mean, running_var, M, C, program_rows, programs, eps, bin_width, momentum,
-    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    partial, gamma, beta, vectors, running_mean, running_var, batches,
+    M, C, program_rows, programs, eps, bin_width, momentum,
+    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The Norm [9, C] of all programs' statistics, of which each has `program_rows` rows, the last those left over."""
     c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
@@ -266,6 +267,9 @@ def _combine_stats(
         new_mean, new_var = _lerp(old_mean, mean, momentum), _lerp(old_var, unbiased, momentum)
         tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=here)
         tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=here)
+    if COUNTS:  # noqa: SIM102  a constant, which Triton must meet by itself
+        if tl.program_id(0) == 0:
+            tl.store(batches, tl.load(batches) + 1)
 
 
 def _channel_tiles(channels: int) -> tuple[int, int]:
@@ -278,12 +282,12 @@ def _launch(kernel: "triton.JITFunction", grid: tuple[int, ...], *args: object, 
     kernel[grid](*args, **constants, **OPTIONS)
 
 
-@torch.library.custom_op("blpa::channel_stats", mutates_args=("vectors", "running_mean", "running_var"))
+@torch.library.custom_op("blpa::channel_stats", mutates_args=("vectors", "running_mean", "running_var", "batches"))
 def channel_stats(
     x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-    momentum: float, eps: float, bin_width: float, levels: int,
+    batches: Tensor | None, momentum: float, eps: float, bin_width: float, levels: int,
 ) -> None:  # fmt: skip
-    """Write the Norm of x [M, C] to `vectors` [9, C] and move the running averages, if there are any."""
+    """Write the Norm of x [M, C] to `vectors` [9, C], move the running averages, if there are any, and count."""
     rows, channels = x.shape
     width, across = _channel_tiles(channels)
     tile_rows = TILE_ELEMENTS // width
@@ -294,9 +298,10 @@ def channel_stats(
     _launch(_partial_stats, (programs, across), x, partial, rows, channels, steps, ROWS=tile_rows, CHANNELS=width)
     _launch(
         _combine_stats, (triton.cdiv(channels, PARTIAL_CHANNELS),), partial, gamma, beta, vectors,
-        vectors if running_mean is None else running_mean, vectors if running_var is None else running_var,
+        *(vectors if given is None else given for given in (running_mean, running_var, batches)),
         rows, channels, steps * tile_rows, programs, eps, bin_width, momentum,
-        LEVELS=levels, HAS_AVERAGES=running_mean is not None, ROWS=PARTIAL_ROWS, CHANNELS=PARTIAL_CHANNELS,
+        LEVELS=levels, HAS_AVERAGES=running_mean is not None, COUNTS=batches is not None,
+        ROWS=PARTIAL_ROWS, CHANNELS=PARTIAL_CHANNELS,
     )  # fmt: skip
 
 
@@ -364,9 +369,9 @@ class TritonKernels:
         """See Kernels."""
         _refuse_float64(x)
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=torch.float32)
-        mean, var, momentum = averages or (None, None, 0.0)
+        mean, var, momentum, batches = averages or (None, None, 0.0, None)
         bin_width, levels = (code.bin_width, code.levels) if code else (0.0, 0)
-        channel_stats(x, gamma.detach(), beta.detach(), vectors, mean, var, momentum, eps, bin_width, levels)
+        channel_stats(x, gamma.detach(), beta.detach(), vectors, mean, var, batches, momentum, eps, bin_width, levels)
         return vectors
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
