@@ -86,14 +86,14 @@ gpu-bench: known-gpu
 	test $$code -eq 3 -o $$code -eq 124 || exit $$code
 
 # Every call goes on where the last one stopped; what OUT/carry.txt names is what another machine needs for that.
-# CELLS names other runs: CELLS="dataset=digits depth=29". JOBS runs so many side by side.
+# CELLS names other runs: CELLS="dataset=digits depth=29". JOBS processes work through the table side by side.
 CELLS ?=
 JOBS ?= 1
-LAUNCHER = $(if $(filter-out 1,$(JOBS)),hydra/launcher=joblib hydra.launcher.n_jobs=$(JOBS))
+BLPA = $(RUNNER) -m blpa.runners.cli "results=$(OUT)"
 train-table: known-python
-	@$(RUNNER) -m blpa.runners.cli experiment=table1 -m results=$(OUT) budget_minutes=$(BUDGET_MINUTES) $(LAUNCHER) $(CELLS); \
-	code=$$?; test $$code -ne 2 || exit 2; $(RUNNER) -m blpa.runners.cli task=tables "task.tables=[errors]" results=$(OUT); \
-	$(RUNNER) -m blpa.runners.cli task=progress results=$(OUT); test $$code -eq 3 || exit $$code
+	@$(BLPA) experiment=table1 -m budget_minutes=$(BUDGET_MINUTES) jobs=$(JOBS) $(CELLS); code=$$?; test $$code -ne 2 || exit 2; \
+	$(BLPA) task=tables "task.tables=[errors]" && $(BLPA) task=progress || exit; \
+	test $$code -eq 3 && echo "Not finished: the same command goes on." || exit $$code
 
 known-python:
 	@$(RUNNER) -c 'import torch, blpa.runners.compose, blpa.runners.plots' || \

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from blpa.config import CONF, Config, options
 
-NOT_DECIDING = {"results", "resume", "dataset.root", "dataset.download"}
-"""Where a run reads and writes, not what it is."""
+NOT_DECIDING = {"dataset.root", "dataset.download", "task.checkpoint_every", "task.keep_every"}
+"""Where a run reads and what it writes on its way, not what it is."""
 
 
 def run_name(config: Config) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from blpa.config import Config
-from blpa.locks import held
+from blpa.locks import BUSY, held
 
 KEPT = 2
 """Checkpoints kept: the newest, and one to fall back on."""
@@ -36,6 +36,12 @@ class Stopped(RuntimeError):
 
     exit_code = 1
     """What the process is to exit with."""
+
+
+class Busy(Stopped):
+    """Another process is at this run."""
+
+    exit_code = BUSY
 
 
 class CannotWrite(Stopped):
@@ -64,13 +70,13 @@ def alone_in(path: Path) -> Iterator[None]:
         path: the folder, which exists.
 
     Raises:
-        Stopped: another process is in there.
+        Busy: another process is in there.
     """
     lock = ExitStack()
     try:
         lock.enter_context(held(path / "lock", wait=False))
     except BlockingIOError as error:
-        raise Stopped(f"another process is training in {path}: name another folder by run=") from error
+        raise Busy(f"another process is training in {path}: name another folder by run=") from error
     with lock:
         yield
 

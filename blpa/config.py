@@ -155,6 +155,8 @@ class Config:
     budget_minutes: float | None = None
     """Minutes that the command may take: a training run stops in time, its checkpoint written, and a sweep begins no
     other cell that, if it takes as long as the longest before it, would end later. A launcher's jobs have them each."""
+    jobs: int = 1
+    """Processes of this machine that work through a sweep side by side."""
     run: str = MISSING
     """Folder of this run under results/runs; composed from the values that tell runs apart."""
 
@@ -209,6 +211,7 @@ def check(config: Config) -> None:
     _check_depth(config.depth)
     _above_zero("width", config.width)
     _check_size(config)
+    _at_least("jobs", config.jobs, 1)
     if config.budget_minutes is not None:
         _above_zero("budget_minutes", config.budget_minutes)
     if not 0 <= config.seed < 2**63:

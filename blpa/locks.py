@@ -5,6 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+BUSY = 4
+"""Exit code of a command whose run another process is at."""
+
 
 @contextmanager
 def held(file: Path, *, wait: bool) -> Iterator[None]:

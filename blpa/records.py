@@ -126,13 +126,28 @@ def provenance(device: "torch.device") -> dict[str, Any]:
     commit, is_dirty = _commit(Path(__file__).parent)
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else "none" if device.type == "meta" else cpu,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "triton": _version("triton"),
         "cuda": torch.version.cuda if on_cuda else None,
         "commit": commit,
         "is_dirty": is_dirty,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def of_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """By what a number was made that took several processes, on several machines perhaps.
+
+    Args:
+        parts: what `provenance` returned in each of them; dates do not matter.
+
+    Returns:
+        Its fields but the date: every value once, in the order of the first time, separated by "; ".
+    """
+    texts = ("device", "torch", "triton", "cuda", "commit")
+    values = {name: [part[name] for part in parts if part[name] is not None] for name in texts}
+    joined = {name: "; ".join(dict.fromkeys(found)) or None for name, found in values.items()}
+    return {**joined, "is_dirty": any(part["is_dirty"] for part in parts) or parts[-1]["is_dirty"]}
 
 
 def write(records: Iterable[Record], run_dir: Path) -> None:

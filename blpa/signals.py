@@ -1,11 +1,16 @@
 """Stopping in good order: a signal is noted, and obeyed where the loop can."""
 
+import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+
+SAME_SECONDS = 1.0
+"""A signal so soon after the first is the same one: sent to a group of processes, and handed on by one of them."""
 
 
 @dataclass
@@ -14,11 +19,13 @@ class Stop:
 
     received: signal.Signals | None = None
     """The signal that asked for it."""
+    at: float = 0.0
+    """When, by time.monotonic."""
 
 
 @contextmanager
 def noted() -> Iterator[Stop]:
-    """Note the first SIGINT or SIGTERM instead of obeying it; a second one does what it did before, at once.
+    """Note the first SIGINT or SIGTERM instead of obeying it; one a second later does what it did before, at once.
 
     Outside of the main thread, which alone can handle signals, nothing is noted.
     """
@@ -28,8 +35,11 @@ def noted() -> Iterator[Stop]:
         return
 
     def note(number: int, frame: FrameType | None) -> None:
-        stop.received = signal.Signals(number)
-        restore()
+        if stop.received is None:
+            stop.received, stop.at = signal.Signals(number), time.monotonic()
+        elif time.monotonic() - stop.at > SAME_SECONDS:
+            restore()
+            os.kill(os.getpid(), number)
 
     def restore() -> None:
         for number, handler in before.items():

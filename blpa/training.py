@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blpa import budget, signals
+from blpa import budget, records, signals
 from blpa.checkpoints import CannotWrite, RunFolder, Stopped, deciding_fields
 from blpa.config import Config, DatasetConfig
 from blpa.data import ImageData, Split, normalise
@@ -72,6 +72,8 @@ class Outcome:
     """Wall time of the training steps, over all parts of a resumed run; evaluations and checkpoints left out."""
     samples_per_second: float
     """Training samples in each of those seconds."""
+    parts: list[dict[str, Any]]
+    """As in Progress."""
 
 
 @dataclass
@@ -90,6 +92,8 @@ class Progress:
     """As in Outcome."""
     rows: list[list[float]] = field(default_factory=list)
     """The rows of metrics.csv."""
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    """What the processes that were at this run computed on, and with, but for dates (records.provenance)."""
 
 
 def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path) -> Outcome:
@@ -122,6 +126,8 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
     if not config.resume:
         folder.remove_checkpoints()
     progress = _resume(folder, model, optimiser, recipe.iterations)
+    if progress.iteration < recipe.iterations:
+        _note_part(progress, device)
     folder.write_metrics(METRICS, progress.rows)
 
     def make_batch(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,6 +192,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
         iterations=progress.iteration,
         seconds=progress.seconds,
         samples_per_second=progress.iteration * recipe.batch_size / progress.seconds,
+        parts=progress.parts,
     )
 
 
@@ -277,6 +284,13 @@ def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, ite
     verb = "finished before, as in" if progress.iteration == iterations else "going on from"
     print(f"{verb} {file}", file=sys.stderr)
     return progress
+
+
+def _note_part(progress: Progress, device: torch.device) -> None:
+    """Note on what the run goes on, unless it is what it was before."""
+    part = {name: value for name, value in records.provenance(device).items() if name != "date"}
+    if progress.parts[-1:] != [part]:
+        progress.parts.append(part)
 
 
 def _last_good(folder: RunFolder) -> str:

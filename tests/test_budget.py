@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from test_sweeps import GRADIENTS, TINY
 from test_training import assert_same_end
 
@@ -85,3 +86,14 @@ def test_a_sweep_begins_no_cell_that_might_not_end_in_time(
 def test_a_budget_is_above_zero(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*TINY, "mode=exact", "budget_minutes=0"]) == 2
     assert "budget_minutes=0.0 is not allowed: it is a number above 0" in capsys.readouterr().err
+
+
+def test_a_run_in_parts_names_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = [argument for argument in TRAINING if argument != "-m"]
+    assert cli.main([*alone, "budget_minutes=0.01"]) == budget.OUT_OF_TIME
+    here = records.provenance(torch.device("cpu"))["device"]
+    monkeypatch.setattr(records, "_cpu_name", lambda: "another")
+    assert cli.main([*alone, "budget_minutes=0.01"]) == budget.OUT_OF_TIME
+    assert cli.main(alone) == 0
+    there = records.provenance(torch.device("cpu"))["device"]
+    assert {record.device for record in records.collect(Path("results"))} == {f"{here}; {there}"}

@@ -16,6 +16,7 @@ import pytest
 from blpa import records
 from blpa.checkpoints import Stopped, alone_in
 from blpa.config import CONF, Config, check, options
+from blpa.locks import BUSY
 from blpa.runners import cli, compose
 
 TINY = ["dataset=digits", "gpu=cpu", "depth=11", "dataset.iterations=2", "dataset.batch_size=4", "width=0.25"]
@@ -248,8 +249,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, failures: dict[int, BaseException])
 def test_a_cell_that_fails_does_not_keep_the_next_from_running(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seeds = failing(monkeypatch, {0: stopped(4)})
-    assert cli.main(["seed=0,1", "-m"]) == 4
+    seeds = failing(monkeypatch, {0: stopped(5)})
+    assert cli.main(["seed=0,1", "-m"]) == 5
     assert seeds == [0, 1]
     assert "blpa-run: error: stopped for a reason\n" in capsys.readouterr().err
 
@@ -339,7 +340,7 @@ def test_runtimes_of_several_batch_sizes_keep_their_records() -> None:
 def test_a_run_that_another_process_is_at_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("results/runs/a").mkdir(parents=True)
     with alone_in(Path("results/runs/a")):  # another opening of the file, as another process has
-        assert cli.main([*TINY, "run=a"]) == 1
+        assert cli.main([*TINY, "run=a"]) == BUSY
     assert capsys.readouterr().err.endswith(
         "blpa-run: error: another process is training in results/runs/a: name another folder by run=\n"
     )

@@ -48,7 +48,7 @@ ONLY_IN = {
 
 WITHOUT_TORCH = {
     "", "config", "cells", "locks", "records", "budget", "runners", "runners.cli", "runners.compose", "runners.sweep",
-    "runners.launch", "runners.failures", "runners.usage", "runners.paper",
+    "runners.launch", "runners.side_by_side", "runners.failures", "runners.usage", "runners.paper",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run."""
 

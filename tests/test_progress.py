@@ -53,6 +53,25 @@ def test_what_is_listed_is_all_that_another_machine_needs(capsys: pytest.Capture
     assert_same_end(Path("carried", name), Path("whole", name))
 
 
+def test_a_run_begun_anew_is_under_way_though_it_was_finished_before(capsys: pytest.CaptureFixture[str]) -> None:
+    run = [argument for argument in CELLS if argument != "-m"]
+    assert cli.main([*run, "task.keep_every=2"]) == 0
+    (run_dir,) = Path("results/runs").iterdir()
+    assert cli.main(["task=progress"]) == 0
+    assert {Path(name).name for name in Path("results/carry.txt").read_text().split()} == {
+        "records.json",
+        "metrics.csv",
+    }
+    kept = [checkpoints.iteration_of(Path(name)) for name in Path("results/keep.txt").read_text().split()]
+    assert kept == [2, 4]
+    assert cli.main([*run, "resume=false", "budget_minutes=0.01"]) == budget.OUT_OF_TIME
+    capsys.readouterr()
+    assert cli.main(["task=progress"]) == 0
+    assert f"| {run_dir.name} | 1          | 4  | -" in capsys.readouterr().out
+    (name,) = Path("results/carry.txt").read_text().split()
+    assert checkpoints.iteration_of(Path(name)) == 1
+
+
 def test_a_damaged_checkpoint_is_not_carried(capsys: pytest.CaptureFixture[str]) -> None:
     run = [*(argument for argument in CELLS if argument != "-m"), "budget_minutes=0.01"]
     for _ in range(2):

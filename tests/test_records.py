@@ -189,3 +189,12 @@ def test_commit_and_changes_are_those_of_the_source(tmp_path: Path) -> None:
 def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert records._commit(Path(records.__file__).parent) == (None, None)
+
+
+def test_what_was_made_in_parts_names_every_machine_once() -> None:
+    one = {"device": "a", "torch": "2.11", "triton": None, "cuda": None, "commit": "c", "is_dirty": False, "date": "1"}
+    other = {**one, "device": "b", "cuda": "13.0", "is_dirty": True, "date": "2"}
+    assert records.of_parts([one, other, one]) == {
+        "device": "a; b", "torch": "2.11", "triton": None, "cuda": "13.0", "commit": "c", "is_dirty": True
+    }  # fmt: skip
+    assert records.of_parts([{**one, "commit": None, "is_dirty": None}])["is_dirty"] is None

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from test_cells import composed
 from test_records import RECORD
 
@@ -51,6 +52,26 @@ def test_a_cell_of_another_configuration_is_not_finished(capsys: pytest.CaptureF
     first = record_files()
     assert cli.main([*GRADIENTS, "mode=2bit,4bit", "mode.clip=2"]) == 0
     assert all(record_files()[name] > first[name] for name in first)
+
+
+def test_a_sweep_of_one_cell_skips_it_too_whatever_was_asked_of_its_checkpoints() -> None:
+    assert cli.main([*TINY, "mode=exact", "task.checkpoint_every=5"]) == 0
+    first = record_files()
+    assert cli.main([*TINY, "mode=exact", "task.checkpoint_every=7", "task.keep_every=1"]) == 0
+    assert record_files() == first
+
+
+def test_values_from_the_command_line_keep_the_experiment_s_order(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["experiment=table1", "mode=exact,4bit", "seed=1,0", "width=1,2", "-m", "--cfg"]) == 0
+    cells = yaml.safe_load_all(capsys.readouterr().out)
+    order = [(cell["width"], cell["seed"], cell["dataset"]["name"], cell["mode"]["name"]) for cell in cells]
+    assert order == [
+        (width, seed, dataset, mode)
+        for width in (1, 2)
+        for seed in (1, 0)
+        for dataset in ("cifar10", "cifar100")
+        for mode in ("exact", "4bit")
+    ]
 
 
 def test_one_run_on_its_own_always_runs() -> None:

@@ -22,7 +22,8 @@ usage: blpa-run [-m] [--cfg] [group=option ...] [key=value ...]
   -h, --help        print this
 
 A run goes on from its last checkpoint when it is started again. Exit codes: 0 done, 1 not done (stderr says why),
-2 bad configuration, 3 budget_minutes are over (started again, it goes on), 128 + n ended by signal n.
+2 bad configuration, 3 budget_minutes are over (started again, it goes on), 4 another process is at this run,
+128 + n ended by signal n.
 """
 
 # torch is imported by the task, after every cell has been checked.
@@ -32,8 +33,8 @@ import sys
 
 from omegaconf import OmegaConf
 
-from blpa.runners import compose, launch, usage
-from blpa.runners.sweep import refuse, run_all
+from blpa.runners import compose, launch, side_by_side, usage
+from blpa.runners.sweep import refuse, run_all, run_cell
 
 FLAGS = {"-m": "-m", "--multirun": "-m", "-c": "--cfg", "--cfg": "--cfg", "-h": "--help", "--help": "--help"}
 
@@ -66,6 +67,9 @@ def _answer(arguments: list[str]) -> int:
                 print(usage.text(__doc__ or "", compose.checked(compose.composed())))
                 return 0
             cells = compose.cells(overrides, multirun="-m" in flags)
+            jobs = cells[0].config.jobs
+            if jobs > 1 and ("-m" not in flags or launch.is_asked_for(cells)):
+                raise ValueError(f"jobs={jobs} is not allowed: it is for a sweep, -m, by no launcher")
             if "--cfg" not in flags and launch.is_asked_for(cells):
                 return launch.run_all(cells)
     except ValueError as mistake:
@@ -74,7 +78,9 @@ def _answer(arguments: list[str]) -> int:
     if "--cfg" in flags:
         print("---\n".join(OmegaConf.to_yaml(config) for config in configs), end="")
         return 0
-    return run_all(configs)
+    if jobs > 1:
+        return side_by_side.run(arguments, jobs)
+    return run_all(configs) if "-m" in flags else run_cell(configs[0])
 
 
 def _split(arguments: list[str]) -> tuple[set[str], list[str]]:

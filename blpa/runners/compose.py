@@ -45,7 +45,8 @@ def session() -> AbstractContextManager[None]:
 def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
     """Every run the overrides ask for, composed and checked.
 
-    With `multirun`, what an experiment lists under hydra.sweeper.params is swept too; the command line goes before it.
+    With `multirun`, what an experiment lists under hydra.sweeper.params is swept too, in its order; values that the
+    command line gives take the place of those listed.
 
     Args:
         overrides: key=value and group=option texts.
@@ -81,11 +82,17 @@ def checked(run: DictConfig) -> Config:
 
 def _cells(overrides: list[str], *, multirun: bool) -> Iterator[Cell]:
     given = _parse(overrides)
-    for cell in itertools.product(*(_values(override, multirun) for override in given.values())):
-        listed = composed(cell, return_hydra_config=True).hydra.sweeper.params if multirun else None
-        added = _parse([f"{key}={value}" for key, value in (listed or {}).items() if key not in given])
-        for rest in itertools.product(*(_values(override, multirun) for override in added.values())):
-            yield Cell([*cell, *rest], checked(composed((*cell, *rest))))
+    experiment = given.pop("experiment", None)
+    for chosen in _values(experiment, multirun) if experiment else [""]:
+        named = [chosen] if chosen else []
+        listed = composed(named, return_hydra_config=True).hydra.sweeper.params if multirun else None
+        swept = _parse([f"{key}={value}" for key, value in (listed or {}).items()])
+        # The values are the command line's where it has any; their order is the experiment's, which may be of value.
+        swept = {key: override for key, override in given.items() if key not in swept} | {
+            key: given.get(key, override) for key, override in swept.items()
+        }
+        for cell in itertools.product(*(_values(override, multirun) for override in swept.values())):
+            yield Cell([*named, *cell], checked(composed((*named, *cell))))
 
 
 def _parse(overrides: list[str]) -> dict[str, Override]:

@@ -1,7 +1,7 @@
 """The table of kernels: what part of a copy's bandwidth each function reaches, and one unit's time beside exact's."""
 
 from blpa.records import Record
-from blpa.runners.pages import Page, Section, label, mode_order
+from blpa.runners.pages import Page, Section, commits, label, mode_order
 
 SHARE = "_share_of_copy"
 OPENING = """\
@@ -39,8 +39,7 @@ def page(shown: list[Record]) -> Page:
         under = [record for record in shown if _conditions(record) == conditions]
         said = (
             f"torch {_listed({record.torch for record in under})}; triton {_listed({str(r.triton) for r in under})}; "
-            f"n = {_listed({str(record.n) for record in under})}; commit "
-            f"{_listed({record.commit[:9] for record in under if record.commit}) or 'unknown'}."
+            f"n = {_listed({str(record.n) for record in under})}; commit {commits(under)}."
         )
         device, precision, command = conditions
         title = f"{precision}, {device}"

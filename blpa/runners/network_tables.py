@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from blpa.records import Record
 from blpa.runners import paper
-from blpa.runners.pages import Page, Section, failure, images, label, mode_order
+from blpa.runners.pages import Page, Section, commits, failure, images, label, mode_order
 
 Network = tuple[float, int]
 """Width and depth."""
@@ -86,11 +86,10 @@ def page(table: Table, shown: list[Record]) -> Page:
     sections = []
     for conditions in dict.fromkeys(map(table.conditions, shown)):
         under = [record for record in shown if table.conditions(record) == conditions]
-        commits = {record.commit[:9] for record in under if record.commit}
         machines = {record.device for record in under if record.device != "none"} - set(conditions)
         said = [
             f"torch {_listed({record.torch for record in under})}",
-            f"commit {_listed(commits) or 'unknown'}",
+            f"commit {commits(under)}",
             f"n = {_range([record.n for record in under])}",
             *([f"measured on {_listed(machines)}"] if machines else []),
         ]

@@ -1,5 +1,6 @@
 """A page of tables, and how it reads as Markdown; report.html.j2 is how it reads in a browser."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from blpa.records import Record
@@ -77,6 +78,12 @@ def mode_order(mode: str) -> tuple[int, str]:
 def images(dataset: str) -> str:
     """What a data set is called in tables and figures."""
     return IMAGES.get(dataset, dataset)
+
+
+def commits(made: Iterable[Record]) -> str:
+    """Which commits made some records, in short; what was made in parts has one a part."""
+    found = {commit[:9] for record in made if record.commit for commit in record.commit.split("; ")}
+    return ", ".join(sorted(found)) or "unknown"
 
 
 def failure(failed: Record) -> str:

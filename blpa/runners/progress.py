@@ -1,6 +1,7 @@
 """How far each training run is, and the files that another machine needs to go on with all of them.
 
     results/carry.txt    their names, a line each, relative to results:   tar -cf carried.tar -C results -T carry.txt
+    results/keep.txt     the other checkpoints, of which no run goes on: what task.keep_every keeps for other tasks
 
 A run that is under way needs its newest checkpoint, which holds its curve as well; one that is finished is its records
 and its curve.
@@ -17,7 +18,7 @@ MIB = 2**20
 
 
 def run(config: Config) -> list[Record]:
-    """Print a row a run, and write carry.txt.
+    """Print a row a run, and write carry.txt and keep.txt.
 
     Args:
         config: `results` is the folder of runs.
@@ -28,18 +29,21 @@ def run(config: Config) -> list[Record]:
     results = Path(config.results)
     rows = [["run", "iterations", "of", "test error (%)", "carried (MiB)"]]
     carried: list[Path] = []
+    kept: list[Path] = []
     for run_dir in sorted(path for path in results.glob("runs/*") if path.is_dir()):
-        found = _finished(run_dir) or _under_way(run_dir)
+        found = _under_way(run_dir) or _finished(run_dir)
         if found is not None:
             cells, files = found
             rows.append([run_dir.name, *cells, f"{_mib(files):.1f}"])
             carried += files
+            kept += [file for file in checkpoints.checkpoints(run_dir) if file not in files]
     if not carried:
         print(f"no training run under {results / 'runs'} has come to a checkpoint yet")
         return []
-    records.write_atomically(results / "carry.txt", "".join(f"{file.relative_to(results)}\n" for file in carried))
     print(aligned(rows))
-    print(f"{results / 'carry.txt'}: {len(carried)} files, {_mib(carried):.1f} MiB")
+    for name, files in (("carry.txt", carried), ("keep.txt", kept)):
+        records.write_atomically(results / name, "".join(f"{file.relative_to(results)}\n" for file in files))
+        print(f"{results / name}: {len(files)} files, {_mib(files):.1f} MiB")
     return []
 
 
@@ -54,14 +58,16 @@ def _finished(run_dir: Path) -> tuple[list[str], list[Path]] | None:
 
 
 def _under_way(run_dir: Path) -> tuple[list[str], list[Path]] | None:
-    """The same of a run that has a good checkpoint."""
+    """The same of a run that has a good checkpoint, unless that is its end and the records have been made of it."""
     found = checkpoints.newest(run_dir)
     if found is None:
         return None
     file, state = found
-    progress = state["progress"]
+    progress, iterations = state["progress"], state["configuration"]["dataset.iterations"]
+    if progress["iteration"] == iterations and records.known(run_dir):
+        return None
     error = f"{progress['rows'][-1][-1]:.2f}" if progress["rows"] else "-"
-    return [f"{progress['iteration']:,}", f"{state['configuration']['dataset.iterations']:,}", error], [file]
+    return [f"{progress['iteration']:,}", f"{iterations:,}", error], [file]
 
 
 def _mib(files: list[Path]) -> float:

@@ -19,6 +19,7 @@ from blpa.config import Config
 from blpa.records import Record
 from blpa.runners import kernel_tables, network_tables, plots, tables
 from blpa.runners.network_tables import TABLES
+from blpa.runners.pages import commits
 
 FIGURES = ("error-", "batches-", "times-", "gradients-")
 """How the names of figures that belong to a table begin, in the order of the page; those of single runs follow."""
@@ -111,8 +112,7 @@ def _machines(found: list[Record]) -> list[Machine]:
     machines = []
     for (device, torch, triton, cuda), made in groups.items():
         dates = sorted(record.date[:10] for record in made)
-        commits = ", ".join(sorted({record.commit[:9] for record in made if record.commit})) or "unknown"
         name = "counted, on no device" if device == "none" else device
         period = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        machines.append(Machine(name, torch, triton, cuda, len(made), period, commits))
+        machines.append(Machine(name, torch, triton, cuda, len(made), period, commits(made)))
     return sorted(machines, key=lambda machine: -machine.records)

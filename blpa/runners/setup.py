@@ -215,6 +215,7 @@ def note(config: Config, *, task: str | None = None) -> str:
         "max-batch": [card, graph],
         "runtime": [f"largest batch in {card}" if config.task.largest_batch else "", kernels, graph, convolutions],
         "gradient-error": [f"at {Path(at).stem}" if at else "at initialisation", seed],
+        "thresholds": [f"at {Path(at).stem}" if at else ""],
     }
     return " ".join(filter(None, [*particular.get(task or config.task.name, []), departures(config)]))
 

@@ -1,5 +1,7 @@
 """One run after the other: those of a sweep that are finished are skipped, one that fails does not stop the rest.
 
+Several processes may be at the same sweep: a cell that another one trains is passed over.
+
 torch is imported by the first task, after every cell of the sweep has been checked.
 """
 
@@ -13,6 +15,7 @@ from blpa import budget, records
 from blpa.budget import OUT_OF_TIME
 from blpa.cells import folder_name, overrides
 from blpa.config import Config
+from blpa.locks import BUSY
 from blpa.runners.failures import judge
 
 BEGINNING_SECONDS = 60.0
@@ -21,27 +24,25 @@ last tenth of a small one."""
 
 
 def run_all(configs: list[Config]) -> int:
-    """Run one cell after the other, in a sweep only those that are not finished yet.
+    """Run one cell of a sweep after the other, those that are not finished yet and that nobody else is at.
 
     A cell that fails says so, leaves a record of it, and the next one runs, unless a signal ended it.
 
     Args:
-        configs: checked; one on its own runs whether it is finished or not. `budget_minutes` ends the sweep, by the
-            cell under way where that can go on from a checkpoint, else before the first that might not end in time.
+        configs: checked. `budget_minutes` ends the sweep, by the cell under way where that can go on from a checkpoint,
+            else before the first that might not end in time.
 
     Returns:
         The exit code: that of the last cell that failed, or else OUT_OF_TIME where cells are left.
     """
-    if len(configs) == 1:
-        return run_cell(configs[0])
-    failure = failed = skipped = done = 0
+    failure = failed = skipped = done = busy = 0
     longest = before = 0.0
     began = time.monotonic()
     for number, config in enumerate(configs):
         if is_finished(config):
             skipped += 1
             continue
-        ran, elapsed = done + failed, time.monotonic() - began
+        ran, elapsed = done + failed + busy, time.monotonic() - began
         longest, before = max(longest, elapsed - before), elapsed
         if ran and not has_time_for(config, longest):
             break
@@ -50,17 +51,21 @@ def run_all(configs: list[Config]) -> int:
         told = ", ".join(filter(None, [counts, f"{_minutes(elapsed)} done{left}"]))
         print(f"[{number + 1}/{len(configs)}] {folder_name(config) or config.task.name} ({told})", file=sys.stderr)
         exit_code = run_cell(config, records_failure=True)
+        if exit_code == BUSY:
+            busy += 1
+            continue
         if exit_code == OUT_OF_TIME:
             break
         if exit_code > 128:
             return exit_code
         failure, failed, done = exit_code or failure, failed + (exit_code != 0), done + (exit_code == 0)
     skipped += sum(is_finished(config) for config in configs[number + 1 :])
-    cells_left = len(configs) - done - skipped - failed
+    cells_left = len(configs) - done - skipped - failed - busy
+    elsewhere = f", {busy} under way in other processes" if busy else ""
     out_of_time = f", {cells_left} left when budget_minutes={configs[0].budget_minutes} were over" if cells_left else ""
     print(
         f"{len(configs)} cells: {done} done, {skipped} finished before (resume=false does them again), {failed} failed"
-        f"{out_of_time}; {_minutes(time.monotonic() - began)}",
+        f"{elsewhere}{out_of_time}; {_minutes(time.monotonic() - began)}",
         file=sys.stderr,
     )
     return failure or (OUT_OF_TIME if cells_left else 0)
@@ -113,6 +118,9 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
             raise
         if exit_code is None:
             traceback.print_exc()
+        if records_failure and exit_code == BUSY:
+            print("another process is at it", file=sys.stderr)
+            return BUSY
         if records_failure and exit_code != OUT_OF_TIME and (exit_code or 1) < 128 and folder_name(config):
             _record_failure(config, reason, time.monotonic() - began)
         return refuse(reason, exit_code or 1)

@@ -136,8 +136,9 @@ def _reading_order(group: Group) -> tuple[Any, ...]:
 def _commits(runs: pd.DataFrame) -> list[str]:
     return [
         f"{commit[:9]}{' with changes' if is_dirty else ''}"
-        for commit, is_dirty in zip(runs["commit"], runs["is_dirty"], strict=True)
-        if isinstance(commit, str)  # pandas has None as NaN where other rows have one
+        for commits, is_dirty in zip(runs["commit"], runs["is_dirty"], strict=True)
+        if isinstance(commits, str)  # pandas has None as NaN where other rows have one
+        for commit in commits.split("; ")  # a run trained in parts has one a part
     ]
 
 

@@ -36,7 +36,7 @@ def run(config: Config) -> list[Record]:
         images = data.load(config.dataset, device)
         model = setup.model(config, chosen)
         outcome = training.train(model, images, used, device=device, run_dir=run_dir)
-        source = setup.source(config, device, chosen.name)
+        source = setup.source(config, device, chosen.name) | records.of_parts(outcome.parts)
         measured = _records(config, outcome, source, run_dir)
         records.write(measured, run_dir)
     print(
