@@ -6,8 +6,6 @@
 A file is written beside its place, forced to the disk and only then renamed into it, so that a kill, a full disk or a
 power cut leaves the one before. What damages a file later is found by recomputing the digits in its name; the one
 before the newest is kept for that day. A checkpoint says what configuration it belongs to, and is good for no other.
-
-    lock                                                  held by the process that trains here, for as long as it lives
 """
 
 import csv
@@ -16,8 +14,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from typing import Any
 import torch
 
 from blpa.config import Config
-from blpa.locks import BUSY, held
 
 KEPT = 2
 """Checkpoints kept: the newest, and one to fall back on."""
@@ -36,12 +32,6 @@ class Stopped(RuntimeError):
 
     exit_code = 1
     """What the process is to exit with."""
-
-
-class Busy(Stopped):
-    """Another process is at this run."""
-
-    exit_code = BUSY
 
 
 class CannotWrite(Stopped):
@@ -62,27 +52,8 @@ def deciding_fields(config: Config) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def alone_in(path: Path) -> Iterator[None]:
-    """Keep every other process from training in a run's folder.
-
-    Args:
-        path: the folder, which exists.
-
-    Raises:
-        Busy: another process is in there.
-    """
-    lock = ExitStack()
-    try:
-        lock.enter_context(held(path / "lock", wait=False))
-    except BlockingIOError as error:
-        raise Busy(f"another process is training in {path}: name another folder by run=") from error
-    with lock:
-        yield
-
-
 class RunFolder:
-    """The folder of one run, used by one process at a time (see `alone_in`).
+    """The folder of one run, used by one process at a time (locks.alone_in).
 
     Args:
         path: created where it does not exist; what a killed process left half-written in it is removed.

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from blpa.checkpoints import CannotWrite, RunFolder, Stopped, alone_in, deciding_fields
+from blpa.checkpoints import CannotWrite, RunFolder, deciding_fields
 from blpa.config import CONF, Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
+from blpa.locks import Busy, alone_in
 
 CONFIGURATION = {"seed": 0, "dataset.schedule": [[0.5, 0.1], [1.0, 0.01]], "mode.bits": None}
 
@@ -189,7 +190,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib; from blpa.checkpoints import alone_in\n"
+        "import sys, pathlib; from blpa.locks import alone_in\n"
         "with alone_in(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(CONF.parents[1])}
@@ -197,8 +198,8 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
-        message = rf"^another process is training in {tmp_path}: name another folder by run=$"
-        with pytest.raises(Stopped, match=message), alone_in(tmp_path):
+        message = rf"^another process is at {tmp_path}: name another folder by run=$"
+        with pytest.raises(Busy, match=message), alone_in(tmp_path):
             pass
         other.kill()
         other.wait()

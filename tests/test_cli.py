@@ -14,9 +14,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from blpa import records
-from blpa.checkpoints import Stopped, alone_in
+from blpa.checkpoints import Stopped
 from blpa.config import CONF, Config, check, options
-from blpa.locks import BUSY
+from blpa.locks import Busy, alone_in
 from blpa.runners import cli, compose
 
 TINY = ["dataset=digits", "gpu=cpu", "depth=11", "dataset.iterations=2", "dataset.batch_size=4", "width=0.25"]
@@ -340,9 +340,9 @@ def test_runtimes_of_several_batch_sizes_keep_their_records() -> None:
 def test_a_run_that_another_process_is_at_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("results/runs/a").mkdir(parents=True)
     with alone_in(Path("results/runs/a")):  # another opening of the file, as another process has
-        assert cli.main([*TINY, "run=a"]) == BUSY
+        assert cli.main([*TINY, "run=a"]) == Busy.exit_code
     assert capsys.readouterr().err.endswith(
-        "blpa-run: error: another process is training in results/runs/a: name another folder by run=\n"
+        "blpa-run: error: another process is at results/runs/a: name another folder by run=\n"
     )
     assert [path.name for path in Path("results/runs/a").iterdir()] == ["lock"]
 

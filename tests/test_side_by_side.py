@@ -11,8 +11,9 @@ import pytest
 from test_training import assert_same_end
 
 from blpa import records
-from blpa.checkpoints import alone_in, checkpoints
+from blpa.checkpoints import checkpoints
 from blpa.config import CONF
+from blpa.locks import alone_in
 from blpa.runners import cli
 
 CELLS = [

@@ -20,7 +20,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from blpa.budget import OUT_OF_TIME
-from blpa.locks import BUSY
+from blpa.locks import Busy
 from blpa.runners import compose, sweep
 from blpa.runners.compose import Cell
 
@@ -61,10 +61,9 @@ def run_all(cells: list[Cell]) -> int:
         signal.signal(signal.SIGTERM, before)
     exit_codes = [job.return_value for job in returned]
     left = exit_codes.count(OUT_OF_TIME)
-    failed = [
-        (cell, code) for cell, code in zip(waiting, exit_codes, strict=True) if code not in (0, BUSY, OUT_OF_TIME)
-    ]
-    told = f", {exit_codes.count(BUSY)} under way in other processes" if BUSY in exit_codes else ""
+    busy, no_failures = exit_codes.count(Busy.exit_code), (0, Busy.exit_code, OUT_OF_TIME)
+    failed = [(cell, code) for cell, code in zip(waiting, exit_codes, strict=True) if code not in no_failures]
+    told = f", {busy} under way in other processes" if busy else ""
     told += f", {left} left when budget_minutes were over" if left else ""
     print(f"{len(cells)} cells: {exit_codes.count(0)} done, {len(failed)} failed{told}", file=sys.stderr)
     for overrides, exit_code in failed:

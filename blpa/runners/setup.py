@@ -2,7 +2,6 @@
 
 import gc
 import pickle
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,23 +22,12 @@ NO_DRAWS = torch.zeros(1)
 
 
 def run_folder(config: Config) -> Path:
-    """Begin a run: make its folder, and let go of what earlier runs of this process left behind.
-
-    Raises:
-        ValueError: nothing can be written there.
-    """
-    run_dir = Path(config.results) / "runs" / str(folder_name(config))
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            pass
-    except OSError as error:
-        raise ValueError(f"cannot write into {run_dir} ({error.strerror}): name another folder, results=") from error
+    """Begin a run: let go of what earlier runs of this process left behind, and name the run's folder."""
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     _forget_graphs(config)
-    return run_dir
+    return Path(config.results) / "runs" / str(folder_name(config))
 
 
 def _forget_graphs(config: Config) -> None:

@@ -9,13 +9,14 @@ import importlib
 import sys
 import time
 import traceback
+from contextlib import nullcontext
 from pathlib import Path
 
 from blpa import budget, records
 from blpa.budget import OUT_OF_TIME
 from blpa.cells import folder_name, overrides
 from blpa.config import Config
-from blpa.locks import BUSY
+from blpa.locks import Busy, alone_in
 from blpa.runners.failures import judge
 
 BEGINNING_SECONDS = 60.0
@@ -51,7 +52,7 @@ def run_all(configs: list[Config]) -> int:
         told = ", ".join(filter(None, [counts, f"{_minutes(elapsed)} done{left}"]))
         print(f"[{number + 1}/{len(configs)}] {folder_name(config) or config.task.name} ({told})", file=sys.stderr)
         exit_code = run_cell(config, records_failure=True)
-        if exit_code == BUSY:
+        if exit_code == Busy.exit_code:
             busy += 1
             continue
         if exit_code == OUT_OF_TIME:
@@ -110,17 +111,18 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
     """
     began = time.monotonic()
     try:
-        module = config.task.name.replace("-", "_")
-        importlib.import_module(f"blpa.runners.{module}").run(config)
+        folder, module = folder_name(config), config.task.name.replace("-", "_")
+        with alone_in(Path(config.results) / "runs" / folder) if folder else nullcontext():
+            importlib.import_module(f"blpa.runners.{module}").run(config)
     except Exception as error:
         exit_code, reason = judge(error)
         if exit_code is None and not records_failure:
             raise
         if exit_code is None:
             traceback.print_exc()
-        if records_failure and exit_code == BUSY:
+        if records_failure and exit_code == Busy.exit_code:
             print("another process is at it", file=sys.stderr)
-            return BUSY
+            return Busy.exit_code
         if records_failure and exit_code != OUT_OF_TIME and (exit_code or 1) < 128 and folder_name(config):
             _record_failure(config, reason, time.monotonic() - began)
         return refuse(reason, exit_code or 1)

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from blpa import checkpoints, data, kernels, records, training
+from blpa import data, kernels, records, training
 from blpa.config import Config
 from blpa.records import GROUP, Record
 from blpa.runners import paper, setup
@@ -22,7 +22,7 @@ def run(config: Config) -> list[Record]:
 
     Raises:
         ValueError: the machine or the data cannot do what the configuration asks for.
-        Stopped: the training came to a stop before its end (see training.py), or another process is at this run.
+        Stopped: the training came to a stop before its end (see training.py).
     """
     run_dir = setup.run_folder(config)
     device = setup.device(config.gpu)
@@ -32,13 +32,12 @@ def run(config: Config) -> list[Record]:
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
         print(f"kernels: {chosen.name}\n", end="", file=sys.stderr)
     used = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
-    with checkpoints.alone_in(run_dir):
-        images = data.load(config.dataset, device)
-        model = setup.model(config, chosen)
-        outcome = training.train(model, images, used, device=device, run_dir=run_dir)
-        source = setup.source(config, device, chosen.name) | records.of_parts(outcome.parts)
-        measured = _records(config, outcome, source, run_dir)
-        records.write(measured, run_dir)
+    images = data.load(config.dataset, device)
+    model = setup.model(config, chosen)
+    outcome = training.train(model, images, used, device=device, run_dir=run_dir)
+    source = setup.source(config, device, chosen.name) | records.of_parts(outcome.parts)
+    measured = _records(config, outcome, source, run_dir)
+    records.write(measured, run_dir)
     print(
         f"{config.run}: test error {outcome.test_error_percent:.2f} % after {outcome.iterations} iterations, "
         f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s"
