@@ -46,7 +46,7 @@ help:
 demo: $(STAMP)
 	$(THREADS_demo) .venv/bin/blpa-run experiment=demo -m
 	.venv/bin/blpa-run task=plots
-	.venv/bin/blpa-run task=tables
+	.venv/bin/blpa-run task=tables "task.tables=[errors]"
 
 # Finished cells are skipped, and one that fails leaves a record and does not stop the rest: the tables are written all
 # the same, unless a signal ended it, and the exit code tells.

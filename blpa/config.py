@@ -154,7 +154,8 @@ class Config:
     """The group of table cells this run belongs to."""
     budget_minutes: float | None = None
     """Minutes that the command may take: a training run stops in time, its checkpoint written, and a sweep begins no
-    other cell that, if it takes as long as the longest before it, would end later. A launcher's jobs have them each."""
+    other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
+    begins until the last minute. A launcher's jobs have them each."""
     jobs: int = 1
     """Processes of this machine that work through a sweep side by side."""
     run: str = MISSING

@@ -81,8 +81,8 @@ def test_a_cell_that_another_process_is_at_is_passed_over_and_no_failure(capsys:
     ("arguments", "reason"),
     [
         ([*CELLS, "jobs=0"], "jobs=0 is not allowed"),
-        ([*CELLS[:-2], "mode=exact", "jobs=2"], "jobs=2 is not allowed: it is for a sweep, -m, by no launcher"),
-        ([*CELLS, "jobs=2", "hydra/launcher=joblib"], "jobs=2 is not allowed: it is for a sweep, -m, by no launcher"),
+        ([*CELLS[:-2], "mode=exact", "jobs=2"], "jobs=2 is for a sweep: add -m, and name no launcher"),
+        ([*CELLS, "jobs=2", "hydra/launcher=joblib"], "jobs=2 is for a sweep: add -m, and name no launcher"),
     ],
 )
 def test_jobs_are_for_sweeps(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

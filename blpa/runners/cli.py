@@ -69,7 +69,7 @@ def _answer(arguments: list[str]) -> int:
             cells = compose.cells(overrides, multirun="-m" in flags)
             jobs = cells[0].config.jobs
             if jobs > 1 and ("-m" not in flags or launch.is_asked_for(cells)):
-                raise ValueError(f"jobs={jobs} is not allowed: it is for a sweep, -m, by no launcher")
+                raise ValueError(f"jobs={jobs} is for a sweep: add -m, and name no launcher")
             if "--cfg" not in flags and launch.is_asked_for(cells):
                 return launch.run_all(cells)
     except ValueError as mistake:

@@ -4,6 +4,7 @@ They are the same command, and know of each other by the locks of the runs alone
 given by hand, for one GPU each say, work through a sweep in the same way.
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -24,7 +25,10 @@ def run(arguments: list[str], jobs: int) -> int:
     """
     command = [sys.executable, "-m", "blpa.runners.cli", *arguments, "jobs=1"]
     # In a session of its own none hears the terminal's Ctrl-C, which would reach it a second time by way of this one.
-    processes = [subprocess.Popen(command, start_new_session=True) for _ in range(jobs)]
+    # Threads of more processes than there are cores would mostly wait for each other.
+    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    processes = [subprocess.Popen(command, env=environment, start_new_session=True) for _ in range(jobs)]
 
     def hand_on(number: int, frame: FrameType | None) -> None:
         for process in processes:
