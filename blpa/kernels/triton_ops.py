@@ -34,7 +34,7 @@ LANE_ROWS = 64
 """Rows that one lane adds up at most, the reference's strip."""
 PROGRAMS = 512
 """Programs that sums are divided among before lanes grow longer: enough to fill any card, few to add up."""
-PARTIAL_ROWS, PARTIAL_CHANNELS = 512, 8
+PARTIAL_ROWS, PARTIAL_CHANNELS = 512, 4
 """Tile of the second stage of sums: tall, for one round of loads from as many programs as there are, not one after the
 other; and narrow, so that few channels still make several programs."""
 
