@@ -104,7 +104,13 @@ class Conv2d(nn.Conv2d):
             )
 
     def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]
-        """Out [N, C_out, H_out, W_out]."""
+        """Out [N, C_out, H_out, W_out].
+
+        Raises:
+            TypeError: a tensor, say, of which nothing was kept.
+        """
+        if not isinstance(activation, Activation):
+            raise TypeError(f"activation is a {type(activation).__name__}: must be what a BatchNormReLU returns")
         return ops.conv2d(activation.value, activation.kept, self.weight, convolution=self._convolution())
 
     def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:

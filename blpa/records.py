@@ -105,6 +105,9 @@ CELL = (
 )  # fmt: skip
 """A newer record of the same cell replaces the older."""
 
+DIVERGED = "diverged: "
+"""How the failure of a training run begins whose loss or weights were no longer finite."""
+
 GROUP = ("dataset", "depth", "width", "iterations", "batch_size", "precision", "note")
 """Records that agree here differ by mode, seed and machine alone: they share a table and a figure."""
 
@@ -170,6 +173,11 @@ def write_failure(record: Record, run_dir: Path) -> None:
     _write_json([record], run_dir / "failure.json")
 
 
+def forget_failure(run_dir: Path) -> None:
+    """Remove that record, since the run is tried again."""
+    (run_dir / "failure.json").unlink(missing_ok=True)
+
+
 def _write_json(records: Iterable[Record], file: Path) -> None:
     rows = [asdict(record) for record in records]
     write_atomically(file, json.dumps(rows, indent=1, allow_nan=False) + "\n")
@@ -196,7 +204,15 @@ def known(run_dir: Path) -> list[Record]:
     Args:
         run_dir: the run's own folder under results/runs.
     """
-    file = run_dir / "records.json"
+    return _known(run_dir / "records.json")
+
+
+def diverged(run_dir: Path) -> list[Record]:
+    """The record of a training run that diverged, which is what it comes to whenever it is tried; none of another."""
+    return [record for record in _known(run_dir / "failure.json") if record.failure.startswith(DIVERGED)]
+
+
+def _known(file: Path) -> list[Record]:
     try:
         return read(file) if file.exists() else []
     except ValueError as error:

@@ -58,6 +58,10 @@ class OutOfTime(Stopped):
 class Diverged(Stopped):
     """The loss or the weights are no longer finite."""
 
+    def __init__(self, what: str, folder: RunFolder) -> None:
+        good = f"the last checkpoint is {folder.known_good[-1]}" if folder.known_good else "there is no checkpoint yet"
+        super().__init__(f"{records.DIVERGED}{what}; {good}")
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -257,7 +261,7 @@ def _read(unread: list[Tensor], progress: Progress, folder: RunFolder) -> None:
         progress.iteration += 1
         progress.steps += 1
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at iteration {progress.iteration}; {_last_good(folder)}")
+            raise Diverged(f"the loss is {loss} at iteration {progress.iteration}", folder)
         progress.loss_sum += loss
         progress.wrong_sum += wrong
 
@@ -266,7 +270,7 @@ def _save(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, progr
     weights, momentum = model.state_dict(), optimiser.state_dict()
     values = [*weights.values(), *(value for state in momentum["state"].values() for value in state.values())]
     if not torch.stack([value.isfinite().all() for value in values if isinstance(value, Tensor)]).all():
-        raise Diverged(f"a weight is not finite after iteration {progress.iteration}; {_last_good(folder)}")
+        raise Diverged(f"a weight is not finite after iteration {progress.iteration}", folder)
     folder.save(progress.iteration, {"progress": asdict(progress), "model": weights, "optimiser": momentum})
 
 
@@ -291,10 +295,6 @@ def _note_part(progress: Progress, device: torch.device) -> None:
     part = {name: value for name, value in records.provenance(device).items() if name != "date"}
     if progress.parts[-1:] != [part]:
         progress.parts.append(part)
-
-
-def _last_good(folder: RunFolder) -> str:
-    return f"the last checkpoint is {folder.known_good[-1]}" if folder.known_good else "there is no checkpoint yet"
 
 
 def _progress_bar(done: int, iterations: int) -> "tqdm[Any]":

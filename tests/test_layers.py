@@ -55,6 +55,11 @@ def test_batch_norm_goes_through_training_and_evaluation_as_stock(kind: str, mom
     assert ours.num_batches_tracked == 4
 
 
+def test_a_tensor_is_no_activation() -> None:
+    with pytest.raises(TypeError, match=r"^activation is a Tensor: must be what a BatchNormReLU returns$"):
+        Conv2d(4, 2, 3)(images().float())
+
+
 @convolutions
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "groups": 2}], ids=str)
 def test_convolution_is_stock(layer: type[nn.Conv2d], options: dict[str, int]) -> None:

@@ -16,6 +16,7 @@ from test_cells import composed
 from test_records import RECORD
 
 from blpa import records
+from blpa.budget import OUT_OF_TIME
 from blpa.cells import overrides
 from blpa.config import CONF, Config
 from blpa.runners import cli, sweep, train
@@ -114,6 +115,24 @@ def test_a_bug_in_one_cell_shows_its_traceback_and_does_not_stop_the_rest(
     monkeypatch.setattr(train, "run", whole)
     assert cli.main([*TINY, "mode=exact,4bit"]) == 0  # what failed is tried again
     assert not [record for record in records.collect(results) if record.failure]
+
+
+def test_a_run_that_diverged_is_finished_until_it_is_begun_anew(capsys: pytest.CaptureFixture[str]) -> None:
+    hopeless = [*TINY, "mode=exact", "dataset.iterations=4", "dataset.schedule=[[1.0,1e38]]", "task.checkpoint_every=1"]
+    assert cli.main(hopeless) == 1
+    assert "blpa-run: error: diverged: " in capsys.readouterr().err
+    assert cli.main(hopeless) == 0
+    assert "1 cells: 0 done, 1 finished before (resume=false does them again), 0 failed" in capsys.readouterr().err
+    assert cli.main(["task=progress"]) == 0
+    assert "| digits-exact-depth11-width0.25-seed0 | diverged   | 4  | -  " in capsys.readouterr().out
+    carried = [Path(name).name for name in Path("results/carry.txt").read_text().split()]
+    assert carried == ["failure.json", "metrics.csv"]
+    for checkpoint in Path("results").glob("runs/*/checkpoint-*"):
+        checkpoint.unlink()
+    assert cli.main([*hopeless, "dataset.schedule=[[1.0,0.1]]"]) == 0  # another command's failure says nothing of it
+    assert cli.main([*hopeless, "resume=false"]) == 1
+    assert cli.main([*hopeless, "resume=false", "budget_minutes=0.001"]) == OUT_OF_TIME
+    assert not Path("results/runs", RUN.format("exact"), "failure.json").exists()
 
 
 def test_a_failure_does_not_take_the_place_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

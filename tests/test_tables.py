@@ -134,6 +134,13 @@ def test_a_training_that_failed_says_how_unless_another_seed_was_measured() -> N
     assert rows["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
 
 
+def test_a_seed_that_diverged_is_told_beside_the_mean_of_the_others() -> None:
+    diverged = replace(DIGITS, metric="failed", failure="diverged: the loss is nan at iteration 7", seed=1)
+    assert rows_of(table(diverged), "digits, depth 29, 300 iterations")["proposed 4-bit"] == ["1/8", "diverged"]
+    rows = rows_of(table(diverged, replace(DIGITS, value=2.0)), "digits, depth 29, 300 iterations")
+    assert rows["proposed 4-bit"] == ["1/8", "2.00 (n=1, 1 diverged)"]
+
+
 def test_other_metrics_do_not_count() -> None:
     assert "## digits" not in table(replace(DIGITS, metric="train_seconds"))
 

@@ -89,4 +89,4 @@ def commits(made: Iterable[Record]) -> str:
 def failure(failed: Record) -> str:
     """What stands in the cell of a record of a failure."""
     reason = failed.failure.partition(":")[0]
-    return reason if reason in ("does not fit", "does not compile") else "failed"
+    return reason if reason in ("does not fit", "does not compile", "diverged") else "failed"

@@ -4,7 +4,7 @@
     results/keep.txt     the other checkpoints, of which no run goes on: what task.keep_every keeps for other tasks
 
 A run that is under way needs its newest checkpoint, which holds its curve as well; one that is finished is its records
-and its curve.
+and its curve, one that diverged the record of that.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ def run(config: Config) -> list[Record]:
     carried: list[Path] = []
     kept: list[Path] = []
     for run_dir in sorted(path for path in results.glob("runs/*") if path.is_dir()):
-        found = _under_way(run_dir) or _finished(run_dir)
+        found = _diverged(run_dir) or _under_way(run_dir) or _finished(run_dir)
         if found is not None:
             cells, files = found
             rows.append([run_dir.name, *cells, f"{_mib(files):.1f}"])
@@ -47,13 +47,19 @@ def run(config: Config) -> list[Record]:
     return []
 
 
+def _diverged(run_dir: Path) -> tuple[list[str], list[Path]] | None:
+    """The same four things as _finished of a run that diverged."""
+    for record in records.diverged(run_dir):
+        return ["diverged", f"{record.iterations:,}", "-"], _existing(run_dir, "failure.json", "metrics.csv")
+    return None
+
+
 def _finished(run_dir: Path) -> tuple[list[str], list[Path]] | None:
     """Iterations, of how many, test error, and the files of a run that has its records."""
     for record in records.known(run_dir):
         if record.metric == "test_error_percent":
-            files = [run_dir / name for name in ("records.json", "metrics.csv")]
             cells = [f"{record.iterations:,}", f"{record.iterations:,}", f"{record.value:.2f}"]
-            return cells, [file for file in files if file.exists()]
+            return cells, _existing(run_dir, "records.json", "metrics.csv")
     return None
 
 
@@ -68,6 +74,10 @@ def _under_way(run_dir: Path) -> tuple[list[str], list[Path]] | None:
         return None
     error = f"{progress['rows'][-1][-1]:.2f}" if progress["rows"] else "-"
     return [f"{progress['iteration']:,}", f"{iterations:,}", error], [file]
+
+
+def _existing(run_dir: Path, *names: str) -> list[Path]:
+    return [run_dir / name for name in names if (run_dir / name).exists()]
 
 
 def _mib(files: list[Path]) -> float:

@@ -82,13 +82,15 @@ def has_time_for(config: Config, seconds: float) -> bool:
 def is_finished(config: Config) -> bool:
     """Whether a cell's own folder holds its records, and resume=false does not ask for new ones.
 
-    What was predicted or measured without a GPU is not what is asked for where there is one.
+    A training run that diverged is finished: it would again. What was predicted or measured without a GPU is not what
+    is asked for where there is one.
     """
     folder = folder_name(config)
     if folder is None or not config.resume:
         return False
-    found = records.known(Path(config.results) / "runs" / folder)
-    if not found or any(record.command != records.as_text(overrides(config)) for record in found):
+    run_dir, command = Path(config.results) / "runs" / folder, records.as_text(overrides(config))
+    found = [r for r in (*records.known(run_dir), *records.diverged(run_dir)) if r.command == command]
+    if not found:
         return False
     if config.task.name == "memory" or config.gpu.device == "cpu":
         return True

@@ -70,8 +70,9 @@ def summarise(found: list[Record]) -> pd.DataFrame:
 
     Returns:
         A row per group and mode: the fields of GROUP, mode, alpha, error_percent, error_percent_std (sample standard
-        deviation; empty below two runs), n, failed (how, where one did), seeds, the paper's mean and deviation, minutes
-        (of training, the mean), device, torch, commit, dates. A cell not run has n = 0.
+        deviation; empty below two runs), n, failed (how, where one did), diverged (how many did, which the mean leaves
+        out), seeds, the paper's mean and deviation, minutes (of training, the mean), device, torch, commit, dates. A
+        cell not run has n = 0.
     """
     run = (*GROUP, "mode", "seed", "date")
     seconds = {
@@ -115,6 +116,7 @@ def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
         "error_percent_std": runs["value"].std() if len(runs) > 1 else None,
         "n": len(runs),
         "failed": _listed(failed),
+        "diverged": (failed == "diverged").sum(),
         "seeds": _listed(runs["seed"]),
         "paper_error_percent": paper_mean,
         "paper_error_percent_std": paper_std,
@@ -194,7 +196,8 @@ def _runs(cells: pd.DataFrame) -> list[list[str]]:
 def _ours(cell: dict[Any, Any] | None) -> str:
     if cell is None or not cell["n"]:
         return str((cell and cell["failed"]) or "not run")
-    return f"{_mean_and_deviation(cell['error_percent'], cell['error_percent_std'])} (n={cell['n']})"
+    besides = f", {cell['diverged']} diverged" if cell["diverged"] else ""
+    return f"{_mean_and_deviation(cell['error_percent'], cell['error_percent_std'])} (n={cell['n']}{besides})"
 
 
 def _papers(cell: dict[Any, Any] | None) -> str:

@@ -33,6 +33,7 @@ def run(config: Config) -> list[Record]:
         print(f"kernels: {chosen.name}\n", end="", file=sys.stderr)
     used = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
     images = data.load(config.dataset, device)
+    records.forget_failure(run_dir)
     model = setup.model(config, chosen)
     outcome = training.train(model, images, used, device=device, run_dir=run_dir)
     source = setup.source(config, device, chosen.name) | records.of_parts(outcome.parts)
