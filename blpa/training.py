@@ -141,7 +141,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
     unread: list[Tensor] = []
     stopping_seconds, is_out_of_time = STOPPING_SECONDS, False
     clock = time.perf_counter()
-    with signals.noted() as stop, _progress_bar(progress.iteration, recipe.iterations) as bar:
+    with signals.noted() as stop, _progress_bar(config, progress.iteration) as bar:
         for iteration, draws in data.train.draws(recipe, seed=config.seed, start=progress.iteration + 1):
             rate = learning_rate(recipe, iteration)
             unread.append(step(draws, rate=rate))
@@ -297,12 +297,14 @@ def _note_part(progress: Progress, device: torch.device) -> None:
         progress.parts.append(part)
 
 
-def _progress_bar(done: int, iterations: int) -> "tqdm[Any]":
+def _progress_bar(config: Config, done: int) -> "tqdm[Any]":
     """A bar on stderr; in a log file, where each drawing is a new line, a drawing every half minute."""
+    iterations = config.dataset.iterations
     return tqdm(
+        desc=f"{config.dataset.name} {config.mode.name} seed {config.seed}",
         initial=done,
         total=iterations,
-        bar_format="{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
         mininterval=0.5 if sys.stderr.isatty() else 30,
         miniters=1,
         dynamic_ncols=True,

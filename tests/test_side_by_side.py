@@ -83,6 +83,7 @@ def test_a_cell_that_another_process_is_at_is_passed_over_and_no_failure(capsys:
         ([*CELLS, "jobs=0"], "jobs=0 is not allowed"),
         ([*CELLS[:-2], "mode=exact", "jobs=2"], "jobs=2 is for a sweep: add -m, and name no launcher"),
         ([*CELLS, "jobs=2", "hydra/launcher=joblib"], "jobs=2 is for a sweep: add -m, and name no launcher"),
+        ([*CELLS, "jobs=2", "resume=false"], "jobs=2 resume=false: each process would do every cell anew"),
     ],
 )
 def test_jobs_are_for_sweeps(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,6 +70,8 @@ def _answer(arguments: list[str]) -> int:
             jobs = cells[0].config.jobs
             if jobs > 1 and ("-m" not in flags or launch.is_asked_for(cells)):
                 raise ValueError(f"jobs={jobs} is for a sweep: add -m, and name no launcher")
+            if jobs > 1 and not cells[0].config.resume:
+                raise ValueError(f"jobs={jobs} resume=false: each process would do every cell anew; choose one of them")
             if "--cfg" not in flags and launch.is_asked_for(cells):
                 return launch.run_all(cells)
     except ValueError as mistake:
