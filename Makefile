@@ -79,8 +79,8 @@ gpu-check: known-gpu
 BUDGET_SECONDS = $(shell awk 'BEGIN { print int(60 * "$(BUDGET_MINUTES)") + 15 }')
 SWEEP = $(INTERRUPTED) $$(($(BUDGET_SECONDS) - SECONDS)) $(RUNNER) -m blpa.runners.cli -m budget_minutes=$(BUDGET_MINUTES)
 gpu-bench: known-gpu
-	@bash -o pipefail -c '{ $(SWEEP) experiment=$(BENCHES) && $(SWEEP) experiment=bench-card; } 2>&1 | \
-	tee $(OUT)/gpu-bench.log'; code=$$?; \
+	@bash -o pipefail -c '{ $(SWEEP) experiment=$(BENCHES); code=$$?; test $$code -gt 1 && exit $$code; \
+	$(SWEEP) experiment=bench-card || code=$$?; exit $$code; } 2>&1 | tee $(OUT)/gpu-bench.log'; code=$$?; \
 	$(RUNNER) -m blpa.runners.cli task=tables "task.tables=[batches,times,kernels]" | tee -a $(OUT)/gpu-bench.log; \
 	cp results/records.csv $(OUT)/records.csv; tar -czf $(OUT)/runs.tgz -C results runs; \
 	test $$code -eq 3 -o $$code -eq 124 || exit $$code

@@ -7,9 +7,6 @@ on when it is started again.
 import math
 import time
 
-OUT_OF_TIME = 3
-"""Exit code of a command that its budget stopped."""
-
 BEGAN = time.monotonic()
 """When this module was imported: when the process began, but for the start of Python itself."""
 

@@ -22,20 +22,10 @@ from typing import Any
 import torch
 
 from blpa.config import Config
+from blpa.errors import CannotWrite, UserError
 
 KEPT = 2
 """Checkpoints kept: the newest, and one to fall back on."""
-
-
-class Stopped(RuntimeError):
-    """A run came to a stop before its end, for the reason the message gives on one line."""
-
-    exit_code = 1
-    """What the process is to exit with."""
-
-
-class CannotWrite(Stopped):
-    """A file of the run could not be written; what was there before is untouched."""
 
 
 def deciding_fields(config: Config) -> dict[str, Any]:
@@ -109,7 +99,7 @@ class RunFolder:
             The file and its state, tensors on the CPU; None where there is no good one.
 
         Raises:
-            ValueError: it belongs to another configuration.
+            UserError: it belongs to another configuration.
         """
         found = newest(self.path)
         if found is not None:
@@ -148,7 +138,7 @@ class RunFolder:
         if different:
             values = ", ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in different)
             advice = "give resume=false to start anew, or another folder by run="
-            raise ValueError(f"{file} belongs to another configuration: {values}; {advice}")
+            raise UserError(f"{file} belongs to another configuration: {values}; {advice}")
 
     def _write(self, file: Path, content: bytes | memoryview) -> None:
         try:

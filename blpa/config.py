@@ -14,6 +14,8 @@ from typing import cast
 
 from omegaconf import MISSING, OmegaConf
 
+from blpa.errors import UserError
+
 CONF = Path(__file__).parent / "conf"
 
 
@@ -184,7 +186,7 @@ def check(config: Config) -> None:
         config: the run, composed and typed.
 
     Raises:
-        ValueError: the first mistake found, on one line: the key, the value and what is allowed.
+        UserError: the first mistake found, on one line: the key, the value and what is allowed.
     """
     _check_dataset(config.dataset)
     _check_mode(config.mode)
@@ -202,13 +204,13 @@ def check(config: Config) -> None:
     _at_least("task.steps", config.task.steps, 1)
     _at_least("task.elements", config.task.elements, 2)
     if not 0 < config.task.resolution < 1:
-        raise ValueError(f"task.resolution={config.task.resolution} is not allowed: it is above 0 and less than 1")
+        raise UserError(f"task.resolution={config.task.resolution} is not allowed: it is above 0 and less than 1")
     for name in config.task.tables:
         _one_of("task.tables", name, ("batches", "times", "gradients", "kernels", "errors"))
     for name in config.task.modes:
         _one_of("task.modes", name, options("mode"))
     if config.task.checkpoint == "":
-        raise ValueError("task.checkpoint= is empty: give a file of weights, or null for freshly initialised ones")
+        raise UserError("task.checkpoint= is empty: give a file of weights, or null for freshly initialised ones")
     _check_depth(config.depth)
     _above_zero("width", config.width)
     _check_size(config)
@@ -216,12 +218,12 @@ def check(config: Config) -> None:
     if config.budget_minutes is not None:
         _above_zero("budget_minutes", config.budget_minutes)
     if not 0 <= config.seed < 2**63:
-        raise ValueError(f"seed={config.seed} is not allowed: it is a whole number from 0 to 2**63 - 1")
+        raise UserError(f"seed={config.seed} is not allowed: it is a whole number from 0 to 2**63 - 1")
     _plain_name("mode.name", config.mode.name)
     _plain_name("experiment", config.experiment)
     _plain_name("run", config.run)
     if not config.results:
-        raise ValueError("results= is empty: give the folder for runs, records, tables and figures")
+        raise UserError("results= is empty: give the folder for runs, records, tables and figures")
 
 
 def _check_dataset(dataset: DatasetConfig) -> None:
@@ -232,9 +234,9 @@ def _check_dataset(dataset: DatasetConfig) -> None:
     _at_least("dataset.crop_padding", dataset.crop_padding, 0)
     _check_schedule(dataset.schedule)
     if not 0 <= dataset.momentum < 1:
-        raise ValueError(f"dataset.momentum={dataset.momentum} is not allowed: it is at least 0 and less than 1")
+        raise UserError(f"dataset.momentum={dataset.momentum} is not allowed: it is at least 0 and less than 1")
     if not (dataset.weight_decay >= 0 and math.isfinite(dataset.weight_decay)):
-        raise ValueError(f"dataset.weight_decay={dataset.weight_decay} is not allowed: it is a number, at least 0")
+        raise UserError(f"dataset.weight_decay={dataset.weight_decay} is not allowed: it is a number, at least 0")
     _one_of("dataset.augmentation", dataset.augmentation, ("per-image", "per-batch", "none"))
     _one_of("dataset.eval_statistics", dataset.eval_statistics, ("running", "batch"))
 
@@ -242,39 +244,39 @@ def _check_dataset(dataset: DatasetConfig) -> None:
 def _check_mode(mode: ModeConfig) -> None:
     _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint", "compiled"))
     if mode.bits not in (None, 2, 4, 8):
-        raise ValueError(f"mode.bits={mode.bits} is not allowed: choose 2, 4 or 8, or null for full precision")
+        raise UserError(f"mode.bits={mode.bits} is not allowed: choose 2, 4 or 8, or null for full precision")
     if mode.bits is not None and mode.layers != "coded":
-        raise ValueError(f"mode.bits={mode.bits} needs mode.layers=coded: {mode.layers} layers keep no codes")
+        raise UserError(f"mode.bits={mode.bits} needs mode.layers=coded: {mode.layers} layers keep no codes")
     if mode.forward_from_code and mode.bits is None:
-        raise ValueError("mode.forward_from_code=true needs codes to feed forward: give mode.bits 2, 4 or 8")
+        raise UserError("mode.forward_from_code=true needs codes to feed forward: give mode.bits 2, 4 or 8")
     if mode.segments is not None:
         _at_least("mode.segments", mode.segments, 1)
         if mode.layers != "checkpoint":
-            raise ValueError(f"mode.segments={mode.segments} needs mode.layers=checkpoint, not {mode.layers}")
+            raise UserError(f"mode.segments={mode.segments} needs mode.layers=checkpoint, not {mode.layers}")
     if not 0 <= mode.activation_memory_budget <= 1:
-        raise ValueError(f"mode.activation_memory_budget={mode.activation_memory_budget} is not allowed: it is 0 to 1")
+        raise UserError(f"mode.activation_memory_budget={mode.activation_memory_budget} is not allowed: it is 0 to 1")
     for key in ("activation_memory_budget", "fp8"):
         if getattr(mode, key) != getattr(ModeConfig, key) and mode.layers != "compiled":
-            raise ValueError(f"mode.{key}={getattr(mode, key)} needs mode.layers=compiled, not {mode.layers}")
+            raise UserError(f"mode.{key}={getattr(mode, key)} needs mode.layers=compiled, not {mode.layers}")
     _above_zero("mode.clip", mode.clip)
     if mode.bits is None and mode.clip != ModeConfig.clip:
-        raise ValueError(f"mode.clip={mode.clip} needs codes to clip: give mode.bits 2, 4 or 8")
+        raise UserError(f"mode.clip={mode.clip} needs codes to clip: give mode.bits 2, 4 or 8")
     _above_zero("mode.width_factor", mode.width_factor)
 
 
 def _check_schedule(schedule: list[list[float]]) -> None:
     """Pairs [end, rate]: the ends increase from above 0 to exactly 1, the rates are above 0."""
     if not schedule or any(len(pair) != 2 for pair in schedule):
-        raise ValueError(f"dataset.schedule={schedule} is not allowed: it is a list of [end, rate] pairs")
+        raise UserError(f"dataset.schedule={schedule} is not allowed: it is a list of [end, rate] pairs")
     previous = 0.0
     for end, rate in schedule:
         if not previous < end <= 1:
-            raise ValueError(f"dataset.schedule={schedule} is not allowed: its ends increase, above 0 and up to 1")
+            raise UserError(f"dataset.schedule={schedule} is not allowed: its ends increase, above 0 and up to 1")
         if not (rate > 0 and math.isfinite(rate)):
-            raise ValueError(f"dataset.schedule={schedule} is not allowed: its rates are numbers above 0")
+            raise UserError(f"dataset.schedule={schedule} is not allowed: its rates are numbers above 0")
         previous = end
     if previous != 1:
-        raise ValueError(f"dataset.schedule={schedule} is not allowed: its last end is 1, the end of the training")
+        raise UserError(f"dataset.schedule={schedule} is not allowed: its last end is 1, the end of the training")
 
 
 def _check_depth(depth: int) -> None:
@@ -282,38 +284,40 @@ def _check_depth(depth: int) -> None:
         return
     below = (depth - 2) // 9 * 9 + 2
     nearest = f"{below} and {below + 9}" if below >= 11 else "11 and 20"
-    raise ValueError(f"depth={depth} is not 9n + 2 for any n of at least 1: the nearest are {nearest}")
+    raise UserError(f"depth={depth} is not 9n + 2 for any n of at least 1: the nearest are {nearest}")
 
 
 def _check_size(config: Config) -> None:
-    """What the network's width and depth must leave: a channel in its first convolution, a block in each segment."""
-    mode = config.mode
+    """What the network can be: halved twice, a channel in its first convolution, a block in each segment."""
+    mode, size = config.mode, config.dataset.image_size
+    if size % 4:
+        raise UserError(f"dataset.image_size={size} is not allowed: it is a multiple of 4, for it is halved twice")
     if round(16 * config.width * mode.width_factor) < 1:  # the stem has 16 channels
-        raise ValueError(
+        raise UserError(
             f"width={config.width} with mode.width_factor={mode.width_factor} leaves less than a channel: "
             "their product is above 1/32"
         )
     blocks = (config.depth - 2) // 3
     if mode.segments is not None and mode.segments > blocks:
-        raise ValueError(f"mode.segments={mode.segments} is not allowed: depth={config.depth} has {blocks} blocks")
+        raise UserError(f"mode.segments={mode.segments} is not allowed: depth={config.depth} has {blocks} blocks")
 
 
 def _one_of(key: str, value: str, allowed: Collection[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{key}={value} is not allowed: choose one of {', '.join(allowed)}")
+        raise UserError(f"{key}={value} is not allowed: choose one of {', '.join(allowed)}")
 
 
 def _at_least(key: str, value: int, smallest: int) -> None:
     if value < smallest:
-        raise ValueError(f"{key}={value} is not allowed: it is a whole number, at least {smallest}")
+        raise UserError(f"{key}={value} is not allowed: it is a whole number, at least {smallest}")
 
 
 def _above_zero(key: str, value: float) -> None:
     if not (value > 0 and math.isfinite(value)):
-        raise ValueError(f"{key}={value} is not allowed: it is a number above 0")
+        raise UserError(f"{key}={value} is not allowed: it is a number above 0")
 
 
 def _plain_name(key: str, value: str) -> None:
     """Letters, digits and . _ + -, led by a letter or digit: a file name on every system, and no path."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", value):
-        raise ValueError(f"{key}={value} is not allowed: letters, digits and . _ + -, led by a letter or a digit")
+        raise UserError(f"{key}={value} is not allowed: letters, digits and . _ + -, led by a letter or a digit")

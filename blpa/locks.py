@@ -9,12 +9,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-
-class Busy(RuntimeError):
-    """Another process is at the run."""
-
-    exit_code = 4
-    """What the process is to exit with."""
+from blpa.errors import Busy, UserError
 
 
 @contextmanager
@@ -46,7 +41,7 @@ def alone_in(run_dir: Path) -> Iterator[None]:
 
     Raises:
         Busy: another process is at it.
-        ValueError: nothing can be written there.
+        UserError: nothing can be written there.
     """
     lock = ExitStack()
     try:
@@ -56,6 +51,6 @@ def alone_in(run_dir: Path) -> Iterator[None]:
     except BlockingIOError as error:
         raise Busy(f"another process is at {run_dir}: name another folder by run=") from error
     except OSError as error:
-        raise ValueError(f"cannot write into {run_dir} ({error.strerror}): name another folder, results=") from error
+        raise UserError(f"cannot write into {run_dir} ({error.strerror}): name another folder, results=") from error
     with lock:
         yield

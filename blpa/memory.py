@@ -163,7 +163,8 @@ def step_bytes(
 
     def saved(tensor: Tensor) -> Tensor:
         is_code = tensor.element_size() == 1  # ours, or a float8 copy
-        is_vectors = tensor.dim() == 2 and tensor.shape[0] == len(Norm._fields)
+        # Activations of nine images have as many rows, but all of them require a gradient.
+        is_vectors = tensor.dim() == 2 and tensor.shape[0] == len(Norm._fields) and not tensor.requires_grad
         counter.mark(tensor, CODES if is_code else VECTORS if is_vectors else FULL_PRECISION)
         return tensor.detach()  # an output that its own function saved would hold itself alive
 

@@ -24,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from blpa.errors import Diverged, UserError
 from blpa.locks import held
 
 if TYPE_CHECKING:
@@ -104,9 +105,6 @@ CELL = (
     "kernels", "iterations", "device", "note",
 )  # fmt: skip
 """A newer record of the same cell replaces the older."""
-
-DIVERGED = "diverged: "
-"""How the failure of a training run begins whose loss or weights were no longer finite."""
 
 GROUP = ("dataset", "depth", "width", "iterations", "batch_size", "precision", "note")
 """Records that agree here differ by mode, seed and machine alone: they share a table and a figure."""
@@ -190,12 +188,12 @@ def read(file: Path) -> list[Record]:
         file: a records.json.
 
     Raises:
-        ValueError: the file holds something else.
+        UserError: the file holds something else.
     """
     try:
         return [Record(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{file} is not a run's records ({error}): remove it, or run the cell again") from error
+        raise UserError(f"{file} is not a run's records ({error}): remove it, or run the cell again") from error
 
 
 def known(run_dir: Path) -> list[Record]:
@@ -209,13 +207,13 @@ def known(run_dir: Path) -> list[Record]:
 
 def diverged(run_dir: Path) -> list[Record]:
     """The record of a training run that diverged, which is what it comes to whenever it is tried; none of another."""
-    return [record for record in _known(run_dir / "failure.json") if record.failure.startswith(DIVERGED)]
+    return [record for record in _known(run_dir / "failure.json") if record.failure.startswith(Diverged.PREFIX)]
 
 
 def _known(file: Path) -> list[Record]:
     try:
         return read(file) if file.exists() else []
-    except ValueError as error:
+    except UserError as error:
         print(error, file=sys.stderr)
         return []
 
@@ -235,7 +233,7 @@ def collect(results: Path) -> list[Record]:
         As `merged`.
 
     Raises:
-        ValueError: a file is not what its name says; it is named.
+        UserError: a file is not what its name says; it is named.
     """
     if not merged(results):
         return []
@@ -255,7 +253,7 @@ def merged(results: Path) -> list[Record]:
         One record per cell, the newest, sorted by cell; a failure only where the same command measured nothing later.
 
     Raises:
-        ValueError: a file is not what its name says; it is named.
+        UserError: a file is not what its name says; it is named.
     """
     table = results / "records.csv"
     found = _read_table(table) if table.exists() else []
@@ -313,11 +311,11 @@ def _read_table(table: Path) -> list[Record]:
         rows = csv.reader(text, strict=True)
         header = tuple(next(rows, ()))
         if header != COLUMNS[: max(len(header), len(REQUIRED))]:  # older tables lack the last ones
-            raise ValueError(f"{table} does not have the columns of a records table: {', '.join(COLUMNS)}")
+            raise UserError(f"{table} does not have the columns of a records table: {', '.join(COLUMNS)}")
         try:
             return [_from_text(header, cells) for cells in rows]
         except (ValueError, csv.Error) as error:
-            raise ValueError(f"{table}, line {rows.line_num}: {error}") from error
+            raise UserError(f"{table}, line {rows.line_num}: {error}") from error
 
 
 def _from_text(header: tuple[str, ...], cells: list[str]) -> Record:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blpa.config import DatasetConfig, GpuConfig
+from blpa.errors import UserError
 
 MakeBatch = Callable[[Tensor], tuple[Tensor, Tensor]]
 
@@ -34,7 +35,7 @@ def configure_torch(gpu: GpuConfig) -> None:
     """
     is_tf32 = gpu.precision == "tf32"
     torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if is_tf32 else "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.allow_tf32 = is_tf32  # with the newer conv.fp32_precision, reading this flag would raise
     torch.backends.cudnn.benchmark = not gpu.deterministic
     torch.use_deterministic_algorithms(gpu.deterministic)
     # Else every new tensor is first filled with NaN, a pass over memory; nothing here reads before it writes.
@@ -47,10 +48,10 @@ def uses_cuda_graph(gpu: GpuConfig, device: torch.device) -> bool:
     """Whether steps are replayed: gpu.cuda_graph, or where that is null, on every CUDA device.
 
     Raises:
-        ValueError: it is true and the device is another.
+        UserError: it is true and the device is another.
     """
     if gpu.cuda_graph and device.type != "cuda":
-        raise ValueError(f"gpu.cuda_graph=true: the run is on the {device.type}; only a CUDA device records graphs")
+        raise UserError(f"gpu.cuda_graph=true: the run is on the {device.type}; only a CUDA device records graphs")
     return device.type == "cuda" if gpu.cuda_graph is None else gpu.cuda_graph
 
 
@@ -119,7 +120,7 @@ class TrainingStep:
         device: the model's.
 
     Raises:
-        ValueError: see uses_cuda_graph.
+        UserError: see uses_cuda_graph.
     """
 
     def __init__(

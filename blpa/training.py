@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from blpa import budget, records, signals
-from blpa.checkpoints import CannotWrite, RunFolder, Stopped, deciding_fields
+from blpa.checkpoints import RunFolder, deciding_fields
 from blpa.config import Config, DatasetConfig
 from blpa.data import ImageData, Split, normalise
+from blpa.errors import Diverged, Interrupted, OutOfTime
 from blpa.steps import TrainingStep, configure_torch, forward, make_optimiser
-
-__all__ = ["METRICS", "CannotWrite", "Diverged", "Interrupted", "OutOfTime", "Outcome", "Stopped", "evaluate", "train"]
 
 METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
 """Columns of metrics.csv; the training figures are means since the row before."""
@@ -39,28 +38,6 @@ READ_EVERY_SECONDS = 1.0
 """Losses wait on the device until there are so many, or for so long."""
 STOPPING_SECONDS = 5.0
 """Kept of the budget for one more step, an evaluation and a checkpoint, or as long as those have taken at most."""
-
-
-class Interrupted(Stopped):
-    """A signal stopped the run, after a checkpoint."""
-
-    def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.exit_code = 128 + number
-
-
-class OutOfTime(Stopped):
-    """The command's time was up before the last step; there is a checkpoint."""
-
-    exit_code = budget.OUT_OF_TIME
-
-
-class Diverged(Stopped):
-    """The loss or the weights are no longer finite."""
-
-    def __init__(self, what: str, folder: RunFolder) -> None:
-        good = f"the last checkpoint is {folder.known_good[-1]}" if folder.known_good else "there is no checkpoint yet"
-        super().__init__(f"{records.DIVERGED}{what}; {good}")
 
 
 @dataclass(frozen=True)
@@ -114,7 +91,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
         The figures of the last evaluation; at once where the run is already finished.
 
     Raises:
-        ValueError: a checkpoint belongs to another configuration.
+        UserError: a checkpoint belongs to another configuration.
         Interrupted: SIGINT or SIGTERM; the step under way was finished and a checkpoint written (of a finished run,
             there is one). A second signal does, at once, what it would do outside of training.
         OutOfTime: `budget_minutes` are nearly over; as after a signal.
@@ -261,7 +238,7 @@ def _read(unread: list[Tensor], progress: Progress, folder: RunFolder) -> None:
         progress.iteration += 1
         progress.steps += 1
         if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at iteration {progress.iteration}", folder)
+            raise Diverged(f"the loss is {loss} at iteration {progress.iteration}; {_last_good(folder)}")
         progress.loss_sum += loss
         progress.wrong_sum += wrong
 
@@ -270,7 +247,7 @@ def _save(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, progr
     weights, momentum = model.state_dict(), optimiser.state_dict()
     values = [*weights.values(), *(value for state in momentum["state"].values() for value in state.values())]
     if not torch.stack([value.isfinite().all() for value in values if isinstance(value, Tensor)]).all():
-        raise Diverged(f"a weight is not finite after iteration {progress.iteration}", folder)
+        raise Diverged(f"a weight is not finite after iteration {progress.iteration}; {_last_good(folder)}")
     folder.save(progress.iteration, {"progress": asdict(progress), "model": weights, "optimiser": momentum})
 
 
@@ -295,6 +272,10 @@ def _note_part(progress: Progress, device: torch.device) -> None:
     part = {name: value for name, value in records.provenance(device).items() if name != "date"}
     if progress.parts[-1:] != [part]:
         progress.parts.append(part)
+
+
+def _last_good(folder: RunFolder) -> str:
+    return f"the last checkpoint is {folder.known_good[-1]}" if folder.known_good else "there is no checkpoint yet"
 
 
 def _progress_bar(config: Config, done: int) -> "tqdm[Any]":

@@ -10,6 +10,7 @@ from test_training import assert_same_end
 
 from blpa import budget, records
 from blpa.config import Config
+from blpa.errors import OutOfTime
 from blpa.runners import cli, sweep
 
 TRAINING = [*TINY, "dataset.iterations=4"]
@@ -37,7 +38,7 @@ def test_a_training_run_stops_in_time_and_goes_on(capsys: pytest.CaptureFixture[
     """A budget of less than a run keeps for its end: each call makes one step."""
     alone = [argument for argument in TRAINING if argument != "-m"]
     for iteration in (1, 2, 3):
-        assert cli.main([*alone, "budget_minutes=0.01"]) == budget.OUT_OF_TIME
+        assert cli.main([*alone, "budget_minutes=0.01"]) == OutOfTime.exit_code
         err = capsys.readouterr().err
         assert f"budget_minutes=0.01 are over at iteration {iteration} of 4; started again, the run goes on" in err
     assert cli.main([*alone, "budget_minutes=0.01"]) == 0
@@ -48,7 +49,7 @@ def test_a_training_run_stops_in_time_and_goes_on(capsys: pytest.CaptureFixture[
 def test_a_queue_that_is_stopped_again_and_again_ends_as_one_that_never_was(capsys: pytest.CaptureFixture[str]) -> None:
     cells = [*TRAINING, "mode=4bit,exact", "seed=0,1"]
     calls = 1
-    while cli.main([*cells, "budget_minutes=0.01"]) == budget.OUT_OF_TIME:
+    while cli.main([*cells, "budget_minutes=0.01"]) == OutOfTime.exit_code:
         calls += 1
     assert calls == 4 * 4  # cells and steps: the last step of a cell ends its call, for what is left is too little
     err = capsys.readouterr().err
@@ -74,12 +75,12 @@ def test_a_sweep_begins_no_cell_that_might_not_end_in_time(
     monkeypatch.setattr(budget, "BEGAN", 0)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(sweep, "run_cell", run_cell)
-    assert cli.main([*GRADIENTS, "mode=exact,8bit,4bit,2bit", "budget_minutes=4.5"]) == budget.OUT_OF_TIME
+    assert cli.main([*GRADIENTS, "mode=exact,8bit,4bit,2bit", "budget_minutes=4.5"]) == OutOfTime.exit_code
     err = capsys.readouterr().err
     assert "4 cells: 2 done, 0 finished before" in err
     assert "2 left when budget_minutes=4.5 were over" in err
     now[0] = 0  # training runs can stop, and so the third begins
-    assert cli.main([*TINY, "mode=exact,8bit,4bit,2bit", "budget_minutes=4.5"]) == budget.OUT_OF_TIME
+    assert cli.main([*TINY, "mode=exact,8bit,4bit,2bit", "budget_minutes=4.5"]) == OutOfTime.exit_code
     assert "4 cells: 3 done" in capsys.readouterr().err
 
 
@@ -90,10 +91,10 @@ def test_a_budget_is_above_zero(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_run_in_parts_names_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [argument for argument in TRAINING if argument != "-m"]
-    assert cli.main([*alone, "budget_minutes=0.01"]) == budget.OUT_OF_TIME
+    assert cli.main([*alone, "budget_minutes=0.01"]) == OutOfTime.exit_code
     here = records.provenance(torch.device("cpu"))["device"]
     monkeypatch.setattr(records, "_cpu_name", lambda: "another")
-    assert cli.main([*alone, "budget_minutes=0.01"]) == budget.OUT_OF_TIME
+    assert cli.main([*alone, "budget_minutes=0.01"]) == OutOfTime.exit_code
     assert cli.main(alone) == 0
     there = records.provenance(torch.device("cpu"))["device"]
     assert {record.device for record in records.collect(Path("results"))} == {f"{here}; {there}"}

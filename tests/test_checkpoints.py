@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from blpa.checkpoints import CannotWrite, RunFolder, deciding_fields
+from blpa.checkpoints import RunFolder, deciding_fields
 from blpa.config import CONF, Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
-from blpa.locks import Busy, alone_in
+from blpa.errors import Busy, CannotWrite
+from blpa.locks import alone_in
 
 CONFIGURATION = {"seed": 0, "dataset.schedule": [[0.5, 0.1], [1.0, 0.01]], "mode.bits": None}
 

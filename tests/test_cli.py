@@ -14,9 +14,10 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from blpa import records
-from blpa.checkpoints import Stopped
+from blpa.codec import Code
 from blpa.config import CONF, Config, check, options
-from blpa.locks import Busy, alone_in
+from blpa.errors import Busy, Stopped
+from blpa.locks import alone_in
 from blpa.runners import cli, compose
 
 TINY = ["dataset=digits", "gpu=cpu", "depth=11", "dataset.iterations=2", "dataset.batch_size=4", "width=0.25"]
@@ -275,9 +276,13 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, bug: Excepti
         cli.main([])
 
 
-def test_a_value_error_of_our_own_is_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_what_the_library_refuses_is_a_bug_of_the_runner_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "blpa.runners.train", SimpleNamespace(run=lambda config: Code(bits=3)))
+    with pytest.raises(ValueError, match=r"^bits = 3: must be 8, 4 or 2$"):
+        cli.main([])
+
+
+def test_a_user_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def run(config: Config) -> None:
         config.depth = 12
         check(config)

@@ -16,7 +16,7 @@ import torch
 from test_training import assert_same_end, tiny_config
 from torch import Tensor, nn
 
-from blpa import kernels, records, steps, training
+from blpa import errors, kernels, records, steps, training
 from blpa.config import Config, GpuConfig, mode
 from blpa.data import ImageData, Split
 from blpa.runners import cli, setup
@@ -99,7 +99,7 @@ def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_never_stopped(
 
     with monkeypatch.context() as stopped:
         stopped.setattr(Split, "draws", stopping)
-        with pytest.raises(training.Interrupted, match="stopped by SIGTERM at iteration 7 of 12"):
+        with pytest.raises(errors.Interrupted, match="stopped by SIGTERM at iteration 7 of 12"):
             train(config, tmp_path / "parts")
     train(config, tmp_path / "parts")
     assert_same_end(tmp_path / "parts", tmp_path / "whole")

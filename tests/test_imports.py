@@ -25,12 +25,13 @@ LAYERS = (
     ("codec",),
 )
 SIDE = {
-    "config": set[str](),
+    "errors": set[str](),
+    "config": {"errors"},
     "cells": {"config"},
-    "locks": set[str](),
-    "records": {"locks"},
-    "data": {"config", "locks"},
-    "checkpoints": {"config", "locks"},
+    "locks": {"errors"},
+    "records": {"errors", "locks"},
+    "data": {"config", "errors", "locks"},
+    "checkpoints": {"config", "errors", "locks"},
     "signals": set[str](),
     "budget": set[str](),
 }
@@ -47,8 +48,8 @@ ONLY_IN = {
 }
 
 WITHOUT_TORCH = {
-    "", "config", "cells", "locks", "records", "budget", "runners", "runners.cli", "runners.compose", "runners.sweep",
-    "runners.launch", "runners.side_by_side", "runners.failures", "runners.usage", "runners.paper",
+    "", "errors", "config", "cells", "locks", "records", "budget", "runners", "runners.cli", "runners.compose",
+    "runners.sweep", "runners.launch", "runners.side_by_side", "runners.failures", "runners.usage", "runners.paper",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run."""
 

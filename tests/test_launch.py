@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from blpa import records
-from blpa.budget import OUT_OF_TIME
 from blpa.config import CONF
+from blpa.errors import OutOfTime
 from blpa.runners import cli
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "dataset.iterations=1", "gpu=cpu", "-m"]
@@ -44,7 +44,7 @@ def test_every_cell_leaves_its_records_and_finished_ones_are_left_out(launcher: 
 def test_a_budget_stops_the_runs_of_every_job_and_they_go_on() -> None:
     cells = ["mode=exact,4bit", "dataset.iterations=100000", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
     stopped = launch(*cells, "budget_minutes=0.3")
-    assert stopped.returncode == OUT_OF_TIME, stopped.stderr
+    assert stopped.returncode == OutOfTime.exit_code, stopped.stderr
     assert stopped.stderr.count("budget_minutes=0.3 are over at iteration") == 2
     assert "2 cells: 0 done, 0 failed, 2 left when budget_minutes were over" in stopped.stderr
     again = launch(*cells, "budget_minutes=0.3")

@@ -11,8 +11,8 @@ import pandas as pd
 import pytest
 
 from blpa import records
-from blpa.checkpoints import Stopped
 from blpa.config import Config
+from blpa.errors import Stopped
 from blpa.records import Record
 from blpa.runners import cli, compose, max_batch, paper, setup
 

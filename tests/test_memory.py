@@ -194,6 +194,13 @@ def test_every_block_keeps_what_the_formula_says_and_what_it_is(name: str, mode:
         assert (part.kinds[FULL_PRECISION] > 0) == (which.code is None)
 
 
+def test_activations_of_nine_images_are_no_vectors(mode: GetMode) -> None:
+    """They have nine rows where they are matrices, as the vectors have."""
+    assert VECTORS not in step_bytes(*network(mode("exact"), 11, 9)).kinds_at_peak
+    at_eight, at_nine = (step_bytes(*network(mode("4bit", COMPILED), 11, batch)) for batch in (8, 9))
+    assert at_nine.kinds_at_peak[VECTORS] == at_eight.kinds_at_peak[VECTORS]
+
+
 def test_counting_leaves_no_hook_behind(mode: GetMode) -> None:
     model, images, labels = network(mode("4bit", COMPILED), 11, 2)
     first = step_bytes(model, images, labels, parts={"blocks": model.blocks})

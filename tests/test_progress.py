@@ -11,6 +11,7 @@ from test_training import assert_same_end
 
 from blpa import budget, checkpoints
 from blpa.config import CONF
+from blpa.errors import OutOfTime
 from blpa.runners import cli
 
 CELLS = ["dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "dataset.iterations=4", "gpu=cpu", "-m"]
@@ -27,7 +28,7 @@ def test_what_is_listed_is_all_that_another_machine_needs(capsys: pytest.Capture
     queue = [*CELLS, "mode=4bit,exact", "task.evaluate_every=2"]
     assert cli.main([*CELLS, "mode=4bit", "seed=0", "task.evaluate_every=2"]) == 0
     for _ in range(3):
-        assert cli.main([*queue, "budget_minutes=0.01"]) == budget.OUT_OF_TIME
+        assert cli.main([*queue, "budget_minutes=0.01"]) == OutOfTime.exit_code
     capsys.readouterr()
     assert cli.main(["task=progress"]) == 0
     out = capsys.readouterr().out
@@ -64,7 +65,7 @@ def test_a_run_begun_anew_is_under_way_though_it_was_finished_before(capsys: pyt
     }
     kept = [checkpoints.iteration_of(Path(name)) for name in Path("results/keep.txt").read_text().split()]
     assert kept == [2, 4]
-    assert cli.main([*run, "resume=false", "budget_minutes=0.01"]) == budget.OUT_OF_TIME
+    assert cli.main([*run, "resume=false", "budget_minutes=0.01"]) == OutOfTime.exit_code
     capsys.readouterr()
     assert cli.main(["task=progress"]) == 0
     assert f"| {run_dir.name} | 1          | 4  | -" in capsys.readouterr().out
@@ -75,7 +76,7 @@ def test_a_run_begun_anew_is_under_way_though_it_was_finished_before(capsys: pyt
 def test_a_damaged_checkpoint_is_not_carried(capsys: pytest.CaptureFixture[str]) -> None:
     run = [*(argument for argument in CELLS if argument != "-m"), "budget_minutes=0.01"]
     for _ in range(2):
-        assert cli.main(run) == budget.OUT_OF_TIME
+        assert cli.main(run) == OutOfTime.exit_code
     (run_dir,) = Path("results/runs").iterdir()
     before, newest = checkpoints.checkpoints(run_dir)
     newest.write_bytes(newest.read_bytes()[:-1])

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_cells import composed
 
 from blpa import records
 from blpa.config import Config
+from blpa.kernels.reference import REFERENCE
 from blpa.records import Record
 from blpa.runners import cli, runtime
 
@@ -126,6 +128,14 @@ def test_at_the_largest_batch_each_is_timed_at_its_own_and_measured_counts_befor
     assert set(clock.log) == {("exact", 2), ("4bit", 20)}
     assert found["seconds_per_sample"].value == pytest.approx(4 / 20)
     assert found["ratio_to_exact"].value == pytest.approx((4 / 20) / (1 / 2))
+
+
+def test_a_prediction_is_found_whatever_back_end_runs_here() -> None:
+    """Max-batch counts by the one that auto takes on the meta device, which may be none that this machine has."""
+    options = ["mode=4bit", "gpu.kernels=auto", "gpu.memory_gib=0.502"]
+    assert cli.main([*TINY, "task=max-batch", *options]) == 0
+    (config,) = composed([*TINY, *options])
+    assert runtime._largest_batch(config, REFERENCE) > 0
 
 
 def test_where_exact_fits_at_no_batch_the_mode_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

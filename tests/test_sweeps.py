@@ -16,9 +16,9 @@ from test_cells import composed
 from test_records import RECORD
 
 from blpa import records
-from blpa.budget import OUT_OF_TIME
 from blpa.cells import overrides
 from blpa.config import CONF, Config
+from blpa.errors import OutOfTime
 from blpa.runners import cli, sweep, train
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "dataset.iterations=1", "gpu=cpu", "-m"]
@@ -131,7 +131,7 @@ def test_a_run_that_diverged_is_finished_until_it_is_begun_anew(capsys: pytest.C
         checkpoint.unlink()
     assert cli.main([*hopeless, "dataset.schedule=[[1.0,0.1]]"]) == 0  # another command's failure says nothing of it
     assert cli.main([*hopeless, "resume=false"]) == 1
-    assert cli.main([*hopeless, "resume=false", "budget_minutes=0.001"]) == OUT_OF_TIME
+    assert cli.main([*hopeless, "resume=false", "budget_minutes=0.001"]) == OutOfTime.exit_code
     assert not Path("results/runs", RUN.format("exact"), "failure.json").exists()
 
 

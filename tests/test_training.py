@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blpa import steps, training
+from blpa import errors, steps, training
 from blpa.config import Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
 from blpa.data import ImageData, Split, load, normalise
 
@@ -84,7 +84,7 @@ def torch_settings() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = False
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
@@ -231,7 +231,8 @@ def test_settings_of_torch(precision: str, deterministic: bool) -> None:
     steps.configure_torch(GpuConfig(name="cpu", precision=precision, deterministic=deterministic))
     is_tf32 = precision == "tf32"
     assert torch.get_float32_matmul_precision() == ("high" if is_tf32 else "highest")
-    assert torch.backends.cudnn.conv.fp32_precision == ("tf32" if is_tf32 else "ieee")  # type: ignore[attr-defined]
+    assert torch.backends.cudnn.allow_tf32 == is_tf32
+    assert (torch.backends.cudnn.conv.fp32_precision == "tf32") == is_tf32  # type: ignore[attr-defined]
     assert torch.are_deterministic_algorithms_enabled() == deterministic
     assert torch.backends.cudnn.benchmark != deterministic
 
@@ -291,7 +292,7 @@ def test_a_signal_stops_after_the_step_with_a_checkpoint(
     train(TinyNet(), tmp_path / "reference")
     handler = signal.getsignal(number)
     net = TinyNet({iteration: lambda net: os.kill(os.getpid(), number)})
-    with pytest.raises(training.Interrupted) as caught:
+    with pytest.raises(errors.Interrupted) as caught:
         train(net, tmp_path / "run")
     assert net.step == iteration
     assert caught.value.exit_code == 128 + number
@@ -320,7 +321,7 @@ def test_a_signal_after_the_last_checkpoint_is_obeyed_too(
         close(bar)
 
     monkeypatch.setattr(training.tqdm, "close", close_late)
-    with pytest.raises(training.Interrupted, match=r"^stopped by SIGTERM at iteration 12 of 12; .*checkpoint-12-"):
+    with pytest.raises(errors.Interrupted, match=r"^stopped by SIGTERM at iteration 12 of 12; .*checkpoint-12-"):
         train(TinyNet(), tmp_path / "run")
     net = TinyNet()
     assert train(net, tmp_path / "run").test_loss == reference.test_loss
@@ -330,7 +331,7 @@ def test_a_signal_after_the_last_checkpoint_is_obeyed_too(
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_not_finite_stops_the_run_naming_the_iteration(tmp_path: Path, value: float) -> None:
     net = TinyNet({6: lambda net: setattr(net, "scale", value)})  # logits become nan in either case
-    with pytest.raises(training.Diverged) as caught:
+    with pytest.raises(errors.Diverged) as caught:
         train(net, tmp_path)
     (good,) = tmp_path.glob("checkpoint-*")
     assert str(caught.value) == f"diverged: the loss is nan at iteration 6; the last checkpoint is {good}"
@@ -341,7 +342,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_naming_the_iteration(tmp_path: 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     """Where the loss does not show it yet."""
     net = TinyNet({3: lambda net: net.unused.data.fill_(math.inf)})
-    with pytest.raises(training.Diverged, match=r"^diverged: a weight is not finite after iteration 4; there is no"):
+    with pytest.raises(errors.Diverged, match=r"^diverged: a weight is not finite after iteration 4; there is no"):
         train(net, tmp_path)
     assert checkpointed_iterations(tmp_path) == []
 

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blpa.config import DatasetConfig
+from blpa.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Split:
             number of the image and what draw_crops draws for it.
 
         Raises:
-            ValueError: no such augmentation.
+            UserError: no such augmentation.
         """
         batches_per_epoch = len(self.labels) // config.batch_size
         order = torch.empty(0)
@@ -91,7 +92,7 @@ def load(config: DatasetConfig, device: torch.device) -> ImageData:
         device: where the images are to be held.
 
     Raises:
-        ValueError: no such data set; a folder that lacks it, or holds it damaged; images other than `config` says, or
+        UserError: no such data set; a folder that lacks it, or holds it damaged; images other than `config` says, or
             fewer than a batch.
     """
     if config.name in ("cifar10", "cifar100"):
@@ -103,15 +104,15 @@ def load(config: DatasetConfig, device: torch.device) -> ImageData:
 
         train, test = digits.read()
     else:
-        raise ValueError(f"dataset.name={config.name}: no such data set; it is one of cifar10, cifar100, digits")
+        raise UserError(f"dataset.name={config.name}: no such data set; it is one of cifar10, cifar100, digits")
 
     for images, labels in (train, test):
         found = {"image_channels": images.shape[1], "image_size": images.shape[2], "classes": int(labels.max()) + 1}
         for key, value in found.items():
             if getattr(config, key) != value:
-                raise ValueError(f"dataset.{key}={getattr(config, key)}: {config.name} has {value}")
+                raise UserError(f"dataset.{key}={getattr(config, key)}: {config.name} has {value}")
     if config.batch_size > len(train[1]):
-        raise ValueError(f"dataset.batch_size={config.batch_size}: the training set has {len(train[1])} images")
+        raise UserError(f"dataset.batch_size={config.batch_size}: the training set has {len(train[1])} images")
     return ImageData(_on(device, *train), _on(device, *test))
 
 
@@ -152,7 +153,7 @@ def draw_crops(count: int, config: DatasetConfig, *, generator: torch.Generator)
         int64 [count, 3]: first row and column in the padded image, and 1 where it is mirrored.
 
     Raises:
-        ValueError: no such augmentation.
+        UserError: no such augmentation.
 
     Source: METHOD.md section 5; He et al. 2016 for the padding and the crop.
     """
@@ -166,7 +167,7 @@ def draw_crops(count: int, config: DatasetConfig, *, generator: torch.Generator)
         corner = torch.randint(corners, (2, 1), generator=generator).expand(2, count)
         mirrored = (torch.arange(count) < count // 2).long()
     else:
-        raise ValueError(f"dataset.augmentation={config.augmentation}: it is one of per-image, per-batch, none")
+        raise UserError(f"dataset.augmentation={config.augmentation}: it is one of per-image, per-batch, none")
     return torch.stack([*corner, mirrored * config.flip], dim=1)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
+from blpa.errors import UserError
 from blpa.locks import held
 
 SOURCES = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
@@ -31,14 +32,14 @@ def read(name: str, root: str, *, download: bool) -> tuple[tuple[Tensor, Tensor]
         Training (50,000) and test set (10,000): images uint8 [N, 3, 32, 32], labels int64 [N]; CIFAR-100's fine labels.
 
     Raises:
-        ValueError: the folder is missing, incomplete or damaged and could not be, or was not to be, downloaded.
+        UserError: the folder is missing, incomplete or damaged and could not be, or was not to be, downloaded.
     """
     source = SOURCES[name]
     folder = Path(root).expanduser() / source.base_folder
     problem = find_problem(source, folder)
     advice = f"set dataset.root to the folder that holds {source.base_folder}"
     if problem and not download:
-        raise ValueError(f"dataset.root={root}: {problem}; {advice}, or dataset.download=true to fetch it")
+        raise UserError(f"dataset.root={root}: {problem}; {advice}, or dataset.download=true to fetch it")
     if problem:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
@@ -49,12 +50,12 @@ def read(name: str, root: str, *, download: bool) -> tuple[tuple[Tensor, Tensor]
                     )
         except (OSError, RuntimeError, HTTPException, tarfile.TarError) as error:
             reason = " ".join(str(error).split()) or type(error).__name__
-            raise ValueError(
+            raise UserError(
                 f"dataset.root={root}: {problem}, and {source.url} could not be downloaded into it ({reason}); "
                 f"{advice}, or try again with dataset.download=true where there is a network"
             ) from None
         if problem := find_problem(source, folder):
-            raise ValueError(f"dataset.root={root}: {problem}, also after the download; {advice}")
+            raise UserError(f"dataset.root={root}: {problem}, also after the download; {advice}")
 
     train, test = (source(folder.parent, train=train) for train in (True, False))
     return _tensors(train), _tensors(test)

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Code, Grid
+from blpa.errors import UserError
 
 
 class Norm(NamedTuple):
@@ -135,17 +136,17 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
         elements: activation elements that the run will encode in all; auto weighs them against the compiling.
 
     Raises:
-        ValueError: the name is unknown, or the back end asked for cannot run on this machine.
+        UserError: the name is unknown, or the back end asked for cannot run on this machine.
     """
     if name not in ("auto", "torch", "inductor", "triton"):
-        raise ValueError(f"kernels = {name}: must be auto, torch, inductor or triton")
+        raise UserError(f"kernels = {name}: must be auto, torch, inductor or triton")
     missing = {"torch": "", "inductor": _missing_for_inductor(device), "triton": _missing_for_triton(device)}
     if name == "auto":
         pays = elements * _SAVED_SECONDS_PER_ELEMENT > _COMPILE_SECONDS
         fastest_first = ("triton",) if device.type == "cuda" else ("inductor",) if pays else ()
         name = next((back_end for back_end in fastest_first if not missing[back_end]), "torch")
     if missing[name]:
-        raise ValueError(f"kernels = {name}: {missing[name]}; ask for kernels auto or torch")
+        raise UserError(f"kernels = {name}: {missing[name]}; ask for kernels auto or torch")
     if name == "torch":
         from blpa.kernels.reference import REFERENCE
 

@@ -33,6 +33,7 @@ import sys
 
 from omegaconf import OmegaConf
 
+from blpa.errors import UserError
 from blpa.runners import compose, launch, side_by_side, usage
 from blpa.runners.sweep import refuse, run_all, run_cell
 
@@ -69,12 +70,12 @@ def _answer(arguments: list[str]) -> int:
             cells = compose.cells(overrides, multirun="-m" in flags)
             jobs = cells[0].config.jobs
             if jobs > 1 and ("-m" not in flags or launch.is_asked_for(cells)):
-                raise ValueError(f"jobs={jobs} is for a sweep: add -m, and name no launcher")
+                raise UserError(f"jobs={jobs} is for a sweep: add -m, and name no launcher")
             if jobs > 1 and not cells[0].config.resume:
-                raise ValueError(f"jobs={jobs} resume=false: each process would do every cell anew; choose one of them")
+                raise UserError(f"jobs={jobs} resume=false: each process would do every cell anew; choose one of them")
             if "--cfg" not in flags and launch.is_asked_for(cells):
                 return launch.run_all(cells)
-    except ValueError as mistake:
+    except UserError as mistake:
         return refuse(mistake, 2)
     configs = [cell.config for cell in cells]
     if "--cfg" in flags:
@@ -90,7 +91,7 @@ def _split(arguments: list[str]) -> tuple[set[str], list[str]]:
     given = [argument for argument in arguments if argument.startswith("-")]
     for flag in given:
         if flag not in FLAGS:
-            raise ValueError(f"unknown flag {flag}{compose.hint(flag, FLAGS)}; allowed: {', '.join(FLAGS)}")
+            raise UserError(f"unknown flag {flag}{compose.hint(flag, FLAGS)}; allowed: {', '.join(FLAGS)}")
     return {FLAGS[flag] for flag in given}, [argument for argument in arguments if argument not in given]
 
 

@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from blpa.cells import folder_name, run_name
 from blpa.config import CONF, Config, check, options
+from blpa.errors import UserError
 
 LAUNCHER = "hydra/launcher"
 """The group of Hydra's launchers; the keys below hydra.launcher are the chosen one's own."""
@@ -53,7 +54,7 @@ def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
         multirun: whether a key may have several values.
 
     Raises:
-        ValueError: the first mistake found, in one line.
+        UserError: the first mistake found, in one line.
     """
     found = list(_cells(overrides, multirun=multirun))
     _refuse_shared_folders([cell.config for cell in found])
@@ -61,21 +62,21 @@ def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
 
 
 def composed(overrides: Iterable[str] = (), *, return_hydra_config: bool = False) -> DictConfig:
-    """Compose one run; what Hydra and OmegaConf have against it becomes one line of a ValueError."""
+    """Compose one run; what Hydra and OmegaConf have against it becomes one line of a UserError."""
     try:
         return compose("config", list(overrides), return_hydra_config=return_hydra_config)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_reason(error)) from error
+        raise UserError(_reason(error)) from error
 
 
 def checked(run: DictConfig) -> Config:
-    """A composed run, typed, named and checked; a ValueError tells the first mistake."""
+    """A composed run, typed, named and checked; a UserError tells the first mistake."""
     try:
         if OmegaConf.is_missing(run, "run"):
             run.run = run_name(cast(Config, run))
         config = cast(Config, OmegaConf.to_object(run))
     except OmegaConfBaseException as error:
-        raise ValueError(_reason(error)) from error
+        raise UserError(_reason(error)) from error
     check(config)
     return config
 
@@ -104,10 +105,10 @@ def _parse(overrides: list[str]) -> dict[str, Override]:
         try:
             (override,) = parser.parse_overrides([text])
         except HydraException as error:
-            raise ValueError(f"cannot read {text!r}: write key=value, with quotes around special characters") from error
+            raise UserError(f"cannot read {text!r}: write key=value, with quotes around special characters") from error
         key = override.get_key_element()
         if key not in groups and key not in plain and not is_launchers(key):
-            raise ValueError(f"unknown key {key!r}{hint(key, [*groups, *plain])}; {_allowed(key, groups, plain)}")
+            raise UserError(f"unknown key {key!r}{hint(key, [*groups, *plain])}; {_allowed(key, groups, plain)}")
         parsed[key] = override
     return parsed
 
@@ -127,17 +128,17 @@ def _values(override: Override, multirun: bool) -> list[str]:
     """The key=value texts an override stands for: one, or in a sweep one for each value."""
     key, text = override.get_key_element(), override.input_line
     if is_launchers(key) and (not multirun or override.is_sweep_override()):
-        raise ValueError(f"{text} is not allowed: one launcher runs the whole of a sweep, which -m makes")
+        raise UserError(f"{text} is not allowed: one launcher runs the whole of a sweep, which -m makes")
     if not override.is_sweep_override():
         values = [override.get_value_element_as_str()]
     elif not multirun:
-        raise ValueError(f"{text} names several values: add -m to run each of them")
+        raise UserError(f"{text} names several values: add -m to run each of them")
     elif not override.is_discrete_sweep():
-        raise ValueError(f"{text} has no list of values: separate them by commas")
+        raise UserError(f"{text} has no list of values: separate them by commas")
     else:
         values = list(override.sweep_string_iterator())
         if not values:
-            raise ValueError(f"{text} names no value at all")
+            raise UserError(f"{text} names no value at all")
     groups, _ = _keys()
     for value in values if key in groups else ():
         _refuse_unless_option(key, value, options(key))
@@ -149,7 +150,7 @@ def _values(override: Override, multirun: bool) -> list[str]:
 
 def _refuse_unless_option(group: str, value: str, allowed: list[str], more: str = "") -> None:
     if value not in allowed:
-        raise ValueError(
+        raise UserError(
             f"{group}={value} is not allowed{hint(value, allowed)}; choose one of {', '.join(allowed)}{more}"
         )
 
@@ -164,7 +165,7 @@ def _refuse_shared_folders(configs: list[Config]) -> None:
     for config in configs:
         folder = folder_name(config)
         if folder in seen:
-            raise ValueError(
+            raise UserError(
                 f"two cells of this sweep would share the folder {folder}: "
                 "run them in two sweeps, each with a run= of its own"
             )

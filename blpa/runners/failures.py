@@ -1,5 +1,7 @@
 """What an exception means to whoever started the run: an exit code and one line, or a bug."""
 
+from blpa.errors import Stopped, UserError
+
 OUT_OF_MEMORY = (
     "out of memory",  # torch, the CUDA driver and Triton, each in words of its own around these
     "ALLOC_FAILED",  # cuBLAS and cuDNN
@@ -28,21 +30,11 @@ def judge(error: Exception) -> tuple[int | None, str]:
     """
     if isinstance(error, OSError):
         return 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
-    if hasattr(error, "exit_code"):
+    if isinstance(error, UserError | Stopped):
         return error.exit_code, str(error)
-    if isinstance(error, ValueError) and _is_ours(error):
-        return 1, str(error)
     said = next(iter(str(error).strip().splitlines()), "")
     if is_out_of_memory(error):
         return 1, f"does not fit: {said}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return 1, f"does not compile: {said}"
     return None, f"{type(error).__name__}: {said}"
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether our own code raised it: then, by the rule of this house, its message is meant for the user."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and str(trace.tb_frame.f_globals["__name__"]).startswith("blpa.")

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from blpa import data, kernels, records, steps
 from blpa.config import Config, GpuConfig
+from blpa.errors import UserError
 from blpa.records import Record
 from blpa.runners import plots, setup
 
@@ -38,11 +39,11 @@ def run(config: Config) -> list[Record]:
         Error, cosine and spread of the gradient in whole, each the median over batches with 20 and 80 % quantiles.
 
     Raises:
-        ValueError: the mode has another width than exact, the checkpoint is not of this network, or the machine or the
+        UserError: the mode has another width than exact, the checkpoint is not of this network, or the machine or the
             data cannot do what the configuration asks for.
     """
     if config.mode.width_factor != 1:
-        raise ValueError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
+        raise UserError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
     results, run_dir = Path(config.results), setup.run_folder(config)
     name = run_dir.name
     device = setup.device(config.gpu)

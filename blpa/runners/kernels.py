@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from blpa import kernels, modes, records, steps
 from blpa.config import Config, mode
+from blpa.errors import UserError
 from blpa.kernels import Kernels
 from blpa.modes import EPS
 from blpa.records import Record
@@ -55,10 +56,10 @@ def run(config: Config) -> list[Record]:
         the copy's bandwidth; seconds of a unit.
 
     Raises:
-        ValueError: the machine lacks the back end, or the mode's layers are not ours.
+        UserError: the machine lacks the back end, or the mode's layers are not ours.
     """
     if config.mode.layers != "coded":
-        raise ValueError(f"task=kernels mode={config.mode.name}: its layers are not ours; choose 8bit, 4bit or 2bit")
+        raise UserError(f"task=kernels mode={config.mode.name}: its layers are not ours; choose 8bit, 4bit or 2bit")
     run_dir = setup.run_folder(config)
     device = setup.device(config.gpu)
     names = [config.gpu.kernels]

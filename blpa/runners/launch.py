@@ -19,8 +19,7 @@ from hydra.errors import HydraException
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from blpa.budget import OUT_OF_TIME
-from blpa.locks import Busy
+from blpa.errors import Busy, OutOfTime
 from blpa.runners import compose, sweep
 from blpa.runners.compose import Cell
 
@@ -37,10 +36,10 @@ def run_all(cells: list[Cell]) -> int:
         cells: of one sweep.
 
     Returns:
-        The exit code: that of the last cell that failed, or else OUT_OF_TIME where cells are left.
+        The exit code: that of the last cell that failed, or else OutOfTime's where cells are left.
 
     Raises:
-        ValueError: the launcher has no such option.
+        UserError: the launcher has no such option.
     """
     composed = compose.composed(cells[0].overrides, return_hydra_config=True)
     HydraConfig.instance().set_config(composed)
@@ -60,15 +59,15 @@ def run_all(cells: list[Cell]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     exit_codes = [job.return_value for job in returned]
-    left = exit_codes.count(OUT_OF_TIME)
-    busy, no_failures = exit_codes.count(Busy.exit_code), (0, Busy.exit_code, OUT_OF_TIME)
+    left = exit_codes.count(OutOfTime.exit_code)
+    busy, no_failures = exit_codes.count(Busy.exit_code), (0, Busy.exit_code, OutOfTime.exit_code)
     failed = [(cell, code) for cell, code in zip(waiting, exit_codes, strict=True) if code not in no_failures]
     told = f", {busy} under way in other processes" if busy else ""
     told += f", {left} left when budget_minutes were over" if left else ""
     print(f"{len(cells)} cells: {exit_codes.count(0)} done, {len(failed)} failed{told}", file=sys.stderr)
     for overrides, exit_code in failed:
         sweep.refuse(f"failed: {' '.join(overrides)}", exit_code)
-    return failed[-1][1] if failed else OUT_OF_TIME if left else 0
+    return failed[-1][1] if failed else OutOfTime.exit_code if left else 0
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
@@ -79,6 +78,6 @@ def run_cell(composed: DictConfig) -> int:
     """Run one cell in a launcher's process, unless it has no time left, and return the exit code."""
     config = compose.checked(composed)
     if not sweep.has_time_for(config, 0):
-        return OUT_OF_TIME
+        return OutOfTime.exit_code
     print(f"{config.run}\n", end="", file=sys.stderr)  # in one piece, for others write there too
     return sweep.run_cell(config, records_failure=True)

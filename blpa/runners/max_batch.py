@@ -21,8 +21,8 @@ import torch
 from tqdm import tqdm
 
 from blpa import kernels, memory, records, steps
-from blpa.checkpoints import Stopped
 from blpa.config import Config
+from blpa.errors import Stopped, UserError
 from blpa.memory import GIB, MIB, TrainingBytes
 from blpa.records import Record
 from blpa.runners import paper, setup
@@ -49,7 +49,7 @@ def run(config: Config) -> list[Record]:
         sample fits.
 
     Raises:
-        ValueError: no budget is given and there is no GPU whose memory it could be, or the results folder cannot be
+        UserError: no budget is given and there is no GPU whose memory it could be, or the results folder cannot be
             written.
         CardIsTaken: others hold so much of the GPU's memory that the budget cannot be reached.
     """
@@ -77,7 +77,7 @@ def run(config: Config) -> list[Record]:
         print(f"{_network(cell)}: largest batch {fits} in {cell.gpu.memory_gib:g} GiB (measured); {fails} does not fit")
         found.append(_record(cell, fits, fails - 1, setup.source(config, device, chosen.name)))
     if not found:
-        raise ValueError(f"gpu.precision=bf16: this card has {card / GIB:.4g} GiB, and nothing else tells what fits")
+        raise UserError(f"gpu.precision=bf16: this card has {card / GIB:.4g} GiB, and nothing else tells what fits")
     records.write(found, run_dir)
     return found
 

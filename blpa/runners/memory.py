@@ -38,7 +38,7 @@ def run(config: Config) -> list[Record]:
         The peak of a step of each, in MiB a sample, marked as predicted.
 
     Raises:
-        ValueError: the results folder cannot be written.
+        UserError: the results folder cannot be written.
     """
     results, run_dir = Path(config.results), setup.run_folder(config)
     name = run_dir.name

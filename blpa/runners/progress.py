@@ -1,7 +1,7 @@
 """How far each training run is, and the files that another machine needs to go on with all of them.
 
     results/carry.txt    their names, a line each, relative to results:   tar -cf carried.tar -C results -T carry.txt
-    results/keep.txt     the other checkpoints, of which no run goes on: what task.keep_every keeps for other tasks
+    results/keep.txt     the other checkpoints: what task.keep_every keeps for other tasks, and the one to fall back on
 
 A run that is under way needs its newest checkpoint, which holds its curve as well; one that is finished is its records
 and its curve, one that diverged the record of that.

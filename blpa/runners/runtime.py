@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from blpa import kernels, records, steps
 from blpa.cells import overrides
-from blpa.checkpoints import Stopped
 from blpa.config import Config, TaskConfig, mode
+from blpa.errors import Stopped, UserError
 from blpa.kernels import Kernels
 from blpa.records import Record
 from blpa.runners import paper, setup
@@ -57,7 +57,7 @@ def run(config: Config) -> list[Record]:
         GPU.
 
     Raises:
-        ValueError: the machine cannot do what the configuration asks for, or no largest batch has been found yet.
+        UserError: the machine cannot do what the configuration asks for, or no largest batch has been found yet.
         DoesNotFit: the mode's largest batch is none.
     """
     run_dir = setup.run_folder(config)
@@ -73,7 +73,7 @@ def run(config: Config) -> list[Record]:
     for cell in [cell for place, cell in enumerate(cells) if cell not in cells[:place]]:
         try:
             timed.append(_timed(cell, chosen, device))
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, UserError) as error:
             exit_code, reason = judge(error)
             if not timed or exit_code is None:
                 raise
@@ -118,6 +118,7 @@ def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
 
 def _largest_batch(config: Config, chosen: Kernels) -> int:
     """What max-batch found for this network, budget and back end, first what was measured, then what was predicted."""
+    counted = kernels.choose(config.gpu.kernels, setup.META)  # by which a prediction is made
     found = [
         record
         for record in records.merged(Path(config.results))
@@ -125,13 +126,13 @@ def _largest_batch(config: Config, chosen: Kernels) -> int:
         and (record.dataset, record.mode, record.depth, record.width, record.precision)
         == (config.dataset.name, config.mode.name, config.depth, config.width, config.gpu.precision)
         and record.note == setup.note(config, task="max-batch")
-        and record.kernels in (chosen.name, "stock")
+        and record.kernels in ("stock", counted.name if record.predicted else chosen.name)
     ]
     best = max(found, key=lambda record: (not record.predicted, record.date), default=None)
     if best is None:
         asked = overrides(replace(config, task=TaskConfig(name="max-batch"), experiment="single"))
         command = records.as_text([*asked, f"results={config.results}"])
-        raise ValueError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
+        raise UserError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:
         raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")
     return int(best.value)

@@ -13,6 +13,7 @@ from torch import nn
 from blpa import kernels, memory, modes, records, steps
 from blpa.cells import departures, folder_name, overrides
 from blpa.config import Config, GpuConfig, ModeConfig
+from blpa.errors import UserError
 from blpa.kernels import Kernels
 from blpa.models.preact_resnet import PreActResNet
 from blpa.records import Record
@@ -40,11 +41,11 @@ def device(gpu: GpuConfig) -> torch.device:
     """The device that gpu.device names.
 
     Raises:
-        ValueError: it is cuda and there is none, or it cannot do what gpu.cuda_graph asks for.
+        UserError: it is cuda and there is none, or it cannot do what gpu.cuda_graph asks for.
     """
     has_cuda = torch.cuda.is_available()
     if gpu.device == "cuda" and not has_cuda:
-        raise ValueError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
+        raise UserError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
     found = torch.device("cuda" if has_cuda and gpu.device != "cpu" else "cpu")
     steps.uses_cuda_graph(gpu, found)
     return found
@@ -67,15 +68,15 @@ def load_weights(model: nn.Module, file: Path) -> None:
     """Give a model the weights of a checkpoint, of whatever mode: task.checkpoint.
 
     Raises:
-        ValueError: there is no such file, or it holds other weights.
+        UserError: there is no such file, or it holds other weights.
     """
     if not file.is_file():
-        raise ValueError(f"task.checkpoint={file}: there is no such file")
+        raise UserError(f"task.checkpoint={file}: there is no such file")
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
     except (RuntimeError, LookupError, EOFError, TypeError, pickle.UnpicklingError) as error:  # as any file may end
         reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-        raise ValueError(f"task.checkpoint={file} holds no weights of this network ({reason})") from error
+        raise UserError(f"task.checkpoint={file} holds no weights of this network ({reason})") from error
 
 
 def training_step(config: Config, batch: int, chosen: Kernels, device: torch.device) -> Callable[[], object]:
@@ -103,10 +104,10 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
     """Count a training step of the configured network at some batch on the meta device, in fp32.
 
     Raises:
-        ValueError: another precision than fp32 or tf32, which are alike in bytes.
+        UserError: another precision than fp32 or tf32, which are alike in bytes.
     """
     if config.gpu.precision == "bf16":
-        raise ValueError("gpu.precision=bf16 cannot be predicted: bytes are counted in fp32; choose fp32 or tf32")
+        raise UserError("gpu.precision=bf16 cannot be predicted: bytes are counted in fp32; choose fp32 or tf32")
     size, channels = config.dataset.image_size, config.dataset.image_channels
     _forget_graphs(config)
     with META:
@@ -131,12 +132,12 @@ def on_card(config: Config, card_bytes: int) -> Config:
     """The run with its budget in numbers: gpu.memory_gib=null is the card's own memory.
 
     Raises:
-        ValueError: there is no card whose memory it could be.
+        UserError: there is no card whose memory it could be.
     """
     if config.gpu.memory_gib is not None:
         return config
     if not card_bytes:
-        raise ValueError("gpu.memory_gib=null: here is no GPU to take it from; name a card, gpu=gtx1080ti, or its GiB")
+        raise UserError("gpu.memory_gib=null: here is no GPU to take it from; name a card, gpu=gtx1080ti, or its GiB")
     return replace(config, gpu=replace(config.gpu, memory_gib=round(card_bytes / memory.GIB, 2)))
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from types import FrameType
 
-from blpa.budget import OUT_OF_TIME
+from blpa.errors import OutOfTime
 
 
 def run(arguments: list[str], jobs: int) -> int:
@@ -21,7 +21,7 @@ def run(arguments: list[str], jobs: int) -> int:
         jobs: how many processes.
 
     Returns:
-        The exit code: that of the last process that failed, else 128 + signal, else OUT_OF_TIME if cells are left.
+        The exit code: that of the last process that failed, else 128 + signal, else OutOfTime's if cells are left.
     """
     command = [sys.executable, "-m", "blpa.runners.cli", *arguments, "jobs=1"]
     # Threads of more processes than there are cores would mostly wait for each other.
@@ -46,7 +46,7 @@ def run(arguments: list[str], jobs: int) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    failed = [code if code > 0 else 128 - code for code in codes if code not in (0, OUT_OF_TIME)]
+    failed = [code if code > 0 else 128 - code for code in codes if code not in (0, OutOfTime.exit_code)]
     if failed or received:
         return failed[-1] if failed else 128 + received[0]
-    return OUT_OF_TIME if OUT_OF_TIME in codes else 0
+    return OutOfTime.exit_code if OutOfTime.exit_code in codes else 0

@@ -13,10 +13,10 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from blpa import budget, records
-from blpa.budget import OUT_OF_TIME
 from blpa.cells import folder_name, overrides
 from blpa.config import Config
-from blpa.locks import Busy, alone_in
+from blpa.errors import Busy, OutOfTime
+from blpa.locks import alone_in
 from blpa.runners.failures import judge
 
 BEGINNING_SECONDS = 60.0
@@ -34,7 +34,7 @@ def run_all(configs: list[Config]) -> int:
             else before the first that might not end in time.
 
     Returns:
-        The exit code: that of the last cell that failed, or else OUT_OF_TIME where cells are left.
+        The exit code: that of the last cell that failed, or else OutOfTime's where cells are left.
     """
     failure = failed = skipped = done = busy = 0
     longest = before = 0.0
@@ -55,7 +55,7 @@ def run_all(configs: list[Config]) -> int:
         if exit_code == Busy.exit_code:
             busy += 1
             continue
-        if exit_code == OUT_OF_TIME:
+        if exit_code == OutOfTime.exit_code:
             break
         if exit_code > 128:
             return exit_code
@@ -69,7 +69,7 @@ def run_all(configs: list[Config]) -> int:
         f"{elsewhere}{out_of_time}; {_minutes(time.monotonic() - began)}",
         file=sys.stderr,
     )
-    return failure or (OUT_OF_TIME if cells_left else 0)
+    return failure or (OutOfTime.exit_code if cells_left else 0)
 
 
 def has_time_for(config: Config, seconds: float) -> bool:
@@ -92,7 +92,7 @@ def is_finished(config: Config) -> bool:
     found = [r for r in (*records.known(run_dir), *records.diverged(run_dir)) if r.command == command]
     if not found:
         return False
-    if config.task.name == "memory" or config.gpu.device == "cpu":
+    if config.task.name in ("memory", "thresholds") or config.gpu.device == "cpu":
         return True
     return any(record.cuda for record in found) or not importlib.import_module("torch").cuda.is_available()
 
@@ -125,7 +125,7 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
         if records_failure and exit_code == Busy.exit_code:
             print("another process is at it", file=sys.stderr)
             return Busy.exit_code
-        if records_failure and exit_code != OUT_OF_TIME and (exit_code or 1) < 128 and folder_name(config):
+        if records_failure and exit_code != OutOfTime.exit_code and (exit_code or 1) < 128 and folder_name(config):
             _record_failure(config, reason, time.monotonic() - began)
         return refuse(reason, exit_code or 1)
     return 0

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from blpa import records
 from blpa.codec import Code
 from blpa.config import Config
+from blpa.errors import UserError
 from blpa.kernels.reference import REFERENCE
 from blpa.records import Record
 from blpa.runners import plots, setup
@@ -37,12 +38,12 @@ def run(config: Config) -> list[Record]:
         The shares of all channels, in percent; n is how many there are.
 
     Raises:
-        ValueError: no weights are given, or not of this network, or the mode has no code.
+        UserError: no weights are given, or not of this network, or the mode has no code.
     """
     if not config.task.checkpoint:
-        raise ValueError("task=thresholds looks at trained weights: name a file of them, task.checkpoint=")
+        raise UserError("task=thresholds looks at trained weights: name a file of them, task.checkpoint=")
     if config.mode.bits is None:
-        raise ValueError(f"mode={config.mode.name}: keeps no codes; name one that does, mode=4bit")
+        raise UserError(f"mode={config.mode.name}: keeps no codes; name one that does, mode=4bit")
     results, run_dir = Path(config.results), setup.run_folder(config)
     code = Code(config.mode.bits, config.mode.clip)
     gammas, betas = zip(*_units(config), strict=True)

@@ -21,7 +21,7 @@ def run(config: Config) -> list[Record]:
         Test error (%), training time (s) and speed (samples/s), as written to results/runs/<run>/records.json.
 
     Raises:
-        ValueError: the machine or the data cannot do what the configuration asks for.
+        UserError: the machine or the data cannot do what the configuration asks for.
         Stopped: the training came to a stop before its end (see training.py).
     """
     run_dir = setup.run_folder(config)
