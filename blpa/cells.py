@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from blpa.config import CONF, Config, options
+from blpa.config import CONF, USED_BY, Config, options
 
 NOT_DECIDING = {"dataset.root", "dataset.download", "task.checkpoint_every", "task.keep_every"}
 """Where a run reads and what it writes on its way, not what it is."""
@@ -101,7 +101,8 @@ def _changed(config: Config, group: str, option: str, experiment: str = "single"
     base: Any = OmegaConf.to_container(OmegaConf.merge(schema, of_option, of_experiment.get(group, {})))
     for value in fields(values):
         key, given = f"{group}.{value.name}", getattr(values, value.name)
-        if key not in NOT_DECIDING and given != base[value.name]:
+        is_used = group != "task" or config.task.name in USED_BY.get(value.name, ())
+        if is_used and key not in NOT_DECIDING and given != base[value.name]:
             yield key, given
 
 

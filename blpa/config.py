@@ -134,6 +134,21 @@ class TaskConfig:
     thresholds looks at."""
 
 
+USED_BY = {
+    "evaluate_every": ("train",),
+    "checkpoint_every": ("train",),
+    "keep_every": ("train",),
+    "steps": ("runtime", "kernels", "gradient-error"),
+    "modes": ("runtime",),
+    "tables": ("tables",),
+    "elements": ("kernels",),
+    "resolution": ("max-batch",),
+    "largest_batch": ("runtime",),
+    "checkpoint": ("gradient-error", "thresholds"),
+}
+"""The tasks that each value of TaskConfig is for."""
+
+
 @dataclass
 class Config:
     """One run."""

@@ -60,25 +60,25 @@ class BatchNormReLU(nn.BatchNorm2d):
 
     def forward(self, x: Tensor, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """A [N, C, H, W] of x; it may take the place of x if `overwrite_x` says that x is not read again."""
-        return Activation(*ops.batch_norm_relu(x, self.weight, self.bias, **self._options(overwrite_x)))
+        return Activation(*ops.batch_norm_relu(x, self.weight, self.bias, self._batch_norm(overwrite_x)))
 
-    def _options(self, overwrite_x: bool) -> ops.BatchNormOptions:
+    def _batch_norm(self, overwrite_x: bool) -> ops.BatchNorm:
         """What ops need besides x and the parameters."""
         momentum = self.momentum
         if momentum is None:  # each of the batches has the same weight, this one too
             momentum = 1 / (int(self.num_batches_tracked) + 1) if self.num_batches_tracked is not None else 0.0
-        return {
-            "code": self.code,
-            "running_mean": self.running_mean,
-            "running_var": self.running_var,
-            "num_batches_tracked": self.num_batches_tracked,
-            "training": self.training,
-            "momentum": momentum,
-            "eps": self.eps,
-            "overwrite_x": overwrite_x,
-            "forward_from_code": self.forward_from_code,
-            "kernels": self.kernels,
-        }
+        return ops.BatchNorm(
+            code=self.code,
+            running_mean=self.running_mean,
+            running_var=self.running_var,
+            num_batches_tracked=self.num_batches_tracked,
+            training=self.training,
+            momentum=momentum,
+            eps=self.eps,
+            overwrite_x=overwrite_x,
+            forward_from_code=self.forward_from_code,
+            kernels=self.kernels,
+        )
 
     def extra_repr(self) -> str:
         """The stock module's, and the code."""
@@ -122,9 +122,8 @@ class Conv2d(nn.Conv2d):
         bn = batch_norm_relu
         if not self._is_one_with(bn):
             return cast(Tensor, self(bn(x, overwrite_x=overwrite_x)))
-        options = bn._options(overwrite_x)
         return ops.batch_norm_relu_conv2d(
-            x, bn.weight, bn.bias, self.weight, convolution=self._convolution(), **options
+            x, bn.weight, bn.bias, self.weight, bn._batch_norm(overwrite_x), convolution=self._convolution()
         )
 
     def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +132,7 @@ class Conv2d(nn.Conv2d):
         if not self._is_one_with(bn):
             return cast(Tensor, self(bn(x))), x
         return ops.batch_norm_relu_conv2d_with_shortcut(
-            x, bn.weight, bn.bias, self.weight, convolution=self._convolution(), **bn._options(False)
+            x, bn.weight, bn.bias, self.weight, bn._batch_norm(overwrite_x=False), convolution=self._convolution()
         )
 
     def _is_one_with(self, bn: nn.BatchNorm2d) -> TypeGuard[BatchNormReLU]:

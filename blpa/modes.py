@@ -13,7 +13,7 @@
 The names and their values are the files of conf/mode.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blpa.codec import Code
 from blpa.compiling import Compiler
@@ -60,12 +60,7 @@ class Mode:
 
         Its backward pass is the first to run, so a code would be made only to be decoded at once: it keeps its input.
         """
-        if self.layers != "coded":
-            return StockBatchNormReLU(channels, eps=EPS)
-        code = self.code if self.forward_from_code else None
-        return BatchNormReLU(
-            channels, eps=EPS, code=code, forward_from_code=self.forward_from_code, kernels=self.kernels
-        )
+        return replace(self, code=self.code if self.forward_from_code else None).batch_norm_relu(channels)
 
     def conv2d(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d | StockConv2d:
         """A unit's convolution, padded by half its kernel: Activation -> out."""

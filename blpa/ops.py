@@ -21,7 +21,7 @@ Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.
 """
 
 from dataclasses import dataclass
-from typing import Any, Required, TypedDict, Unpack, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,54 +37,78 @@ from blpa.kernels.reference import REFERENCE
 _PLAIN = Convolution()
 
 
-@dataclass(frozen=True)
-class _Statistics:
-    """Which statistics normalise x; the arguments of batch_norm_relu of the same names."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class BatchNorm:
+    """How a batch norm and ReLU computes and what it keeps: everything but x, gamma and beta.
 
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    num_batches_tracked: Tensor | None
-    training: bool
-    momentum: float
-    eps: float
+    Args:
+        code: the code to keep; None keeps x itself, at full precision.
+        running_mean: running average [C], updated in training, used in evaluation; None uses the statistics of x.
+        running_var: the same for the unbiased variance.
+        num_batches_tracked: batches that the averages have seen, int64 [], counted in training; None is not counted.
+        training: normalise by the statistics of x, or else by the running averages.
+        momentum: weight of the new value in the running averages.
+        eps: added to the variance.
+        overwrite_x: x is not read again, so a may take its place (it does not where x is what is kept, or is copied).
+        forward_from_code: a is decoded from the codes in the forward pass too, and gradients pass as if it were not:
+            the paper's naive baseline.
+        kernels: the back end.
+
+    Raises:
+        ValueError: forward_from_code has no code.
+    """
+
+    code: Code | None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    num_batches_tracked: Tensor | None = None
+    training: bool = True
+    momentum: float = 0.1
+    eps: float = 1e-3
+    overwrite_x: bool = False
+    forward_from_code: bool = False
+    kernels: Kernels = REFERENCE
+
+    def __post_init__(self) -> None:
+        """Refuse what has no meaning."""
+        if self.forward_from_code and self.code is None:
+            raise ValueError("forward_from_code needs a code, and code is None")
 
     @property
-    def are_constant(self) -> bool:
-        """Whether they do not depend on x."""
+    def has_constant_stats(self) -> bool:
+        """Whether the statistics that normalise x do not depend on it."""
         return not self.training and self.running_mean is not None and self.running_var is not None
 
-    def norm(self, x: Tensor, gamma: Tensor, beta: Tensor, code: Code | None, kernels: Kernels) -> Tensor:
+    def vectors(self, x: Tensor, gamma: Tensor, beta: Tensor, code: Code | None) -> Tensor:
         """Norm [9, C] for x [M, C]; in training the running averages move towards its statistics."""
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
-            return kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code)
+            return self.kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code)
         if self.training:
             averages = Averages(mean, var, self.momentum, self.num_batches_tracked)
-            return kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code, averages=averages)
+            return self.kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code, averages=averages)
         var = var.to(compute_dtype(x.dtype))
         return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
 
 
 @dataclass(frozen=True)
-class _Forward:
-    """The forward pass of one batch norm and ReLU."""
+class _Unit:
+    """One batch norm and ReLU, for an x that was looked at."""
 
-    statistics: _Statistics
+    bn: BatchNorm
     layout: Layout
     overwrite: bool
     """a takes the place of x."""
-    from_code: bool
-    """a is decoded from the codes."""
 
     def __call__(self, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Kept]:
-        """Run it: a, and what is kept."""
+        """Its forward pass: a, and what is kept."""
         code, kernels = self.layout.code, self.layout.kernels
         x_rows = rows(x)
-        vectors = self.statistics.norm(x_rows, gamma, beta, code, kernels)
+        vectors = self.bn.vectors(x_rows, gamma, beta, code)
         a = x if self.overwrite else torch.empty_like(x)
         a_rows = x_rows if self.overwrite else rows(a)
         codes = kernels.normalise_rectify_encode(x_rows, vectors, code=code, out=a_rows)
-        if self.from_code:
+        if self.bn.forward_from_code:
             assert codes is not None
             kernels.decode(codes, vectors, code=code, out=a_rows)
         return a, Kept(x if codes is None else codes, vectors, self.layout)
@@ -103,12 +127,12 @@ class _BatchNormReLU(torch.autograd.Function):
     """x, gamma, beta -> a; appends the Kept to `keep`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, forward: _Forward, keep: list[Kept]) -> Tensor:
-        a, kept = forward(x, gamma, beta)
-        if forward.overwrite:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, unit: _Unit, keep: list[Kept]) -> Tensor:
+        a, kept = unit(x, gamma, beta)
+        if unit.overwrite:
             ctx.mark_dirty(x)
         kept.save(ctx)
-        ctx.constant_stats = forward.statistics.are_constant
+        ctx.constant_stats = unit.bn.has_constant_stats
         keep.append(kept)
         return a
 
@@ -142,14 +166,14 @@ class _BatchNormReLUConv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, forward: _Forward, convolution: Convolution
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, unit: _Unit, convolution: Convolution
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        a, kept = forward(x, gamma, beta)
+        a, kept = unit(x, gamma, beta)
         kept.save(ctx, weight)
-        ctx.constant_stats = forward.statistics.are_constant
+        ctx.constant_stats = unit.bn.has_constant_stats
         ctx.convolution = convolution
-        return convolution(a, weight), None if forward.overwrite else x
+        return convolution(a, weight), None if unit.overwrite else x
 
     @staticmethod
     @once_differentiable
@@ -196,36 +220,7 @@ def average_pool(x: Tensor, stride: int) -> Tensor:
     return cast(Tensor, _AveragePool.apply(x, stride))
 
 
-class BatchNormOptions(TypedDict, total=False):
-    """Keyword arguments of every batch norm and ReLU here; `code` has no default."""
-
-    code: Required[Code | None]
-    """The code to keep; None keeps x itself, at full precision."""
-    running_mean: Tensor | None
-    """Running average [C], updated in training, used in evaluation; None, the default, uses the statistics of x."""
-    running_var: Tensor | None
-    """The same for the unbiased variance."""
-    num_batches_tracked: Tensor | None
-    """How many batches the averages have seen, int64 [], counted in training; None, the default, is not counted."""
-    training: bool
-    """Normalise by the statistics of x, which is the default, or else by the running averages."""
-    momentum: float
-    """Weight of the new value in the running averages, 0.1 by default."""
-    eps: float
-    """Added to the variance, 1e-3 by default."""
-    overwrite_x: bool
-    """x is not read again, so a may take its place (it does not where x is what is kept, or is copied); default False.
-    """
-    forward_from_code: bool
-    """a is decoded from the codes in the forward pass too, and gradients pass as if it were not: the paper's naive
-    baseline; default False."""
-    kernels: Kernels
-    """The back end, plain PyTorch by default."""
-
-
-def batch_norm_relu(
-    x: Tensor, gamma: Tensor, beta: Tensor, **options: Unpack[BatchNormOptions]
-) -> tuple[Tensor, Kept | None]:
+def batch_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> tuple[Tensor, Kept | None]:
     """Normalise, scale and rectify x, and keep a code of it for the backward pass.
 
     a = max(gamma (x - mean) / sqrt(var + eps) + beta, 0)
@@ -234,7 +229,7 @@ def batch_norm_relu(
         x: float [N, C, H, W]; channels-last, else it is copied into that.
         gamma: scale [C], of either sign or zero.
         beta: shift [C].
-        options: see BatchNormOptions.
+        bn: the rest.
 
     Returns:
         a [N, C, H, W], channels-last, and what the convolutions that read a need; None in place of that where no
@@ -242,14 +237,14 @@ def batch_norm_relu(
 
     Raises:
         ValueError: x is not floating point [N, C, H, W], gamma or beta is not [C], training has one value per channel
-            only, forward_from_code has no code, or overwrite_x would overwrite a leaf.
+            only, or overwrite_x would overwrite a leaf.
 
     Source: Chakrabarti and Moseley, section 3; eps as theirs.
     """
     recording = _is_recording(x, gamma, beta)
-    x, forward = _prepare(x, gamma, beta, recording=recording, **options)
+    x, unit = _prepare(x, gamma, beta, bn, recording=recording)
     keep: list[Kept] = []
-    a = _BatchNormReLU.apply(x, gamma, beta, forward, keep)
+    a = _BatchNormReLU.apply(x, gamma, beta, unit, keep)
     if not recording:
         return a, None
     keep[0].made_a_version = a._version
@@ -292,9 +287,9 @@ def batch_norm_relu_conv2d(
     gamma: Tensor,
     beta: Tensor,
     weight: Tensor,
+    bn: BatchNorm,
     *,
     convolution: Convolution = _PLAIN,
-    **options: Unpack[BatchNormOptions],
 ) -> Tensor:
     """Batch norm, ReLU and the only convolution that reads them, in one.
 
@@ -302,12 +297,12 @@ def batch_norm_relu_conv2d(
     place of the gradient between them.
 
     Args:
-        x: as batch_norm_relu; so are gamma, beta and options.
+        x: as batch_norm_relu; so are gamma, beta and bn.
         gamma: scale [C].
         beta: shift [C].
         weight: as conv2d; so is convolution.
+        bn: the rest.
         convolution: its stride, padding, dilation and groups.
-        options: see BatchNormOptions.
 
     Returns:
         out [N, C_out, H_out, W_out].
@@ -318,10 +313,10 @@ def batch_norm_relu_conv2d(
     Source: Chakrabarti and Moseley, section 3.
     """
     if not _is_recording(x, gamma, beta):
-        a, _ = batch_norm_relu(x, gamma, beta, **options)
+        a, _ = batch_norm_relu(x, gamma, beta, bn)
         return convolution(a, weight)
-    x, forward = _prepare(x, gamma, beta, recording=True, **options)
-    out, _ = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward, convolution)
+    x, unit = _prepare(x, gamma, beta, bn, recording=True)
+    out, _ = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, unit, convolution)
     return cast(Tensor, out)
 
 
@@ -330,9 +325,9 @@ def batch_norm_relu_conv2d_with_shortcut(
     gamma: Tensor,
     beta: Tensor,
     weight: Tensor,
+    bn: BatchNorm,
     *,
     convolution: Convolution = _PLAIN,
-    **options: Unpack[BatchNormOptions],
 ) -> tuple[Tensor, Tensor]:
     """batch_norm_relu_conv2d, for an x that a shortcut reads as well.
 
@@ -340,12 +335,12 @@ def batch_norm_relu_conv2d_with_shortcut(
     gradient comes in by the x that is returned, and the pass that writes dX adds it.
 
     Args:
-        x: as batch_norm_relu_conv2d; so are the others. `overwrite_x` is not for an x that is read again.
+        x: as batch_norm_relu_conv2d; so are the others.
         gamma: scale [C].
         beta: shift [C].
         weight: as conv2d.
+        bn: the rest; its overwrite_x is not for an x that is read again.
         convolution: its stride, padding, dilation and groups.
-        options: see BatchNormOptions.
 
     Returns:
         out [N, C_out, H_out, W_out], and x for the shortcut.
@@ -355,12 +350,12 @@ def batch_norm_relu_conv2d_with_shortcut(
 
     Source: the sum is He et al. 2016's; the rest is Chakrabarti and Moseley, section 3.
     """
-    if options.get("overwrite_x"):
+    if bn.overwrite_x:
         raise ValueError("overwrite_x = True, but a shortcut reads x again")
     if not (_is_recording(x, gamma, beta) and x.is_contiguous(memory_format=torch.channels_last)):
-        return batch_norm_relu_conv2d(x, gamma, beta, weight, convolution=convolution, **options), x
-    x, forward = _prepare(x, gamma, beta, recording=True, **options)
-    out, x_again = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward, convolution)
+        return batch_norm_relu_conv2d(x, gamma, beta, weight, bn, convolution=convolution), x
+    x, unit = _prepare(x, gamma, beta, bn, recording=True)
+    out, x_again = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, unit, convolution)
     return cast(Tensor, out), cast(Tensor, x_again)
 
 
@@ -368,42 +363,21 @@ def _is_recording(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _prepare(
-    x: Tensor,
-    gamma: Tensor,
-    beta: Tensor,
-    *,
-    recording: bool,
-    code: Code | None,
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    num_batches_tracked: Tensor | None = None,
-    training: bool = True,
-    momentum: float = 0.1,
-    eps: float = 1e-3,
-    overwrite_x: bool = False,
-    forward_from_code: bool = False,
-    kernels: Kernels = REFERENCE,
-) -> tuple[Tensor, _Forward]:
-    """Check the arguments of a batch norm and ReLU: x, channels-last, and its forward pass."""
+def _prepare(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, recording: bool) -> tuple[Tensor, _Unit]:
+    """Check the arguments of a batch norm and ReLU: x, channels-last, and what is done to it."""
     if not x.is_floating_point() or x.dim() != 4 or not x.numel():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
     for name, vector in (("gamma", gamma), ("beta", beta)):
         if vector.shape != x.shape[1:2]:
             raise ValueError(f"{name} is {list(vector.shape)}: must be [{x.shape[1]}], one value for each channel of x")
-    if training and x.numel() <= x.shape[1]:
+    if bn.training and x.numel() <= x.shape[1]:
         raise ValueError(f"x is {list(x.shape)}: training needs more than one value per channel")
-    if forward_from_code and code is None:
-        raise ValueError("forward_from_code needs a code, and code is None")
 
     channels_last = x.contiguous(memory_format=torch.channels_last)
-    code = code if recording or forward_from_code else None
+    code = bn.code if recording or bn.forward_from_code else None
     keeps_x = recording and code is None
-    overwrite = (overwrite_x or channels_last is not x) and not keeps_x
+    overwrite = (bn.overwrite_x or channels_last is not x) and not keeps_x
     owner = channels_last._base if channels_last._base is not None else channels_last
     if overwrite and recording and owner.is_leaf and owner.requires_grad:
         raise ValueError("overwrite_x = True, but x is a leaf that requires grad: its gradient is of the value it has")
-    statistics = _Statistics(running_mean, running_var, num_batches_tracked, training, momentum, eps)
-    return channels_last, _Forward(
-        statistics, Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), code, kernels), overwrite, forward_from_code
-    )
+    return channels_last, _Unit(bn, Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), code, bn.kernels), overwrite)

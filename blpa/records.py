@@ -38,7 +38,7 @@ class Record:
     experiment: str
     """The group of table cells the run belongs to."""
     task: str
-    """What measured it: train, runtime, max-batch, memory or gradient-error."""
+    """What measured it, an option of the group task: train, runtime, max-batch."""
     metric: str
     """What was measured: test_error_percent."""
     unit: str

@@ -103,6 +103,11 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         ("--multrun", "unknown flag --multrun, did you mean --multirun?"),
         ("seed=0,1", "seed=0,1 names several values: add -m to run each of them"),
         ("mode=exact,4bit", "mode=exact,4bit names several values: add -m"),
+        ("task.steps=3", "task.steps is not for task=train: it is for runtime, kernels, gradient-error"),
+        (
+            "dataset.image_size=10",
+            "dataset.image_size=10 is not allowed: it is a multiple of 4, for it is halved twice",
+        ),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(

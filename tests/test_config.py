@@ -1,10 +1,12 @@
 """blpa/config.py: every option is a valid configuration, and every mistake is one line that names the value."""
 
 from contextlib import nullcontext
+from dataclasses import fields
 
 import pytest
 
 from blpa.config import (
+    USED_BY,
     Config,
     DatasetConfig,
     GpuConfig,
@@ -218,3 +220,8 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "bench-times-wide", "bench-training", "demo", "demo-batches", "demo-gradients", "demo-times", "gradients",
         "single", "table1", "table2", "table2-wide", "table3", "table3-wide",
     ]  # fmt: skip
+
+
+def test_every_value_of_a_task_is_for_a_task() -> None:
+    assert set(USED_BY) == {value.name for value in fields(TaskConfig)} - {"name"}
+    assert {task for tasks in USED_BY.values() for task in tasks} <= set(options("task"))

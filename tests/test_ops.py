@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from blpa.codec import Code
 from blpa.convolution import Convolution
 from blpa.ops import (
+    BatchNorm,
     average_pool,
     batch_norm_relu,
     batch_norm_relu_conv2d,
@@ -76,7 +77,7 @@ def by_one_conv(conv: Callable[..., Tensor], a: Tensor, x: Tensor, w: list[Tenso
 def ours(i: Inputs, read: Read, w: list[Tensor], code: Code | None, **options: Any) -> Tensor:
     """Out of the ops."""
     x = i.x.clone()  # no leaf, so that it may be overwritten
-    a, kept = batch_norm_relu(x, i.gamma, i.beta, code=code, eps=EPS, **clones(i.averages), **options)
+    a, kept = batch_norm_relu(x, i.gamma, i.beta, BatchNorm(code=code, eps=EPS, **clones(i.averages), **options))
     return read(lambda a, weight, **how: conv2d(a, kept, weight, convolution=Convolution(**how)), a, x, w)
 
 
@@ -89,9 +90,8 @@ def in_two(i: Inputs, weight: Tensor, code: Code | None, **options: Any) -> Tens
 
 
 def in_one(i: Inputs, weight: Tensor, code: Code | None, **options: Any) -> Tensor:
-    return batch_norm_relu_conv2d(
-        i.x.clone(), i.gamma, i.beta, weight, convolution=PADDED, code=code, eps=EPS, **clones(i.averages), **options
-    )
+    bn = BatchNorm(code=code, eps=EPS, **clones(i.averages), **options)
+    return batch_norm_relu_conv2d(i.x.clone(), i.gamma, i.beta, weight, bn, convolution=PADDED)
 
 
 both_ways = pytest.mark.parametrize("unit", [in_two, in_one])
@@ -137,7 +137,7 @@ def test_gradcheck_of_batch_norm_relu(training: bool) -> None:
     i = inputs()
 
     def function(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        return batch_norm_relu(x, gamma, beta, code=None, training=training, **clones(i.averages))[0]
+        return batch_norm_relu(x, gamma, beta, BatchNorm(code=None, training=training, **clones(i.averages)))[0]
 
     assert torch.autograd.gradcheck(function, i.leaves)
 
@@ -147,7 +147,7 @@ def test_gradcheck_through_the_convolution(training: bool) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
 
     def function(x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor) -> Tensor:
-        a, kept = batch_norm_relu(x, gamma, beta, code=None, training=training, **clones(i.averages))
+        a, kept = batch_norm_relu(x, gamma, beta, BatchNorm(code=None, training=training, **clones(i.averages)))
         return conv2d(a, kept, weight, convolution=PADDED)
 
     assert torch.autograd.gradcheck(function, [*i.leaves, *w])
@@ -186,9 +186,10 @@ def test_in_one_and_in_two_are_the_same_bits(
         averages = clones(i.averages)
         arguments = i.x * 1, i.gamma, i.beta
         if fused:
-            out = batch_norm_relu_conv2d(*arguments, *w, convolution=convolution, code=code, **averages, **options)
+            bn = BatchNorm(code=code, **averages, **options)
+            out = batch_norm_relu_conv2d(*arguments, *w, bn, convolution=convolution)
         else:
-            a, kept = batch_norm_relu(*arguments, code=code, **averages, **options)
+            a, kept = batch_norm_relu(*arguments, BatchNorm(code=code, **averages, **options))
             out = conv2d(a, kept, *w, convolution=convolution)
         grad = random(*out.shape, seed=9)
         results.append([out, *averages.values(), *torch.autograd.grad(out, [*i.leaves, *w], grad)])
@@ -268,7 +269,7 @@ def test_frozen_inputs_leave_the_other_gradients_alone(code: Code | None, frozen
 def test_gradient_of_the_activation_itself() -> None:
     """Asked for together with that of x, which is made from it, and may not take its place."""
     i, w = inputs(), weights((2, 4, 3, 3))
-    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=Code(4)))
     loss = conv2d(a, kept, *w).square().sum()
     (alone,) = torch.autograd.grad(loss, [a], retain_graph=True)
     together, _ = torch.autograd.grad(loss, [a, i.x])
@@ -278,7 +279,7 @@ def test_gradient_of_the_activation_itself() -> None:
 def test_retained_gradient_of_the_activation() -> None:
     """By PyTorch, and by a hook that does not clone it."""
     i, w = inputs(), weights((2, 4, 3, 3))
-    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=Code(4)))
     loss = conv2d(a, kept, *w).square().sum()
     (expected,) = torch.autograd.grad(loss, [a], retain_graph=True)
     a.retain_grad()
@@ -293,10 +294,10 @@ def with_shortcut(
     i: Inputs, x: Tensor, weight: Tensor, code: Code | None, *, fused: bool, training: bool = True
 ) -> tuple[Tensor, Tensor]:
     """Out, and x for a shortcut."""
-    options = {"convolution": PADDED, "code": code, "eps": EPS, "training": training, **clones(i.averages)}
+    bn = BatchNorm(code=code, eps=EPS, training=training, **clones(i.averages))
     if fused:
-        return batch_norm_relu_conv2d_with_shortcut(x, i.gamma, i.beta, weight, **options)
-    return batch_norm_relu_conv2d(x, i.gamma, i.beta, weight, **options), x
+        return batch_norm_relu_conv2d_with_shortcut(x, i.gamma, i.beta, weight, bn, convolution=PADDED)
+    return batch_norm_relu_conv2d(x, i.gamma, i.beta, weight, bn, convolution=PADDED), x
 
 
 @all_codes
@@ -333,13 +334,13 @@ def test_a_shortcut_s_gradient_is_not_written_over(code: Code | None) -> None:
 def test_an_x_that_a_shortcut_reads_is_not_to_be_overwritten() -> None:
     i, (weight,) = inputs(), weights((5, 4, 3, 3))
     with pytest.raises(ValueError, match="overwrite_x = True, but a shortcut reads x again"):
-        batch_norm_relu_conv2d_with_shortcut(i.x * 1, i.gamma, i.beta, weight, code=None, overwrite_x=True)
+        batch_norm_relu_conv2d_with_shortcut(i.x * 1, *i.leaves[1:], weight, BatchNorm(code=None, overwrite_x=True))
 
 
 def test_zero_gamma_gets_its_gradient() -> None:
     """Departure 3: the authors' code clamps gamma to 1e-8 and more."""
     i = inputs()
-    a, _ = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    a, _ = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=Code(4)))
     a.backward(random(*a.shape, seed=9))
     assert i.gamma.grad[2] != 0  # its beta is positive
     assert i.gamma.grad[3] == 0  # its beta is negative: ReLU is off
@@ -394,7 +395,7 @@ def test_no_bit_of_the_forward_pass_depends_on_the_code(training: bool) -> None:
 def test_activation_is_that_of_stock_layers(code: Code | None, training: bool) -> None:
     i = inputs()
     stock = F.relu(F.batch_norm(i.x, **clones(i.averages), weight=i.gamma, bias=i.beta, training=training, eps=EPS))
-    a, _ = batch_norm_relu(i.x, i.gamma, i.beta, code=code, training=training, eps=EPS, **clones(i.averages))
+    a, _ = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code, training=training, eps=EPS, **clones(i.averages)))
     assert_all_close([a], [stock])
 
 
@@ -406,7 +407,7 @@ def test_running_averages_are_those_of_stock_layers(code: Code | None, momentum:
     for step in range(5):
         x = i.x * (step + 1) + step
         stock(x)
-        batch_norm_relu(x, i.gamma, i.beta, code=code, momentum=momentum, **averages)
+        batch_norm_relu(x, i.gamma, i.beta, BatchNorm(code=code, momentum=momentum, **averages))
     assert_all_close(averages.values(), [stock.running_mean, stock.running_var])
 
 
@@ -414,7 +415,7 @@ def test_running_averages_are_those_of_stock_layers(code: Code | None, momentum:
 def test_evaluation_leaves_the_running_averages_alone(code: Code | None) -> None:
     i = inputs()
     before = clones(i.averages)
-    batch_norm_relu(i.x, i.gamma, i.beta, code=code, training=False, **i.averages)
+    batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code, training=False, **i.averages))
     assert all(torch.equal(i.averages[name], before[name]) for name in before)
 
 
@@ -422,7 +423,7 @@ def test_evaluation_leaves_the_running_averages_alone(code: Code | None) -> None
 def test_evaluation_without_running_averages_takes_those_of_the_batch(code: Code | None) -> None:
     i = inputs()
     in_training, in_evaluation = (
-        batch_norm_relu(i.x, i.gamma, i.beta, code=code, training=training)[0] for training in (True, False)
+        batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code, training=training))[0] for training in (True, False)
     )
     assert torch.equal(in_evaluation, in_training)
 
@@ -430,12 +431,12 @@ def test_evaluation_without_running_averages_takes_those_of_the_batch(code: Code
 @pytest.mark.parametrize("code", CODES[:3], ids=str)
 def test_naive_baseline_feeds_the_decoded_activation_forward(code: Code) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
-    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code, forward_from_code=True)
-    exact, kept_by_exact = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code, forward_from_code=True))
+    exact, kept_by_exact = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code))
     assert not torch.equal(a, exact)
     assert torch.equal(a, kept_by_exact.decode(a.dtype))
     with torch.no_grad():
-        without_gradient, _ = batch_norm_relu(i.x, i.gamma, i.beta, code=code, forward_from_code=True)
+        without_gradient, _ = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code, forward_from_code=True))
     assert torch.equal(without_gradient, a)
     out = conv2d(a, kept, *w, convolution=PADDED)
     grad = random(*out.shape, seed=9)
@@ -448,7 +449,7 @@ def test_nothing_is_kept_where_no_gradient_is_recorded(code: Code | None) -> Non
     i, w = inputs(), weights((2, 4, 3, 3))
     expected = ours(i, by_one_conv, w, code)
     with torch.no_grad():
-        a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+        a, kept = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code))
         assert kept is None
         assert torch.equal(conv2d(a, kept, *w, convolution=PADDED), expected)
 
@@ -459,7 +460,7 @@ def test_nothing_is_kept_where_no_gradient_is_recorded(code: Code | None) -> Non
 @pytest.mark.parametrize("code", CODES[:3], ids=str)
 def test_codes_are_freed_by_the_backward_pass(code: Code) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
-    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code))
     codes = weakref.ref(kept.values)
     out = conv2d(a, kept, *w)
     del a, kept
@@ -470,7 +471,7 @@ def test_codes_are_freed_by_the_backward_pass(code: Code) -> None:
 
 def test_activation_is_not_kept() -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
-    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=Code(4)))
     out = conv2d(a, kept, *w)
     activation = weakref.ref(a)
     del a
@@ -482,7 +483,7 @@ def test_activation_is_not_kept() -> None:
 def test_bytes_kept(code: Code | None, values: int) -> None:
     """A unit of 3 x 5 x 4 pixels in 4 channels: 240 elements; and nine per-channel vectors in float32."""
     i = inputs(dtype=torch.float32)
-    _, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+    _, kept = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code))
     assert kept.nbytes == values + 9 * 4 * 4
 
 
@@ -493,7 +494,7 @@ def test_bytes_kept(code: Code | None, values: int) -> None:
 @pytest.mark.parametrize("reader", ["convolution", "convolution in one", "other"])
 def test_second_derivatives_are_refused(code: Code | None, reader: str) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
-    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=code)
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=code))
     out = {
         "convolution": lambda: conv2d(a, kept, *w),
         "convolution in one": lambda: in_one(i, w[0], code),
@@ -513,8 +514,8 @@ def weighted_sum(x: Tensor, code: Code | None, *, fused: bool = False) -> Tensor
     arguments = x, torch.ones(4).double(), torch.zeros(4).double()
     weight = random(2, 4, 3, 3)
     if fused:
-        return batch_norm_relu_conv2d(*arguments, weight, code=code).sum()
-    a, kept = batch_norm_relu(*arguments, code=code)
+        return batch_norm_relu_conv2d(*arguments, weight, BatchNorm(code=code)).sum()
+    a, kept = batch_norm_relu(*arguments, BatchNorm(code=code))
     return conv2d(a, kept, weight).sum()
 
 
@@ -573,7 +574,7 @@ def test_gamma_and_beta_may_change_before_the_backward_pass(code: Code | None, u
 def test_kept_input_changed_before_the_backward_pass_is_refused() -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     x = i.x * 1
-    a, kept = batch_norm_relu(x, i.gamma, i.beta, code=None)
+    a, kept = batch_norm_relu(x, i.gamma, i.beta, BatchNorm(code=None))
     loss = conv2d(a, kept, *w).sum()
     x.mul_(2)
     with pytest.raises(RuntimeError, match=r"modified by an inplace operation"):
@@ -594,7 +595,7 @@ def test_leaf_is_not_overwritten() -> None:
     for op, others in ((batch_norm_relu, []), (batch_norm_relu_conv2d, w)):
         for x in (i.x, i.x[:2]):
             with pytest.raises(ValueError, match=r"overwrite_x = True, but x is a leaf that requires grad"):
-                op(x, i.gamma, i.beta, *others, code=Code(4), overwrite_x=True)
+                op(x, i.gamma, i.beta, *others, BatchNorm(code=Code(4), overwrite_x=True))
 
 
 @both_ways
@@ -610,7 +611,7 @@ def test_where_the_weight_alone_is_trained_its_gradient_is_exact(unit: Unit) -> 
 
 def test_kept_of_another_shape_is_refused() -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
-    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, code=Code(4))
+    a, kept = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(code=Code(4)))
     with pytest.raises(ValueError, match=r"a is \[2, 4, 5, 4\], kept was made for \[3, 4, 5, 4\]"):
         conv2d(a[:2], kept, *w)
 
@@ -628,13 +629,12 @@ def test_kept_of_another_shape_is_refused() -> None:
 )
 def test_input_without_meaning_is_refused(x: Tensor, gamma: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        batch_norm_relu(x, gamma, torch.zeros(3), code=Code(4))
+        batch_norm_relu(x, gamma, torch.zeros(3), BatchNorm(code=Code(4)))
 
 
 def test_naive_baseline_without_a_code_is_refused() -> None:
-    i = inputs()
     with pytest.raises(ValueError, match=r"forward_from_code needs a code"):
-        batch_norm_relu(i.x, i.gamma, i.beta, code=None, forward_from_code=True)
+        BatchNorm(code=None, forward_from_code=True)
 
 
 # ---- average pooling ------------------------------------------------------------------------------------------------

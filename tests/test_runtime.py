@@ -13,8 +13,8 @@ from blpa.kernels.reference import REFERENCE
 from blpa.records import Record
 from blpa.runners import cli, runtime
 
-TINY = ["task=runtime", "dataset=digits", "depth=11", "width=0.25", "gpu=cpu", "gpu.kernels=torch", "task.steps=3",
-        "dataset.batch_size=10", "run=a"]  # fmt: skip
+NETWORK = ["dataset=digits", "depth=11", "width=0.25", "gpu=cpu", "gpu.kernels=torch", "dataset.batch_size=10", "run=a"]
+TINY = [*NETWORK, "task=runtime", "task.steps=3"]
 AT_LARGEST = ["gpu.memory_gib=0.502", "task.largest_batch=true"]
 
 
@@ -110,7 +110,7 @@ def test_a_mode_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch, capsy
 
 def found_batches(batches: dict[str, int], *, predicted: bool = True) -> None:
     for mode, batch in batches.items():
-        assert cli.main([*TINY, "task=max-batch", "gpu.memory_gib=0.502", f"mode={mode}"]) == 0
+        assert cli.main([*NETWORK, "task=max-batch", "gpu.memory_gib=0.502", f"mode={mode}"]) == 0
         (file,) = Path("results/runs").glob("a-max-batch-*/records.json")
         (record,) = records.read(file)
         changes = {"value": batch, "predicted": predicted, "device": "none" if predicted else "a card"}
@@ -133,7 +133,7 @@ def test_at_the_largest_batch_each_is_timed_at_its_own_and_measured_counts_befor
 def test_a_prediction_is_found_whatever_back_end_runs_here() -> None:
     """Max-batch counts by the one that auto takes on the meta device, which may be none that this machine has."""
     options = ["mode=4bit", "gpu.kernels=auto", "gpu.memory_gib=0.502"]
-    assert cli.main([*TINY, "task=max-batch", *options]) == 0
+    assert cli.main([*NETWORK, "task=max-batch", *options]) == 0
     (config,) = composed([*TINY, *options])
     assert runtime._largest_batch(config, REFERENCE) > 0
 

@@ -11,6 +11,8 @@ usage: blpa-run [-m] [--cfg] [group=option ...] [key=value ...]
   blpa-run task=kernels mode=4bit                bytes a second of each kernel function, beside a copy's
   blpa-run task=memory depth=164                 where the bytes of a training step go
   blpa-run task=gradient-error mode=4bit         how far the mode's gradients are from exact's
+  blpa-run task=thresholds task.checkpoint=FILE  where the ReLU's threshold lies in trained channels
+  blpa-run task=progress                         how far each training run is, and what to carry elsewhere
   blpa-run task=tables                           results/tables from everything that has been run
   blpa-run task=plots                            results/figures from everything that has been run
   blpa-run task=report                           all of it on one page, results/report.html

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from blpa.cells import folder_name, run_name
-from blpa.config import CONF, Config, check, options
+from blpa.config import CONF, USED_BY, Config, check, options
 from blpa.errors import UserError
 
 LAUNCHER = "hydra/launcher"
@@ -56,8 +56,11 @@ def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
     Raises:
         UserError: the first mistake found, in one line.
     """
-    found = list(_cells(overrides, multirun=multirun))
-    _refuse_shared_folders([cell.config for cell in found])
+    given = _parse(overrides)
+    found = list(_cells(given, multirun=multirun))
+    configs = [cell.config for cell in found]
+    _refuse_unused(given, configs)
+    _refuse_shared_folders(configs)
     return found
 
 
@@ -81,8 +84,8 @@ def checked(run: DictConfig) -> Config:
     return config
 
 
-def _cells(overrides: list[str], *, multirun: bool) -> Iterator[Cell]:
-    given = _parse(overrides)
+def _cells(given: dict[str, Override], *, multirun: bool) -> Iterator[Cell]:
+    given = dict(given)
     experiment = given.pop("experiment", None)
     for chosen in _values(experiment, multirun) if experiment else [""]:
         named = [chosen] if chosen else []
@@ -158,6 +161,15 @@ def _refuse_unless_option(group: str, value: str, allowed: list[str], more: str 
 def is_launchers(key: str) -> bool:
     """Whether a key chooses a launcher of Hydra's or sets a value of the chosen one."""
     return key == LAUNCHER or key.startswith("hydra.launcher.")
+
+
+def _refuse_unused(given: Iterable[str], configs: list[Config]) -> None:
+    """Refuse a value that no task of the sweep would look at; an experiment's own may be for others of its tasks."""
+    tasks = {config.task.name for config in configs}
+    for key in given:
+        used_by = USED_BY.get(key.removeprefix("task."))
+        if key.startswith("task.") and used_by and not tasks & set(used_by):
+            raise UserError(f"{key} is not for task={', '.join(sorted(tasks))}: it is for {', '.join(used_by)}")
 
 
 def _refuse_shared_folders(configs: list[Config]) -> None:

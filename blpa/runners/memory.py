@@ -75,7 +75,7 @@ def by_kind(counted: dict[str, TrainingBytes], batch: int) -> str:
         batch: samples.
     """
     rows = [
-        [f"{kind}", *(f"{total.step.kinds_at_peak.get(kind, 0) / batch / MIB:.3f}" for total in counted.values())]
+        [kind, *(f"{total.step.kinds_at_peak.get(kind, 0) / batch / MIB:.3f}" for total in counted.values())]
         for kind in KINDS
     ]
     rows.append(["peak of a step", *(f"{total.step.peak_bytes / batch / MIB:.3f}" for total in counted.values())])

@@ -1,7 +1,7 @@
 """Every figure, from curves.csv, records.csv and the tables of single runs alone: a fresh clone draws them again.
 
 Test error over the iterations, a line a mode; the network tables over depth; memory over one step; the error of each
-layer's gradient.
+layer's gradient; where the ReLU's thresholds lie.
 """
 
 import re
