@@ -193,13 +193,18 @@ def test_what_was_measured_without_a_gpu_is_not_finished_where_there_is_one(monk
 def test_time_left_is_that_of_the_cells_that_ran(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = iter(range(0, 10_000, 120))  # two minutes from one look at it to the next
-    monkeypatch.setattr(sweep.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(sweep, "run_cell", lambda config, records_failure: 0)
+    cells: list[Config] = []
+
+    def run_cell(config: Config, *, records_failure: bool) -> int:
+        cells.append(config)
+        return 0
+
+    monkeypatch.setattr(sweep.time, "monotonic", lambda: 120.0 * len(cells))  # two minutes a cell
+    monkeypatch.setattr(sweep, "run_cell", run_cell)
     assert cli.main([*TINY, "mode=exact,4bit,8bit,2bit"]) == 0
     told = re.findall(r"^\[\d/4\] .*\((.*)\)$", capsys.readouterr().err, re.MULTILINE)
     assert told == [
-        "2 min done", "4 min done, about 12 min left", "6 min done, about 6 min left", "8 min done, about 3 min left",
+        "0 s done", "2 min done, about 6 min left", "4 min done, about 4 min left", "6 min done, about 2 min left",
     ]  # fmt: skip
 
 

@@ -36,40 +36,48 @@ def run_all(configs: list[Config]) -> int:
     Returns:
         The exit code: that of the last cell that failed, or else OutOfTime's where cells are left.
     """
-    failure = failed = skipped = done = busy = 0
-    longest = before = 0.0
+    codes: list[int] = []
+    skipped, longest = 0, 0.0
     began = time.monotonic()
     for number, config in enumerate(configs):
         if is_finished(config):
             skipped += 1
             continue
-        ran, elapsed = done + failed + busy, time.monotonic() - began
-        longest, before = max(longest, elapsed - before), elapsed
-        if ran and not has_time_for(config, longest):
+        if codes and not has_time_for(config, longest):
             break
-        left = f", about {_minutes(elapsed / ran * (len(configs) - number))} left" if ran else ""
-        counts = f"{skipped} finished before, {failed} failed" if skipped or failed else ""
-        told = ", ".join(filter(None, [counts, f"{_minutes(elapsed)} done{left}"]))
-        print(f"[{number + 1}/{len(configs)}] {folder_name(config) or config.task.name} ({told})", file=sys.stderr)
-        exit_code = run_cell(config, records_failure=True)
-        if exit_code == Busy.exit_code:
-            busy += 1
-            continue
-        if exit_code == OutOfTime.exit_code:
+        _announce(f"[{number + 1}/{len(configs)}] {folder_name(config) or config.task.name}", codes, skipped, began,
+                  to_come=len(configs) - number)  # fmt: skip
+        cell_began = time.monotonic()
+        codes.append(run_cell(config, records_failure=True))
+        longest = max(longest, time.monotonic() - cell_began)
+        if codes[-1] > 128:
+            return codes[-1]
+        if codes[-1] == OutOfTime.exit_code:
             break
-        if exit_code > 128:
-            return exit_code
-        failure, failed, done = exit_code or failure, failed + (exit_code != 0), done + (exit_code == 0)
     skipped += sum(is_finished(config) for config in configs[number + 1 :])
-    cells_left = len(configs) - done - skipped - failed - busy
+    failures = _failures(codes)
+    busy, done = codes.count(Busy.exit_code), codes.count(0)
+    cells_left = len(configs) - done - skipped - len(failures) - busy
     elsewhere = f", {busy} under way in other processes" if busy else ""
     out_of_time = f", {cells_left} left when budget_minutes={configs[0].budget_minutes} were over" if cells_left else ""
     print(
-        f"{len(configs)} cells: {done} done, {skipped} finished before (resume=false does them again), {failed} failed"
-        f"{elsewhere}{out_of_time}; {_minutes(time.monotonic() - began)}",
+        f"{len(configs)} cells: {done} done, {skipped} finished before (resume=false does them again), "
+        f"{len(failures)} failed{elsewhere}{out_of_time}; {_minutes(time.monotonic() - began)}",
         file=sys.stderr,
     )
-    return failure or (OutOfTime.exit_code if cells_left else 0)
+    return failures[-1] if failures else OutOfTime.exit_code if cells_left else 0
+
+
+def _failures(codes: list[int]) -> list[int]:
+    return [code for code in codes if code not in (0, Busy.exit_code, OutOfTime.exit_code)]
+
+
+def _announce(cell: str, codes: list[int], skipped: int, began: float, *, to_come: int) -> None:
+    """Say which cell begins, what became of those before it, and how long those to come will take at their pace."""
+    elapsed, failed = time.monotonic() - began, len(_failures(codes))
+    counts = [f"{skipped} finished before, {failed} failed"] if skipped or failed else []
+    left = f", about {_minutes(elapsed / len(codes) * to_come)} left" if codes else ""
+    print(f"{cell} ({', '.join([*counts, f'{_minutes(elapsed)} done'])}{left})", file=sys.stderr)
 
 
 def has_time_for(config: Config, seconds: float) -> bool:
