@@ -1,7 +1,7 @@
 """The table of kernels: what part of a copy's bandwidth each function reaches, and one unit's time beside exact's."""
 
 from blpa.records import Record
-from blpa.runners.pages import Page, Section, commits, label, mode_order
+from blpa.runners.pages import Page, Section, commits, label, listed, mode_order
 
 SHARE = "_share_of_copy"
 OPENING = """\
@@ -38,8 +38,8 @@ def page(shown: list[Record]) -> Page:
     for conditions in dict.fromkeys(map(_conditions, shown)):
         under = [record for record in shown if _conditions(record) == conditions]
         said = (
-            f"torch {_listed({record.torch for record in under})}; triton {_listed({str(r.triton) for r in under})}; "
-            f"n = {_listed({str(record.n) for record in under})}; commit {commits(under)}."
+            f"torch {listed({record.torch for record in under})}; triton {listed({str(r.triton) for r in under})}; "
+            f"n = {listed({str(record.n) for record in under})}; commit {commits(under)}."
         )
         device, precision, command = conditions
         title = f"{precision}, {device}"
@@ -87,7 +87,3 @@ def _units(under: list[Record]) -> list[list[str]]:
 def _conditions(record: Record) -> tuple[str, str, str]:
     """What the cells of one table share: machine, precision, and the command that measured them."""
     return record.device, record.precision, record.command
-
-
-def _listed(values: set[str]) -> str:
-    return ", ".join(sorted(values))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from blpa.records import Record
 from blpa.runners import paper
-from blpa.runners.pages import Page, Section, commits, failure, images, label, mode_order
+from blpa.runners.pages import Page, Section, commits, failure, images, label, listed, mode_order
 
 Network = tuple[float, int]
 """Width and depth."""
@@ -58,15 +58,15 @@ def cells(table: Table, found: list[Record]) -> list[Record]:
         table: which.
         found: records of any task.
     """
-    by_cell: dict[tuple[object, ...], list[Record]] = {}
+    by_cell: dict[tuple[tuple[object, ...], bool, str], list[Record]] = {}
     for record in found:
         if record.task == table.task:
-            key = table.conditions(record), record.width, record.depth, record.mode, record.predicted, record.failure
-            by_cell.setdefault(key, []).append(record)
-    by_cell = {key: _newest_run(of_cell) for key, of_cell in by_cell.items()}
-    measured = {key[:4] for key in by_cell if not key[5]}
+            cell = table.conditions(record), record.width, record.depth, record.mode
+            by_cell.setdefault((cell, record.predicted, record.failure), []).append(record)
+    measured = {cell for cell, _, failed in by_cell if not failed}
     # A failure is shown where nothing was measured under the same conditions.
-    shown = [r for key, of_cell in by_cell.items() if not key[5] or key[:4] not in measured for r in of_cell]
+    kept = [runs for (cell, _, failed), runs in by_cell.items() if not failed or cell not in measured]
+    shown = [record for runs in kept for record in _newest_run(runs)]
     return sorted(shown, key=lambda r: (table.conditions(r), -r.width, -r.depth, mode_order(r.mode), r.metric))
 
 
@@ -88,10 +88,10 @@ def page(table: Table, shown: list[Record]) -> Page:
         under = [record for record in shown if table.conditions(record) == conditions]
         machines = {record.device for record in under if record.device != "none"} - set(conditions)
         said = [
-            f"torch {_listed({record.torch for record in under})}",
+            f"torch {listed({record.torch for record in under})}",
             f"commit {commits(under)}",
             f"n = {_range([record.n for record in under])}",
-            *([f"measured on {_listed(machines)}"] if machines else []),
+            *([f"measured on {listed(machines)}"] if machines else []),
         ]
         sections.append(Section(", ".join(conditions), rows(table, conditions, under), ["; ".join(said) + "."]))
     return Page(table.title, table.opening, sections, table.empty)
@@ -121,10 +121,6 @@ def rows(table: Table, conditions: tuple[str, ...], under: list[Record]) -> list
             found.append(["- in the paper", *(f"{table.scale * v:.4g}{table.unit}" if v else "-" for v in figures)])
     spreads = [_spread(by_cell, network) for network in networks]
     return [*found, [SPREAD, *spreads]] if any(spreads) else found
-
-
-def _listed(values: set[str]) -> str:
-    return ", ".join(sorted(values))
 
 
 def _range(values: list[int]) -> str:
@@ -177,56 +173,56 @@ def _papers_times(conditions: tuple[str, ...]) -> Mapping[tuple[int, float], Map
 
 TABLES = (
     Table(
-        "batches",
-        "max-batch",
-        "Largest batch",
-        """\
+        name="batches",
+        task="max-batch",
+        title="Largest batch",
+        opening="""\
 Samples in the largest batch whose training steps fit the memory, for networks of so many layers. `exact` is PyTorch's
 own layers; `exact, one copy a unit` is what the paper calls exact. Predicted: counted on the meta device, with an
 allowance for the CUDA context and workspaces taken off the memory. Written by `blpa-run task=tables`.
 """,
-        "blpa-run task=max-batch gpu=gtx1080ti",
-        lambda record: (f"{images(record.dataset)}-size images", record.precision, record.note),
-        _batch_text,
-        _papers_batches,
-        "largest_batch",
+        empty="blpa-run task=max-batch gpu=gtx1080ti",
+        conditions=lambda record: (f"{images(record.dataset)}-size images", record.precision, record.note),
+        text=_batch_text,
+        papers=_papers_batches,
+        metric="largest_batch",
     ),
     Table(
-        "times",
-        "runtime",
-        "Time a sample",
-        """\
+        name="times",
+        task="runtime",
+        title="Time a sample",
+        opening="""\
 Median time of a whole training step by the sample: forward, loss, backward, update. The ratio is the median over pairs
 of steps, the mode's and exact's one after the other. The paper's figures are from its own card, a GTX 1080 Ti. Written
 by `blpa-run task=tables`.
 """,
-        "blpa-run task=runtime",
-        lambda record: (
+        empty="blpa-run task=runtime",
+        conditions=lambda record: (
             f"{images(record.dataset)}-size images",
             record.precision,
             *filter(None, [f"batch {record.batch_size}" if "largest batch" not in record.note else "", record.note]),
             record.device,
         ),
-        _time_text,
-        _papers_times,
-        "seconds_per_sample",
-        1e3,
-        " ms",
+        text=_time_text,
+        papers=_papers_times,
+        metric="seconds_per_sample",
+        scale=1e3,
+        unit=" ms",
     ),
     Table(
-        "gradients",
-        "gradient-error",
-        "Error of the gradient",
-        """\
+        name="gradients",
+        task="gradient-error",
+        title="Error of the gradient",
+        opening="""\
 |g - g_exact| / |g_exact| over all weights of convolutions and classifier, and the cosine between the two, on the same
 weights and batches; medians over n batches. `exact, one copy a unit` is exact but for the order of rounding: its row is
 what rounding alone does. Last, what training lives with anyway: how far exact's own gradient of a batch is from the
 mean over batches, in units of that mean. Written by `blpa-run task=tables`.
 """,
-        "blpa-run task=gradient-error",
-        lambda record: (images(record.dataset), record.precision, f"batch {record.batch_size}", record.note),
-        _gradient_text,
-        lambda conditions: {},
-        "gradient_error",
+        empty="blpa-run task=gradient-error",
+        conditions=lambda record: (images(record.dataset), record.precision, f"batch {record.batch_size}", record.note),
+        text=_gradient_text,
+        papers=lambda conditions: {},
+        metric="gradient_error",
     ),
 )

@@ -80,10 +80,15 @@ def images(dataset: str) -> str:
     return IMAGES.get(dataset, dataset)
 
 
+def listed(values: Iterable[str]) -> str:
+    """Each value once, in order."""
+    return ", ".join(sorted(set(values)))
+
+
 def commits(made: Iterable[Record]) -> str:
     """Which commits made some records, in short; what was made in parts has one a part."""
     found = {commit[:9] for record in made if record.commit for commit in record.commit.split("; ")}
-    return ", ".join(sorted(found)) or "unknown"
+    return listed(found) or "unknown"
 
 
 def failure(failed: Record) -> str:
