@@ -62,11 +62,11 @@ def test_every_function_and_unit_is_measured_and_shown(capsys: pytest.CaptureFix
 def test_a_share_is_of_the_bytes_that_must_be_moved(
     mode: str, precision: str, shares: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def take_turns(calls: list[object], turns: int, *_: object) -> torch.Tensor:
+    def seconds(calls: list[object], turns: int, *_: object) -> torch.Tensor:
         taken = list(SECONDS.values()) if len(calls) == len(SECONDS) else [1.0] * len(calls)
         return torch.tensor([taken] * turns, dtype=torch.float64)
 
-    monkeypatch.setattr(kernels, "_take_turns", take_turns)
+    monkeypatch.setattr(kernels, "_seconds", seconds)
     found = measured(f"mode={mode}", f"gpu.precision={precision}")
     values = {record.metric: record.value for record in found if record.metric.endswith("_share_of_copy")}
     assert values == {f"{name}_share_of_copy": pytest.approx(share) for name, share in shares.items()}
@@ -100,7 +100,7 @@ def test_turns_are_taken_in_both_orders(monkeypatch: pytest.MonkeyPatch) -> None
 
         return run
 
-    monkeypatch.setattr("blpa.runners.runtime.time.perf_counter", lambda: clock.now)
-    seconds = kernels._take_turns([call("a", 1.0), call("b", 2.0)], 2, "", torch.device("cpu"))
+    monkeypatch.setattr("blpa.runners.timing.time.perf_counter", lambda: clock.now)
+    seconds = kernels._seconds([call("a", 1.0), call("b", 2.0)], 2, "", torch.device("cpu"))
     assert seconds.tolist() == [[1.0, 2.0]] * 2
     assert log == ["a", "b", "b", "a", "a", "b"]  # once each to warm up

@@ -11,7 +11,7 @@ from blpa import records
 from blpa.config import Config
 from blpa.kernels.reference import REFERENCE
 from blpa.records import Record
-from blpa.runners import cli, runtime
+from blpa.runners import cli, runtime, timing
 
 NETWORK = ["dataset=digits", "depth=11", "width=0.25", "gpu=cpu", "gpu.kernels=torch", "dataset.batch_size=10", "run=a"]
 TINY = [*NETWORK, "task=runtime", "task.steps=3"]
@@ -44,7 +44,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def timed(monkeypatch: pytest.MonkeyPatch, clock: Clock, *arguments: str) -> dict[str, Record]:
     monkeypatch.setattr(runtime.setup, "training_step", clock.training_step)
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     assert cli.main([*TINY, *arguments]) == 0
     (file,) = Path("results/runs").glob("a-runtime-*/records.json")
     return {record.metric: record for record in records.read(file)}
@@ -70,7 +70,7 @@ def test_exact_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_modes_take_their_turns_and_each_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(exact=[9, 9, 10, 20, 40], _4bit=[9, 9, 5, 30, 8], _2bit=[9, 9, 2, 2, 2])
     monkeypatch.setattr(runtime.setup, "training_step", clock.training_step)
-    monkeypatch.setattr(runtime.time, "perf_counter", lambda: clock.now)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     assert cli.main([*TINY, "mode=4bit", "task.modes=[exact,4bit,2bit]"]) == 0
     (file,) = Path("results/runs").glob("a-runtime-*/records.json")
     found = {(record.mode, record.metric): record for record in records.read(file)}

@@ -24,6 +24,7 @@ from blpa.config import Config, GpuConfig
 from blpa.errors import UserError
 from blpa.records import Record
 from blpa.runners import plots, setup
+from blpa.runners.timing import low_median_high
 
 Gradients = dict[str, Tensor]
 """The gradient of each layer with a weight of two dimensions or more, by the layer's name."""
@@ -114,8 +115,8 @@ def compare(pairs: list[tuple[Gradients, Gradients]]) -> list[dict[str, float | 
             ("cosine", F.cosine_similarity(ours, exact, dim=1)),
             ("spread", (exact - mean).norm(dim=1) / mean.norm()),
         ):
-            quantiles = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=values.dtype)).tolist()
-            row |= dict(zip((f"{metric}_low", f"{metric}_median", f"{metric}_high"), quantiles, strict=True))
+            names = f"{metric}_low", f"{metric}_median", f"{metric}_high"
+            row |= dict(zip(names, low_median_high(values), strict=True))
         rows.append(row)
     return rows
 

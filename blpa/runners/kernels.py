@@ -9,8 +9,8 @@ element (k = e where there is no code and x itself is kept), needs
     decode                      (k + e) E
     backward                    (3 e + 2 k) E dA and what is kept are read for the sums, and again for dX
 
-Bytes over seconds, as a part of what the copy reaches, is what is left of the card's bandwidth. All take turns, as in
-the task runtime; on a GPU a turn is a CUDA graph of several calls, so that the host's launching is not in the time.
+Bytes over seconds, as a part of what the copy reaches, is what is left of the card's bandwidth. All take turns
+(timing.py); on a GPU a turn is a CUDA graph of several calls, so that the host's launching is not in the time.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blpa import kernels, modes, records, steps
 from blpa.config import Config, mode
@@ -28,7 +27,7 @@ from blpa.kernels import Kernels
 from blpa.modes import EPS
 from blpa.records import Record
 from blpa.runners import setup
-from blpa.runners.runtime import seconds_of
+from blpa.runners.timing import low_median_high, take_turns
 
 Call = Callable[[], Tensor]
 Source = dict[str, Any]
@@ -98,7 +97,7 @@ def _functions(
     for back_end in back_ends:
         for name, call in _calls(back_end, x, grad, out, config).items():
             calls[name, back_end.name] = call
-    seconds = _take_turns(list(calls.values()), config.task.steps, f"functions, {channels} channels", device)
+    seconds = _seconds(list(calls.values()), config.task.steps, f"functions, {channels} channels", device)
     of_copy = seconds[:, 0]
     for (name, back_end_name), of_call in zip(calls, seconds.T, strict=True):
         shape = {"note": f"{rows} rows of {channels} channels", "kernels": back_end_name, "batch_size": 0}
@@ -141,7 +140,7 @@ def _units(config: Config, back_end: Kernels, unit: Unit, device: torch.device, 
     cells = [config, *(replace(config, mode=mode(name)) for name in ("exact", "compiled"))]
     calls = [_unit(cell, back_end, unit, batch, device) for cell in cells]
     name = f"unit {kernel_size}x{kernel_size} {in_channels} to {out_channels}"
-    seconds = _take_turns(calls, config.task.steps, name, device)
+    seconds = _seconds(calls, config.task.steps, name, device)
     for cell, of_call, ratio in zip(cells, seconds.T, (seconds / seconds[:, 1:2]).T, strict=True):
         told = {"note": name, "kernels": setup.kernels_used(cell, back_end.name), "batch_size": batch}
         yield _record(cell, source, "unit_seconds", "s", of_call, **told)
@@ -174,17 +173,13 @@ def _unit(cell: Config, back_end: Kernels, unit: Unit, batch: int, device: torch
     return call
 
 
-def _take_turns(calls: list[Call], turns: int, name: str, device: torch.device) -> Tensor:
-    """Seconds [turns, calls] of each call; in every other turn the order is reversed."""
+def _seconds(calls: list[Call], turns: int, title: str, device: torch.device) -> Tensor:
+    """Seconds [turns, calls] of each call."""
     on_gpu = device.type == "cuda"
     repeated = [_recorded(call) if on_gpu else call for call in calls]
     for call in repeated:  # once untimed, also for the clock of a GPU to rise
         call()
-    seconds = torch.zeros(turns, len(calls), dtype=torch.float64)
-    for turn in tqdm(range(turns), name):
-        for which in range(len(calls))[:: 1 if turn % 2 else -1]:
-            seconds[turn, which] = seconds_of(repeated[which], device) / (CALLS if on_gpu else 1)
-    return seconds
+    return take_turns(repeated, turns, title=title, device=device) / (CALLS if on_gpu else 1)
 
 
 def _recorded(call: Call) -> Callable[[], object]:
@@ -196,7 +191,7 @@ def _recorded(call: Call) -> Callable[[], object]:
 
 
 def _record(config: Config, source: Source, metric: str, unit: str, values: Tensor, **told: object) -> Record:
-    low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=values.dtype)).tolist()
+    low, median, high = low_median_high(values)
     return setup.record(
         config, source, metric=metric, unit=unit, value=median, low=low, high=high,
         n=len(values), iterations=len(values), depth=0, **told,

@@ -1,6 +1,4 @@
-"""Time a sample of a training step, beside exact's: modes take turns in one process, so that drift meets them all.
-
-They also take turns at going first, for a step leaves caches and heap as they suit itself.
+"""Time a sample of a training step, beside exact's: modes take turns (timing.py).
 
     ratio = median over pairs of  seconds a sample(mode) / seconds a sample(exact)
 
@@ -9,13 +7,10 @@ modes have dataset.batch_size, or, with task.largest_batch, each its own largest
 """
 
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from blpa import kernels, records, steps
 from blpa.cells import overrides
@@ -25,8 +20,7 @@ from blpa.kernels import Kernels
 from blpa.records import Record
 from blpa.runners import paper, setup
 from blpa.runners.failures import judge
-
-Step = Callable[[], object]
+from blpa.runners.timing import Call, low_median_high, take_turns
 
 WARM_UP = 2
 """Steps before those that are timed, besides those before a CUDA graph is recorded."""
@@ -42,7 +36,7 @@ class _Timed:
 
     cell: Config
     batch: int
-    step: Step
+    step: Call
 
 
 def run(config: Config) -> list[Record]:
@@ -78,10 +72,9 @@ def run(config: Config) -> list[Record]:
             if not timed or exit_code is None:
                 raise
             print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)
-    seconds = torch.zeros(config.task.steps, len(timed), dtype=torch.float64)
-    for turn in tqdm(range(config.task.steps), "timed steps of each mode"):
-        for which in range(len(timed))[:: 1 if turn % 2 else -1]:
-            seconds[turn, which] = seconds_of(timed[which].step, device) / timed[which].batch
+    steps_of = [one.step for one in timed]
+    seconds = take_turns(steps_of, config.task.steps, title="timed steps of each mode", device=device)
+    seconds /= torch.tensor([one.batch for one in timed])
 
     exact = next((which for which, one in enumerate(timed) if one.cell == setup.exact(one.cell)), None)
     source = setup.source(config, device, chosen.name)
@@ -91,7 +84,7 @@ def run(config: Config) -> list[Record]:
         if exact not in (None, which):
             found.append(("ratio_to_exact", "times", seconds[:, which] / seconds[:, exact]))
         for metric, unit, values in found:
-            low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=values.dtype)).tolist()
+            low, median, high = low_median_high(values)
             scale, shown = (1e3, f"ms a sample, batch {one.batch}") if unit == "s" else (1, "times exact")
             spread = f"(20 to 80 %: {scale * low:.3f} to {scale * high:.3f})"
             print(f"{one.cell.mode.name}: {scale * median:.3f} {shown} {spread}")
@@ -138,20 +131,6 @@ def _largest_batch(config: Config, chosen: Kernels) -> int:
     return int(best.value)
 
 
-def _warm_up(step: Step, device: torch.device) -> None:
+def _warm_up(step: Call, device: torch.device) -> None:
     for _ in range(WARM_UP + (steps.EAGER_STEPS if device.type == "cuda" else 0)):
         step()
-
-
-def seconds_of(step: Step, device: torch.device) -> float:
-    """One step by the device's own clock."""
-    if device.type == "cuda":
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        return float(start.elapsed_time(end)) / 1e3
-    began = time.perf_counter()
-    step()
-    return time.perf_counter() - began
