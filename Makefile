@@ -77,10 +77,12 @@ gpu-check: known-gpu
 # Whatever becomes of the sweeps, what they measured is shown and kept. The whole card is a process of its own's: one
 # that has used it keeps some of it.
 BUDGET_SECONDS = $(shell awk 'BEGIN { print int(60 * "$(BUDGET_MINUTES)") + 15 }')
-SWEEP = $(INTERRUPTED) $$(($(BUDGET_SECONDS) - SECONDS)) $(RUNNER) -m blpa.runners.cli -m budget_minutes=$(BUDGET_MINUTES)
+SECONDS_LEFT = $$(($(BUDGET_SECONDS) > SECONDS ? $(BUDGET_SECONDS) - SECONDS : 1))
+SWEEP = $(INTERRUPTED) $(SECONDS_LEFT) $(RUNNER) -m blpa.runners.cli -m budget_minutes=$(BUDGET_MINUTES)
 gpu-bench: known-gpu
-	@bash -o pipefail -c '{ $(SWEEP) experiment=$(BENCHES); code=$$?; test $$code -gt 1 && exit $$code; \
-	$(SWEEP) experiment=bench-card || code=$$?; exit $$code; } 2>&1 | tee $(OUT)/gpu-bench.log'; code=$$?; \
+	@bash -o pipefail -c '{ $(SWEEP) experiment=$(BENCHES); failed=$$?; test $$failed -gt 1 && exit $$failed; \
+	$(SWEEP) experiment=bench-card; code=$$?; test $$failed -eq 0 && exit $$code; exit $$failed; } 2>&1 | \
+	tee $(OUT)/gpu-bench.log'; code=$$?; \
 	$(RUNNER) -m blpa.runners.cli task=tables "task.tables=[batches,times,kernels]" | tee -a $(OUT)/gpu-bench.log; \
 	cp results/records.csv $(OUT)/records.csv; tar -czf $(OUT)/runs.tgz -C results runs; \
 	test $$code -eq 3 -o $$code -eq 124 || exit $$code

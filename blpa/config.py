@@ -305,9 +305,9 @@ def _check_depth(depth: int) -> None:
 def _check_size(config: Config) -> None:
     """What the network can be: halved twice, a channel in its first convolution, a block in each segment."""
     mode, size = config.mode, config.dataset.image_size
-    if size % 4:
-        raise UserError(f"dataset.image_size={size} is not allowed: it is a multiple of 4, for it is halved twice")
-    if round(16 * config.width * mode.width_factor) < 1:  # the stem has 16 channels
+    if size % 4 or size < 8:
+        raise UserError(f"dataset.image_size={size} is not allowed: it is a multiple of 4, at least 8")
+    if 16 * config.width * mode.width_factor <= 0.5:  # the stem has 16 channels
         raise UserError(
             f"width={config.width} with mode.width_factor={mode.width_factor} leaves less than a channel: "
             "their product is above 1/32"

@@ -3,6 +3,7 @@
     1          UserError, Stopped
     3          OutOfTime
     4          Busy
+    5          Diverged
     128 + n    Interrupted, by signal n
 
 Whatever else is raised is a bug, and keeps its traceback.
@@ -27,16 +28,6 @@ class CannotWrite(Stopped):
     """A file of the run could not be written; what was there before is untouched."""
 
 
-class Diverged(Stopped):
-    """The loss or the weights are no longer finite."""
-
-    PREFIX = "diverged: "
-    """How the message begins, in the record of the failure too."""
-
-    def __init__(self, message: str) -> None:
-        super().__init__(self.PREFIX + message)
-
-
 class OutOfTime(Stopped):
     """The command's time was up before the last step; there is a checkpoint."""
 
@@ -47,6 +38,14 @@ class Busy(Stopped):
     """Another process is at the run."""
 
     exit_code = 4
+
+
+class Diverged(Stopped):
+    """The loss or the weights are no longer finite: what the run comes to, whenever it is tried."""
+
+    exit_code = 5
+    PREFIX = "diverged: "
+    """How its record begins."""
 
 
 class Interrupted(Stopped):

@@ -167,12 +167,16 @@ def write(records: Iterable[Record], run_dir: Path) -> None:
 
 
 def write_failure(record: Record, run_dir: Path) -> None:
-    """Write the record of a run that failed to `run_dir`/failure.json, beside what it may have measured before."""
-    _write_json([record], run_dir / "failure.json")
+    """Write the record of a run that failed to `run_dir`/failure.json, beside what it may have measured before.
+
+    That it diverged is what it came to: no other failure takes the place of that.
+    """
+    if record.failure.startswith(Diverged.PREFIX) or not diverged(run_dir):
+        _write_json([record], run_dir / "failure.json")
 
 
 def forget_failure(run_dir: Path) -> None:
-    """Remove that record, since the run is tried again."""
+    """Remove that record, since the run was begun anew or has come to its end."""
     (run_dir / "failure.json").unlink(missing_ok=True)
 
 
@@ -206,7 +210,7 @@ def known(run_dir: Path) -> list[Record]:
 
 
 def diverged(run_dir: Path) -> list[Record]:
-    """The record of a training run that diverged, which is what it comes to whenever it is tried; none of another."""
+    """The record of a training run that diverged; none of another."""
     return [record for record in _known(run_dir / "failure.json") if record.failure.startswith(Diverged.PREFIX)]
 
 

@@ -107,6 +107,8 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
     if not config.resume:
         folder.remove_checkpoints()
     progress = _resume(folder, model, optimiser, recipe.iterations)
+    if not progress.iteration:
+        records.forget_failure(run_dir)
     if progress.iteration < recipe.iterations:
         _note_part(progress, device)
     folder.write_metrics(METRICS, progress.rows)

@@ -104,10 +104,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         ("seed=0,1", "seed=0,1 names several values: add -m to run each of them"),
         ("mode=exact,4bit", "mode=exact,4bit names several values: add -m"),
         ("task.steps=3", "task.steps is not for task=train: it is for runtime, kernels, gradient-error"),
-        (
-            "dataset.image_size=10",
-            "dataset.image_size=10 is not allowed: it is a multiple of 4, for it is halved twice",
-        ),
+        ("dataset.image_size=10", "dataset.image_size=10 is not allowed: it is a multiple of 4, at least 8"),
+        ("dataset.image_size=4", "dataset.image_size=4 is not allowed: it is a multiple of 4, at least 8"),
     ],
 )
 def test_a_mistake_is_one_line_that_names_it(
@@ -129,6 +127,7 @@ def test_a_mistake_is_one_line_that_names_it(
         (["seed=glob(*)"], "seed=glob(*) names no value at all"),
         (["mode=glob(x*)"], "mode=glob(x*) names no value at all"),
         (["seed=interval(0,3)"], "seed=interval(0,3) has no list of values"),
+        (["seed=range(1,10,0)"], "seed=range(1,10,0): range() arg 3 must not be zero"),
         (["experiment=table1", "depth=165"], "depth=165 is not 9n + 2"),
     ],
 )
@@ -255,8 +254,8 @@ def failing(monkeypatch: pytest.MonkeyPatch, failures: dict[int, BaseException])
 def test_a_cell_that_fails_does_not_keep_the_next_from_running(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    seeds = failing(monkeypatch, {0: stopped(5)})
-    assert cli.main(["seed=0,1", "-m"]) == 5
+    seeds = failing(monkeypatch, {0: stopped(7)})
+    assert cli.main(["seed=0,1", "-m"]) == 7
     assert seeds == [0, 1]
     assert "blpa-run: error: stopped for a reason\n" in capsys.readouterr().err
 

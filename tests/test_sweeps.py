@@ -18,7 +18,8 @@ from test_records import RECORD
 from blpa import records
 from blpa.cells import overrides
 from blpa.config import CONF, Config
-from blpa.errors import OutOfTime
+from blpa.errors import Busy, Diverged, OutOfTime
+from blpa.locks import alone_in
 from blpa.runners import cli, sweep, train
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "dataset.iterations=1", "gpu=cpu", "-m"]
@@ -117,22 +118,53 @@ def test_a_bug_in_one_cell_shows_its_traceback_and_does_not_stop_the_rest(
     assert not [record for record in records.collect(results) if record.failure]
 
 
+HOPELESS = [
+    *TINY, "mode=exact", "dataset.iterations=4", "dataset.schedule=[[1.0,1e38]]", "task.checkpoint_every=1",
+]  # fmt: skip
+
+
 def test_a_run_that_diverged_is_finished_until_it_is_begun_anew(capsys: pytest.CaptureFixture[str]) -> None:
-    hopeless = [*TINY, "mode=exact", "dataset.iterations=4", "dataset.schedule=[[1.0,1e38]]", "task.checkpoint_every=1"]
-    assert cli.main(hopeless) == 1
-    assert "blpa-run: error: diverged: " in capsys.readouterr().err
-    assert cli.main(hopeless) == 0
+    run_dir = Path("results/runs", RUN.format("exact"))
+    assert cli.main(HOPELESS) == 0
+    err = capsys.readouterr().err
+    assert "blpa-run: error: diverged: " in err
+    assert "1 cells: 1 done (1 diverged), 0 finished before" in err
+    assert cli.main(HOPELESS) == 0
     assert "1 cells: 0 done, 1 finished before (resume=false does them again), 0 failed" in capsys.readouterr().err
     assert cli.main(["task=progress"]) == 0
     assert "| digits-exact-depth11-width0.25-seed0 | diverged   | 4  | -  " in capsys.readouterr().out
     carried = [Path(name).name for name in Path("results/carry.txt").read_text().split()]
     assert carried == ["failure.json", "metrics.csv"]
-    for checkpoint in Path("results").glob("runs/*/checkpoint-*"):
+    alone = [argument for argument in HOPELESS if argument != "-m"]
+    assert cli.main(alone) == Diverged.exit_code  # by itself it is tried again, and told again
+    assert records.diverged(run_dir)
+    assert cli.main([*HOPELESS, "resume=false", "budget_minutes=0.001"]) == OutOfTime.exit_code
+    assert not records.diverged(run_dir)
+
+
+def test_another_command_in_the_folder_of_a_run_that_diverged_is_not_finished_and_takes_nothing_away() -> None:
+    run_dir = Path("results/runs", RUN.format("exact"))
+    assert cli.main(HOPELESS) == 0
+    hopeful = [*HOPELESS, "dataset.schedule=[[1.0,0.1]]"]
+    assert cli.main(hopeful) == 1  # its checkpoint is another's
+    assert records.diverged(run_dir)
+    for checkpoint in run_dir.glob("checkpoint-*"):
         checkpoint.unlink()
-    assert cli.main([*hopeless, "dataset.schedule=[[1.0,0.1]]"]) == 0  # another command's failure says nothing of it
-    assert cli.main([*hopeless, "resume=false"]) == 1
-    assert cli.main([*hopeless, "resume=false", "budget_minutes=0.001"]) == OutOfTime.exit_code
-    assert not Path("results/runs", RUN.format("exact"), "failure.json").exists()
+    assert cli.main(hopeful) == 0
+    assert not records.diverged(run_dir)
+    assert records.known(run_dir)
+
+
+def test_a_failure_is_recorded_before_another_process_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def record_failure(*_: object) -> None:
+        with pytest.raises(Busy), alone_in(Path("results/runs", RUN.format("exact"))):
+            pass
+        recorded.append(True)
+
+    recorded: list[bool] = []
+    monkeypatch.setattr(sweep, "_record_failure", record_failure)
+    assert cli.main(HOPELESS) == 0
+    assert recorded == [True]
 
 
 def test_a_failure_does_not_take_the_place_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

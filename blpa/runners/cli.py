@@ -25,7 +25,7 @@ usage: blpa-run [-m] [--cfg] [group=option ...] [key=value ...]
 
 A run goes on from its last checkpoint when it is started again. Exit codes: 0 done, 1 not done (stderr says why),
 2 bad configuration, 3 budget_minutes are over (started again, it goes on), 4 another process is at this run,
-128 + n ended by signal n.
+5 the training diverged, 128 + n ended by signal n.
 """
 
 # torch is imported by the task, after every cell has been checked.

@@ -139,7 +139,10 @@ def _values(override: Override, multirun: bool) -> list[str]:
     elif not override.is_discrete_sweep():
         raise UserError(f"{text} has no list of values: separate them by commas")
     else:
-        values = list(override.sweep_string_iterator())
+        try:
+            values = list(override.sweep_string_iterator())
+        except ValueError as error:
+            raise UserError(f"{text}: {error}") from error
         if not values:
             raise UserError(f"{text} names no value at all")
     groups, _ = _keys()

@@ -1,6 +1,6 @@
 """What an exception means to whoever started the run: an exit code and one line, or a bug."""
 
-from blpa.errors import Stopped, UserError
+from blpa.errors import Diverged, Stopped, UserError
 
 OUT_OF_MEMORY = (
     "out of memory",  # torch, the CUDA driver and Triton, each in words of its own around these
@@ -31,7 +31,7 @@ def judge(error: Exception) -> tuple[int | None, str]:
     if isinstance(error, OSError):
         return 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
     if isinstance(error, UserError | Stopped):
-        return error.exit_code, str(error)
+        return error.exit_code, f"{Diverged.PREFIX if isinstance(error, Diverged) else ''}{error}"
     said = next(iter(str(error).strip().splitlines()), "")
     if is_out_of_memory(error):
         return 1, f"does not fit: {said}"

@@ -59,12 +59,12 @@ def run_all(cells: list[Cell]) -> int:
     finally:
         signal.signal(signal.SIGTERM, before)
     exit_codes = [job.return_value for job in returned]
-    left = exit_codes.count(OutOfTime.exit_code)
-    busy, no_failures = exit_codes.count(Busy.exit_code), (0, Busy.exit_code, OutOfTime.exit_code)
-    failed = [(cell, code) for cell, code in zip(waiting, exit_codes, strict=True) if code not in no_failures]
+    left, busy = exit_codes.count(OutOfTime.exit_code), exit_codes.count(Busy.exit_code)
+    failed = [(cell, code) for cell, code in zip(waiting, exit_codes, strict=True) if sweep.is_failure(code)]
+    done = len(exit_codes) - left - busy - len(failed)
     told = f", {busy} under way in other processes" if busy else ""
     told += f", {left} left when budget_minutes were over" if left else ""
-    print(f"{len(cells)} cells: {exit_codes.count(0)} done, {len(failed)} failed{told}", file=sys.stderr)
+    print(f"{len(cells)} cells: {done} done, {len(failed)} failed{told}", file=sys.stderr)
     for overrides, exit_code in failed:
         sweep.refuse(f"failed: {' '.join(overrides)}", exit_code)
     return failed[-1][1] if failed else OutOfTime.exit_code if left else 0

@@ -4,7 +4,7 @@
     results/keep.txt     the other checkpoints: what task.keep_every keeps for other tasks, and the one to fall back on
 
 A run that is under way needs its newest checkpoint, which holds its curve as well; one that is finished is its records
-and its curve, one that diverged the record of that.
+and its curve, one that diverged the record of that too.
 """
 
 from pathlib import Path
@@ -50,7 +50,8 @@ def run(config: Config) -> list[Record]:
 def _diverged(run_dir: Path) -> tuple[list[str], list[Path]] | None:
     """The same four things as _finished of a run that diverged."""
     for record in records.diverged(run_dir):
-        return ["diverged", f"{record.iterations:,}", "-"], _existing(run_dir, "failure.json", "metrics.csv")
+        files = _existing(run_dir, "failure.json", "records.json", "metrics.csv")
+        return ["diverged", f"{record.iterations:,}", "-"], files
     return None
 
 

@@ -39,7 +39,8 @@ def run(arguments: list[str], jobs: int) -> int:
     try:
         for _ in range(jobs):
             if not received:
-                environment["TQDM_POSITION"] = str(len(processes))  # a line of the terminal for the bar of each
+                if sys.stderr.isatty():
+                    environment["TQDM_POSITION"] = str(len(processes))  # a line of the terminal for the bar of each
                 # In a session of its own it does not hear the terminal's Ctrl-C besides what is handed on.
                 processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
         codes = [process.wait() for process in processes]

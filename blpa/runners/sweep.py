@@ -15,7 +15,7 @@ from pathlib import Path
 from blpa import budget, records
 from blpa.cells import folder_name, overrides
 from blpa.config import Config
-from blpa.errors import Busy, OutOfTime
+from blpa.errors import Busy, Diverged, OutOfTime, UserError
 from blpa.locks import alone_in
 from blpa.runners.failures import judge
 
@@ -55,26 +55,29 @@ def run_all(configs: list[Config]) -> int:
         if codes[-1] == OutOfTime.exit_code:
             break
     skipped += sum(is_finished(config) for config in configs[number + 1 :])
-    failures = _failures(codes)
-    busy, done = codes.count(Busy.exit_code), codes.count(0)
+    failures = list(filter(is_failure, codes))
+    busy, diverged = codes.count(Busy.exit_code), codes.count(Diverged.exit_code)
+    done = codes.count(0) + diverged
     cells_left = len(configs) - done - skipped - len(failures) - busy
+    told = f"{done} done ({diverged} diverged)" if diverged else f"{done} done"
     elsewhere = f", {busy} under way in other processes" if busy else ""
     out_of_time = f", {cells_left} left when budget_minutes={configs[0].budget_minutes} were over" if cells_left else ""
     print(
-        f"{len(configs)} cells: {done} done, {skipped} finished before (resume=false does them again), "
+        f"{len(configs)} cells: {told}, {skipped} finished before (resume=false does them again), "
         f"{len(failures)} failed{elsewhere}{out_of_time}; {_minutes(time.monotonic() - began)}",
         file=sys.stderr,
     )
     return failures[-1] if failures else OutOfTime.exit_code if cells_left else 0
 
 
-def _failures(codes: list[int]) -> list[int]:
-    return [code for code in codes if code not in (0, Busy.exit_code, OutOfTime.exit_code)]
+def is_failure(code: int) -> bool:
+    """Whether a cell's exit code is neither of a result nor of a cell that others are at or that goes on later."""
+    return code not in (0, Diverged.exit_code, Busy.exit_code, OutOfTime.exit_code)
 
 
 def _announce(cell: str, codes: list[int], skipped: int, began: float, *, to_come: int) -> None:
     """Say which cell begins, what became of those before it, and how long those to come will take at their pace."""
-    elapsed, failed = time.monotonic() - began, len(_failures(codes))
+    elapsed, failed = time.monotonic() - began, sum(map(is_failure, codes))
     counts = [f"{skipped} finished before, {failed} failed"] if skipped or failed else []
     left = f", about {_minutes(elapsed / len(codes) * to_come)} left" if codes else ""
     print(f"{cell} ({', '.join([*counts, f'{_minutes(elapsed)} done'])}{left})", file=sys.stderr)
@@ -90,7 +93,7 @@ def has_time_for(config: Config, seconds: float) -> bool:
 def is_finished(config: Config) -> bool:
     """Whether a cell's own folder holds its records, and resume=false does not ask for new ones.
 
-    A training run that diverged is finished: it would again. What was predicted or measured without a GPU is not what
+    A training run that diverged is finished. What was predicted or measured without a GPU is not what
     is asked for where there is one.
     """
     folder = folder_name(config)
@@ -119,21 +122,34 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
     Returns:
         The exit code.
     """
+    folder = folder_name(config)
+    try:
+        with alone_in(Path(config.results) / "runs" / folder) if folder else nullcontext():
+            if records_failure and is_finished(config):  # since it was looked at, by another process
+                return 0
+            return _run_alone(config, records_failure=records_failure)
+    except Busy as error:
+        if not records_failure:
+            return refuse(error, Busy.exit_code)
+        print("another process is at it", file=sys.stderr)
+        return Busy.exit_code
+    except UserError as error:  # the folder cannot be written
+        return refuse(error, error.exit_code)
+
+
+def _run_alone(config: Config, *, records_failure: bool) -> int:
+    """As run_cell, while nobody else is at the run; its failure is recorded before they are let in."""
     began = time.monotonic()
     try:
-        folder, module = folder_name(config), config.task.name.replace("-", "_")
-        with alone_in(Path(config.results) / "runs" / folder) if folder else nullcontext():
-            importlib.import_module(f"blpa.runners.{module}").run(config)
+        importlib.import_module(f"blpa.runners.{config.task.name.replace('-', '_')}").run(config)
     except Exception as error:
         exit_code, reason = judge(error)
         if exit_code is None and not records_failure:
             raise
         if exit_code is None:
             traceback.print_exc()
-        if records_failure and exit_code == Busy.exit_code:
-            print("another process is at it", file=sys.stderr)
-            return Busy.exit_code
-        if records_failure and exit_code != OutOfTime.exit_code and (exit_code or 1) < 128 and folder_name(config):
+        has_failed = records_failure and exit_code != OutOfTime.exit_code and (exit_code or 1) < 128
+        if folder_name(config) and (has_failed or exit_code == Diverged.exit_code):
             _record_failure(config, reason, time.monotonic() - began)
         return refuse(reason, exit_code or 1)
     return 0

@@ -215,7 +215,7 @@ def _conditions(group: Group, frame: pd.DataFrame) -> str:
     _, depth, width, iterations, batch_size, precision, note = group
     recipe = f"depth {depth}, width {width:g}, {iterations:,} iterations of batch {batch_size}, {precision}"
     ran = frame[frame["n"] > 0]
-    source = "failed" if (frame["failed"] != "").any() else "not run"
+    source = _listed(filter(None, frame["failed"])) or "not run"
     if len(ran):
         source = f"seeds {_listed(ran['seeds'], ' / ')}; {_listed(ran['device'], '; ')}; torch {_listed(ran['torch'])}"
         source += f"; commit {_listed(filter(None, ran['commit'])) or 'unknown'}"

@@ -33,12 +33,12 @@ def run(config: Config) -> list[Record]:
         print(f"kernels: {chosen.name}\n", end="", file=sys.stderr)
     used = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
     images = data.load(config.dataset, device)
-    records.forget_failure(run_dir)
     model = setup.model(config, chosen)
     outcome = training.train(model, images, used, device=device, run_dir=run_dir)
     source = setup.source(config, device, chosen.name) | records.of_parts(outcome.parts)
     measured = _records(config, outcome, source, run_dir)
     records.write(measured, run_dir)
+    records.forget_failure(run_dir)
     print(
         f"{config.run}: test error {outcome.test_error_percent:.2f} % after {outcome.iterations} iterations, "
         f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s"
