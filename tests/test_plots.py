@@ -77,6 +77,13 @@ def test_a_line_is_the_mean_over_seeds_and_carries_its_name(tmp_path: Path) -> N
     assert "n=1 to 2" in axes.get_title(loc="left")
 
 
+def test_the_number_of_seeds_is_that_behind_each_point(tmp_path: Path) -> None:
+    finished_run(tmp_path, "a", RUN, {100: 50.0, 300: 2.0})
+    finished_run(tmp_path, "b", replace(RUN, seed=1), {300: 4.0})
+    (axes,) = drawn(tmp_path).axes
+    assert "n=1 to 2" in axes.get_title(loc="left")
+
+
 def test_names_of_lines_that_end_together_do_not_overlap(tmp_path: Path) -> None:
     for mode in plots.COLOURS:
         finished_run(tmp_path, mode, replace(RUN, mode=mode), {100: 50.0, 300: 2.0})

@@ -20,7 +20,7 @@ from blpa.records import GROUP, Record
 from blpa.runners import network_tables
 from blpa.runners.curves import gather
 from blpa.runners.network_tables import TABLES, Table
-from blpa.runners.pages import label, mode_order
+from blpa.runners.pages import images, label, mode_order
 
 # Okabe and Ito's palette, told apart by colour-blind eyes too; the exact mode is black, the method blue.
 COLOURS = {
@@ -281,9 +281,9 @@ def spread(wanted: list[float], gap: float) -> list[float]:
 
 def _title(curves: pd.DataFrame) -> str:
     first = curves.iloc[0]
-    runs = curves.groupby("mode")["seed"].nunique()
+    runs = curves.groupby(["mode", "iteration"])["seed"].nunique()  # seeds may be evaluated more or less often
     n = f"n={runs.min()}" if runs.min() == runs.max() else f"n={runs.min()} to {runs.max()}"
-    recipe = f"{first['dataset']}, depth {first['depth']}, width {first['width']:g}"
+    recipe = f"{images(first['dataset'])}, depth {first['depth']}, width {first['width']:g}"
     recipe += f", {first['iterations']:,} iterations of batch {first['batch_size']}"
     note = f", {first['note']}" if first["note"] else ""
     return f"Test error (%), {recipe}, {first['precision']}{note} ({n})"
