@@ -42,11 +42,12 @@ help:
 	@echo "make plots   draw the figures of every finished run again"
 	@echo "make clean   remove .venv"
 
-# The figure comes before the table so that the table is what is read last.
+# In a folder of its own, since git tracks what lies in results. The figure comes first: the table is what is read last.
+DEMO := results/demo
 demo: $(STAMP)
-	$(THREADS_demo) .venv/bin/blpa-run experiment=demo -m
-	.venv/bin/blpa-run task=plots
-	.venv/bin/blpa-run task=tables "task.tables=[errors]"
+	$(THREADS_demo) .venv/bin/blpa-run experiment=demo -m results=$(DEMO)
+	.venv/bin/blpa-run task=plots results=$(DEMO)
+	.venv/bin/blpa-run task=tables "task.tables=[errors]" results=$(DEMO)
 
 # Finished cells are skipped, and one that fails leaves a record and does not stop the rest: the tables are written all
 # the same, unless a signal ended it, and the exit code tells.

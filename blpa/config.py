@@ -226,6 +226,8 @@ def check(config: Config) -> None:
         _one_of("task.modes", name, options("mode"))
     if config.task.checkpoint == "":
         raise UserError("task.checkpoint= is empty: give a file of weights, or null for freshly initialised ones")
+    if config.task.name == "thresholds" and config.task.checkpoint is None:
+        raise UserError("task=thresholds looks at trained weights: name a file of them, task.checkpoint=")
     _check_depth(config.depth)
     _above_zero("width", config.width)
     _check_size(config)

@@ -152,8 +152,8 @@ def test_the_users_own_example(ran: list[Config]) -> None:
 @pytest.mark.parametrize("group", ["dataset", "mode", "gpu", "task"])
 def test_every_option_composes_and_bears_its_files_name(capsys: pytest.CaptureFixture[str], group: str) -> None:
     for option in options(group):
-        budget = ["gpu.memory_gib=11"] if option == "max-batch" else []  # which it does not run without
-        assert cli.main(["-c", f"{group}={option}", *budget]) == 0
+        needed = {"max-batch": ["gpu.memory_gib=11"], "thresholds": ["task.checkpoint=weights.pt"]}.get(option, [])
+        assert cli.main(["-c", f"{group}={option}", *needed]) == 0
         assert f"{group}:\n  name: {option}\n" in capsys.readouterr().out
 
 

@@ -81,15 +81,15 @@ def test_trained_weights_become_a_table_a_picture_and_records(capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "exit_code", "message"),
     [
-        ([], "task=thresholds looks at trained weights: name a file of them, task.checkpoint="),
-        (["task.checkpoint=no.pt"], "task.checkpoint=no.pt: there is no such file"),
-        (["task.checkpoint=no.pt", "mode=exact"], "mode=exact: keeps no codes; name one that does, mode=4bit"),
+        ([], 2, "task=thresholds looks at trained weights: name a file of them, task.checkpoint="),
+        (["task.checkpoint=no.pt"], 1, "task.checkpoint=no.pt: there is no such file"),
+        (["task.checkpoint=no.pt", "mode=exact"], 1, "mode=exact: keeps no codes; name one that does, mode=4bit"),
     ],
 )
 def test_what_cannot_be_looked_at_is_said_in_one_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], exit_code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main([*ARGUMENTS, *arguments]) == 1
+    assert cli.main([*ARGUMENTS, *arguments]) == exit_code
     assert capsys.readouterr().err == f"blpa-run: error: {message}\n"

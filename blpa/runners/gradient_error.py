@@ -48,7 +48,8 @@ def run(config: Config) -> list[Record]:
     results, run_dir = Path(config.results), setup.run_folder(config)
     name = run_dir.name
     device = setup.device(config.gpu)
-    chosen = kernels.choose(config.gpu.kernels, device)
+    elements = setup.encoded_elements(config, steps=config.task.steps)
+    chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
     steps.configure_torch(config.gpu)
     exact, ours = (setup.model(cell, chosen).to(device).train() for cell in (setup.exact(config), config))
     if config.task.checkpoint:

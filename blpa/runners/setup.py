@@ -64,6 +64,15 @@ def model(config: Config, kernels: Kernels) -> PreActResNet:
     return network.to(memory_format=torch.channels_last)
 
 
+def encoded_elements(config: Config, *, steps: int) -> float:
+    """Activation elements that so many steps encode: 168 n H W an image for n blocks a group, at width 1."""
+    if config.mode.layers != "coded":
+        return 0
+    width = config.width * config.mode.width_factor
+    elements_an_image = 168 * (config.depth - 2) // 9 * config.dataset.image_size**2 * width
+    return elements_an_image * steps * config.dataset.batch_size
+
+
 def load_weights(model: nn.Module, file: Path) -> None:
     """Give a model the weights of a checkpoint, of whatever mode: task.checkpoint.
 
@@ -75,7 +84,8 @@ def load_weights(model: nn.Module, file: Path) -> None:
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
     except (RuntimeError, LookupError, EOFError, TypeError, pickle.UnpicklingError) as error:  # as any file may end
-        reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+        said = "no file of torch.save's" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        reason = f"{type(error).__name__}: {said}"
         raise UserError(f"task.checkpoint={file} holds no weights of this network ({reason})") from error
 
 

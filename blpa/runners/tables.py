@@ -188,7 +188,8 @@ def _runs(cells: pd.DataFrame) -> list[list[str]]:
     rows = [["", "images", "depth", "iterations", "n", "minutes", "on", "dates"]]
     for cell in cells.to_dict("records"):
         minutes = "-" if pd.isna(cell["minutes"]) else f"{cell['minutes']:.1f}"
-        what = [images(cell["dataset"]), str(cell["depth"]), f"{cell['iterations']:,}", str(cell["n"])]
+        width = f" ({cell['width']:g}x)" if cell["width"] != 1 else ""
+        what = [images(cell["dataset"]), f"{cell['depth']}{width}", f"{cell['iterations']:,}", str(cell["n"])]
         rows.append([label(cell["mode"]), *what, minutes, cell["device"], cell["dates"]])
     return rows
 

@@ -38,10 +38,8 @@ def run(config: Config) -> list[Record]:
         The shares of all channels, in percent; n is how many there are.
 
     Raises:
-        UserError: no weights are given, or not of this network, or the mode has no code.
+        UserError: the weights are not of this network, or the mode has no code.
     """
-    if not config.task.checkpoint:
-        raise UserError("task=thresholds looks at trained weights: name a file of them, task.checkpoint=")
     if config.mode.bits is None:
         raise UserError(f"mode={config.mode.name}: keeps no codes; name one that does, mode=4bit")
     results, run_dir = Path(config.results), setup.run_folder(config)

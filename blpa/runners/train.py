@@ -26,7 +26,8 @@ def run(config: Config) -> list[Record]:
     """
     run_dir = setup.run_folder(config)
     device = setup.device(config.gpu)
-    chosen = kernels.choose(config.gpu.kernels, device, elements=_encoded_elements(config))
+    elements = setup.encoded_elements(config, steps=config.dataset.iterations)
+    chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
     if device.type == "cpu" and config.gpu.name not in ("auto", "cpu"):
         print(f"gpu={config.gpu.name}: torch finds no CUDA device here; training on the CPU", file=sys.stderr)
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
@@ -44,16 +45,6 @@ def run(config: Config) -> list[Record]:
         f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s"
     )
     return measured
-
-
-def _encoded_elements(config: Config) -> float:
-    """Activation elements that the whole run encodes: 168 n H W an image for n blocks a group, at width 1."""
-    if config.mode.layers != "coded":
-        return 0
-    blocks = (config.depth - 2) // 9
-    width = config.width * config.mode.width_factor
-    images = config.dataset.iterations * config.dataset.batch_size
-    return 168 * blocks * config.dataset.image_size**2 * width * images
 
 
 def _records(config: Config, outcome: training.Outcome, source: dict[str, Any], run_dir: Path) -> list[Record]:
