@@ -170,8 +170,9 @@ def _refuse_unused(given: Iterable[str], configs: list[Config]) -> None:
     """Refuse a value that no task of the sweep would look at; an experiment's own may be for others of its tasks."""
     tasks = {config.task.name for config in configs}
     for key in given:
-        used_by = USED_BY.get(key.removeprefix("task."))
-        if key.startswith("task.") and used_by and not tasks & set(used_by):
+        group, _, value = key.partition(".")
+        used_by = USED_BY.get(value) if group == "task" else None
+        if used_by and not tasks & set(used_by):
             raise UserError(f"{key} is not for task={', '.join(sorted(tasks))}: it is for {', '.join(used_by)}")
 
 

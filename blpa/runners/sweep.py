@@ -148,10 +148,11 @@ def _run_alone(config: Config, *, records_failure: bool) -> int:
             raise
         if exit_code is None:
             traceback.print_exc()
-        has_failed = records_failure and exit_code != OutOfTime.exit_code and (exit_code or 1) < 128
-        if folder_name(config) and (has_failed or exit_code == Diverged.exit_code):
+        code = exit_code or 1
+        has_failed = records_failure and is_failure(code) and code < 128
+        if folder_name(config) and (has_failed or code == Diverged.exit_code):
             _record_failure(config, reason, time.monotonic() - began)
-        return refuse(reason, exit_code or 1)
+        return refuse(reason, code)
     return 0
 
 
