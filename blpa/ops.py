@@ -53,6 +53,8 @@ class BatchNorm:
         forward_from_code: a is decoded from the codes in the forward pass too, and gradients pass as if it were not:
             the paper's naive baseline.
         kernels: the back end.
+        counter: zeros, int32 [C], which belong to this batch norm: the back end counts in them (kernels.Kernels). One
+            stream at a time may use them, as it may the running averages; None makes some for every call.
 
     Raises:
         ValueError: forward_from_code has no code.
@@ -68,6 +70,7 @@ class BatchNorm:
     overwrite_x: bool = False
     forward_from_code: bool = False
     kernels: Kernels = REFERENCE
+    counter: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -83,12 +86,15 @@ class BatchNorm:
         """Norm [9, C] for x [M, C]; in training the running averages move towards its statistics."""
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
-            return self.kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code)
-        if self.training:
+            averages = None
+        elif self.training:
             averages = Averages(mean, var, self.momentum, self.num_batches_tracked)
-            return self.kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code, averages=averages)
-        var = var.to(compute_dtype(x.dtype))
-        return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
+        else:
+            var = var.to(compute_dtype(x.dtype))
+            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
+        return self.kernels.channel_stats(
+            x, gamma, beta, eps=self.eps, code=code, averages=averages, counter=self.counter
+        )
 
 
 @dataclass(frozen=True)
@@ -380,4 +386,5 @@ def _prepare(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, recording
     owner = channels_last._base if channels_last._base is not None else channels_last
     if overwrite and recording and owner.is_leaf and owner.requires_grad:
         raise ValueError("overwrite_x = True, but x is a leaf that requires grad: its gradient is of the value it has")
-    return channels_last, _Unit(bn, Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), code, bn.kernels), overwrite)
+    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), code, bn.kernels, bn.counter)
+    return channels_last, _Unit(bn, layout, overwrite)
