@@ -1,6 +1,7 @@
 """blpa/kernels/triton_ops.py against the reference: on a GPU where there is one, else in Triton's interpreter."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -130,7 +131,7 @@ def test_a_weight_gradient_that_products_would_be_better_for_is_left_to_them(mon
     u = on_device(unit((64, 16), Code(4), torch.float32))
     wide = torch.ones(64, triton_ops.PRODUCT_ELEMENTS // 16 + 1, device=DEVICE)
     assert TRITON.pointwise_weight_grad(wide, u.kept, u.vectors, code=Code(4)) is None
-    monkeypatch.setattr(torch.backends.cudnn.conv, "fp32_precision", "ieee")
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(conv=SimpleNamespace(fp32_precision="ieee")))
     assert TRITON.pointwise_weight_grad(u.grad, u.kept, u.vectors, code=Code(4)) is None
     assert TRITON.pointwise_weight_grad(u.grad.half(), u.kept, u.vectors, code=Code(4)) is not None
 
@@ -240,7 +241,7 @@ def test_float64_is_refused() -> None:
 
 @triton.jit
 def _offsets_of_the_last_tile(offsets, byte_offsets, M, C, R, program, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    _, offset, _, byte_offset, _ = triton_ops._tile(program, M, C, R, 2, ROWS, CHANNELS)
+    _, offset, _, byte_offset, _ = triton_ops._tile(program, 0, M, C, R, 2, ROWS, CHANNELS)
     local = tl.arange(0, ROWS)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     block = tl.arange(0, 2)[:, None, None]
     tl.store(offsets + block * (ROWS * CHANNELS) + local[None, :, :], offset)

@@ -294,6 +294,7 @@ def _channel_stats(
     first = tl.load(x + first_offset, mask=here, other=0.0).to(tl.float32)
     if ADDS:
         first += tl.load(add + first_offset, mask=here, other=0.0).to(tl.float32)
+        first = first.to(x.dtype.element_ty).to(tl.float32)
         tl.debug_barrier()  # every thread has read the first row before one of them writes the sum there
     total = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
     squares = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
