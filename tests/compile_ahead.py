@@ -85,6 +85,5 @@ if __name__ == "__main__":
                 if name == "_weight_gradient" and architecture < 80:
                     continue  # it needs tensor cores of Ampere or later
                 print(json.dumps(compile_kernel(name, dtype, bits, architecture)), flush=True)
-    for name in KERNELS:  # small activations, and those of one channel
-        for ones in (("steps", "programs"), ("steps", "programs", "C")):
-            print(json.dumps(compile_kernel(name, "fp32", 4, int(sys.argv[-1]), ones)), flush=True)
+    for name in KERNELS:  # activations of one channel
+        print(json.dumps(compile_kernel(name, "fp32", 4, int(sys.argv[-1]), ("C",))), flush=True)

@@ -148,7 +148,7 @@ def _part(partial, row: tl.constexpr, p, programs, c, C):
     return tl.load(partial + (p[:, None] * 2 + row) * C + c[None, :], mask=mask, other=0.0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["M", "R"])
+@triton.jit(do_not_specialize=["M", "R", "steps"])
 def _weight_gradient(
     grad, kept, vectors, partial, M, C, R, N, steps,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr,
@@ -170,7 +170,7 @@ def _weight_gradient(
     tl.store(to, total, mask=(n < N)[:, None] & (c < C)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "R"])
+@triton.jit(do_not_specialize=["M", "R", "steps", "programs"])
 def _gradient_sums(
     grad, kept, vectors, partial, counter, sums, M, C, R, steps, programs,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
@@ -274,7 +274,7 @@ def _write_norm(
             tl.store(batches, tl.load(batches) + 1)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "steps", "programs"])
 def _channel_stats(
     x, add, partial, counter, gamma, beta, vectors, running_mean, running_var, batches,
     M, C, steps, programs, eps, bin_width, momentum,
