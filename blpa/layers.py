@@ -57,13 +57,12 @@ class ResidualSum:
             self._x, self._shortcut = self._x.add_(self._shortcut), None
         return self._x
 
-    def value_and_statistics(self, bn: "BatchNormReLU") -> tuple[Tensor, Tensor | None]:
-        """The sum, and where it is made here, its statistics for that batch norm."""
-        if self._shortcut is None:
-            return self._x, None
-        options = bn._batch_norm(overwrite_x=False)
-        self._x, statistics = ops.add_shortcut(self._x, self._shortcut, bn.weight, bn.bias, options)
-        self._shortcut = None
+    def value_and_statistics(self, gamma: Tensor, beta: Tensor, bn: ops.BatchNorm) -> tuple[Tensor, Tensor | None]:
+        """The sum, and where it is made here, its statistics for that batch norm (ops.add_shortcut)."""
+        statistics = None
+        if self._shortcut is not None:
+            self._x, statistics = ops.add_shortcut(self._x, self._shortcut, gamma, beta, bn)
+            self._shortcut = None
         return self._x, statistics
 
 
@@ -175,16 +174,11 @@ class Conv2d(nn.Conv2d):
         if not self._is_one_with(bn):
             x = _made(x)
             return cast(Tensor, self(bn(x))), x
+        gamma, beta, options = bn.weight, bn.bias, bn._batch_norm(overwrite_x=False)
         if isinstance(x, ResidualSum):
-            x, statistics = x.value_and_statistics(bn)
+            x, statistics = x.value_and_statistics(gamma, beta, options)
         return ops.batch_norm_relu_conv2d_with_shortcut(
-            x,
-            bn.weight,
-            bn.bias,
-            self.weight,
-            bn._batch_norm(overwrite_x=False),
-            convolution=self._convolution(),
-            statistics=statistics,
+            x, gamma, beta, self.weight, options, convolution=self._convolution(), statistics=statistics
         )
 
     def add_shortcut(self, out: Tensor, shortcut: Tensor) -> ResidualSum:

@@ -1,5 +1,6 @@
 """The layers stand in for PyTorch's own: same keys, same numbers, same running averages."""
 
+import weakref
 from collections.abc import Callable
 
 import pytest
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blpa.codec import Code
-from blpa.layers import Activation, BatchNormReLU, Conv2d, StockBatchNormReLU, StockConv2d
+from blpa.layers import Activation, BatchNormReLU, Conv2d, ResidualSum, StockBatchNormReLU, StockConv2d
 
 BATCH_NORMS: dict[str, Callable[..., nn.BatchNorm2d]] = {
     "coded": lambda channels, **others: BatchNormReLU(channels, code=Code(4), **others),
@@ -162,3 +163,24 @@ def test_text_of_a_layer_names_its_code_and_back_end() -> None:
 def test_convolution_that_ours_does_not_stand_for_is_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"bias = .*, padding = .* \(.*\): must be False, a number"):
         Conv2d(4, 2, 3, **options)
+
+
+def test_a_residual_sum_is_made_by_whoever_reads_it_first_and_lets_its_shortcut_go() -> None:
+    conv = Conv2d(4, 2, 1).double()
+    readers: list[Callable[[nn.BatchNorm2d, ResidualSum], object]] = [
+        lambda bn, total: bn(total),
+        lambda bn, total: conv.after_with_shortcut(bn, total),
+        lambda bn, total: total.value(),
+    ]
+    for read in readers:
+        for bn in (BatchNormReLU(4, code=Code(4)).double(), StockBatchNormReLU(4).double()):
+            x, shortcut = (images(seed).contiguous(memory_format=torch.channels_last) for seed in (0, 1))
+            expected, alive = x + shortcut, weakref.ref(shortcut)
+            total = conv.add_shortcut(x, shortcut)
+            assert total.shape == x.shape
+            del shortcut
+            if isinstance(bn, BatchNormReLU) or read is not readers[0]:
+                read(bn, total)
+                assert alive() is None
+            assert torch.equal(total.value(), expected)
+            assert torch.equal(total.value(), expected)  # it is made once

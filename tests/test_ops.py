@@ -16,6 +16,7 @@ from blpa.codec import Code
 from blpa.convolution import Convolution
 from blpa.ops import (
     BatchNorm,
+    add_shortcut,
     average_pool,
     batch_norm_relu,
     batch_norm_relu_conv2d,
@@ -337,6 +338,45 @@ def test_an_x_that_a_shortcut_reads_is_not_to_be_overwritten() -> None:
         batch_norm_relu_conv2d_with_shortcut(i.x * 1, *i.leaves[1:], weight, BatchNorm(code=None, overwrite_x=True))
 
 
+@all_codes
+@train_and_eval
+def test_a_sum_made_with_its_statistics_is_the_sum_made_before(code: Code | None, training: bool) -> None:
+    results = []
+    for together in (False, True):
+        before, gamma, beta, averages = inputs(dtype=torch.float32)
+        shortcut = random(3, 4, 5, 4, seed=3, dtype=torch.float32).contiguous(memory_format=LAST).requires_grad_()
+        weight = random(2, 4, 3, 3, seed=4, dtype=torch.float32).requires_grad_()
+        counted = torch.tensor(0)
+        bn = BatchNorm(code=code, training=training, num_batches_tracked=counted, **averages)
+        x, statistics = before * 1, None
+        if together:
+            at = x.data_ptr()
+            x, statistics = add_shortcut(x, shortcut, gamma, beta, bn)
+            assert x.data_ptr() == at
+            assert (statistics is None) is not training
+        else:
+            x = x + shortcut
+        options = {"convolution": PADDED, "statistics": statistics}
+        out, x = batch_norm_relu_conv2d_with_shortcut(x, gamma, beta, weight, bn, **options)
+        leaves = [before, shortcut, gamma, beta, weight]
+        gradients = torch.autograd.grad((out.square().sum() + x.pow(3).sum()), leaves)
+        results.append([out, x, *averages.values(), counted, *gradients])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_sum_of_other_tensors_is_made_as_any() -> None:
+    x, gamma, beta, _ = inputs()
+    bn = BatchNorm(code=Code(4))
+    row = torch.ones(4, dtype=torch.float64)
+    assert torch.equal(add_shortcut(x * 1, row, gamma, beta, bn)[0], x + row)
+    with torch.no_grad():
+        total, statistics = add_shortcut(x * 1, x, gamma, beta, bn)
+    assert torch.equal(total, 2 * x)
+    assert statistics is None
+    with pytest.raises(ValueError, match=r"gamma is \[3\]: must be \[4\]"):
+        add_shortcut(x * 1, x, gamma[:3], beta, bn)
+
+
 def test_zero_gamma_gets_its_gradient() -> None:
     """Departure 3: the authors' code clamps gamma to 1e-8 and more."""
     i = inputs()
@@ -360,7 +400,11 @@ def test_memory_format_of_x_changes_nothing(code: Code | None, overwrite_x: bool
 @pytest.mark.parametrize("autocast", [False, True], ids=["bf16 input", "autocast"])
 @all_codes
 def test_bf16(code: Code | None, autocast: bool) -> None:
-    """The gradients, rounded to bf16 once or twice on their way (by 2^-9), are within 1% of the closed form's."""
+    """Of size and sign as the closed form's: a wrong formula would be off by tens of per cent.
+
+    A rounding to bf16 is of 2^-9 at most. A CPU with instructions for bf16 makes one or two of them on the way, one
+    without makes one more for each of the 9 taps of the transposed convolution, whose sum it keeps in bf16: 2% in all.
+    """
     dtype = torch.float32 if autocast else torch.bfloat16
     i = inputs(dtype=dtype)
     w = [random(2, 4, 3, 3, dtype=dtype).requires_grad_()]
@@ -373,7 +417,7 @@ def test_bf16(code: Code | None, autocast: bool) -> None:
     wide = [w[0].detach().double().requires_grad_()]
     for actual, expected in zip(gradients, closed_form(double, by_one_conv, wide, grad.double(), code), strict=True):
         assert actual.dtype == dtype
-        assert (actual - expected).norm() <= 0.01 * expected.norm()
+        assert (actual - expected).norm() <= 0.02 * expected.norm()
 
 
 # ---- forward pass ---------------------------------------------------------------------------------------------------
