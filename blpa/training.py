@@ -300,15 +300,18 @@ def _last_good(folder: RunFolder) -> str:
 
 
 def _progress_bar(config: Config, done: int) -> "tqdm[Any]":
-    """A bar on stderr; in a log file, where each drawing is a new line, a drawing every half minute."""
+    """A bar on stderr, one below the other; in a log file, where each drawing is a new line, one every half minute."""
     iterations = config.dataset.iterations
+    is_terminal = sys.stderr.isatty()
+    place: dict[str, Any] = {} if is_terminal else {"position": 0}
     return tqdm(
         desc=f"{config.dataset.name} {config.mode.name} seed {config.seed}",
         initial=done,
         total=iterations,
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
+        mininterval=0.5 if is_terminal else 30,
         miniters=1,
         dynamic_ncols=True,
         disable=done == iterations,
+        **place,
     )

@@ -51,8 +51,8 @@ ONLY_IN = {
 
 WITHOUT_TORCH = {
     "", "errors", "config", "cells", "locks", "records", "budget", "signals", "turns", "runners", "runners.cli",
-    "runners.compose", "runners.sweep", "runners.launch", "runners.fresh", "runners.side_by_side", "runners.failures",
-    "runners.usage", "runners.paper",
+    "runners.compose", "runners.sweep", "runners.launch", "runners.fresh", "runners.side_by_side", "runners.streams",
+    "runners.failures", "runners.usage", "runners.paper",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run."""
 
