@@ -174,10 +174,11 @@ def test_a_sweep_whose_process_was_spoilt_goes_on_in_another(
     assert (failed.mode, failed.seed) == ("exact", 0)
 
 
-@pytest.mark.usefixtures("believes_in_a_gpu")
-def test_on_a_gpu_other_tasks_have_it_to_themselves(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["task=kernels,train", "-m", "jobs=2", "dataset=digits", "depth=11"]) == 2
-    assert "jobs=2 on a GPU is for task=train: cells of kernels have it to themselves" in capsys.readouterr().err
+def test_other_tasks_have_a_gpu_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
+    configs = composed([*CELLS, "task=runtime,train", "seed=0,1"], multirun=True)
+    assert list(sweep._taken_together(configs)) == [[0], [1], [2, 3]]
+    assert list(sweep._taken_together([replace(config, jobs=1) for config in configs])) == [[0], [1], [2], [3]]
 
 
 @pytest.mark.parametrize(
