@@ -102,6 +102,8 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], bo
                         is_spoilt = is_spoilt or has_spoilt
                         running.remove(run)
                         free.append(run.stream)
+                        if run.stream and not is_spoilt:
+                            run.stream.synchronize()  # reason_to_wait takes its steps to have ended with it
 
 
 def _next(configs: list[Config], waiting: list[int], running: list[Config], told: set[str]) -> int | None:
@@ -131,8 +133,8 @@ def reason_to_wait(config: Config, other: Config) -> str:
 def _waits_for_its_blocks(config: Config) -> bool:
     """Whether its batch norm is cuDNN's persistent kernel, whose blocks wait for each other.
 
-    Of two at once each could hold cores that the other's last blocks need, and both would wait forever. In bf16 PyTorch
-    takes a kernel of its own.
+    Of two at once each could hold cores that the other's last blocks need, and both would wait forever; what waits for
+    nothing may run beside one. In bf16 PyTorch takes a kernel of its own.
     """
     return config.mode.layers != "coded" and config.gpu.precision != "bf16"
 
