@@ -1,6 +1,7 @@
 """blpa/runners/streams.py: training runs that take turns in one process end as each does alone, whatever happens."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import time
@@ -201,6 +202,28 @@ def test_a_sweep_whose_process_was_spoilt_goes_on_in_another(
         assert_as_alone(config, alone)
     (failed,) = [record for record in records.collect(Path("results")) if record.failure]
     assert (failed.mode, failed.seed) == ("exact", 0)
+
+
+def dies(configs: list[Config], waiting: list[int]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_ended_by_a_signal(configs: list[Config], waiting: list[int]) -> None:
+    caller = multiprocessing.parent_process()
+    assert caller is not None and caller.pid is not None
+    os.kill(caller.pid, signal.SIGTERM)
+    signal.pause()
+
+
+@pytest.mark.usefixtures("believes_in_a_gpu")
+def test_a_process_that_dies_ends_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(streams, "train", dies)
+    assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m"]) == 1
+    assert "a process ended without an answer, by exit code -9; started again, the sweep" in capsys.readouterr().err
+    monkeypatch.setattr(streams, "train", is_ended_by_a_signal)
+    assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m"]) == 128 + signal.SIGTERM
 
 
 def test_other_tasks_have_a_gpu_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from blpa import signals
 from blpa.cells import folder_name
 from blpa.config import Config
+from blpa.errors import Stopped
 from blpa.runners import fresh, sweep
 from blpa.turns import Turns
 
@@ -36,13 +37,19 @@ def run(configs: list[Config], waiting: list[int]) -> list[int]:
     """
     codes: dict[int, int] = {}
     is_spoilt = True
-    while is_spoilt and waiting:
+    while is_spoilt:
         with signals.noted() as stop:  # fresh.call hands them on
-            ended, is_spoilt = fresh.call(train, configs, waiting)
-        codes |= ended
+            try:
+                ended, is_spoilt = fresh.call(train, configs, waiting)
+                codes |= ended
+            except Stopped:
+                if stop.received is None:
+                    raise
         if stop.received is not None:
             return [*codes.values(), 128 + stop.received]
         waiting = [number for number in waiting if number not in codes]
+        if not waiting or not sweep.has_time_for(configs[waiting[0]], 0):
+            break
     return list(codes.values())
 
 
