@@ -117,7 +117,7 @@ class TaskConfig:
     keep_every: int | None = None
     """Training steps between checkpoints that are kept for good; null keeps the last two alone."""
     steps: int = 15
-    """Training steps that runtime times, after two that warm up; batches that gradient-error compares."""
+    """Turns that runtime times, each of one training step (five on a GPU); batches that gradient-error compares."""
     modes: list[str] = field(default_factory=list)
     """Modes that runtime times in turn with the configured one and exact, in one process, and records like it."""
     tables: list[str] = field(default_factory=list)

@@ -54,12 +54,18 @@ def test_time_is_by_the_sample_and_the_ratio_is_that_of_each_pair(monkeypatch: p
     clock = Clock(exact=[99, 99, 10, 20, 40], _4bit=[99, 99, 5, 30, 8])
     found = timed(monkeypatch, clock, "mode=4bit")
     time, ratio = found["seconds_per_sample"], found["ratio_to_exact"]
-    assert (time.value, time.n, time.batch_size) == (pytest.approx(8 / 10), 3, 10)
+    assert (time.value, time.n, time.iterations, time.batch_size) == (pytest.approx(8 / 10), 3, 3, 10)
     assert (time.low, time.high) == (pytest.approx(0.5 + 0.4 * 0.3), pytest.approx(0.8 + 0.6 * 2.2))  # 0.5, 0.8, 3.0
     assert ratio.value == pytest.approx(0.5)  # of 5/10, 30/20 and 8/40
     timed_turns = [mode for mode, _ in clock.log[2 * runtime.WARM_UP :]]
     assert timed_turns in (["exact", "4bit", "4bit", "exact", "exact", "4bit"],
                            ["4bit", "exact", "exact", "4bit", "4bit", "exact"])  # fmt: skip
+
+
+def test_iterations_are_the_steps_that_were_timed_and_n_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "calls_per_turn", lambda device: 5)
+    found = timed(monkeypatch, Clock(exact=[9, 9, 1, 2, 3]), "mode=exact")
+    assert [(record.n, record.iterations) for record in found.values()] == [(3, 15)]
 
 
 def test_exact_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

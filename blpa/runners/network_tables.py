@@ -193,7 +193,7 @@ allowance for the CUDA context and workspaces taken off the memory. Written by `
         title="Time a sample",
         opening="""\
 Median time of a whole training step by the sample: forward, loss, backward, update. The ratio is the median over pairs
-of steps, the mode's and exact's one after the other. The paper's figures are from its own card, a GTX 1080 Ti. Written
+of turns, the mode's and exact's one after the other. The paper's figures are from its own card, a GTX 1080 Ti. Written
 by `blpa-run task=tables`.
 """,
         empty="blpa-run task=runtime",

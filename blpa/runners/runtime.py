@@ -2,8 +2,10 @@
 
     ratio = median over pairs of  seconds a sample(mode) / seconds a sample(exact)
 
-A step is forward, loss, backward and update, of random images of the data set's size, after two steps to warm up. Both
-modes have dataset.batch_size, or, with task.largest_batch, each its own largest batch as max-batch found it.
+A step is forward, loss, backward and update, of random images of the data set's size, after two steps to warm up. On a
+GPU a turn is five steps that are enqueued one behind the other, and their mean is one measurement: n counts turns, and
+iterations counts steps. Both modes have dataset.batch_size, or, with task.largest_batch, each its own largest batch as
+max-batch found it.
 """
 
 import sys
@@ -20,7 +22,7 @@ from blpa.kernels import Kernels
 from blpa.records import Record
 from blpa.runners import paper, setup
 from blpa.runners.failures import judge
-from blpa.runners.timing import Call, low_median_high, take_turns
+from blpa.runners.timing import Call, calls_per_turn, low_median_high, take_turns
 
 WARM_UP = 2
 """Steps before those that are timed, besides those before a CUDA graph is recorded."""
@@ -92,7 +94,7 @@ def run(config: Config) -> list[Record]:
                 measured.append(
                     setup.record(
                         one.cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
-                        iterations=config.task.steps, batch_size=one.batch,
+                        iterations=len(values) * calls_per_turn(device), batch_size=one.batch,
                         kernels=setup.kernels_used(one.cell, chosen.name),
                         paper_value=paper.seconds_per_sample(one.cell) if unit == "s" else None,
                     )
