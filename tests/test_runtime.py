@@ -114,12 +114,17 @@ def test_a_mode_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err.endswith("blpa-run: error: does not fit: CUDA out of memory\n")
 
 
-def found_batches(batches: dict[str, int], *, predicted: bool = True) -> None:
+def found_batches(batches: dict[str, int], *, predicted: bool = True, kind: str = "") -> None:
     for mode, batch in batches.items():
         assert cli.main([*NETWORK, "task=max-batch", "gpu.memory_gib=0.502", f"mode={mode}"]) == 0
         (file,) = Path("results/runs").glob("a-max-batch-*/records.json")
         (record,) = records.read(file)
-        changes = {"value": batch, "predicted": predicted, "device": "none" if predicted else "a card"}
+        changes = {
+            "value": batch,
+            "predicted": predicted,
+            "device": "none" if predicted else "a card",
+            "segments": kind,
+        }
         records.write([Record(**(vars(record) | changes))], Path(f"results/runs/{mode}-{predicted}"))
         file.unlink()
 
@@ -127,11 +132,16 @@ def found_batches(batches: dict[str, int], *, predicted: bool = True) -> None:
 def test_at_the_largest_batch_each_is_timed_at_its_own_and_measured_counts_before_predicted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found_batches({"exact": 2, "4bit": 20}, predicted=False)
+    found_batches({"exact": 2}, predicted=False, kind="expandable")
+    found_batches({"4bit": 20}, predicted=False, kind="usual")
     found_batches({"exact": 3, "4bit": 30})  # newer, and predicted
+    kinds: list[str] = []
+    monkeypatch.setattr(runtime.segments, "use", kinds.append)
     clock = Clock(exact=[9, 9, 1, 1, 1], _4bit=[9, 9, 4, 4, 4])
     found = timed(monkeypatch, clock, "mode=4bit", *AT_LARGEST)
     assert set(clock.log) == {("exact", 2), ("4bit", 20)}
+    assert kinds == ["usual", "expandable"]  # 4bit's step is made first
+    assert found["seconds_per_sample"].segments == "usual"
     assert found["seconds_per_sample"].value == pytest.approx(4 / 20)
     assert found["ratio_to_exact"].value == pytest.approx((4 / 20) / (1 / 2))
 
@@ -141,7 +151,9 @@ def test_a_prediction_is_found_whatever_back_end_runs_here() -> None:
     options = ["mode=4bit", "gpu.kernels=auto", "gpu.memory_gib=0.502"]
     assert cli.main([*NETWORK, "task=max-batch", *options]) == 0
     (config,) = composed([*TINY, *options])
-    assert runtime._largest_batch(config, REFERENCE) > 0
+    batch, kind = runtime._largest_batch(config, REFERENCE)
+    assert batch > 0
+    assert kind == ""
 
 
 def test_where_exact_fits_at_no_batch_the_mode_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

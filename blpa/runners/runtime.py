@@ -20,7 +20,7 @@ from blpa.config import Config, TaskConfig, mode
 from blpa.errors import Stopped, UserError
 from blpa.kernels import Kernels
 from blpa.records import Record
-from blpa.runners import paper, setup
+from blpa.runners import paper, segments, setup
 from blpa.runners.failures import judge
 from blpa.runners.timing import Call, calls_per_turn, low_median_high, take_turns
 
@@ -38,6 +38,7 @@ class _Timed:
 
     cell: Config
     batch: int
+    segments: str
     step: Call
 
 
@@ -95,7 +96,7 @@ def run(config: Config) -> list[Record]:
                     setup.record(
                         one.cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
                         iterations=len(values) * calls_per_turn(device), batch_size=one.batch,
-                        kernels=setup.kernels_used(one.cell, chosen.name),
+                        kernels=setup.kernels_used(one.cell, chosen.name), segments=one.segments,
                         paper_value=paper.seconds_per_sample(one.cell) if unit == "s" else None,
                     )
                 )  # fmt: skip
@@ -105,14 +106,20 @@ def run(config: Config) -> list[Record]:
 
 def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
     """A mode whose step has warmed up."""
-    batch = _largest_batch(cell, chosen) if cell.task.largest_batch else cell.dataset.batch_size
+    batch, kind = _largest_batch(cell, chosen) if cell.task.largest_batch else (cell.dataset.batch_size, "")
+    if cell.task.largest_batch:
+        segments.use(kind or segments.USUAL)  # for what it takes while its graph is recorded: replays take nothing
     step = setup.training_step(cell, batch, chosen, device)
     _warm_up(step, device)
-    return _Timed(cell, batch, step)
+    return _Timed(cell, batch, kind, step)
 
 
-def _largest_batch(config: Config, chosen: Kernels) -> int:
-    """What max-batch found for this network, budget and back end, first what was measured, then what was predicted."""
+def _largest_batch(config: Config, chosen: Kernels) -> tuple[int, str]:
+    """What max-batch found for this network, budget and back end, first what was measured, then what was predicted.
+
+    Returns:
+        The batch, and the kind of segments that it fits in; none is named where it was predicted.
+    """
     counted = kernels.choose(config.gpu.kernels, setup.META)  # by which a prediction is made
     found = [
         record
@@ -130,7 +137,7 @@ def _largest_batch(config: Config, chosen: Kernels) -> int:
         raise UserError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:
         raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")
-    return int(best.value)
+    return int(best.value), best.segments
 
 
 def _warm_up(step: Call, device: torch.device) -> None:
