@@ -123,7 +123,7 @@ class TaskConfig:
     tables: list[str] = field(default_factory=list)
     """Tables that the task tables prints, of batches, times, gradients, kernels and errors; an empty list is all."""
     elements: int = 2**26
-    """Elements of the activation that the task kernels works on: more than any cache holds."""
+    """Elements of an activation that no cache holds, on which the task kernels works besides those of the network."""
     resolution: float = 0.01
     """How near max-batch comes to the largest batch where it measures: a smaller one than this part more is too large.
     """
