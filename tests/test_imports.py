@@ -20,7 +20,7 @@ LAYERS = (
     ("modes",),
     ("layers",),
     ("ops",),
-    ("kept", "convolution", "compiling"),
+    ("kept", "convolution", "compiling", "offloading"),
     ("kernels",),
     ("codec",),
 )

@@ -62,7 +62,7 @@ def run(config: Config) -> list[Record]:
     if config.mode.layers != "coded":
         raise UserError(f"task=kernels mode={config.mode.name}: its layers are not ours; choose 8bit, 4bit or 2bit")
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     names = [config.gpu.kernels]
     if config.gpu.kernels == "auto":
         names = ["triton", "inductor"] if device.type == "cuda" else ["inductor"]

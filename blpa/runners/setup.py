@@ -12,7 +12,7 @@ from torch import nn
 
 from blpa import kernels, memory, modes, records, steps
 from blpa.cells import departures, folder_name, overrides
-from blpa.config import Config, GpuConfig, ModeConfig
+from blpa.config import Config, ModeConfig
 from blpa.errors import UserError
 from blpa.kernels import Kernels
 from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS, PreActResNet
@@ -37,18 +37,29 @@ def _forget_graphs(config: Config) -> None:
         torch.compiler.reset()
 
 
-def device(gpu: GpuConfig) -> torch.device:
+def device(config: Config) -> torch.device:
     """The device that gpu.device names.
 
     Raises:
-        UserError: it is cuda and there is none, or it cannot do what gpu.cuda_graph asks for.
+        UserError: it is cuda and there is none, or it cannot do what the mode or gpu.cuda_graph asks for.
     """
+    gpu = config.gpu
     has_cuda = torch.cuda.is_available()
     if gpu.device == "cuda" and not has_cuda:
         raise UserError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
     found = torch.device("cuda" if has_cuda and gpu.device != "cpu" else "cpu")
     steps.uses_cuda_graph(gpu, found)
+    if config.task.name != "max-batch":  # which predicts without a GPU
+        _refuse_offload_on(found, config)
     return found
+
+
+def _refuse_offload_on(device: torch.device, config: Config) -> None:
+    if config.mode.layers == "offload" and device.type != "cuda":
+        raise UserError(
+            f"mode={config.mode.name}: it moves activations from a GPU to the host, and this run is on the "
+            f"{device.type}; task=memory and task=max-batch count without a GPU what it takes"
+        )
 
 
 def model(config: Config, kernels: Kernels) -> PreActResNet:
@@ -106,7 +117,11 @@ def training_step(config: Config, batch: int, chosen: Kernels, device: torch.dev
 
     Returns:
         A function that makes one step.
+
+    Raises:
+        UserError: the device cannot do what the mode asks for.
     """
+    _refuse_offload_on(device, config)
     size, channels = config.dataset.image_size, config.dataset.image_channels
     images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(config.dataset.classes, (batch,), device=device)
@@ -131,7 +146,8 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
         images = torch.empty(batch, channels, size, size).to(memory_format=torch.channels_last)
         labels = torch.empty(batch, dtype=torch.int64)
         parts = {f"block {number}": block for number, block in enumerate(network.blocks, start=1)}
-        return memory.training_bytes(network, images, labels, parts=parts)
+        counted = memory.training_bytes(network, images, labels, parts=parts)
+    return replace(counted, host_bytes=network.offload.peak_bytes) if network.offload else counted
 
 
 def exact(config: Config) -> Config:

@@ -25,7 +25,7 @@ def run(config: Config) -> list[Record]:
         Stopped: the training came to a stop before its end (see training.py).
     """
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     elements = setup.encoded_elements(config, steps=config.dataset.iterations)
     chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
     if device.type == "cpu" and config.gpu.name not in ("auto", "cpu"):
