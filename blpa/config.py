@@ -174,7 +174,7 @@ class Config:
     other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
     begins until the last minute. A launcher's jobs have them each."""
     jobs: int = 1
-    """Processes of this machine that work through a sweep side by side."""
+    """Cells of a sweep that run side by side: on a CPU in so many processes; on a GPU training runs in one process."""
     run: str = MISSING
     """Folder of this run under results/runs; composed from the values that tell runs apart."""
 

@@ -202,9 +202,10 @@ def _seconds(calls: list[Call], turns: int, title: str, device: torch.device) ->
 
 def _recorded(call: Call) -> Callable[[], object]:
     """So many calls as one CUDA graph."""
+    stream = steps.own_stream(torch.device("cuda"))
     for _ in range(steps.EAGER_STEPS):
-        steps.aside(call)
-    graph, _ = steps.record(lambda: [call() for _ in range(CALLS)][-1])
+        steps.aside(call, stream)
+    graph, _ = steps.record(lambda: [call() for _ in range(CALLS)][-1], stream)
     return graph.replay
 
 
