@@ -135,7 +135,7 @@ def test_a_prediction_is_found_whatever_back_end_runs_here() -> None:
     options = ["mode=4bit", "gpu.kernels=auto", "gpu.memory_gib=0.502"]
     assert cli.main([*NETWORK, "task=max-batch", *options]) == 0
     (config,) = composed([*TINY, *options])
-    assert runtime._largest_batch(config, REFERENCE) > 0
+    assert runtime._largest_batch(config, REFERENCE, torch.device("cpu")) > 0
 
 
 def test_where_exact_fits_at_no_batch_the_mode_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

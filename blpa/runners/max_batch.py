@@ -12,7 +12,6 @@ import math
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from blpa import kernels, memory, records, steps
 from blpa.config import Config
-from blpa.errors import Stopped, UserError
+from blpa.errors import Stopped
 from blpa.memory import GIB, MIB, TrainingBytes
 from blpa.records import Record
 from blpa.runners import paper, setup
@@ -62,13 +61,10 @@ def run(config: Config) -> list[Record]:
     assert cell.gpu.memory_gib is not None
     limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
 
-    in_fp32 = replace(cell, gpu=replace(cell.gpu, precision="fp32"))
-    predicted = _predict(in_fp32 if is_cuda else cell, limit)
-    found = []
-    if config.gpu.precision != "bf16":  # else the prediction is where the search begins, and no more
-        print(describe(cell, predicted, limit, setup.training_bytes(cell, max(predicted, 1))))
-        used = kernels.choose(config.gpu.kernels, META).name
-        found.append(_record(cell, predicted, predicted, setup.source(config, META, used)))
+    predicted = _predict(cell, limit)
+    print(describe(cell, predicted, limit, setup.training_bytes(cell, max(predicted, 1))))
+    used = kernels.choose(config.gpu.kernels, META).name
+    found = [_record(cell, predicted, predicted, setup.source(config, META, used))]
     if is_cuda and limit > card:
         print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
     elif is_cuda:
@@ -76,8 +72,6 @@ def run(config: Config) -> list[Record]:
         fits, fails = search(_probe_on(cell, limit), predicted, config.task.resolution) if limit > 0 else (0, 1)
         print(f"{_network(cell)}: largest batch {fits} in {cell.gpu.memory_gib:g} GiB (measured); {fails} does not fit")
         found.append(_record(cell, fits, fails - 1, setup.source(config, device, chosen.name)))
-    if not found:
-        raise UserError(f"gpu.precision=bf16: this card has {card / GIB:.4g} GiB, and nothing else tells what fits")
     records.write(found, run_dir)
     return found
 
@@ -208,7 +202,7 @@ def fits_in(config: Config, batch: int, count: int, limit: int) -> int | None:
     device = torch.device("cuda")
     _refuse_taken(torch.cuda.mem_get_info()[0], limit, config)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
-    steps.configure_torch(config.gpu)
+    steps.configure_torch(setup.used(config.gpu, device))
     try:
         step = setup.training_step(config, batch, kernels.choose(config.gpu.kernels, device), device)
         for _ in range(count):

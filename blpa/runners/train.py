@@ -32,7 +32,10 @@ def run(config: Config) -> list[Record]:
         print(f"gpu={config.gpu.name}: torch finds no CUDA device here; training on the CPU", file=sys.stderr)
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
         print(f"kernels: {chosen.name}\n", end="", file=sys.stderr)
-    used = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
+    gpu = setup.used(config.gpu, device)
+    if gpu.precision != config.gpu.precision:
+        print(f"precision: {gpu.precision}\n", end="", file=sys.stderr)
+    used = replace(config, gpu=replace(gpu, device=device.type, kernels=chosen.name))
     images = data.load(config.dataset, device)
     model = setup.model(config, chosen)
     outcome = training.train(model, images, used, device=device, run_dir=run_dir)
