@@ -90,8 +90,9 @@ class GpuConfig:
     """The option's name."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda."""
-    precision: str = "fp32"
-    """fp32 (strict), tf32 (tensor cores in matrix products) or bf16 (autocast)."""
+    precision: str = "auto"
+    """tf32 (tensor cores round the factors of float32 products), bf16 (autocast), fp32 (strict), or auto: PyTorch's
+    default for convolutions, which is tf32 on a CUDA GPU of compute capability 8.0 or later and fp32 elsewhere."""
     kernels: str = "auto"
     """Back end of the four kernel functions: auto, torch, inductor or triton (CUDA only)."""
     cuda_graph: bool | None = None
@@ -206,7 +207,7 @@ def check(config: Config) -> None:
     _check_dataset(config.dataset)
     _check_mode(config.mode)
     _one_of("gpu.device", config.gpu.device, ("auto", "cpu", "cuda"))
-    _one_of("gpu.precision", config.gpu.precision, ("fp32", "tf32", "bf16"))
+    _one_of("gpu.precision", config.gpu.precision, ("auto", "tf32", "bf16", "fp32"))
     _one_of("gpu.kernels", config.gpu.kernels, ("auto", "torch", "inductor", "triton"))
     if config.gpu.memory_gib is not None:
         _above_zero("gpu.memory_gib", config.gpu.memory_gib)

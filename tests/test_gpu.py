@@ -36,7 +36,7 @@ all_precisions = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def torch_settings() -> Iterator[None]:
     """Give back the process-wide settings that training changes."""
     yield
-    steps.configure_torch(GpuConfig(deterministic=False))
+    steps.configure_torch(GpuConfig(precision="fp32", deterministic=False))
     torch.backends.cudnn.benchmark = False
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.cuda.set_sync_debug_mode("default")

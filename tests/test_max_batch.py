@@ -30,7 +30,7 @@ def record_of(run: str) -> list[Record]:
 
 def test_largest_batch_is_recorded_as_predicted_and_is_the_largest(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "run=a", *TINY]) == 0
-    (record,) = record_of("a-max-batch-0.6gib-auto-fp32")
+    (record,) = record_of("a-max-batch-0.6gib-auto")
     assert (record.metric, record.unit, record.predicted, record.device) == ("largest_batch", "samples", True, "none")
     assert record.note == "0.6 GiB less 512 MiB"
     out, _ = capsys.readouterr()
@@ -53,7 +53,7 @@ def training_total(config: Config, batch: int) -> int:
 
 def test_a_network_that_does_not_fit_is_recorded_as_such(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.5", "run=a", *TINY]) == 0
-    (record,) = record_of("a-max-batch-0.5gib-auto-fp32")
+    (record,) = record_of("a-max-batch-0.5gib-auto")
     assert record.value == 0
     assert "does not fit 0.5 GiB even at batch 1 (predicted)" in capsys.readouterr().out
     assert cli.main(["task=tables"]) == 0
@@ -118,9 +118,10 @@ def test_paper_figures_are_looked_up_for_its_own_card_alone() -> None:
     assert paper.seconds_per_sample(config) is None
     config.task.largest_batch = True
     assert paper.seconds_per_sample(config) == 0.0043
+    in_bf16 = replace(config, gpu=replace(config.gpu, precision="bf16"))
+    assert (paper.largest_batch(in_bf16), paper.seconds_per_sample(in_bf16)) == (2522, 0.0043)
     for changed in (
         replace(config, gpu=replace(config.gpu, memory_gib=80)),
-        replace(config, gpu=replace(config.gpu, precision="bf16")),
         replace(config, mode=replace(config.mode, clip=2.0)),
     ):
         assert paper.largest_batch(changed) is paper.seconds_per_sample(changed) is None
@@ -254,6 +255,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(cuda, "mem_get_info", lambda: (seen.free, 2**33))
     monkeypatch.setattr(cuda, "set_per_process_memory_fraction", seen.parts.append)
     monkeypatch.setattr(cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=2**33))
+    monkeypatch.setattr(cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(cuda, "synchronize", lambda: None)
     monkeypatch.setattr(cuda, "max_memory_reserved", lambda: 77)
     monkeypatch.setattr(max_batch.segments, "use", seen.kinds.append)
@@ -389,6 +391,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, free: int, total: int, answer: Ca
     monkeypatch.setattr(max_batch.fresh, "call", lambda function: (free, total))
     monkeypatch.setattr(max_batch, "_probe_on", probe_on)
     monkeypatch.setattr(max_batch.torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(max_batch.torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(max_batch.kernels, "_missing_for_inductor", lambda device: "")
     return limits
 
@@ -398,9 +401,10 @@ def test_on_a_card_both_answers_are_recorded(
 ) -> None:
     limits = on_a_card(monkeypatch, 2**40, 2**40, Card(100))
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "run=a", *TINY]) == 0
-    predicted, measured = record_of("a-max-batch-0.6gib-auto-fp32")
+    predicted, measured = record_of("a-max-batch-0.6gib-auto")
     assert limits == [int(0.6 * 2**30) - 512 * 2**20]
     assert (predicted.predicted, measured.predicted, measured.device) == (True, False, "a card")
+    assert (predicted.precision, measured.precision) == ("fp32", "tf32")  # bytes are alike; what was run is not
     assert (measured.value, measured.low, measured.high) == (100, 100, 100)
     assert (predicted.segments, measured.segments) == ("", "usual")
     assert "largest batch 100 in 0.6 GiB (measured, usual segments); 101 does not fit" in capsys.readouterr().out
@@ -412,16 +416,16 @@ def test_a_prediction_is_taken_from_the_results_and_stays_what_it_was(
 ) -> None:
     arguments = ["task=max-batch", "gpu.memory_gib=0.6", *TINY]
     assert cli.main([*arguments, "run=a"]) == 0
-    (counted,) = record_of("a-max-batch-0.6gib-auto-fp32")
+    (counted,) = record_of("a-max-batch-0.6gib-auto")
     counted = replace(counted, date="2026-01-01T00:00:00+00:00", commit="an older one")
-    records.write([counted], Path("results/runs/a-max-batch-0.6gib-auto-fp32"))
+    records.write([counted], Path("results/runs/a-max-batch-0.6gib-auto"))
     on_a_card(monkeypatch, 2**40, 2**40, Card(100))
     capsys.readouterr()
 
     counted_anew: list[str] = []
     monkeypatch.setattr(max_batch, "_predict", lambda config, *_, **__: counted_anew.append(config.run) or counted)
     assert cli.main([*arguments, "experiment=bench-card", "run=b"]) == 0
-    predicted, measured = record_of("b-max-batch-0.6gib-auto-fp32")
+    predicted, measured = record_of("b-max-batch-0.6gib-auto")
     assert (predicted.value, predicted.date, predicted.commit) == (counted.value, counted.date, counted.commit)
     assert (predicted.experiment, predicted.command) == ("bench-card", measured.command)
     said = f"largest batch {counted.value:.0f} in 0.6 GiB (predicted, 2026-01-01T00:00:00+00:00)"
@@ -437,7 +441,7 @@ def test_without_a_budget_it_is_the_whole_card(monkeypatch: pytest.MonkeyPatch) 
     limits = on_a_card(monkeypatch, 10**9, 2**30, Card(100))
     assert cli.main(["task=max-batch", "run=a", *TINY]) == 0
     assert limits == [2**29]
-    assert {record.note for record in record_of("a-max-batch-whole-card-auto-fp32")} == {"1 GiB less 512 MiB"}
+    assert {record.note for record in record_of("a-max-batch-whole-card-auto")} == {"1 GiB less 512 MiB"}
 
 
 def test_a_card_a_little_smaller_than_its_name_measures_what_is_left_without_the_allowance(
@@ -453,18 +457,24 @@ def test_a_budget_that_the_allowance_eats_is_not_probed(monkeypatch: pytest.Monk
     limits = on_a_card(monkeypatch, 2**33, 2**33, Card(100))
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.3", "run=a", *TINY]) == 0
     assert limits == []
-    assert [(r.value, r.predicted) for r in record_of("a-max-batch-0.3gib-auto-fp32")] == [(0, True), (0, False)]
+    assert [(r.value, r.predicted) for r in record_of("a-max-batch-0.3gib-auto")] == [(0, True), (0, False)]
 
 
-def test_bf16_is_measured_and_not_predicted(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "gpu.precision=bf16", "run=a", *TINY]) == 1
-    assert "gpu.precision=bf16 cannot be predicted" in capsys.readouterr().err
+def test_bf16_is_predicted_and_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of what exact keeps, and so nearly twice the batch."""
+    exact = [*TINY[:-2], "gpu.device=cpu", "mode=exact", "task=max-batch", "gpu.memory_gib=0.6"]
+    found = {}
+    for precision in ("fp32", "bf16"):
+        assert cli.main([*exact, f"gpu.precision={precision}", f"run={precision}"]) == 0
+        (record,) = record_of(f"{precision}-max-batch-0.6gib-auto")
+        assert (record.precision, record.predicted) == (precision, True)
+        found[precision] = record.value
+    assert 1.7 < found["bf16"] / found["fp32"] < 2
     on_a_card(monkeypatch, 2**33, 2**33, Card(100))
-    assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "gpu.precision=bf16", "run=a", *TINY]) == 0
-    (record,) = record_of("a-max-batch-0.6gib-auto-bf16")
-    assert (record.value, record.predicted, record.precision) == (100, False, "bf16")
+    assert cli.main([*exact, "gpu.precision=bf16", "run=bf16"]) == 0
+    assert [(r.value, r.predicted, r.precision) for r in record_of("bf16-max-batch-0.6gib-auto")] == [
+        (found["bf16"], True, "bf16"), (100, False, "bf16"),
+    ]  # fmt: skip
 
 
 def test_a_smaller_card_measures_nothing_and_says_so(
@@ -473,7 +483,7 @@ def test_a_smaller_card_measures_nothing_and_says_so(
     limits = on_a_card(monkeypatch, 2**30, 2**30, Card(100))
     assert cli.main(["task=max-batch", "gpu.memory_gib=2", "run=a", *TINY]) == 0
     assert limits == []
-    assert [record.predicted for record in record_of("a-max-batch-2gib-auto-fp32")] == [True]
+    assert [record.predicted for record in record_of("a-max-batch-2gib-auto")] == [True]
     assert "not measured: this card has 1 GiB" in capsys.readouterr().err
 
 

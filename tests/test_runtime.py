@@ -151,7 +151,7 @@ def test_a_prediction_is_found_whatever_back_end_runs_here() -> None:
     options = ["mode=4bit", "gpu.kernels=auto", "gpu.memory_gib=0.502"]
     assert cli.main([*NETWORK, "task=max-batch", *options]) == 0
     (config,) = composed([*TINY, *options])
-    batch, kind = runtime._largest_batch(config, REFERENCE)
+    batch, kind = runtime._largest_batch(config, REFERENCE, torch.device("cpu"))
     assert batch > 0
     assert kind == ""
 

@@ -67,7 +67,7 @@ def run(config: Config) -> list[Record]:
     if config.gpu.kernels == "auto":
         names = ["triton", "inductor"] if device.type == "cuda" else ["inductor"]
     back_ends = [kernels.choose(name, device) for name in names]
-    steps.configure_torch(config.gpu)
+    steps.configure_torch(setup.used(config.gpu, device))
     source = setup.source(config, device, back_ends[0].name)
     measured: list[Record] = []
     for batch, rows, channels in [*shapes(config), (0, max(2, config.task.elements // CHANNELS), CHANNELS)]:

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from blpa import kernels, memory, records, steps
 from blpa.config import Config
-from blpa.errors import Stopped, UserError
+from blpa.errors import Stopped
 from blpa.memory import GIB, MIB, TrainingBytes
 from blpa.offloading import host_bytes_left
 from blpa.records import Record
@@ -75,8 +75,8 @@ def run(config: Config) -> list[Record]:
 
     prediction = _prediction_of_before(config, cell) if is_cuda and config.resume else None
     if prediction is None:
-        prediction = _predict(config, cell, limit, is_cuda=is_cuda)
-    found = [] if config.gpu.precision == "bf16" else [prediction]  # else it is where the search begins, and no more
+        prediction = _predict(config, cell, limit)
+    found = [prediction]
     if is_cuda and limit > card:
         print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
     elif is_cuda:
@@ -91,8 +91,6 @@ def run(config: Config) -> list[Record]:
             f"{fails} does not fit"
         )
         found.append(_record(cell, fits, fails - 1, setup.source(config, device, chosen.name), segments=kind))
-    if not found:
-        raise UserError(f"gpu.precision=bf16: this card has {card / GIB:.4g} GiB, and nothing else tells what fits")
     records.write(found, run_dir)
     return found
 
@@ -106,30 +104,26 @@ def _record(config: Config, fits: int, high: int, source: dict[str, object], *, 
     )  # fmt: skip
 
 
-def _predict(config: Config, cell: Config, limit: int, *, is_cuda: bool) -> Record:
-    """The prediction, counted and printed; on a GPU bf16 begins at the one of fp32, which is not printed.
+def _predict(config: Config, cell: Config, limit: int) -> Record:
+    """The prediction, counted and printed.
 
     Args:
         config: the run.
         cell: the same, with its budget in numbers.
         limit: bytes that there are.
-        is_cuda: whether a measurement follows.
     """
-    is_guess = is_cuda and cell.gpu.precision == "bf16"
-    counted = replace(cell, gpu=replace(cell.gpu, precision="fp32")) if is_guess else cell
     with tqdm(desc="counting a training step", unit=" counts") as progress:
 
         def total_bytes(batch: int) -> int:
             progress.set_postfix_str(f"batch {batch}")
-            total = setup.training_bytes(counted, batch).total_bytes
+            total = setup.training_bytes(cell, batch).total_bytes
             progress.update()
             return total
 
         batch = memory.largest_batch(total_bytes, limit)
-    if not is_guess:
-        print(describe(counted, batch, limit, setup.training_bytes(counted, max(batch, 1))))
+    print(describe(cell, batch, limit, setup.training_bytes(cell, max(batch, 1))))
     used = kernels.choose(cell.gpu.kernels, META).name
-    return _record(counted, batch, batch, setup.source(config, META, used))
+    return _record(cell, batch, batch, setup.source(config, META, used))
 
 
 def _host_batch(cell: Config) -> int:
@@ -137,22 +131,21 @@ def _host_batch(cell: Config) -> int:
     if cell.mode.layers != "offload":
         return sys.maxsize
     batch = 64
-    counted = setup.training_bytes(replace(cell, gpu=replace(cell.gpu, precision="fp32")), batch)
-    return batch * host_bytes_left() // counted.host_bytes
+    return batch * host_bytes_left() // setup.training_bytes(cell, batch).host_bytes
 
 
 def _prediction_of_before(config: Config, cell: Config) -> Record | None:
     """The newest prediction that the results hold of this network, budget, back end and settings, if any; see above."""
     used = setup.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
-    precisions = ("fp32", "tf32") if cell.gpu.precision == "bf16" else (cell.gpu.precision,)
-    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, setup.note(cell), used
+    precision = setup.precision(cell.gpu, META)
+    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, setup.note(cell), used
     found = [
         record
         for record in records.merged(Path(cell.results))
         if record.metric == "largest_batch"
         and record.predicted
-        and record.precision in precisions
-        and (record.dataset, record.mode, record.depth, record.width, record.note, record.kernels) == wanted
+        and wanted
+        == (record.dataset, record.mode, record.depth, record.width, record.precision, record.note, record.kernels)
     ]
     if not found:
         return None
@@ -306,7 +299,7 @@ def fits_in(config: Config, batch: int, count: int, limit: int, kind: str) -> in
     device = torch.device("cuda")
     _refuse_taken(torch.cuda.mem_get_info()[0], limit, config)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
-    steps.configure_torch(config.gpu)
+    steps.configure_torch(setup.used(config.gpu, device))
     try:
         step = setup.training_step(config, batch, kernels.choose(config.gpu.kernels, device), device)
         for _ in range(count):

@@ -60,7 +60,7 @@ def run(config: Config) -> list[Record]:
     run_dir = setup.run_folder(config)
     device = setup.device(config)
     chosen = kernels.choose(config.gpu.kernels, device)
-    steps.configure_torch(config.gpu)
+    steps.configure_torch(setup.used(config.gpu, device))
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     asked = [config, *(replace(config, mode=mode(name)) for name in config.task.modes)]
     if config.task.largest_batch:
@@ -106,7 +106,7 @@ def run(config: Config) -> list[Record]:
 
 def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
     """A mode whose step has warmed up."""
-    batch, kind = _largest_batch(cell, chosen) if cell.task.largest_batch else (cell.dataset.batch_size, "")
+    batch, kind = _largest_batch(cell, chosen, device) if cell.task.largest_batch else (cell.dataset.batch_size, "")
     if cell.task.largest_batch:
         segments.use(kind or segments.USUAL)  # for what it takes while its graph is recorded: replays take nothing
     step = setup.training_step(cell, batch, chosen, device)
@@ -114,8 +114,8 @@ def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
     return _Timed(cell, batch, kind, step)
 
 
-def _largest_batch(config: Config, chosen: Kernels) -> tuple[int, str]:
-    """What max-batch found for this network, budget and back end, first what was measured, then what was predicted.
+def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tuple[int, str]:
+    """What max-batch found for this network, budget, precision and back end: measured, or else predicted.
 
     Returns:
         The batch, and the kind of segments that it fits in; none is named where it was predicted.
@@ -125,8 +125,9 @@ def _largest_batch(config: Config, chosen: Kernels) -> tuple[int, str]:
         record
         for record in records.merged(Path(config.results))
         if record.metric == "largest_batch"
-        and (record.dataset, record.mode, record.depth, record.width, record.precision)
-        == (config.dataset.name, config.mode.name, config.depth, config.width, config.gpu.precision)
+        and (record.dataset, record.mode, record.depth, record.width)
+        == (config.dataset.name, config.mode.name, config.depth, config.width)
+        and record.precision == setup.precision(config.gpu, setup.META if record.predicted else device)
         and record.note == setup.note(config, task="max-batch")
         and record.kernels in ("stock", counted.name if record.predicted else chosen.name)
     ]
