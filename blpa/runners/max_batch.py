@@ -81,9 +81,9 @@ def run(config: Config) -> list[Record]:
         print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
     elif is_cuda:
         _refuse_taken(free, limit, cell)
-        kind, fits, fails = segments.USUAL, 0, 1
+        kind, fits, fails = segments.KINDS[0], 0, 1
         if limit > 0:
-            probes = {kind: _probe_on(cell, limit, kind) for kind in (segments.USUAL, segments.EXPANDABLE)}
+            probes = {kind: _probe_on(cell, limit, kind) for kind in segments.KINDS}
             begin = min(int(prediction.value), _host_batch(cell))
             kind, fits, fails = better(probes, begin, config.task.resolution)
         print(
