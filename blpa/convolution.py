@@ -39,18 +39,18 @@ class Convolution:
         return F.conv2d(a, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def weight_grad(self, grad: Tensor, a: Tensor, weight: Tensor) -> Tensor:
-        """dW, in the dtype of W, for grad = G in the dtype of a."""
+        """Gradient dW for grad = G; a and W, of which only the shape is used, are of its dtype, and so is dW."""
         stride, padding, dilation = self._pairs()
         which = (False, True, False)  # the gradients of input, weight and bias
         return cast(
             Tensor,
             torch.ops.aten.convolution_backward(
-                grad, a, weight.to(grad.dtype), None, stride, padding, dilation, False, (0, 0), self.groups, which
+                grad, a, weight, None, stride, padding, dilation, False, (0, 0), self.groups, which
             )[1],
-        ).to(weight.dtype)
+        )
 
     def input_grad(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
-        """dA, in the dtype of grad = G, for an a of that size: the transposed convolution of G."""
+        """Gradient dA for an a of that size, in the dtype of grad = G and W: the transposed convolution of G."""
         if grad.is_meta:  # as above
             return torch.empty(size, dtype=grad.dtype, device="meta", memory_format=torch.channels_last)
         stride, padding, dilation = self._pairs()
@@ -60,7 +60,7 @@ class Convolution:
             height_width[i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1)
             for i in range(2)
         ]
-        return F.conv_transpose2d(grad, weight.to(grad.dtype), None, stride, padding, lost, self.groups, dilation)
+        return F.conv_transpose2d(grad, weight, None, stride, padding, lost, self.groups, dilation)
 
     def _size(self, a: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
         """Shape of out."""
@@ -76,3 +76,15 @@ class Convolution:
             (v, v) if isinstance(v, int) else v for v in (self.stride, self.padding, self.dilation)
         )
         return stride, padding, dilation
+
+
+def as_computed(weight: Tensor) -> Tensor:
+    """W in the dtype of the convolution: autocast's, where that is on.
+
+    F.conv2d would make the same cast. Made here, it is there for the backward pass too, where autocast is off.
+    """
+    device = weight.device.type
+    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not is_cast or weight.dtype == torch.float64:  # which autocast leaves alone
+        return weight
+    return weight.to(torch.get_autocast_dtype(device))

@@ -27,6 +27,8 @@ class Layout:
     """Of gamma and beta."""
     code: Code | None
     kernels: Kernels
+    counter: Tensor | None
+    """See Kernels."""
 
 
 class Kept:
@@ -70,6 +72,7 @@ class Kept:
             constant_stats=constant_stats,
             out=grad_rows if overwrite else rows(dx),
             add=None if add is None else rows(add.contiguous(memory_format=torch.channels_last)),
+            counter=self.layout.counter,
         ).unbind(0)
         gamma_dtype, beta_dtype = self.layout.parameter_dtypes
         return dx, dgamma.to(gamma_dtype), dbeta.to(beta_dtype)

@@ -10,6 +10,7 @@ and conv.after(batch_norm_relu, x) is both, for an activation that nothing else 
 
 from typing import Any, NamedTuple, TypeGuard, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -57,6 +58,8 @@ class BatchNormReLU(nn.BatchNorm2d):
         self.code = code
         self.forward_from_code = forward_from_code
         self.kernels = kernels
+        self.counter: Tensor
+        self.register_buffer("counter", torch.zeros(num_features, dtype=torch.int32), persistent=False)
 
     def forward(self, x: Tensor, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """A [N, C, H, W] of x; it may take the place of x if `overwrite_x` says that x is not read again."""
@@ -78,6 +81,7 @@ class BatchNormReLU(nn.BatchNorm2d):
             overwrite_x=overwrite_x,
             forward_from_code=self.forward_from_code,
             kernels=self.kernels,
+            counter=self.counter,
         )
 
     def extra_repr(self) -> str:

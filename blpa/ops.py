@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from blpa.codec import Code
-from blpa.convolution import Convolution
+from blpa.convolution import Convolution, as_computed
 from blpa.kept import Kept, Layout, rows
 from blpa.kernels import Averages, Kernels, Norm, compute_dtype
 from blpa.kernels.reference import REFERENCE
@@ -53,6 +53,8 @@ class BatchNorm:
         forward_from_code: a is decoded from the codes in the forward pass too, and gradients pass as if it were not:
             the paper's naive baseline.
         kernels: the back end.
+        counter: zeros, int32 [C], which belong to this batch norm: the back end counts in them (kernels.Kernels). One
+            stream at a time may use them, as it may the running averages; None makes some for every call.
 
     Raises:
         ValueError: forward_from_code has no code.
@@ -68,6 +70,7 @@ class BatchNorm:
     overwrite_x: bool = False
     forward_from_code: bool = False
     kernels: Kernels = REFERENCE
+    counter: Tensor | None = None
 
     def __post_init__(self) -> None:
         """Refuse what has no meaning."""
@@ -83,12 +86,15 @@ class BatchNorm:
         """Norm [9, C] for x [M, C]; in training the running averages move towards its statistics."""
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
-            return self.kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code)
-        if self.training:
+            averages = None
+        elif self.training:
             averages = Averages(mean, var, self.momentum, self.num_batches_tracked)
-            return self.kernels.channel_stats(x, gamma, beta, eps=self.eps, code=code, averages=averages)
-        var = var.to(compute_dtype(x.dtype))
-        return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
+        else:
+            var = var.to(compute_dtype(x.dtype))
+            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
+        return self.kernels.channel_stats(
+            x, gamma, beta, eps=self.eps, code=code, averages=averages, counter=self.counter
+        )
 
 
 @dataclass(frozen=True)
@@ -114,13 +120,23 @@ class _Unit:
         return a, Kept(x if codes is None else codes, vectors, self.layout)
 
 
+def _save(ctx: Any, kept: Kept, weight: Tensor, convolution: Convolution) -> Tensor:
+    """Save what _convolution_backward reads, and return W as the convolution computes with it."""
+    ctx.convolution, ctx.weight_dtype = convolution, weight.dtype
+    weight = as_computed(weight)
+    kept.save(ctx, weight)
+    return weight
+
+
 def _convolution_backward(
-    convolution: Convolution, kept: Kept, weight: Tensor, grad: Tensor, *, wants_da: bool, wants_dw: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients dA and dW, where wanted; a~ is gone before dA is made, since the two are of one size."""
-    dw = convolution.weight_grad(grad, kept.decode(grad.dtype), weight) if wants_dw else None
-    da = convolution.input_grad(grad, weight, kept.layout.shape).to(kept.layout.dtype) if wants_da else None
-    return da, dw
+    ctx: Any, grad: Tensor, *, wants_da: bool, wants_dw: bool
+) -> tuple[Kept, Tensor | None, Tensor | None]:
+    """The Kept, and gradients dA and dW where wanted; a~ is gone before dA is made, since the two are of one size."""
+    kept, (weight,) = Kept.saved(ctx)
+    convolution, layout = ctx.convolution, kept.layout
+    dw = convolution.weight_grad(grad, kept.decode(grad.dtype), weight).to(ctx.weight_dtype) if wants_dw else None
+    da = convolution.input_grad(grad, weight, layout.shape).to(layout.dtype) if wants_da else None
+    return kept, da, dw
 
 
 class _BatchNormReLU(torch.autograd.Function):
@@ -148,17 +164,15 @@ class _Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, a: Tensor, weight: Tensor, kept: Kept, convolution: Convolution) -> Tensor:
-        kept.save(ctx, weight)
-        ctx.convolution = convolution
+        weight = _save(ctx, kept, weight, convolution)
         return convolution(a, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, (weight,) = Kept.saved(ctx)
         wants_da, wants_dw = ctx.needs_input_grad[:2]
-        gradients = _convolution_backward(ctx.convolution, kept, weight, grad, wants_da=wants_da, wants_dw=wants_dw)
-        return *gradients, None, None
+        _, da, dw = _convolution_backward(ctx, grad, wants_da=wants_da, wants_dw=wants_dw)
+        return da, dw, None, None
 
 
 class _BatchNormReLUConv2d(torch.autograd.Function):
@@ -170,9 +184,8 @@ class _BatchNormReLUConv2d(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
         a, kept = unit(x, gamma, beta)
-        kept.save(ctx, weight)
+        weight = _save(ctx, kept, weight, convolution)
         ctx.constant_stats = unit.bn.has_constant_stats
-        ctx.convolution = convolution
         return convolution(a, weight), None if unit.overwrite else x
 
     @staticmethod
@@ -180,9 +193,8 @@ class _BatchNormReLUConv2d(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return grad_x, *(None,) * 5
-        kept, (weight,) = Kept.saved(ctx)
         *wants_da, wants_dw = ctx.needs_input_grad[:4]
-        da, dw = _convolution_backward(ctx.convolution, kept, weight, grad, wants_da=any(wants_da), wants_dw=wants_dw)
+        kept, da, dw = _convolution_backward(ctx, grad, wants_da=any(wants_da), wants_dw=wants_dw)
         dx = dgamma = dbeta = None
         if da is not None:
             dx, dgamma, dbeta = kept.batch_norm_backward(
@@ -380,4 +392,5 @@ def _prepare(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, recording
     owner = channels_last._base if channels_last._base is not None else channels_last
     if overwrite and recording and owner.is_leaf and owner.requires_grad:
         raise ValueError("overwrite_x = True, but x is a leaf that requires grad: its gradient is of the value it has")
-    return channels_last, _Unit(bn, Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), code, bn.kernels), overwrite)
+    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), code, bn.kernels, bn.counter)
+    return channels_last, _Unit(bn, layout, overwrite)

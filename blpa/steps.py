@@ -30,9 +30,11 @@ def configure_torch(gpu: GpuConfig) -> None:
     """Set what PyTorch keeps for the whole process: precision of float32 products, and determinism.
 
     Args:
-        gpu: `precision` tf32 lets tensor cores round float32 factors; fp32 and bf16 do not. `deterministic` refuses
-            what can differ between runs, also the search for the fastest convolution, which may not end alike.
+        gpu: `precision` tf32 lets tensor cores round float32 factors; fp32 and bf16 do not (auto is not a precision:
+            the caller names what it is on the device). `deterministic` refuses what can differ between runs, also the
+            search for the fastest convolution, which may not end alike.
     """
+    assert gpu.precision != "auto"
     is_tf32 = gpu.precision == "tf32"
     torch.set_float32_matmul_precision("high" if is_tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = is_tf32  # with the newer conv.fp32_precision, reading this flag would raise

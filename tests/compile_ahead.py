@@ -18,15 +18,16 @@ from blpa.kernels import triton_ops
 
 CHANNELS = 64  # one of the paper's, a multiple of 16, as the compiler is told of C below
 VARIANTS = [("fp32", 4), ("fp32", 2), ("fp32", 8), ("fp32", 0), ("bf16", 4), ("fp16", 4)]
-INTEGERS = ("M", "C", "R", "N", "steps", "programs", "program_rows")
+INTEGERS = ("M", "C", "R", "steps", "programs")
+SUMS = ("_channel_stats", "_gradient_sums")
+KERNELS = (*SUMS, "_normalise_rectify_encode", "_decode", "_input_gradient")
 FLOATS = ("eps", "bin_width", "momentum")
 
 
 def constants(name: str, bits: int) -> dict[str, int | bool]:
     """What the launches in triton_ops give a kernel as constants."""
-    *_, tile = triton_ops._tiles(triton_ops.torch.empty(1, CHANNELS, device="meta"), bits)
-    if name.startswith("_combine"):
-        tile = {"ROWS": triton_ops.PARTIAL_ROWS, "CHANNELS": triton_ops.PARTIAL_CHANNELS}
+    elements = triton_ops.SUM_TILE_ELEMENTS if name in SUMS else triton_ops.TILE_ELEMENTS
+    *_, tile = triton_ops._tiles(triton_ops.torch.empty(1, CHANNELS, device="meta"), bits, elements)
     given = {"HAS_AVERAGES": True, "COUNTS": True, "CONSTANT_STATS": False, "ADDS": True}
     return tile | {"LEVELS": 1 << bits if bits else 0} | given
 
@@ -36,20 +37,20 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tu
     kernel = getattr(triton_ops, name)
     types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(FLOATS, "fp32")
     types |= dict.fromkeys(("x", "out", "grad", "add"), f"*{dtype}")
-    types["batches"] = "*i64"
+    types |= {"batches": "*i64", "counter": "*i32"}
     types |= dict.fromkeys(("kept", "codes"), "*u8" if bits else f"*{dtype}")
     given = constants(name, bits) | dict.fromkeys(ones, 1)
     known = {key: value for key, value in given.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in known else types.get(key, "*fp32") for key in kernel.arg_names}
     divisible = [
-        key.startswith("*") or (key != "constexpr" and name in ("C", "N") and "C" not in ones)
+        key.startswith("*") or (key != "constexpr" and name == "C" and "C" not in ones)
         for name, key in signature.items()
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index, is_one in enumerate(divisible) if is_one}
     made = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options=triton_ops.OPTIONS,
+        options=triton_ops.SUM_OPTIONS if name in SUMS else triton_ops.OPTIONS,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -61,7 +62,8 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tu
     registers, stack, _, local = map(int, found.groups())
     ptx = made.asm["ptx"]
     return {
-        "variant": f"{name.removeprefix('_')}" + ("" if name.startswith("_combine") else f", {dtype}, {bits} bits"),
+        "kernel": name,
+        "variant": f"{name.removeprefix('_')}, {dtype}, {bits} bits",
         "ones": ones,
         "architecture": architecture,
         "registers": registers,
@@ -72,18 +74,11 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tu
     }
 
 
-MAIN = ("_partial_stats", "_normalise_rectify_encode", "_decode", "_partial_sums", "_input_gradient")
-ALL = (*MAIN, "_combine_stats", "_combine_sums")
-
 if __name__ == "__main__":
     for dtype, bits in VARIANTS:
-        for name in MAIN:
-            if name != "_partial_stats" or bits == 4:
-                for architecture in map(int, sys.argv[1:]):
-                    print(json.dumps(compile_kernel(name, dtype, bits, architecture)), flush=True)
-    for name in ("_combine_stats", "_combine_sums"):
-        for architecture in map(int, sys.argv[1:]):
-            print(json.dumps(compile_kernel(name, "fp32", 4, architecture)), flush=True)
-    for name in ALL:  # small activations, and those of one channel
+        for name in KERNELS if bits in (0, 4) else KERNELS[1:]:  # it writes no codes
+            for architecture in map(int, sys.argv[1:]):
+                print(json.dumps(compile_kernel(name, dtype, bits, architecture)), flush=True)
+    for name in KERNELS:  # small activations, and those of one channel
         for ones in (("steps", "programs"), ("steps", "programs", "C")):
             print(json.dumps(compile_kernel(name, "fp32", 4, int(sys.argv[1]), ones)), flush=True)

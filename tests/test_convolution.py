@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from blpa.convolution import Convolution
+from blpa.convolution import Convolution, as_computed
 
 
 @pytest.mark.parametrize("size", [(7, 7), (8, 9)], ids=str)
@@ -40,12 +40,12 @@ def test_every_geometry(geometry: dict[str, Any], kernel: tuple[int, int], size:
     torch.testing.assert_close(gradients, list(torch.autograd.grad(expected, [a, weight], grad)), rtol=0, atol=1e-10)
 
 
-def test_gradients_are_in_the_dtype_that_they_are_for() -> None:
-    convolution = Convolution()
-    a, grad = torch.ones(1, 2, 3, 3, dtype=torch.bfloat16), torch.ones(1, 2, 3, 3, dtype=torch.bfloat16)
+def test_a_weight_is_cast_to_what_autocast_computes_in() -> None:
     weight = torch.ones(2, 2, 1, 1)
-    assert convolution.weight_grad(grad, a, weight).dtype == torch.float32
-    assert convolution.input_grad(grad, weight, a.shape).dtype == torch.bfloat16
+    assert as_computed(weight) is weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert as_computed(weight).dtype == torch.bfloat16 == Convolution()(torch.ones(1, 2, 3, 3), weight).dtype
+        assert as_computed(weight.double()).dtype == torch.float64
 
 
 def test_input_gradient_counts_as_much_on_the_meta_device() -> None:

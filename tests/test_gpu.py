@@ -20,14 +20,15 @@ from torch import Tensor, nn
 from blpa import errors, kernels, records, steps, training
 from blpa.config import Config, GpuConfig, mode
 from blpa.data import ImageData, Split
-from blpa.runners import cli, setup, streams, sweep
+from blpa.offloading import Offload
+from blpa.runners import cli, fresh, segments, setup, streams, sweep
 from blpa.steps import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 CUDA = torch.device("cuda")
 MIB = 2**20
-MODES = ("exact", "exact-one-copy", "checkpoint", "naive-8bit", "8bit", "4bit", "2bit")
+MODES = ("exact", "exact-one-copy", "checkpoint", "offload", "naive-8bit", "8bit", "4bit", "2bit")
 all_modes = pytest.mark.parametrize("name", MODES)
 all_precisions = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 
@@ -36,13 +37,19 @@ all_precisions = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def torch_settings() -> Iterator[None]:
     """Give back the process-wide settings that training changes."""
     yield
-    steps.configure_torch(GpuConfig(deterministic=False))
+    steps.configure_torch(GpuConfig(precision="fp32", deterministic=False))
     torch.backends.cudnn.benchmark = False
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     torch.cuda.set_sync_debug_mode("default")
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def all_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations of a few images are small."""
+    monkeypatch.setattr(Offload, "smallest_bytes", 0)
 
 
 def config_of(name: str, *, depth: int = 20, batch: int = 8, **gpu: Any) -> Config:
@@ -233,7 +240,7 @@ def test_inductor_s_kernels_train_like_triton_s(tmp_path: Path) -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit"])
+@pytest.mark.parametrize("name", ["exact", "exact-one-copy", "checkpoint", "offload", "8bit", "4bit", "2bit"])
 def test_a_step_takes_the_memory_that_was_counted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Within 5 % and the allowance: workspaces of cudnn and cuBLAS, and sums that kernels make in two stages."""
     batch = 1024
@@ -257,8 +264,28 @@ def test_the_largest_batch_is_measured_where_it_is_predicted(tmp_path: Path) -> 
     (file,) = tmp_path.glob("runs/*/records.json")
     predicted, measured = records.read(file)
     assert predicted.predicted and not measured.predicted
+    assert measured.segments in ("usual", "expandable")
     # The allowance comes off both budgets, so a measured step pays for its workspaces again: no more than all of it.
     assert 1 - 0.5 / 3.5 - 0.05 <= measured.value / predicted.value <= 1.05
+
+
+@pytest.mark.parametrize("kind", [segments.USUAL, segments.EXPANDABLE])
+def test_a_recorded_step_takes_memory_in_the_kind_of_segments_that_was_asked_for(kind: str) -> None:
+    """In a graph's own pool too, and no more of it than the process may take."""
+    taken, allowed = fresh.call(expandable_in_pools_of_graphs, kind)
+    assert taken == {kind == segments.EXPANDABLE}
+    assert allowed
+
+
+def expandable_in_pools_of_graphs(kind: str) -> tuple[set[bool], bool]:
+    segments.use(kind)
+    limit = 2**30
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(CUDA).total_memory)
+    step = make_step(config_of("4bit", cuda_graph=True))
+    for _ in range(steps.EAGER_STEPS + 2):
+        step()
+    pools = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return {segment["is_expandable"] for segment in pools}, torch.cuda.max_memory_reserved() <= limit
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------
@@ -279,7 +306,7 @@ def test_kernels_are_measured(back_end: str, tmp_path: Path) -> None:
     assert cli.main([*arguments, f"results={tmp_path}"]) == 0
     (file,) = tmp_path.glob("runs/*/records.json")
     shares = [record.value for record in records.read(file) if record.metric.endswith("_share_of_copy")]
-    assert len(shares) == 4 * 3
+    assert len(shares) == 4 * 7
     assert min(shares) > 0
 
 

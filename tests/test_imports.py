@@ -21,7 +21,7 @@ LAYERS = (
     ("modes",),
     ("layers",),
     ("ops",),
-    ("kept", "convolution", "compiling"),
+    ("kept", "convolution", "compiling", "offloading"),
     ("kernels",),
     ("codec",),
 )

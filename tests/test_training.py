@@ -40,7 +40,7 @@ def tiny_config(**recipe: Any) -> Config:
     return Config(
         dataset=DatasetConfig(**{**values, **recipe}),
         mode=ModeConfig(name="exact", layers="stock"),
-        gpu=GpuConfig(name="cpu", kernels="torch"),
+        gpu=GpuConfig(name="cpu", kernels="torch", precision="fp32"),
         task=TaskConfig(name="train", evaluate_every=3, checkpoint_every=4),
         run="tiny",
     )

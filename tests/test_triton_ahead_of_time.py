@@ -44,17 +44,16 @@ def test_kernels_compile_ahead_of_time_and_spill_nothing(
 def test_kernels_compile_where_a_size_is_one(compiled: list[dict[str, Any]]) -> None:
     """Then Triton makes a constant of it, which arithmetic with tensors has to take; the script fails where not."""
     small = [kernel for kernel in compiled if kernel["ones"]]
-    assert len(small) == 2 * 7
+    assert len(small) == 2 * len({kernel["kernel"] for kernel in compiled})
     assert {tuple(kernel["ones"]) for kernel in small} == {("steps", "programs"), ("steps", "programs", "C")}
 
 
 def test_compiled_kernels_read_and_write_sixteen_bytes_at_once(compiled: list[dict[str, Any]]) -> None:
     """Those that go through whole activations, of channels that divide by 16; codes may be fewer bytes."""
-    through = [kernel for kernel in compiled if "combine" not in str(kernel["variant"]) and "C" not in kernel["ones"]]
+    through = [kernel for kernel in compiled if "C" not in kernel["ones"]]
     assert not [kernel for kernel in through if not kernel["loads_16_bytes"]]
-    assert not [
-        kernel for kernel in through if "partial" not in str(kernel["variant"]) and not kernel["stores_16_bytes"]
-    ]
+    writing = [kernel for kernel in through if kernel["kernel"] not in ("_channel_stats", "_gradient_sums")]
+    assert not [kernel for kernel in writing if not kernel["stores_16_bytes"]]
 
 
 def test_compiled_kernels_fuse_no_multiply_with_an_add(compiled: list[dict[str, Any]]) -> None:

@@ -44,7 +44,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "tiny tiles":
         if DEVICE.type == "cuda":
             pytest.skip("there large activations make the loops turn, and every size of a tile costs compiling")
-        sizes = {"TILE_ELEMENTS": 64, "TILE_CHANNELS": 4, "PROGRAMS": 2, "PARTIAL_ROWS": 2, "PARTIAL_CHANNELS": 2}
+        sizes = {"TILE_ELEMENTS": 64, "SUM_TILE_ELEMENTS": 32, "TILE_CHANNELS": 4, "PROGRAMS": 2}
         for name, size in sizes.items():
             monkeypatch.setattr(triton_ops, name, size)
 
@@ -258,16 +258,18 @@ def test_the_operations_keep_their_promises_to_torch_library() -> None:
     u = on_device(unit((13, 5), Code(4), torch.float32))
     mean, var, gamma, beta, *_ = u.vectors
     sums, codes = torch.empty(4, 5, device=DEVICE), torch.empty_like(u.kept)
-    batches = torch.tensor(0, device=DEVICE)
+    batches, counter = torch.tensor(0, device=DEVICE), torch.zeros(5, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(
         triton_ops.channel_stats,
-        (u.x, gamma, beta, torch.empty_like(u.vectors), mean.clone(), var.clone(), batches, 0.1, EPS, 0.375, 16),
+        (u.x, gamma, beta, u.vectors.clone(), counter, mean.clone(), var.clone(), batches, 0.1, EPS, 0.375, 16),
     )
-    without = (u.x, gamma, beta, u.vectors.clone(), None, None, None, 0.0, EPS, 0.0, 0)
+    without = (u.x, gamma, beta, u.vectors.clone(), None, None, None, None, 0.0, EPS, 0.0, 0)
     torch.library.opcheck(triton_ops.channel_stats, without)
     torch.library.opcheck(triton_ops.normalise_rectify_encode, (u.x, u.vectors, torch.empty_like(u.x), codes, 4))
     torch.library.opcheck(triton_ops.decode, (u.kept, u.vectors, torch.empty_like(u.x), 4))
-    torch.library.opcheck(triton_ops.backward, (u.grad, u.kept, u.vectors, torch.empty_like(u.x), sums, None, 4, False))
+    torch.library.opcheck(
+        triton_ops.backward, (u.grad, u.kept, u.vectors, counter, torch.empty_like(u.x), sums, None, 4, False)
+    )
 
 
 def test_the_meta_device_counts_what_it_counts_of_the_reference() -> None:

@@ -79,12 +79,24 @@ class Kernels(Protocol):
     """The contract of a back end.
 
     x, a, grad and out are contiguous [M, C], `vectors` is a Norm [9, C]; out is written whole and may be the input.
+
+    `counter` is int32 [C], zero before and after: a back end may count in it which of its programs have added up their
+    rows, so that the last one adds up theirs. Two calls that may run at once need one each; where it is None, one is
+    made.
     """
 
     name: str
 
     def channel_stats(
-        self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None, averages: Averages | None = None
+        self,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        *,
+        eps: float,
+        code: Code | None,
+        averages: Averages | None = None,
+        counter: Tensor | None = None,
     ) -> Tensor:
         """Norm [9, C] of the mean and biased variance of each column; running averages, if given, move towards them.
 
@@ -107,6 +119,7 @@ class Kernels(Protocol):
         constant_stats: bool,
         out: Tensor,
         add: Tensor | None = None,
+        counter: Tensor | None = None,
     ) -> Tensor:
         """Write dX to `out`, which may be grad = dA, and return dbeta and dgamma [2, C].
 

@@ -149,7 +149,15 @@ class RowBlockKernels:
             self._fuse(body, variant, *constants)(blocks, *args)
 
     def channel_stats(
-        self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None, averages: Averages | None = None
+        self,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        *,
+        eps: float,
+        code: Code | None,
+        averages: Averages | None = None,
+        counter: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=compute_dtype(x.dtype))
@@ -185,6 +193,7 @@ class RowBlockKernels:
         constant_stats: bool,
         out: Tensor,
         add: Tensor | None = None,
+        counter: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
         sums = vectors.new_empty(2, grad.shape[1])

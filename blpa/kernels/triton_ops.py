@@ -10,8 +10,9 @@ codes has one owner, and each element is read once and written once a kernel, in
     decode                      K/8 + 4              reads the codes, writes a~
     backward                    2 (4 + K/8) + 4      reads dA and the codes twice, writes dX
 
-Sums over rows are made in two stages, in an order that depends on the shape alone: a lane of a tile adds up at most 64
-rows, a program its lanes, and a second kernel the programs. Nothing is atomic, so the same input gives the same bits.
+Sums over rows are made in an order that depends on the shape alone, so that the same input gives the same bits: a lane
+of a tile adds up at most 64 rows, a program its lanes, and the program that ends last adds up what all of them left.
+Which one that is, is told by a counter, the only thing that is atomic; its value plays no part in the sums.
 
 Products and sums are not contracted to fused multiply-adds: the sign of y decides the mask in two kernels, and a code
 must be the reference's, to the bit. A tile's first element is found in 64 bits; within a tile 32 are enough.
@@ -27,19 +28,22 @@ from torch import Tensor
 from blpa.codec import Code
 from blpa.kernels import Averages, Norm
 
-TILE_ELEMENTS = 2048
-"""Elements of a tile: 16 a thread, four loads of 16 bytes under way in fp32, and registers for six programs at once."""
-TILE_CHANNELS = 128
+TILE_ELEMENTS, SUM_TILE_ELEMENTS = 2048, 4096
+"""Elements of a tile, for 4 warps and for the 8 of a sum: 16 per thread, so that four loads of 16 bytes are under way
+in fp32, and registers are left for other programs."""
+TILE_CHANNELS = 64
+"""Columns of a tile at most. With 128 each thread would hold vectors of all of its rows' columns, and move them through
+shared memory to get there."""
+PROGRAMS = 264
+"""Programs that sums are divided among before lanes grow longer: two for each multiprocessor of a large card, and few
+enough for the last one to add up."""
 LANE_ROWS = 64
 """Rows that one lane adds up at most, the reference's strip."""
-PROGRAMS = 512
-"""Programs that sums are divided among before lanes grow longer: enough to fill any card, few to add up."""
-PARTIAL_ROWS, PARTIAL_CHANNELS = 512, 4
-"""Tile of the second stage of sums: tall, for one round of loads from as many programs as there are, not one after the
-other; and narrow, so that few channels still make several programs."""
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-"""Of the compiler, for every kernel: threads enough for a tile, and no fused multiply-adds."""
+"""Of the compiler: threads enough for a tile, and no fused multiply-adds."""
+SUM_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
+"""The same for sums, whose last program alone adds up what all left: it needs many loads under way."""
 
 MEAN, VAR, RSTD, GAMMA, BETA, BINS_PER_UNIT, BIN_WIDTH, FRAC, ZERO = map(tl.constexpr, range(len(Norm._fields)))
 """Rows of the Norm [9, C]."""
@@ -116,13 +120,32 @@ def _decode(
     tl.store(out + offset, a.to(out.dtype.element_ty), mask=mask)
 
 
+@triton.jit
+def _is_last(counter, programs):
+    """Whether the other programs of these columns have all stored their part; if so, the counter is zero again."""
+    tl.debug_barrier()  # every thread of this program has stored its part before one of them counts
+    before = tl.atomic_add(counter + tl.program_id(1), 1, sem="acq_rel", scope="gpu")
+    is_last = before == programs - 1
+    if is_last:
+        tl.store(counter + tl.program_id(1), 0)
+    return is_last
+
+
+@triton.jit
+def _part(partial, row: tl.constexpr, p, programs, c, C):
+    """One vector of each of the programs p, from partial [programs, 2, C], past caches that may hold older values."""
+    mask = (p < programs)[:, None] & (c < C)[None, :]
+    return tl.load(partial + (p[:, None] * 2 + row) * C + c[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+
+
 @triton.jit(do_not_specialize=["M", "R"])
-def _partial_sums(
-    grad, kept, vectors, partial, M, C, R, steps,
+def _gradient_sums(
+    grad, kept, vectors, partial, counter, sums, M, C, R, steps, programs,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dY and dY x_hat~ over `steps` tiles, into partial [programs, 2, C]."""
-    program = tl.program_id(0)
+    """dbeta, dgamma and both divided by M, into sums [4, C]: sums of dY and dY x_hat~, `steps` tiles per program."""
+    program, columns = tl.program_id(0), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    here = columns < C
     sum_dy = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
     sum_dy_x_hat = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
     for step in range(steps):
@@ -132,24 +155,22 @@ def _partial_sums(
         dy = tl.where(relu_mask, tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32), 0.0)
         sum_dy += tl.sum(dy, axis=0)
         sum_dy_x_hat += tl.sum(dy * x_hat, axis=0)
-    columns = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
     to = partial + program.to(tl.int64) * 2 * C + columns
-    tl.store(to, tl.sum(sum_dy, axis=0), mask=columns < C)
-    tl.store(to + C, tl.sum(sum_dy_x_hat, axis=0), mask=columns < C)
-
-
-@triton.jit(do_not_specialize=["M"])
-def _combine_sums(partial, sums, M, N, programs, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Sums over the programs, and the means, into sums [2, N] of partial [programs, N]."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    lanes = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
-    for start in range(0, programs, ROWS):
-        p = start + tl.arange(0, ROWS)
-        mask = (p < programs)[:, None] & (c < N)[None, :]
-        lanes += tl.load(partial + p[:, None] * N + c[None, :], mask=mask, other=0.0)
-    total = tl.sum(lanes, axis=0)
-    tl.store(sums + c, total, mask=c < N)
-    tl.store(sums + N + c, total * (1.0 / M.to(tl.float64)).to(tl.float32), mask=c < N)
+    tl.store(to, tl.sum(sum_dy, axis=0), mask=here)
+    tl.store(to + C, tl.sum(sum_dy_x_hat, axis=0), mask=here)
+    if _is_last(counter, programs):
+        sum_dy = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+        sum_dy_x_hat = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+        for start in range(0, programs, ROWS):
+            p = start + tl.arange(0, ROWS)
+            sum_dy += _part(partial, 0, p, programs, columns, C)
+            sum_dy_x_hat += _part(partial, 1, p, programs, columns, C)
+        dbeta, dgamma = tl.sum(sum_dy, axis=0), tl.sum(sum_dy_x_hat, axis=0)
+        share = (1.0 / M.to(tl.float64)).to(tl.float32)
+        tl.store(sums + columns, dbeta, mask=here)
+        tl.store(sums + C + columns, dgamma, mask=here)
+        tl.store(sums + 2 * C + columns, dbeta * share, mask=here)
+        tl.store(sums + 3 * C + columns, dgamma * share, mask=here)
 
 
 @triton.jit(do_not_specialize=["M", "R"])
@@ -169,71 +190,19 @@ def _input_gradient(
     tl.store(out + offset, dx.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["M"])
-def _partial_stats(x, partial, M, C, steps, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Mean and sum of squares about it of `steps` tiles, into partial [programs, 2, C].
-
-    Lanes are summed about the program's first row, a value of the same size as the others, so nothing cancels; they
-    combine by the parallel axis theorem.
-    """
-    program = tl.program_id(0)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    begin = program * steps * ROWS
-    first = tl.load(x + begin.to(tl.int64) * C + c, mask=c < C, other=0.0).to(tl.float32)
-    total = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
-    squares = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
-    for step in range(steps):
-        _, _, _, offset, mask = _tile(program * steps + step, M, C, M, 1, ROWS, CHANNELS)  # one block: a row a byte
-        value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
-        centred = tl.where(mask, value - first, 0.0)
-        total += centred
-        squares += centred * centred
-    rows = tl.minimum(steps * ROWS, M - begin)
-    lane_rows = (tl.maximum(rows - tl.arange(0, ROWS) + ROWS - 1, 0) // ROWS).to(tl.float32)[:, None]
-    lane_mean = total / tl.maximum(lane_rows, 1.0)
-    lane_squares = tl.maximum(squares - lane_rows * lane_mean * lane_mean, 0.0)
-    mean = tl.sum(total, axis=0) / rows.to(tl.float32)
-    off_mean = lane_mean - mean
-    to = partial + program.to(tl.int64) * 2 * C + c
-    tl.store(to, first + mean, mask=c < C)
-    tl.store(to + C, tl.sum(lane_squares + lane_rows * off_mean * off_mean, axis=0), mask=c < C)
-
-
 @triton.jit
 def _lerp(start, end, weight):
     """As torch.lerp, which is exact at both ends."""
     return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))
 
 
-@triton.jit(do_not_specialize=["M"])
-def _combine_stats(
-    partial, gamma, beta, vectors, running_mean, running_var, batches,
-    M, C, program_rows, programs, eps, bin_width, momentum,
-    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+@triton.jit
+def _write_norm(
+    mean, var, gamma, beta, vectors, running_mean, running_var, batches, c, M, C, eps, bin_width, momentum,
+    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The Norm [9, C] of all programs' statistics, of which each has `program_rows` rows, the last those left over."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    """The Norm [9, C] of these columns; the running averages move, and the batch is counted."""
     here = c < C
-    # The sum is of what means differ by, so that its rounding does not scale with the mean.
-    pivot = tl.load(partial + c, mask=here, other=0.0)
-    lanes = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
-    for start in range(0, programs, ROWS):
-        p = start + tl.arange(0, ROWS)
-        mask = (p < programs)[:, None] & here[None, :]
-        rows = tl.minimum(program_rows, M - p * program_rows).to(tl.float32)[:, None]
-        means = tl.load(partial + p[:, None] * 2 * C + c[None, :], mask=mask, other=0.0)
-        lanes += tl.where(mask, rows * (means - pivot), 0.0)
-    mean = pivot + tl.sum(lanes, axis=0) / M.to(tl.float32)
-    lanes = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
-    for start in range(0, programs, ROWS):
-        p = start + tl.arange(0, ROWS)
-        mask = (p < programs)[:, None] & here[None, :]
-        rows = tl.minimum(program_rows, M - p * program_rows).to(tl.float32)[:, None]
-        means = tl.load(partial + p[:, None] * 2 * C + c[None, :], mask=mask, other=0.0)
-        squares = tl.load(partial + p[:, None] * 2 * C + C + c[None, :], mask=mask, other=0.0)
-        lanes += tl.where(mask, squares + rows * (means - mean) * (means - mean), 0.0)
-    var = tl.sum(lanes, axis=0) / M.to(tl.float32)
-
     scale = tl.load(gamma + c, mask=here, other=0.0).to(tl.float32)
     shift = tl.load(beta + c, mask=here, other=0.0).to(tl.float32)
     tl.store(vectors + MEAN * C + c, mean, mask=here)
@@ -268,41 +237,99 @@ def _combine_stats(
         tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=here)
         tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=here)
     if COUNTS:  # noqa: SIM102  a constant, which Triton must meet by itself
-        if tl.program_id(0) == 0:
+        if tl.program_id(1) == 0:
             tl.store(batches, tl.load(batches) + 1)
 
 
-def _channel_tiles(channels: int) -> tuple[int, int]:
-    """Columns of a tile, and how many tiles side by side make a row."""
-    width = min(triton.next_power_of_2(channels), TILE_CHANNELS)
-    return width, triton.cdiv(channels, width)
+@triton.jit(do_not_specialize=["M"])
+def _channel_stats(
+    x, partial, counter, gamma, beta, vectors, running_mean, running_var, batches,
+    M, C, steps, programs, eps, bin_width, momentum,
+    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """The Norm of x, from means and sums of squares about them, `steps` tiles per program, in partial [programs, 2, C].
+
+    Lanes are summed about the program's first row, a value of the same size as the others, so nothing cancels; lanes
+    and programs combine by the parallel axis theorem.
+    """
+    program, lane = tl.program_id(0), tl.arange(0, ROWS)
+    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    here = c < C
+    begin = program * steps * ROWS
+    first = tl.load(x + begin.to(tl.int64) * C + c, mask=here, other=0.0).to(tl.float32)
+    total = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+    squares = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+    for step in range(steps):
+        _, _, _, offset, mask = _tile(program * steps + step, M, C, M, 1, ROWS, CHANNELS)  # one block: a row a byte
+        value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+        centred = tl.where(mask, value - first, 0.0)
+        total += centred
+        squares += centred * centred
+    rows = tl.minimum(steps * ROWS, M - begin)
+    lane_rows = (tl.maximum(rows - lane + ROWS - 1, 0) // ROWS).to(tl.float32)[:, None]
+    lane_mean = total / tl.maximum(lane_rows, 1.0)
+    lane_squares = tl.maximum(squares - lane_rows * lane_mean * lane_mean, 0.0)
+    mean = tl.sum(total, axis=0) / rows.to(tl.float32)
+    off_mean = lane_mean - mean
+    to = partial + program.to(tl.int64) * 2 * C + c
+    tl.store(to, first + mean, mask=here)
+    tl.store(to + C, tl.sum(lane_squares + lane_rows * off_mean * off_mean, axis=0), mask=here)
+    if _is_last(counter, programs):
+        # The sum is of what means differ by, so that its rounding does not scale with the mean.
+        pivot = tl.load(partial + c, mask=here, other=0.0, cache_modifier=".cg")
+        lanes = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+        for start in range(0, programs, ROWS):
+            p = start + lane
+            rows_of = tl.minimum(steps * ROWS, M - p * steps * ROWS).to(tl.float32)[:, None]
+            means = _part(partial, 0, p, programs, c, C)
+            lanes += tl.where((p < programs)[:, None], rows_of * (means - pivot), 0.0)
+        mean = pivot + tl.sum(lanes, axis=0) / M.to(tl.float32)
+        lanes = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
+        for start in range(0, programs, ROWS):
+            p = start + lane
+            rows_of = tl.minimum(steps * ROWS, M - p * steps * ROWS).to(tl.float32)[:, None]
+            off_mean = _part(partial, 0, p, programs, c, C) - mean
+            parts = _part(partial, 1, p, programs, c, C) + rows_of * off_mean * off_mean
+            lanes += tl.where((p < programs)[:, None], parts, 0.0)
+        var = tl.sum(lanes, axis=0) / M.to(tl.float32)
+        _write_norm(
+            mean, var, gamma, beta, vectors, running_mean, running_var, batches, c, M, C, eps, bin_width, momentum,
+            LEVELS, HAS_AVERAGES, COUNTS, CHANNELS,
+        )  # fmt: skip
 
 
 def _launch(kernel: "triton.JITFunction", grid: tuple[int, ...], *args: object, **constants: object) -> None:
-    kernel[grid](*args, **constants, **OPTIONS)
+    kernel[grid](*args, **(OPTIONS | constants))
+
+
+def _division(tiles: int, across: int, longest: int) -> tuple[int, int]:
+    """How many tiles one program of a sum goes through, at most `longest`, and how many programs that makes."""
+    steps = min(triton.cdiv(tiles * across, PROGRAMS), longest)
+    return steps, triton.cdiv(tiles, steps)
 
 
 @torch.library.custom_op("blpa::channel_stats", mutates_args=("vectors", "running_mean", "running_var", "batches"))
 def channel_stats(
-    x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, running_mean: Tensor | None, running_var: Tensor | None,
-    batches: Tensor | None, momentum: float, eps: float, bin_width: float, levels: int,
+    x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, counter: Tensor | None, running_mean: Tensor | None,
+    running_var: Tensor | None, batches: Tensor | None, momentum: float, eps: float, bin_width: float, levels: int,
 ) -> None:  # fmt: skip
     """Write the Norm of x [M, C] to `vectors` [9, C], move the running averages, if there are any, and count."""
     rows, channels = x.shape
-    width, across = _channel_tiles(channels)
-    tile_rows = TILE_ELEMENTS // width
-    tiles = triton.cdiv(rows, tile_rows)
-    steps = min(triton.cdiv(tiles, PROGRAMS), LANE_ROWS)
-    programs = triton.cdiv(tiles, steps)
-    partial = vectors.new_empty(programs, 2, channels)
-    _launch(_partial_stats, (programs, across), x, partial, rows, channels, steps, ROWS=tile_rows, CHANNELS=width)
+    (tiles, across), _, constants = _tiles(x, 0, SUM_TILE_ELEMENTS)
+    steps, programs = _division(tiles, across, LANE_ROWS)
     _launch(
-        _combine_stats, (triton.cdiv(channels, PARTIAL_CHANNELS),), partial, gamma, beta, vectors,
+        _channel_stats, (programs, across), x, vectors.new_empty(programs, 2, channels), _zeros(counter, x),
+        gamma, beta, vectors,
         *(vectors if given is None else given for given in (running_mean, running_var, batches)),
-        rows, channels, steps * tile_rows, programs, eps, bin_width, momentum,
+        rows, channels, steps, programs, eps, bin_width, momentum,
         LEVELS=levels, HAS_AVERAGES=running_mean is not None, COUNTS=batches is not None,
-        ROWS=PARTIAL_ROWS, CHANNELS=PARTIAL_CHANNELS,
+        ROWS=constants["ROWS"], CHANNELS=constants["CHANNELS"], **SUM_OPTIONS,
     )  # fmt: skip
+
+
+def _zeros(counter: Tensor | None, x: Tensor) -> Tensor:
+    """The counter of a sum over x [M, C], one for each tile of columns: as it is given, or made."""
+    return x.new_zeros(x.shape[1], dtype=torch.int32) if counter is None else counter
 
 
 @torch.library.custom_op("blpa::normalise_rectify_encode", mutates_args=("out", "codes"))
@@ -322,36 +349,36 @@ def decode(kept: Tensor, vectors: Tensor, out: Tensor, bits: int) -> None:
 
 @torch.library.custom_op("blpa::backward", mutates_args=("out", "sums"))
 def backward(
-    grad: Tensor, kept: Tensor, vectors: Tensor, out: Tensor, sums: Tensor, add: Tensor | None, bits: int,
-    constant_stats: bool,
+    grad: Tensor, kept: Tensor, vectors: Tensor, counter: Tensor | None, out: Tensor, sums: Tensor, add: Tensor | None,
+    bits: int, constant_stats: bool,
 ) -> None:  # fmt: skip
     """Write dX, plus `add` if there is any, to `out`, and dbeta, dgamma and both divided by M to `sums` [4, C]."""
-    grid, sizes, constants = _tiles(grad, bits)
-    tiles, across = grid
-    steps = min(triton.cdiv(tiles, PROGRAMS), LANE_ROWS // constants["BLOCKS"])
-    programs = triton.cdiv(tiles, steps)
-    rows, channels = grad.shape
-    partial = sums.new_empty(programs, 2, channels)
-    _launch(_partial_sums, (programs, across), grad, kept, vectors, partial, *sizes, steps, **constants)
+    (tiles, across), sizes, constants = _tiles(grad, bits, SUM_TILE_ELEMENTS)
+    steps, programs = _division(tiles, across, LANE_ROWS // constants["BLOCKS"])
+    partial = sums.new_empty(programs, 2, grad.shape[1])
     _launch(
-        _combine_sums, (triton.cdiv(2 * channels, PARTIAL_CHANNELS),), partial, sums, rows, 2 * channels, programs,
-        ROWS=PARTIAL_ROWS, CHANNELS=PARTIAL_CHANNELS,
+        _gradient_sums, (programs, across), grad, kept, vectors, partial, _zeros(counter, grad), sums, *sizes, steps,
+        programs, **constants, **SUM_OPTIONS,
     )  # fmt: skip
+    grid, sizes, constants = _tiles(grad, bits)
     _launch(
         _input_gradient, grid, grad, out, kept, vectors, sums[2:], grad if add is None else add, *sizes, **constants,
         CONSTANT_STATS=constant_stats, ADDS=add is not None,
     )  # fmt: skip
 
 
-def _tiles(x: Tensor, bits: int) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
-    """The grid over an activation, its sizes M, C and R, and the constants of its tiles."""
+def _tiles(
+    x: Tensor, bits: int, elements: int | None = None
+) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
+    """The grid over an activation, its sizes M, C and R, and the constants of its tiles of so many elements."""
     rows, channels = x.shape
     blocks = 8 // bits if bits else 1
-    width, across = _channel_tiles(channels)
-    tile_rows = TILE_ELEMENTS // (width * blocks)
+    width = min(triton.next_power_of_2(channels), TILE_CHANNELS)
+    tile_rows = (elements or TILE_ELEMENTS) // (width * blocks)
     packed_rows = triton.cdiv(rows, blocks)
     constants = {"BITS": bits, "BLOCKS": blocks, "ROWS": tile_rows, "CHANNELS": width}
-    return (triton.cdiv(packed_rows, tile_rows), across), (rows, channels, packed_rows), constants
+    grid = triton.cdiv(packed_rows, tile_rows), triton.cdiv(channels, width)
+    return grid, (rows, channels, packed_rows), constants
 
 
 for operation in (channel_stats, normalise_rectify_encode, decode, backward):
@@ -364,14 +391,24 @@ class TritonKernels:
     name = "triton"
 
     def channel_stats(
-        self, x: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None, averages: Averages | None = None
+        self,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        *,
+        eps: float,
+        code: Code | None,
+        averages: Averages | None = None,
+        counter: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
         _refuse_float64(x)
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=torch.float32)
         mean, var, momentum, batches = averages or (None, None, 0.0, None)
         bin_width, levels = (code.bin_width, code.levels) if code else (0.0, 0)
-        channel_stats(x, gamma.detach(), beta.detach(), vectors, mean, var, batches, momentum, eps, bin_width, levels)
+        channel_stats(
+            x, gamma.detach(), beta.detach(), vectors, counter, mean, var, batches, momentum, eps, bin_width, levels
+        )
         return vectors
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
@@ -396,11 +433,12 @@ class TritonKernels:
         constant_stats: bool,
         out: Tensor,
         add: Tensor | None = None,
+        counter: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
         _refuse_float64(grad)
         sums = vectors.new_empty(4, grad.shape[1])
-        backward(grad, kept, vectors, out, sums, add, code.bits if code else 0, constant_stats)
+        backward(grad, kept, vectors, counter, out, sums, add, code.bits if code else 0, constant_stats)
         return sums[:2]
 
 

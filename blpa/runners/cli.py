@@ -70,7 +70,9 @@ def _answer(arguments: list[str]) -> int:
                 print(usage.text(__doc__ or "", compose.checked(compose.composed())))
                 return 0
             cells = compose.cells(overrides, multirun="-m" in flags)
-            jobs = cells[0].config.jobs
+            # An experiment's own number is for its sweep: one cell of it runs by itself.
+            is_given = any(override.startswith("jobs=") for override in overrides)
+            jobs = cells[0].config.jobs if "-m" in flags or is_given else 1
             if jobs > 1 and ("-m" not in flags or launch.is_asked_for(cells)):
                 raise UserError(f"jobs={jobs} is for a sweep: add -m, and name no launcher")
             if jobs > 1 and not cells[0].config.resume:

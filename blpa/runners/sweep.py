@@ -216,9 +216,7 @@ def cell_in_turns(
         return refuse(error, error.exit_code), False
 
 
-def _alone_in_turns(
-    config: Config, *, records_failure: bool, stopping: "Stopping | None"
-) -> Turns[tuple[int, bool]]:
+def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping | None") -> Turns[tuple[int, bool]]:
     """While nobody else is at the run; its failure is recorded before they are let in."""
     began = time.monotonic()
     try:

@@ -55,14 +55,17 @@ class _Begun(NamedTuple):
 
 def _begin(config: Config) -> _Begun:
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     elements = setup.encoded_elements(config, steps=config.dataset.iterations)
     chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
     if device.type == "cpu" and config.gpu.name not in ("auto", "cpu"):
         print(f"gpu={config.gpu.name}: torch finds no CUDA device here; training on the CPU", file=sys.stderr)
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
         print(f"kernels: {chosen.name}\n", end="", file=sys.stderr)
-    used = replace(config, gpu=replace(config.gpu, device=device.type, kernels=chosen.name))
+    gpu = setup.used(config.gpu, device)
+    if gpu.precision != config.gpu.precision:
+        print(f"precision: {gpu.precision}\n", end="", file=sys.stderr)
+    used = replace(config, gpu=replace(gpu, device=device.type, kernels=chosen.name))
     images = data.load(config.dataset, device)
     return _Begun(run_dir, device, used, images, setup.model(config, chosen))
 
