@@ -191,15 +191,19 @@ def test_what_another_configuration_measured_in_the_same_folder_is_kept_in_the_t
     }
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("CUDA error: device not ready")], ids=type
+)
 def test_a_failure_that_cannot_be_recorded_does_not_stop_the_rest(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(record: records.Record, run_dir: Path) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(records, "write_failure", full)
     assert cli.main([*GRADIENTS, "mode=fewer-features,4bit"]) == 1
-    assert "the failure could not be recorded: No space left on device" in capsys.readouterr().err
+    assert "the failure could not be recorded: " in (err := capsys.readouterr().err)
+    assert error.args[-1] in err
     assert {record.mode for record in records.collect(Path("results"))} == {"4bit"}
 
 

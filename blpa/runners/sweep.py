@@ -242,8 +242,8 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
 def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
         importlib.import_module("blpa.runners.setup").record_failure(config, reason, seconds)
-    except OSError as error:  # a full disk, say, which may be why the cell failed
-        refuse(f"the failure could not be recorded: {error.strerror}", 1)
+    except (OSError, RuntimeError) as error:  # a full disk, or a GPU that is gone, which may be why the cell failed
+        refuse(f"the failure could not be recorded: {judge(error)[1]}", 1)
 
 
 def refuse(message: object, exit_code: int) -> int:
