@@ -15,14 +15,16 @@ NOT_DECIDING = {"dataset.root", "dataset.download", "task.checkpoint_every", "ta
 
 
 def run_name(config: Config) -> str:
-    """The folder of a run, from the values that tell runs apart: table1-cifar10-4bit-depth164-width1-seed0.
+    """The folder of a run, from the values that tell runs apart: table1-cifar10-4bit-depth164-width1-tf32-seed0.
 
     Args:
-        config: the run; its experiment leads the name unless it is `single`.
+        config: the run; its experiment leads the name unless it is `single`, and its precision is in it unless it is
+            `auto`.
     """
     prefix = "" if config.experiment == "single" else f"{config.experiment}-"
     network = f"depth{config.depth}-width{config.width:g}"
-    return f"{prefix}{config.dataset.name}-{config.mode.name}-{network}-seed{config.seed}"
+    precision = "" if config.gpu.precision == "auto" else f"-{config.gpu.precision}"
+    return f"{prefix}{config.dataset.name}-{config.mode.name}-{network}{precision}-seed{config.seed}"
 
 
 def folder_name(config: Config) -> str | None:
@@ -42,9 +44,9 @@ def folder_name(config: Config) -> str | None:
         return config.run
     if task.name == "runtime":
         batch = f"largest-batch-{card}" if task.largest_batch else batch
-        return f"{config.run}-runtime-{batch}-{gpu.kernels}-{gpu.precision}"
+        return f"{config.run}-runtime-{batch}-{gpu.kernels}"
     if task.name == "kernels":
-        return f"{config.run}-kernels-{gpu.kernels}-{gpu.precision}"
+        return f"{config.run}-kernels-{gpu.kernels}"
     at = f"-{Path(task.checkpoint).stem}" if task.checkpoint else ""
     if task.name == "gradient-error":
         return f"{config.run}-gradient-error-{batch}{at}"
@@ -52,7 +54,7 @@ def folder_name(config: Config) -> str | None:
         return f"{config.run}-thresholds{at}"
     if task.name == "memory":
         return f"{config.run}-memory-{batch}-{gpu.kernels}"
-    return f"{config.run}-max-batch-{card}-{gpu.kernels}-{gpu.precision}" if task.name == "max-batch" else None
+    return f"{config.run}-max-batch-{card}-{gpu.kernels}" if task.name == "max-batch" else None
 
 
 def departures(config: Config) -> str:
@@ -65,6 +67,8 @@ def departures(config: Config) -> str:
         dataset.schedule=[[1.0, 0.1]] mode.clip=2.0, or nothing.
     """
     told = {"dataset.iterations", "dataset.batch_size"}
+    if config.dataset.eval_statistics == "running":
+        told.add("dataset.eval_batch_size")  # it decides nothing where statistics are not those of the batch
     return " ".join(
         f"{key}={value}"
         for group in ("dataset", "mode")

@@ -64,8 +64,8 @@ class ModeConfig:
     name: str = MISSING
     """The mode's name in tables and file names."""
     layers: str = MISSING
-    """stock (PyTorch's own layers), coded (ours), checkpoint (stock layers, recomputed in the backward pass) or
-    compiled (stock layers through torch.compile)."""
+    """stock (PyTorch's own layers), coded (ours), checkpoint (stock layers, recomputed in the backward pass), offload
+    (stock layers whose activations wait in the host's memory) or compiled (stock layers through torch.compile)."""
     bits: int | None = None
     """Bits a code: 8, 4 or 2; null keeps one full-precision tensor a unit. Coded layers only."""
     clip: float = 3.0
@@ -90,8 +90,9 @@ class GpuConfig:
     """The option's name."""
     device: str = "auto"
     """auto (CUDA where there is one), cpu or cuda."""
-    precision: str = "fp32"
-    """fp32 (strict), tf32 (tensor cores in matrix products) or bf16 (autocast)."""
+    precision: str = "auto"
+    """tf32 (tensor cores round the factors of float32 products), bf16 (autocast), fp32 (strict), or auto: PyTorch's
+    default for convolutions, which is tf32 on a CUDA GPU of compute capability 8.0 or later and fp32 elsewhere."""
     kernels: str = "auto"
     """Back end of the four kernel functions: auto, torch, inductor or triton (CUDA only)."""
     cuda_graph: bool | None = None
@@ -117,13 +118,13 @@ class TaskConfig:
     keep_every: int | None = None
     """Training steps between checkpoints that are kept for good; null keeps the last two alone."""
     steps: int = 15
-    """Training steps that runtime times, after two that warm up; batches that gradient-error compares."""
+    """Turns that runtime times, each of one training step (five on a GPU); batches that gradient-error compares."""
     modes: list[str] = field(default_factory=list)
     """Modes that runtime times in turn with the configured one and exact, in one process, and records like it."""
     tables: list[str] = field(default_factory=list)
     """Tables that the task tables prints, of batches, times, gradients, kernels and errors; an empty list is all."""
     elements: int = 2**26
-    """Elements of the activation that the task kernels works on: more than any cache holds."""
+    """Elements of an activation that no cache holds, on which the task kernels works besides those of the network."""
     resolution: float = 0.01
     """How near max-batch comes to the largest batch where it measures: a smaller one than this part more is too large.
     """
@@ -174,7 +175,7 @@ class Config:
     other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
     begins until the last minute. A launcher's jobs have them each."""
     jobs: int = 1
-    """Processes of this machine that work through a sweep side by side."""
+    """Cells of a sweep that run side by side: on a CPU in so many processes; on a GPU training runs in one process."""
     run: str = MISSING
     """Folder of this run under results/runs; composed from the values that tell runs apart."""
 
@@ -206,7 +207,7 @@ def check(config: Config) -> None:
     _check_dataset(config.dataset)
     _check_mode(config.mode)
     _one_of("gpu.device", config.gpu.device, ("auto", "cpu", "cuda"))
-    _one_of("gpu.precision", config.gpu.precision, ("fp32", "tf32", "bf16"))
+    _one_of("gpu.precision", config.gpu.precision, ("auto", "tf32", "bf16", "fp32"))
     _one_of("gpu.kernels", config.gpu.kernels, ("auto", "torch", "inductor", "triton"))
     if config.gpu.memory_gib is not None:
         _above_zero("gpu.memory_gib", config.gpu.memory_gib)
@@ -259,7 +260,7 @@ def _check_dataset(dataset: DatasetConfig) -> None:
 
 
 def _check_mode(mode: ModeConfig) -> None:
-    _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint", "compiled"))
+    _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint", "offload", "compiled"))
     if mode.bits not in (None, 2, 4, 8):
         raise UserError(f"mode.bits={mode.bits} is not allowed: choose 2, 4 or 8, or null for full precision")
     if mode.bits is not None and mode.layers != "coded":

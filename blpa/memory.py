@@ -19,7 +19,8 @@ Bytes kept have a formula. A unit whose activation is [M, C], with a K-bit code,
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -111,6 +112,29 @@ class LiveBytes(TorchDispatchMode):
         self.live_bytes -= nbytes
 
 
+@contextmanager
+def meta_autocast() -> Iterator[None]:
+    """What torch.autocast in bfloat16 does to tensors of the meta device, for which PyTorch has none.
+
+    Convolutions and linear layers get bfloat16 operands. They are all that autocast changes in a residual network:
+    batch norm, ReLU, pooling, padding and sums keep the dtype they are given. It is for the backward pass as well,
+    which recomputes the layers of a checkpointed segment.
+    """
+
+    def in_bfloat16(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any) -> Tensor:
+            return function(*(value.bfloat16() if isinstance(value, Tensor) else value for value in args))
+
+        return call
+
+    before = F.conv2d, F.linear
+    F.conv2d, F.linear = in_bfloat16(F.conv2d), in_bfloat16(F.linear)
+    try:
+        yield
+    finally:
+        F.conv2d, F.linear = before
+
+
 @dataclass(frozen=True)
 class PartBytes:
     """What the forward pass of one part of a network, such as a block, leaves for the backward pass.
@@ -148,7 +172,12 @@ class StepBytes:
 
 
 def step_bytes(
-    model: nn.Module, images: Tensor, labels: Tensor, *, parts: Mapping[str, nn.Module] = MappingProxyType({})
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    bf16: bool = False,
+    parts: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> StepBytes:
     """Count one forward and backward pass.
 
@@ -156,6 +185,7 @@ def step_bytes(
         model: on the meta device, its gradients None (on another device the step runs, with eager kernels only).
         images: [N, C, H, W] on the same device.
         labels: class indices [N].
+        bf16: the forward pass is under autocast in bfloat16; the logits are float32 all the same.
         parts: modules of the model, called one after the other, whose kept bytes are told apart.
     """
     counter = LiveBytes()
@@ -190,8 +220,16 @@ def step_bytes(
         parameter.register_post_accumulate_grad_hook(lambda parameter: counter.mark(parameter.grad, GRADIENTS))
         for parameter in model.parameters()
     ]
-    with counter, torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor):
-        loss = F.cross_entropy(model(images), labels)
+    is_meta = images.is_meta
+    with (
+        counter,
+        torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor),
+        meta_autocast() if bf16 and is_meta else nullcontext(),
+    ):
+        with torch.autocast(images.device.type, torch.bfloat16) if bf16 and not is_meta else nullcontext():
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        del logits
         forward_bytes, forward_operations = counter.live_bytes, len(counter.timeline)
         loss.backward()
     for handle in handles:
@@ -210,12 +248,14 @@ class TrainingBytes:
         optimiser_bytes: what the optimiser keeps between steps.
         input_bytes: images and labels.
         step: what a step allocates besides.
+        host_bytes: what it moves to the host's memory, which is no part of the total.
     """
 
     weight_bytes: int
     optimiser_bytes: int
     input_bytes: int
     step: StepBytes
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -224,7 +264,12 @@ class TrainingBytes:
 
 
 def training_bytes(
-    model: nn.Module, images: Tensor, labels: Tensor, *, parts: Mapping[str, nn.Module] = MappingProxyType({})
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    bf16: bool = False,
+    parts: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> TrainingBytes:
     """Count one training step by stochastic gradient descent with momentum, whose state is a copy of the parameters.
 
@@ -232,6 +277,7 @@ def training_bytes(
         model: as step_bytes; so are images and labels.
         images: [N, C, H, W].
         labels: class indices [N].
+        bf16: as step_bytes; weights and momentum are float32.
         parts: as step_bytes.
     """
     parameters = list(model.parameters())
@@ -239,7 +285,7 @@ def training_bytes(
         weight_bytes=sum(tensor.nbytes for tensor in (*parameters, *model.buffers())),
         optimiser_bytes=sum(parameter.nbytes for parameter in parameters),
         input_bytes=images.nbytes + labels.nbytes,
-        step=step_bytes(model, images, labels, parts=parts),
+        step=step_bytes(model, images, labels, bf16=bf16, parts=parts),
     )
 
 

@@ -3,10 +3,11 @@
 from dataclasses import replace
 
 import pytest
+from omegaconf import OmegaConf
 from test_config import make
 
 from blpa.cells import departures, folder_name, overrides, run_name
-from blpa.config import USED_BY, Config, TaskConfig, options
+from blpa.config import CONF, USED_BY, Config, TaskConfig, options
 from blpa.runners import compose
 
 
@@ -57,12 +58,30 @@ def test_overrides_say_what_a_run_is_and_not_where_it_lies() -> None:
 def test_a_run_is_named_after_what_tells_it_apart() -> None:
     assert run_name(make()) == "digits-4bit-depth29-width1-seed0"
     assert run_name(make(experiment="demo", width=0.25, seed=3)) == "demo-digits-4bit-depth29-width0.25-seed3"
+    assert run_name(make(gpu__precision="bf16")) == "digits-4bit-depth29-width1-bf16-seed0"
+
+
+@pytest.mark.parametrize("task", ["train", "gradient-error", "kernels", "max-batch", "memory", "runtime"])
+def test_no_two_precisions_share_a_folder(task: str) -> None:
+    cells = composed([f"task={task}", "gpu.precision=auto,tf32,bf16,fp32"], multirun=True)
+    assert len({folder_name(cell) for cell in cells}) == 4
+
+
+@pytest.mark.parametrize("experiment", sorted({*options("experiment")} - {"single"}))
+def test_every_experiment_names_its_precisions(experiment: str) -> None:
+    """So that its runs and its records do."""
+    told = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
+    named = str(OmegaConf.select(told, "gpu.precision") or told.hydra.sweeper.params["gpu.precision"]).split(",")
+    assert set(named) <= {"tf32", "bf16", "fp32"}
 
 
 def test_only_changes_that_no_column_of_a_record_tells_are_departures() -> None:
     assert departures(make()) == ""
     assert departures(make(dataset__iterations=7, dataset__batch_size=2, dataset__root="elsewhere")) == ""
     assert departures(make(mode__bits=8)) == "mode.bits=8"  # or it would pass for what its mode's name says
+    assert departures(make(dataset__eval_batch_size=8)) == ""  # statistics are running averages: it decides nothing
+    on_batches = make(dataset__eval_batch_size=8, dataset__eval_statistics="batch")
+    assert departures(on_batches) == "dataset.eval_batch_size=8 dataset.eval_statistics=batch"
     changed = make(dataset__augmentation="none", mode__clip=2.0)
     assert departures(changed) == "dataset.augmentation=none mode.clip=2.0"
 
@@ -76,6 +95,6 @@ def test_a_task_s_folder_tells_apart_what_its_cells_may_differ_in() -> None:
     assert folder_name(make()) == "a-run"
     assert folder_name(make(task__name="tables")) is None
     timed = make(task__name="runtime")
-    assert folder_name(timed) == "a-run-runtime-batch64-auto-fp32"
-    changes = ({"dataset__batch_size": 8}, {"gpu__kernels": "torch"}, {"gpu__precision": "bf16"})
-    assert len({folder_name(make(task__name="runtime", **change)) for change in changes} | {folder_name(timed)}) == 4
+    assert folder_name(timed) == "a-run-runtime-batch64-auto"
+    changes = ({"dataset__batch_size": 8}, {"gpu__kernels": "torch"})
+    assert len({folder_name(make(task__name="runtime", **change)) for change in changes} | {folder_name(timed)}) == 3

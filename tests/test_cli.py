@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from blpa import records
+from blpa.cells import departures
 from blpa.codec import Code
 from blpa.config import CONF, Config, check, options
 from blpa.errors import Busy, Stopped
@@ -194,6 +195,29 @@ def test_table1_runs_the_papers_cells_and_2_bits_in_the_order_of_value(ran: list
     assert [(config.seed, config.dataset.name, config.mode.name) for config in ran[:13]] == [
         *((0, "cifar10", mode) for mode in modes), *((0, "cifar100", mode) for mode in modes), (1, "cifar10", "4bit"),
     ]  # fmt: skip
+    assert {config.gpu.precision for config in ran} == {"tf32"}
+    for config in ran:
+        group = *(getattr(config.dataset, name) for name in ("name", "iterations", "batch_size")), departures(config)
+        assert group == (config.dataset.name, 64000, 128, "")  # so that the paper's figures stand beside them
+
+
+def test_a_quarter_of_table1_is_six_cells_side_by_side(monkeypatch: pytest.MonkeyPatch, ran: list[Config]) -> None:
+    jobs: list[int] = []
+    monkeypatch.setattr(cli.side_by_side, "run", lambda arguments, count: jobs.append(count) or 0)
+    assert cli.main(["experiment=table1-quarter", "-m"]) == 0
+    assert jobs == [6]
+    assert cli.main(["experiment=table1-quarter", "-m", "jobs=1"]) == 0
+    assert [config.mode.name for config in ran] == ["2bit", "4bit", "exact", "naive-8bit", "8bit", "fewer-features"]
+    told = {(c.dataset.name, c.dataset.iterations, c.gpu.precision, c.seed, c.depth, departures(c)) for c in ran}
+    assert told == {("cifar10", 16000, "bf16", 0, 164, "")}
+    assert {(c.task.evaluate_every, c.task.checkpoint_every, c.dataset.eval_batch_size) for c in ran} == {
+        (4000, 1000, 2500)
+    }
+
+
+def test_a_cell_of_an_experiment_side_by_side_runs_by_itself_too(ran: list[Config]) -> None:
+    assert cli.main(["experiment=table1-quarter", "mode=4bit"]) == 0
+    assert [config.mode.name for config in ran] == ["4bit"]
 
 
 def test_the_command_line_goes_before_an_experiments_lists(ran: list[Config]) -> None:
@@ -206,7 +230,7 @@ def test_the_command_line_goes_before_an_experiments_lists(ran: list[Config]) ->
 def test_an_experiment_without_m_is_one_run_in_its_group(ran: list[Config]) -> None:
     assert cli.main(["experiment=demo", "mode=8bit"]) == 0
     (config,) = ran
-    assert config.run == f"demo-digits-8bit-depth{config.depth}-width1-seed0"
+    assert config.run == f"demo-digits-8bit-depth{config.depth}-width1-fp32-seed0"
 
 
 def test_cfg_prints_and_runs_nothing(capsys: pytest.CaptureFixture[str], ran: list[Config]) -> None:

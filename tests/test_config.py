@@ -104,9 +104,9 @@ def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
         ("dataset__name", "cifar10, cifar100, digits"),
         ("dataset__augmentation", "per-image, per-batch, none"),
         ("dataset__eval_statistics", "running, batch"),
-        ("mode__layers", "stock, coded, checkpoint, compiled"),
+        ("mode__layers", "stock, coded, checkpoint, offload, compiled"),
         ("gpu__device", "auto, cpu, cuda"),
-        ("gpu__precision", "fp32, tf32, bf16"),
+        ("gpu__precision", "auto, tf32, bf16, fp32"),
         ("gpu__kernels", "auto, torch, inductor, triton"),
         (
             "task__name",
@@ -207,7 +207,7 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
     assert options("dataset") == ["cifar10", "cifar100", "digits"]
     assert set(options("mode")) == {
         "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "2bit", "exact-one-copy", "checkpoint",
-        "compiled", "compiled-budget-0.5", "compiled-budget-0.2", "compiled-fp8",
+        "offload", "compiled", "compiled-budget-0.5", "compiled-budget-0.2", "compiled-fp8",
     }  # fmt: skip
     assert options("gpu") == ["auto", "cpu", "gtx1080ti", "h200"]
     assert options("task") == [
@@ -215,10 +215,11 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "thresholds", "train",
     ]  # fmt: skip
     assert options("experiment") == [
-        "bench-batches", "bench-batches-others", "bench-batches-wide", "bench-card", "bench-kernels",
-        "bench-kernels-others", "bench-largest", "bench-largest-others", "bench-largest-wide", "bench-times",
-        "bench-times-wide", "bench-training", "demo", "demo-batches", "demo-gradients", "demo-times", "gradients",
-        "single", "table1", "table2", "table2-wide", "table3", "table3-wide",
+        "bench-batches", "bench-batches-fp32", "bench-batches-wide", "bench-card", "bench-kernels",
+        "bench-kernels-others", "bench-largest", "bench-largest-fp32", "bench-largest-wide", "bench-times",
+        "bench-times-fp32", "bench-times-wide", "bench-training", "demo", "demo-batches", "demo-gradients",
+        "demo-times", "gradients", "single", "table1", "table1-quarter", "table2", "table2-fp32", "table2-wide",
+        "table3", "table3-fp32", "table3-wide",
     ]  # fmt: skip
 
 

@@ -155,6 +155,43 @@ def test_count_of_a_real_step_is_the_allocators(name: str, mode: GetMode, alloca
     assert measured == pytest.approx(counted, abs=1024)  # the allocator sees a few scalars inside an operation, besides
 
 
+BF16_MODES = ["exact", "checkpoint", "exact-one-copy", "8bit", "4bit", "2bit", "naive-8bit"]
+
+
+@pytest.mark.parametrize("name", BF16_MODES)
+def test_a_step_in_bf16_counts_on_the_meta_device_as_autocast_makes_it(
+    name: str, mode: GetMode, allocator_peak: AllocatorPeak
+) -> None:
+    """To the byte but for a convolution's weight in bf16, which the meta device does not make, and cached copies.
+
+    Autocast holds its copies of the weights until the forward pass ends.
+    """
+    on_meta = step_bytes(*network(mode(name), 11, 16), bf16=True)
+    model, images, labels = network(mode(name), 11, 16, device=CPU)
+    real = step_bytes(model, images, labels, bf16=True)
+    model.zero_grad()
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images)
+        F.cross_entropy(logits.float(), labels).backward()
+
+    weights_in_bf16 = 2 * sum(parameter.numel() for parameter in model.parameters())
+    assert on_meta.peak_bytes == pytest.approx(real.peak_bytes, abs=weights_in_bf16)
+    # An operation's own temporaries are not counted; where layers are recomputed the peak lies inside one (4.6 %).
+    assert real.peak_bytes <= allocator_peak(step) <= 1.05 * real.peak_bytes
+    assert on_meta.peak_bytes < step_bytes(*network(mode(name), 11, 16)).peak_bytes
+
+
+@pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
+def test_bf16_keeps_codes_of_the_same_bytes_and_x_of_half(name: str, mode: GetMode) -> None:
+    which = mode(name, COMPILED)
+    model, images, labels = network(which, 11, 2)
+    kept = step_bytes(model, images, labels, bf16=True, parts={"blocks": model.blocks}).kept_by_part["blocks"]
+    formula = sum(kept_bytes(*unit, which.code, element_bytes=2) for unit in units(11, 2))
+    assert sum(kept.kinds.values()) == formula
+
+
 @pytest.mark.parametrize(("depth", "promised_mib"), [(164, 2.10), (1001, 9.80)])
 def test_peak_of_a_step_at_4_bits_is_within_the_promise(depth: int, promised_mib: float, mode: GetMode) -> None:
     """MiB a sample, batch 256, 32x32 input, float32, on the back end that makes no temporaries."""

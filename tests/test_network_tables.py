@@ -53,11 +53,38 @@ def test_the_papers_largest_batches_stand_beside_ours_at_its_own_budget() -> Non
     assert list(rows_of(text, TITLE.replace("11", "80"))) == ["", "-" * 16, "proposed 4-bit"]
 
 
+@pytest.mark.parametrize("precision", ["tf32", "bf16", "fp32"])
+def test_the_papers_figures_stand_beside_every_precision(precision: str) -> None:
+    rows = rows_of(batches(replace(BATCH, precision=precision)), TITLE.replace("fp32", precision))
+    assert rows["- in the paper"] == ["182", "876", "1468", "2154", "2522"]
+    timed = replace(TIME, precision=precision, note=AT_LARGEST)
+    rows = rows_of(read(TIMES, [timed]), f"CIFAR-10-size images, {precision}, {AT_LARGEST}, a card")
+    assert rows["- in the paper"][-1] == "4.3 ms"
+
+
+def test_a_prediction_in_fp32_stands_beside_what_was_measured_in_tf32() -> None:
+    """Their tensors have as many bytes. Where nothing was measured in tf32, it has no table."""
+    tf32 = replace(BATCH, value=6210.0, predicted=False, device="a card", precision="tf32")
+    text = batches(tf32, BATCH)
+    assert rows_of(text, TITLE.replace("fp32", "tf32"))["proposed 4-bit"][-1] == "6210, 6290 (predicted)"
+    assert rows_of(text, TITLE)["proposed 4-bit"][-1] == "6290 (predicted)"
+    assert "tf32" not in batches(BATCH)
+    assert "bf16" not in batches(replace(BATCH), replace(tf32, note="80 GiB less 512 MiB"))
+
+
 def test_measured_and_predicted_stand_side_by_side() -> None:
     measured = replace(BATCH, value=6210.0, predicted=False, device="a card")
     text = batches(measured, BATCH)
     assert rows_of(text, TITLE)["proposed 4-bit"][-1] == "6210, 6290 (predicted)"
     assert "; measured on a card." in text
+
+
+def test_a_measured_batch_says_where_expandable_segments_fit_more() -> None:
+    expandable = replace(BATCH, value=6000.0, predicted=False, device="a card", segments="expandable")
+    usual = replace(expandable, mode="exact", value=440.0, segments="usual")
+    rows = rows_of(batches(BATCH, expandable, usual), TITLE)
+    assert rows["proposed 4-bit"][-1] == "6000 (expandable), 6290 (predicted)"
+    assert rows["exact"][-1] == "440"
 
 
 def test_the_newer_answer_counts() -> None:

@@ -111,6 +111,6 @@ def test_make_train_table_goes_on_call_by_call(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         said.append(done)
     assert "budget_minutes=0.01 are over at iteration 1 of 2" in said[0].stderr
-    assert "| table1-digits-4bit-depth11-width0.25-seed0 | 1 " in said[0].stdout
+    assert "| table1-digits-4bit-depth11-width0.25-tf32-seed0 | 1 " in said[0].stdout
     assert "| proposed 4-bit        | 1/8   | not run " in said[0].stdout
     assert (tmp_path / "queue/carry.txt").read_text().endswith("-seed0/metrics.csv\n")

@@ -48,13 +48,13 @@ def test_before_anything_has_run_the_papers_figures_stand_beside_not_run() -> No
 def test_a_cell_is_the_mean_over_seeds_with_the_sample_deviation() -> None:
     errors = [2.0, 2.5, 4.1]
     found = [replace(DIGITS, seed=seed, value=value) for seed, value in enumerate(errors)]
-    rows = rows_of(table(*found), "digits, depth 29, 300 iterations")
+    rows = rows_of(table(*found), "digits, depth 29, 300 iterations, fp32")
     assert rows["proposed 4-bit"] == ["1/8", f"{mean(errors):.2f} ± {stdev(errors):.2f} (n=3)"]
     assert rows["exact"] == ["1", "not run"]
 
 
 def test_one_run_has_no_deviation() -> None:
-    rows = rows_of(table(replace(DIGITS, value=2.0)), "digits, depth 29, 300 iterations")
+    rows = rows_of(table(replace(DIGITS, value=2.0)), "digits, depth 29, 300 iterations, fp32")
     assert rows["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
 
 
@@ -62,7 +62,7 @@ def test_the_newer_run_of_a_seed_counts_whatever_the_machine_and_the_experiment(
     older = replace(DIGITS, value=9.0)
     newer = replace(DIGITS, value=2.0, date="2026-02-01T00:00:00+00:00", device="another CPU", experiment="demo")
     text = table(newer, older)
-    assert rows_of(text, "digits, depth 29, 300 iterations")["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
+    assert rows_of(text, "digits, depth 29, 300 iterations, fp32")["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
     assert "another CPU" in text
     assert "a CPU, 2 threads" not in text
 
@@ -71,24 +71,34 @@ def test_the_papers_cell_takes_our_run_and_other_recipes_have_tables_of_their_ow
     cell = replace(DIGITS, dataset="cifar10", depth=164, iterations=64000, batch_size=128, value=5.5)
     shallow = replace(cell, depth=29, iterations=2000, value=20.0)
     text = table(cell, shallow, replace(cell, note="mode.clip=2.0", value=6.0))
-    assert rows_of(text, "The paper's cells")["proposed 4-bit"][1:3] == ["5.50 (n=1)", "5.49 ± 0.16"]
-    assert rows_of(text, "CIFAR-10, depth 29, 2,000 iterations")["proposed 4-bit"] == ["1/8", "20.00 (n=1)"]
-    assert rows_of(text, "CIFAR-10, depth 164, 64,000 iterations")["proposed 4-bit"] == ["1/8", "6.00 (n=1)"]
+    rows = rows_of(text, "The paper's cells")
+    assert rows[""][1:4] == ["CIFAR-10, fp32", "paper", "CIFAR-100"]
+    assert rows["proposed 4-bit"][1:3] == ["5.50 (n=1)", "5.49 ± 0.16"]
+    assert rows_of(text, "CIFAR-10, depth 29, 2,000 iterations, fp32")["proposed 4-bit"] == ["1/8", "20.00 (n=1)"]
+    assert rows_of(text, "CIFAR-10, depth 164, 64,000 iterations, fp32")["proposed 4-bit"] == ["1/8", "6.00 (n=1)"]
     assert "fp32, mode.clip=2.0; seeds 0;" in text
 
 
-def test_the_papers_figure_stands_beside_its_own_precision_and_recipe_only() -> None:
+def test_the_papers_figure_stands_beside_every_precision_and_its_own_recipe_alone() -> None:
     cell = replace(DIGITS, dataset="cifar10", depth=164, iterations=64000, batch_size=128)
-    for other in (
-        replace(cell, precision="bf16"),
-        replace(cell, precision="tf32"),
-        replace(cell, note="mode.clip=2.0"),
-    ):
-        found = tables.summarise([other])
+    for precision, papers in (("tf32", 5.49), ("bf16", 5.49), ("fp32", 5.49)):
+        found = tables.summarise([replace(cell, precision=precision)])
         (ours,) = found[found["n"] > 0].to_dict("records")
-        assert ours["paper_error_percent"] is None or ours["paper_error_percent"] != ours["paper_error_percent"]
-        assert paper.error_percent(tuple(getattr(other, name) for name in records.GROUP), "4bit") == (None, None)
-    assert paper.error_percent(tuple(getattr(cell, name) for name in records.GROUP), "4bit") == (5.49, 0.16)
+        assert (ours["precision"], ours["paper_error_percent"]) == (precision, papers)
+    other = replace(cell, note="mode.clip=2.0")
+    found = tables.summarise([other])
+    (ours,) = found[found["n"] > 0].to_dict("records")
+    assert ours["paper_error_percent"] is None or ours["paper_error_percent"] != ours["paper_error_percent"]
+    assert paper.error_percent(tuple(getattr(other, name) for name in records.GROUP), "4bit") == (None, None)
+
+
+def test_precisions_of_a_cell_stand_side_by_side_and_the_papers_figure_after_them() -> None:
+    cell = replace(DIGITS, dataset="cifar10", depth=164, iterations=64000, batch_size=128)
+    values = {"fp32": 5.4, "bf16": 5.6, "tf32": 5.5}
+    text = table(*(replace(cell, precision=precision, value=value) for precision, value in values.items()))
+    rows = rows_of(text, "The paper's cells")
+    assert rows[""][1:6] == ["CIFAR-10, tf32", "CIFAR-10, bf16", "CIFAR-10, fp32", "paper", "CIFAR-100"]
+    assert rows["proposed 4-bit"][1:5] == ["5.50 (n=1)", "5.60 (n=1)", "5.40 (n=1)", "5.49 ± 0.16"]
 
 
 def test_digits_come_last_and_conditions_are_said() -> None:
@@ -96,8 +106,8 @@ def test_digits_come_last_and_conditions_are_said() -> None:
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     titles = (
         "The paper's cells",
-        "CIFAR-10, depth 29, 300 iterations",
-        "digits, depth 29, 300 iterations",
+        "CIFAR-10, depth 29, 300 iterations, fp32",
+        "digits, depth 29, 300 iterations, fp32",
         "What ran where",
     )
     assert headings == [f"## {title}" for title in titles]
@@ -105,7 +115,7 @@ def test_digits_come_last_and_conditions_are_said() -> None:
         "\n- digits: depth 29, width 1, 300 iterations of batch 64, fp32; seeds 0; a CPU, 2 threads; torch 2.11.0; "
         "commit 012345678.\n"
     ) in text
-    assert "- CIFAR-100: depth 164, width 1, 64,000 iterations of batch 128, fp32; not run." in text
+    assert "- CIFAR-100: depth 164, width 1, 64,000 iterations of batch 128; not run." in text
 
 
 def test_a_source_that_differed_from_its_commit_or_had_none_is_said() -> None:
@@ -116,28 +126,30 @@ def test_a_source_that_differed_from_its_commit_or_had_none_is_said() -> None:
 @pytest.mark.parametrize(("mode", "label"), [("exact-one-copy", "exact, one copy"), ("checkpoint", "checkpoint")])
 def test_rows_of_the_baselines_come_only_once_they_are_run(mode: str, label: str) -> None:
     assert label not in table(DIGITS).split("## digits")[1]
-    rows = rows_of(table(replace(DIGITS, mode=mode, bits=None, value=3.0)), "digits, depth 29, 300 iterations")
+    rows = rows_of(table(replace(DIGITS, mode=mode, bits=None, value=3.0)), "digits, depth 29, 300 iterations, fp32")
     (row,) = [row for name, row in rows.items() if name.startswith(label)]
     assert row[1] == "3.00 (n=1)"
 
 
 def test_a_mode_of_the_users_own_gets_a_row() -> None:
-    rows = rows_of(table(DIGITS, replace(DIGITS, mode="4bit-narrow", value=3.0)), "digits, depth 29, 300 iterations")
+    rows = rows_of(
+        table(DIGITS, replace(DIGITS, mode="4bit-narrow", value=3.0)), "digits, depth 29, 300 iterations, fp32"
+    )
     assert list(rows)[-1] == "4bit-narrow"
     assert rows["4bit-narrow"] == ["-", "3.00 (n=1)"]
 
 
 def test_a_training_that_failed_says_how_unless_another_seed_was_measured() -> None:
     failed = replace(DIGITS, metric="failed", failure="does not fit: CUDA out of memory", seed=1)
-    assert rows_of(table(failed), "digits, depth 29, 300 iterations")["proposed 4-bit"] == ["1/8", "does not fit"]
-    rows = rows_of(table(failed, replace(DIGITS, value=2.0)), "digits, depth 29, 300 iterations")
+    assert rows_of(table(failed), "digits, depth 29, 300 iterations, fp32")["proposed 4-bit"] == ["1/8", "does not fit"]
+    rows = rows_of(table(failed, replace(DIGITS, value=2.0)), "digits, depth 29, 300 iterations, fp32")
     assert rows["proposed 4-bit"] == ["1/8", "2.00 (n=1)"]
 
 
 def test_a_seed_that_diverged_is_told_beside_the_mean_of_the_others() -> None:
     diverged = replace(DIGITS, metric="failed", failure="diverged: the loss is nan at iteration 7", seed=1)
-    assert rows_of(table(diverged), "digits, depth 29, 300 iterations")["proposed 4-bit"] == ["1/8", "diverged"]
-    rows = rows_of(table(diverged, replace(DIGITS, value=2.0)), "digits, depth 29, 300 iterations")
+    assert rows_of(table(diverged), "digits, depth 29, 300 iterations, fp32")["proposed 4-bit"] == ["1/8", "diverged"]
+    rows = rows_of(table(diverged, replace(DIGITS, value=2.0)), "digits, depth 29, 300 iterations, fp32")
     assert rows["proposed 4-bit"] == ["1/8", "2.00 (n=1, 1 diverged)"]
 
 
@@ -196,7 +208,16 @@ def test_every_cell_that_ran_tells_how_long_where_and_when() -> None:
         for run, seconds in zip(runs, (60, 90), strict=True)
     ]
     rows = rows_of(table(*runs, *times, replace(DIGITS, mode="exact", seed=7)), "What ran where")
-    assert rows[""] == ["images", "depth", "iterations", "n", "minutes", "on", "dates"]
-    assert rows["proposed 4-bit"] == ["digits", "29", "300", "2", "1.2", "a CPU, 2 threads", "2026-11-20, 2026-11-21"]
-    assert rows["exact"][4] == "-"
+    assert rows[""] == ["images", "depth", "iterations", "precision", "n", "minutes", "on", "dates"]
+    assert rows["proposed 4-bit"] == [
+        "digits",
+        "29",
+        "300",
+        "fp32",
+        "2",
+        "1.2",
+        "a CPU, 2 threads",
+        "2026-11-20, 2026-11-21",
+    ]
+    assert rows["exact"][5] == "-"
     assert "What ran where" not in table()

@@ -37,7 +37,7 @@ from omegaconf import OmegaConf
 
 from blpa.errors import UserError
 from blpa.runners import compose, launch, side_by_side, usage
-from blpa.runners.sweep import refuse, run_all, run_cell
+from blpa.runners.sweep import is_on_cuda, refuse, run_all, run_cell
 
 FLAGS = {"-m": "-m", "--multirun": "-m", "-c": "--cfg", "--cfg": "--cfg", "-h": "--help", "--help": "--help"}
 
@@ -70,7 +70,9 @@ def _answer(arguments: list[str]) -> int:
                 print(usage.text(__doc__ or "", compose.checked(compose.composed())))
                 return 0
             cells = compose.cells(overrides, multirun="-m" in flags)
-            jobs = cells[0].config.jobs
+            # An experiment's own number is for its sweep: one cell of it runs by itself.
+            is_given = any(override.startswith("jobs=") for override in overrides)
+            jobs = cells[0].config.jobs if "-m" in flags or is_given else 1
             if jobs > 1 and ("-m" not in flags or launch.is_asked_for(cells)):
                 raise UserError(f"jobs={jobs} is for a sweep: add -m, and name no launcher")
             if jobs > 1 and not cells[0].config.resume:
@@ -83,7 +85,7 @@ def _answer(arguments: list[str]) -> int:
     if "--cfg" in flags:
         print("---\n".join(OmegaConf.to_yaml(config) for config in configs), end="")
         return 0
-    if jobs > 1:
+    if jobs > 1 and not all(map(is_on_cuda, configs)):
         return side_by_side.run(arguments, jobs)
     return run_all(configs) if "-m" in flags else run_cell(configs[0])
 

@@ -47,10 +47,11 @@ def run(config: Config) -> list[Record]:
         raise UserError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
     results, run_dir = Path(config.results), setup.run_folder(config)
     name = run_dir.name
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     elements = setup.encoded_elements(config, steps=config.task.steps)
     chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
-    steps.configure_torch(config.gpu)
+    gpu = setup.used(config.gpu, device)
+    steps.configure_torch(gpu)
     exact, ours = (setup.model(cell, chosen).to(device).train() for cell in (setup.exact(config), config))
     if config.task.checkpoint:
         setup.load_weights(exact, Path(config.task.checkpoint))
@@ -59,7 +60,7 @@ def run(config: Config) -> list[Record]:
     train = data.load(config.dataset, device).train
     batches = (train.batch(draws.to(device), recipe) for _, draws in train.draws(recipe, seed=config.seed))
     pairs = [
-        (gradients(exact, *batch, config.gpu), gradients(ours, *batch, config.gpu))
+        (gradients(exact, *batch, gpu), gradients(ours, *batch, gpu))
         for batch in tqdm(batches, "batches", total=config.task.steps)
     ]
     layers = [{"mode": config.mode.name, **row} for row in compare(pairs)]

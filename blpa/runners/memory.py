@@ -86,7 +86,9 @@ def by_kind(counted: dict[str, TrainingBytes], batch: int) -> str:
             ("optimiser", "optimiser_bytes"),
             ("images and labels", "input_bytes"),
             ("training", "total_bytes"),
+            ("moved to the host", "host_bytes"),
         )
+        if field != "host_bytes" or any(total.host_bytes for total in counted.values())
     ]
     return aligned([[f"MiB a sample at the peak, batch {batch}", *counted], *rows])
 
@@ -121,8 +123,9 @@ def _formula(config: Config, part: PartBytes) -> int | None:
         return None
     code = modes.from_config(config.mode, REFERENCE).code
     rows_in, rows_out = (shape.numel() // shape[1] for shape in (part.input_shape, part.output_shape))
-    first = kept_bytes(rows_in, part.input_shape[1], code)
-    return first + 2 * kept_bytes(rows_out, part.output_shape[1] // 4, code)
+    element_bytes = 2 if setup.precision(config.gpu, META) == "bf16" else 4
+    first = kept_bytes(rows_in, part.input_shape[1], code, element_bytes=element_bytes)
+    return first + 2 * kept_bytes(rows_out, part.output_shape[1] // 4, code, element_bytes=element_bytes)
 
 
 def by_size(counted: TrainingBytes, batch: int) -> str:

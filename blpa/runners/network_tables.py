@@ -5,7 +5,7 @@ the paper says of a mode stands below it; a cell that failed says how.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from blpa.records import Record
 from blpa.runners import paper
@@ -59,7 +59,7 @@ def cells(table: Table, found: list[Record]) -> list[Record]:
         found: records of any task.
     """
     by_cell: dict[tuple[tuple[object, ...], bool, str], list[Record]] = {}
-    for record in found:
+    for record in _with_tf32(found):
         if record.task == table.task:
             cell = table.conditions(record), record.width, record.depth, record.mode
             by_cell.setdefault((cell, record.predicted, record.failure), []).append(record)
@@ -68,6 +68,17 @@ def cells(table: Table, found: list[Record]) -> list[Record]:
     kept = [runs for (cell, _, failed), runs in by_cell.items() if not failed or cell not in measured]
     shown = [record for runs in kept for record in _newest_run(runs)]
     return sorted(shown, key=lambda r: (table.conditions(r), -r.width, -r.depth, mode_order(r.mode), r.metric))
+
+
+def _with_tf32(found: list[Record]) -> list[Record]:
+    """The records, and predictions in fp32 again for tf32, whose bytes are the same, where tf32 was run."""
+    run = {(record.task, record.note) for record in found if record.precision == "tf32"}
+    again = [
+        replace(record, precision="tf32")
+        for record in found
+        if record.predicted and record.precision == "fp32" and (record.task, record.note) in run
+    ]
+    return [*found, *again]
 
 
 def _newest_run(of_cell: list[Record]) -> list[Record]:
@@ -143,8 +154,9 @@ def _spread(by_cell: dict[tuple[Network, str], dict[str, Record]], network: Netw
 def _batch_text(cell: dict[str, Record]) -> str:
     texts = [
         f"{record.value:.0f}{told}" if record.value else f"does not fit{told}"
-        for metric, told in (("largest_batch", ""), ("predicted", " (predicted)"))
+        for metric in ("largest_batch", "predicted")
         if (record := cell.get(metric))
+        for told in [" (predicted)" if record.predicted else " (expandable)" if record.segments == "expandable" else ""]
     ]
     return ", ".join(texts)
 
@@ -161,12 +173,12 @@ def _gradient_text(cell: dict[str, Record]) -> str:
 
 
 def _papers_batches(conditions: tuple[str, ...]) -> Mapping[tuple[int, float], Mapping[str, float]]:
-    is_papers = conditions[0].startswith("CIFAR") and conditions[1] == "fp32" and paper.is_its_card(conditions[2])
+    is_papers = conditions[0].startswith("CIFAR") and paper.is_its_card(conditions[2])
     return paper.LARGEST_BATCH if is_papers else {}
 
 
 def _papers_times(conditions: tuple[str, ...]) -> Mapping[tuple[int, float], Mapping[str, float]]:
-    is_papers = conditions[0].startswith("CIFAR") and conditions[1] == "fp32"
+    is_papers = conditions[0].startswith("CIFAR")
     card = conditions[2].removeprefix("largest batch in ")
     return paper.SECONDS_PER_SAMPLE if is_papers and card != conditions[2] and paper.is_its_card(card) else {}
 
@@ -179,7 +191,8 @@ TABLES = (
         opening="""\
 Samples in the largest batch whose training steps fit the memory, for networks of so many layers. `exact` is PyTorch's
 own layers; `exact, one copy a unit` is what the paper calls exact. Predicted: counted on the meta device, with an
-allowance for the CUDA context and workspaces taken off the memory. Written by `blpa-run task=tables`.
+allowance for the CUDA context and workspaces taken off the memory. Measured with both kinds of segments that PyTorch's
+allocator has; "expandable" marks where those fit more. Written by `blpa-run task=tables`.
 """,
         empty="blpa-run task=max-batch gpu=gtx1080ti",
         conditions=lambda record: (f"{images(record.dataset)}-size images", record.precision, record.note),
@@ -193,7 +206,7 @@ allowance for the CUDA context and workspaces taken off the memory. Written by `
         title="Time a sample",
         opening="""\
 Median time of a whole training step by the sample: forward, loss, backward, update. The ratio is the median over pairs
-of steps, the mode's and exact's one after the other. The paper's figures are from its own card, a GTX 1080 Ti. Written
+of turns, the mode's and exact's one after the other. The paper's figures are from its own card, a GTX 1080 Ti. Written
 by `blpa-run task=tables`.
 """,
         empty="blpa-run task=runtime",

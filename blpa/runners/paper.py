@@ -27,6 +27,7 @@ ROWS = {
     "exact": Row("exact", "1", True),
     "exact-one-copy": Row("exact, one copy a unit", "1", False),
     "checkpoint": Row("checkpoint (recomputed)", "-", False),
+    "offload": Row("offload (to the host)", "-", False),
     "compiled": Row("torch.compile", "-", False),
     "compiled-budget-0.5": Row("torch.compile, budget 0.5", "-", False),
     "compiled-budget-0.2": Row("torch.compile, budget 0.2", "-", False),
@@ -78,13 +79,19 @@ def error_percent(group: tuple[Any, ...], mode: str) -> tuple[float | None, floa
     """Look up mean and standard deviation of the error in percent; None where the paper has no such figure.
 
     Args:
-        group: a value for each name of records.GROUP; the paper's cells are in fp32, by its own recipe.
+        group: a value for each name of records.GROUP. The paper's figure is shown beside every precision, which the
+            tables name; theirs was fp32.
         mode: the mode's name.
     """
-    *cells, precision, note = group
-    if precision != "fp32" or note:
-        return None, None
-    return ERROR_PERCENT.get(Cells(*cells), {}).get(mode, (None, None))
+    cells = cells_of(group)
+    return ERROR_PERCENT[cells].get(mode, (None, None)) if cells else (None, None)
+
+
+def cells_of(group: tuple[Any, ...]) -> Cells | None:
+    """The paper's cells that a group's runs repeat, in whatever precision; None where the recipe is another."""
+    *cells, _, note = group
+    found = Cells(*cells)
+    return found if found in ERROR_PERCENT and not note else None
 
 
 LARGEST_BATCH: dict[tuple[int, float], dict[str, int]] = {
@@ -114,10 +121,8 @@ def largest_batch(config: Config) -> int | None:
 
 
 def _of_cell(figures: Mapping[tuple[int, float], Mapping[str, Number]], config: Config) -> Number | None:
-    """The figure of a run's own network and mode, on the paper's card, in its precision, at its size and recipe."""
-    gpu = config.gpu
-    here = gpu.memory_gib, gpu.precision, config.dataset.image_size, departures(config)
-    if here != (CARD_GIB, "fp32", 32, ""):
+    """The figure of a run's own network and mode, on the paper's card, at its size and recipe, in any precision."""
+    if (config.gpu.memory_gib, config.dataset.image_size, departures(config)) != (CARD_GIB, 32, ""):
         return None
     return figures.get((config.depth, config.width), {}).get(config.mode.name)
 

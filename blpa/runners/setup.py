@@ -15,7 +15,7 @@ from blpa.cells import departures, folder_name, overrides
 from blpa.config import Config, GpuConfig, ModeConfig
 from blpa.errors import UserError
 from blpa.kernels import Kernels
-from blpa.models.preact_resnet import PreActResNet
+from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS, PreActResNet
 from blpa.records import Record
 
 META = torch.device("meta")
@@ -23,7 +23,11 @@ NO_DRAWS = torch.zeros(1)
 
 
 def run_folder(config: Config) -> Path:
-    """Begin a run: let go of what earlier runs of this process left behind, and name the run's folder."""
+    """Begin a run: let go of what earlier runs of this process left behind, and name the run's folder.
+
+    Runs under way beside it lose nothing: what is cached is in nobody's use, and compiled cells have no compiled others
+    beside them (runners/streams.py).
+    """
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -37,18 +41,51 @@ def _forget_graphs(config: Config) -> None:
         torch.compiler.reset()
 
 
-def device(gpu: GpuConfig) -> torch.device:
+def device(config: Config) -> torch.device:
     """The device that gpu.device names.
 
     Raises:
-        UserError: it is cuda and there is none, or it cannot do what gpu.cuda_graph asks for.
+        UserError: it is cuda and there is none, or it cannot do what the mode or gpu.cuda_graph asks for.
     """
+    gpu = config.gpu
     has_cuda = torch.cuda.is_available()
     if gpu.device == "cuda" and not has_cuda:
         raise UserError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
     found = torch.device("cuda" if has_cuda and gpu.device != "cpu" else "cpu")
     steps.uses_cuda_graph(gpu, found)
+    if config.task.name != "max-batch":  # which predicts without a GPU
+        _refuse_offload_on(found, config)
     return found
+
+
+def _refuse_offload_on(device: torch.device, config: Config) -> None:
+    if config.mode.layers == "offload" and device.type != "cuda":
+        raise UserError(
+            f"mode={config.mode.name}: it moves activations from a GPU to the host, and this run is on the "
+            f"{device.type}; task=memory and task=max-batch count without a GPU what it takes"
+        )
+
+
+def precision(gpu: GpuConfig, device: torch.device) -> str:
+    """The precision that a device really computes in: tf32, bf16 or fp32.
+
+    A CUDA GPU of compute capability 8.0 or later has tf32, and PyTorch takes it there for convolutions unless told
+    otherwise: so does auto. Other devices compute in fp32 what tf32 is asked for. On the meta device fp32 stands for
+    both, whose tensors have 4 bytes an element.
+
+    Args:
+        gpu: its precision, which may be auto.
+        device: where the run computes, or meta.
+    """
+    if gpu.precision not in ("auto", "tf32"):
+        return gpu.precision
+    has_tf32 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32" if has_tf32 else "fp32"
+
+
+def used(gpu: GpuConfig, device: torch.device) -> GpuConfig:
+    """The options of the GPU group with the precision that is really used on a device."""
+    return replace(gpu, precision=precision(gpu, device))
 
 
 def model(config: Config, kernels: Kernels) -> PreActResNet:
@@ -71,6 +108,12 @@ def encoded_elements(config: Config, *, steps: int) -> float:
     width = config.width * config.mode.width_factor
     elements_an_image = 168 * (config.depth - 2) // 9 * config.dataset.image_size**2 * width
     return elements_an_image * steps * config.dataset.batch_size
+
+
+def largest_activation(config: Config, batch: int) -> int:
+    """Elements of the largest activation of a batch: what a block of the first group puts out."""
+    channels = EXPANSION * round(GROUP_CHANNELS[0] * config.width * config.mode.width_factor)
+    return batch * channels * config.dataset.image_size**2
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
@@ -100,24 +143,23 @@ def training_step(config: Config, batch: int, chosen: Kernels, device: torch.dev
 
     Returns:
         A function that makes one step.
+
+    Raises:
+        UserError: the device cannot do what the mode asks for.
     """
+    _refuse_offload_on(device, config)
     size, channels = config.dataset.image_size, config.dataset.image_channels
     images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(config.dataset.classes, (batch,), device=device)
     network = model(config, chosen).to(device)
     optimiser = steps.make_optimiser(network, config.dataset)
-    step = steps.TrainingStep(network, optimiser, lambda _: (images, labels), gpu=config.gpu, device=device)
+    gpu = used(config.gpu, device)
+    step = steps.TrainingStep(network, optimiser, lambda _: (images, labels), gpu=gpu, device=device)
     return lambda: step(NO_DRAWS, rate=0.01)
 
 
 def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
-    """Count a training step of the configured network at some batch on the meta device, in fp32.
-
-    Raises:
-        UserError: another precision than fp32 or tf32, which are alike in bytes.
-    """
-    if config.gpu.precision == "bf16":
-        raise UserError("gpu.precision=bf16 cannot be predicted: bytes are counted in fp32; choose fp32 or tf32")
+    """Count a training step of the configured network at some batch on the meta device, in its precision."""
     size, channels = config.dataset.image_size, config.dataset.image_channels
     _forget_graphs(config)
     with META:
@@ -125,7 +167,9 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
         images = torch.empty(batch, channels, size, size).to(memory_format=torch.channels_last)
         labels = torch.empty(batch, dtype=torch.int64)
         parts = {f"block {number}": block for number, block in enumerate(network.blocks, start=1)}
-        return memory.training_bytes(network, images, labels, parts=parts)
+        is_bf16 = precision(config.gpu, META) == "bf16"
+        counted = memory.training_bytes(network, images, labels, bf16=is_bf16, parts=parts)
+    return replace(counted, host_bytes=network.offload.peak_bytes) if network.offload else counted
 
 
 def exact(config: Config) -> Config:
@@ -166,8 +210,14 @@ def source(config: Config, device: torch.device, back_end: str) -> dict[str, Any
     """
     return records.provenance(device) | {
         "kernels": kernels_used(config, back_end),
-        "command": records.as_text(overrides(config)),
+        "precision": precision(config.gpu, device),
+        "command": command(config),
     }
+
+
+def command(config: Config) -> str:
+    """What a record names as the command that made it."""
+    return records.as_text(overrides(config))
 
 
 def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:
@@ -189,7 +239,6 @@ def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:
         "width": config.width,
         "seed": config.seed,
         "batch_size": config.dataset.batch_size,
-        "precision": config.gpu.precision,
         "predicted": False,
         "paper_value": None,
         "note": note(config),

@@ -3,12 +3,13 @@
 results/tables/<name>.md are for reading; <name>.csv holds the same cells in one row each. The table of errors is made
 here, those by network in network_tables.py, that of kernels in kernel_tables.py. An error is a mean over seeds, with
 its deviation. A table belongs to a group of records that differ by mode and seed alone; the paper's own cells come
-first and are there before anything has been run. Where a cell was run twice with the same seed, on two machines say,
-the newer run counts.
+first, in every precision they were run in, and are there before anything has been run. Where a cell was run twice with
+the same seed, on two machines say, the newer run counts.
 """
 
 from collections.abc import Iterable
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from blpa.runners.paper import ROWS
 Group = tuple[Any, ...]
 """A value for each name of records.GROUP."""
 
-PAPERS_GROUPS: list[Group] = [(*cells, "fp32", "") for cells in paper.ERROR_PERCENT]
+PRECISIONS = ("tf32", "bf16", "fp32")
+"""In the order of the tables."""
 
 OPENING = """\
 Mean over seeds ± sample standard deviation (n runs). alpha is the bits kept of an activation over 32, as the paper
@@ -92,10 +94,12 @@ def summarise(found: list[Record]) -> pd.DataFrame:
     frame = pd.DataFrame(errors, columns=[*COLUMNS, "failed", "seconds"])
     frame = frame.assign(measured=frame["failed"] == "").sort_values(["measured", "date"], kind="stable")
     frame = frame.drop_duplicates([*GROUP, "mode", "seed"], keep="last").sort_values("seed")
-    runs: dict[Group, dict[str, pd.DataFrame]] = {group: {} for group in PAPERS_GROUPS}
+    runs: dict[Group, dict[str, pd.DataFrame]] = {}
     for key, cell in frame.groupby([*GROUP, "mode"]):
         *group, mode = key
         runs.setdefault(tuple(group), {})[str(mode)] = cell
+    for cells in paper.ERROR_PERCENT.keys() - set(map(paper.cells_of, runs)):
+        runs[*cells, "", ""] = {}  # in no precision yet
     rows = []
     for place in sorted(runs, key=_reading_order):
         by_mode = runs[place]
@@ -130,9 +134,12 @@ def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
 
 def _reading_order(group: Group) -> tuple[Any, ...]:
     """The paper's own cells in its order, then the rest by name, digits last."""
-    if group in PAPERS_GROUPS:
-        return 0, PAPERS_GROUPS.index(group)
-    return 2 if group[0] == "digits" else 1, group
+    *recipe, precision, note = group
+    place = PRECISIONS.index(precision) if precision else -1
+    cells = paper.cells_of(group)
+    if cells:
+        return 0, list(paper.ERROR_PERCENT).index(cells), place
+    return 2 if group[0] == "digits" else 1, recipe, place, note
 
 
 def _commits(runs: pd.DataFrame) -> list[str]:
@@ -156,11 +163,11 @@ def errors_page(cells: pd.DataFrame) -> Page:
         cells: what `summarise` returns.
     """
     groups = dict(iter(cells.groupby(list(GROUP), sort=False)))
-    papers = {group: groups.pop(group) for group in PAPERS_GROUPS}
+    papers = {group: groups.pop(group) for group in list(groups) if paper.cells_of(group)}
     sections = [Section("The paper's cells", _rows(papers), list(map(_conditions, papers, papers.values())))]
     for group, frame in groups.items():
         width = f" ({group[2]:g}x)" if group[2] != 1 else ""
-        title = f"{_title(group)}, depth {group[1]}{width}, {group[3]:,} iterations"
+        title = f"{_title(group)}, depth {group[1]}{width}, {group[3]:,} iterations, {group[5]}"
         sections.append(Section(title, _rows({group: frame}), [_conditions(group, frame)]))
     ran = cells[cells["n"] > 0]
     if len(ran):
@@ -169,28 +176,30 @@ def errors_page(cells: pd.DataFrame) -> Page:
 
 
 def _rows(groups: dict[Group, pd.DataFrame]) -> list[list[str]]:
-    """The groups side by side, a row a mode; the paper's figure stands beside ours where it has one."""
+    """The groups side by side, a row a mode; the paper's figures, where it has some, stand after all precisions."""
     modes = list(dict.fromkeys(mode for frame in groups.values() for mode in frame["mode"]))
     columns = [
         ["", *map(label, modes)],
         ["alpha", *(ROWS[mode].alpha if mode in ROWS else "-" for mode in modes)],
     ]
-    for group, frame in groups.items():
-        by_mode = {cell["mode"]: cell for cell in frame.to_dict("records")}
-        columns.append([_title(group), *(_ours(by_mode.get(mode)) for mode in modes)])
-        if frame["paper_error_percent"].notna().any():
+    for cells, in_precisions in groupby(groups.items(), key=lambda item: paper.cells_of(item[0])):
+        for group, frame in in_precisions:
+            by_mode = {cell["mode"]: cell for cell in frame.to_dict("records")}
+            precision = f", {group[5]}" if cells and group[5] else ""  # else it is in the heading
+            columns.append([f"{_title(group)}{precision}", *(_ours(by_mode.get(mode)) for mode in modes)])
+        if cells:
             columns.append(["paper", *(_papers(by_mode.get(mode)) for mode in modes)])
     return [list(row) for row in zip(*columns, strict=True)]
 
 
 def _runs(cells: pd.DataFrame) -> list[list[str]]:
     """Time, machine and date of every cell that has been run."""
-    rows = [["", "images", "depth", "iterations", "n", "minutes", "on", "dates"]]
+    rows = [["", "images", "depth", "iterations", "precision", "n", "minutes", "on", "dates"]]
     for cell in cells.to_dict("records"):
         minutes = "-" if pd.isna(cell["minutes"]) else f"{cell['minutes']:.1f}"
         width = f" ({cell['width']:g}x)" if cell["width"] != 1 else ""
-        what = [images(cell["dataset"]), f"{cell['depth']}{width}", f"{cell['iterations']:,}", str(cell["n"])]
-        rows.append([label(cell["mode"]), *what, minutes, cell["device"], cell["dates"]])
+        what = [images(cell["dataset"]), f"{cell['depth']}{width}", f"{cell['iterations']:,}", cell["precision"]]
+        rows.append([label(cell["mode"]), *what, str(cell["n"]), minutes, cell["device"], cell["dates"]])
     return rows
 
 
@@ -214,7 +223,8 @@ def _mean_and_deviation(mean: float, deviation: float) -> str:
 def _conditions(group: Group, frame: pd.DataFrame) -> str:
     """What the table does not say: recipe, seeds, machine, versions."""
     _, depth, width, iterations, batch_size, precision, note = group
-    recipe = f"depth {depth}, width {width:g}, {iterations:,} iterations of batch {batch_size}, {precision}"
+    recipe = f"depth {depth}, width {width:g}, {iterations:,} iterations of batch {batch_size}"
+    recipe += f", {precision}" if precision else ""
     ran = frame[frame["n"] > 0]
     source = _listed(filter(None, frame["failed"])) or "not run"
     if len(ran):
