@@ -22,6 +22,8 @@ VARIANTS = [("fp32", 4), ("fp32", 2), ("fp32", 8), ("fp32", 0), ("bf16", 4), ("f
 INTEGERS = ("M", "C", "R", "N", "steps", "programs")
 SUMS = ("_channel_stats", "_gradient_sums")
 KERNELS = (*SUMS, "_normalise_rectify_encode", "_decode", "_input_gradient", "_weight_gradient")
+COUNTS_AFTER_STORING = r"(?s)st\.global(?:(?!st\.global).)*bar\.sync(?:(?!st\.global).)*atom\.global\.gpu\.acq_rel\.add"
+"""In a program's text: its part is stored, all of its threads wait for each other, and then it is counted."""
 FLOATS = ("eps", "bin_width", "momentum")
 
 
@@ -74,6 +76,7 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tu
         "spilled": stack + local,
         "loads_16_bytes": bool(re.search(r"ld\.global[.\w]*\.v4\.b32", ptx)),
         "stores_16_bytes": bool(re.search(r"st\.global[.\w]*\.v4\.b32", ptx)),
+        "counts_after_storing": bool(re.search(COUNTS_AFTER_STORING, ptx)),
         "fused_multiply_adds": len(re.findall(r"\bfma\.rn\.f32", ptx)),
     }
 

@@ -56,5 +56,12 @@ def test_compiled_kernels_read_and_write_sixteen_bytes_at_once(compiled: list[di
     assert not [kernel for kernel in writing if not kernel["stores_16_bytes"]]
 
 
+def test_the_last_program_of_a_sum_sees_what_the_others_stored(compiled: list[dict[str, Any]]) -> None:
+    """By PTX's memory model: stores, a barrier, an atomic that releases and acquires."""
+    sums = [kernel for kernel in compiled if kernel["kernel"] in ("_channel_stats", "_gradient_sums")]
+    assert sums
+    assert not [kernel for kernel in sums if not kernel["counts_after_storing"]]
+
+
 def test_compiled_kernels_fuse_no_multiply_with_an_add(compiled: list[dict[str, Any]]) -> None:
     assert not [kernel for kernel in compiled if kernel["fused_multiply_adds"]]
