@@ -118,13 +118,13 @@ class TaskConfig:
     keep_every: int | None = None
     """Training steps between checkpoints that are kept for good; null keeps the last two alone."""
     steps: int = 15
-    """Training steps that runtime times, after two that warm up; batches that gradient-error compares."""
+    """Turns that runtime times, each of one training step (five on a GPU); batches that gradient-error compares."""
     modes: list[str] = field(default_factory=list)
     """Modes that runtime times in turn with the configured one and exact, in one process, and records like it."""
     tables: list[str] = field(default_factory=list)
     """Tables that the task tables prints, of batches, times, gradients, kernels and errors; an empty list is all."""
     elements: int = 2**26
-    """Elements of the activation that the task kernels works on: more than any cache holds."""
+    """Elements of an activation that no cache holds, on which the task kernels works besides those of the network."""
     resolution: float = 0.01
     """How near max-batch comes to the largest batch where it measures: a smaller one than this part more is too large.
     """

@@ -53,4 +53,9 @@ class Interrupted(Stopped):
 
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
+        self.number = number
         self.exit_code = 128 + number
+
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[str, int]]:
+        """Its arguments, by which another process makes it again."""
+        return Interrupted, (str(self), self.number)

@@ -95,6 +95,9 @@ class Record:
     """What blpa-run was told, the places of data and results left out; empty in records older than this column."""
     failure: str = ""
     """Why there is no value: then metric is "failed", and value is how long the cell ran, in seconds."""
+    segments: str = ""
+    """Kind of the GPU allocator's segments that the value belongs to, usual or expandable; empty where none was asked
+    for."""
 
 
 COLUMNS = tuple(column.name for column in fields(Record))

@@ -253,7 +253,7 @@ def test_kernels_are_measured(back_end: str, tmp_path: Path) -> None:
     assert cli.main([*arguments, f"results={tmp_path}"]) == 0
     (file,) = tmp_path.glob("runs/*/records.json")
     shares = [record.value for record in records.read(file) if record.metric.endswith("_share_of_copy")]
-    assert len(shares) == 4 * 3
+    assert len(shares) == 4 * 7
     assert min(shares) > 0
 
 

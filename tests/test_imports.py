@@ -48,8 +48,9 @@ ONLY_IN = {
 }
 
 WITHOUT_TORCH = {
-    "", "errors", "config", "cells", "locks", "records", "budget", "runners", "runners.cli", "runners.compose",
-    "runners.sweep", "runners.launch", "runners.side_by_side", "runners.failures", "runners.usage", "runners.paper",
+    "", "errors", "config", "cells", "locks", "records", "budget", "signals", "runners", "runners.cli",
+    "runners.compose", "runners.sweep", "runners.launch", "runners.fresh", "runners.side_by_side", "runners.failures",
+    "runners.usage", "runners.paper",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run."""
 

@@ -5,13 +5,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from test_cells import composed
 
 from blpa import records
 from blpa.records import Record
 from blpa.runners import cli, kernel_tables, kernels
 from blpa.runners.pages import markdown
 
-TINY = ["task=kernels", "gpu=cpu", "gpu.kernels=torch", "task.steps=3", "task.elements=32768"]
+TINY = [
+    "task=kernels", "gpu=cpu", "gpu.kernels=torch", "task.steps=3", "task.elements=32768", "dataset.batch_size=2",
+]  # fmt: skip
+SHAPES = [(2048, 16), (2048, 64), (512, 32), (512, 128), (128, 64), (128, 256)]
+"""Of the activations of 2 images, rows and channels."""
 SECONDS = {"copy": 2.0, "channel_stats": 4.0, "normalise_rectify_encode": 4.0, "decode": 1.0, "backward": 8.0}
 
 
@@ -28,13 +33,15 @@ def measured(*arguments: str) -> list[Record]:
 
 def test_every_function_and_unit_is_measured_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     found = measured("mode=4bit")
-    shapes = [f"{32768 // channels} rows of {channels} channels" for channels in kernels.CHANNELS]
+    shapes = [f"{rows} rows of {channels} channels" for rows, channels in [*SHAPES, (512, 64)]]
     units = ["unit 1x1 64 to 16", "unit 3x3 16 to 16", "unit 1x1 16 to 64"]
     expected = {(name, shape) for name in SECONDS for shape in shapes}
     expected |= {(f"{name}_share_of_copy", shape) for name in list(SECONDS)[1:] for shape in shapes}
     expected |= {(name, unit) for name in ("unit_seconds", "unit_ratio_to_exact") for unit in units}
     assert {(record.metric, record.note) for record in found} == expected
-    assert len(found) == 3 * 5 + 3 * 4 + 3 * 3 * 2
+    assert len(found) == 7 * 5 + 7 * 4 + 3 * 3 * 2
+    assert {record.batch_size for record in found if record.note == shapes[-1]} == {0}
+    assert {record.batch_size for record in found if record.note != shapes[-1]} == {2}
     assert all(record.value > 0 and record.low <= record.value <= record.high and record.n == 3 for record in found)
     assert {record.mode for record in found if record.metric == "unit_seconds"} == {"4bit", "exact", "compiled"}
     ratios = [record.value for record in found if record.metric == "unit_ratio_to_exact" and record.mode == "exact"]
@@ -43,8 +50,25 @@ def test_every_function_and_unit_is_measured_and_shown(capsys: pytest.CaptureFix
 
     assert cli.main(["task=tables", "task.tables=[kernels]"]) == 0
     text = capsys.readouterr().out
-    assert "## proposed 4-bit, fp32, " in text
+    assert head_of(text, "functions at batch 2") == ["", "kernels", *shapes[:-1]]
+    assert head_of(text, "functions beyond any cache") == ["", "kernels", *shapes[-1:]]
     assert all(name in text for name in (*SECONDS, *shapes, *units, "torch.compile"))
+
+
+def head_of(text: str, title: str) -> list[str]:
+    """The head of the one table whose title ends so."""
+    lines = text.splitlines()
+    (place,) = [number for number, line in enumerate(lines) if line.startswith("## ") and line.endswith(title)]
+    return [cell.strip() for cell in lines[place + 2].strip("|").split("|")]
+
+
+def test_the_network_s_own_activations_are_those_of_its_blocks() -> None:
+    (config,) = composed(["task=kernels"])
+    assert kernels.shapes(config) == [
+        (128, 131072, 16), (128, 131072, 64), (128, 32768, 32), (128, 32768, 128), (128, 8192, 64), (128, 8192, 256),
+    ]  # fmt: skip
+    (narrow,) = composed(["task=kernels", "width=0.5", "dataset=digits", "dataset.batch_size=3"])
+    assert kernels.shapes(narrow)[:2] == [(3, 3 * 8 * 8, 8), (3, 3 * 8 * 8, 32)]
 
 
 @pytest.mark.parametrize(
@@ -79,10 +103,11 @@ def test_stock_layers_have_no_kernels_of_ours(capsys: pytest.CaptureFixture[str]
 
 def test_a_function_that_was_not_measured_everywhere_says_so() -> None:
     found = measured("mode=2bit")
-    without = [r for r in found if (r.metric, r.note.split()[3]) != ("decode", "64")]
+    without = [r for r in found if (r.metric, r.note) != ("decode", "512 rows of 32 channels")]
     text = markdown(kernel_tables.page(kernel_tables.cells(without)))
-    (row,) = [line for line in text.splitlines() if line.startswith("| decode ")]
-    assert row.count("not run") == 1
+    at_batch, beyond = (line for line in text.splitlines() if line.startswith("| decode "))
+    assert at_batch.count("not run") == 1
+    assert "not run" not in beyond
 
 
 def test_nothing_measured_says_what_to_run() -> None:

@@ -1,7 +1,6 @@
 """blpa/runners/max_batch.py and memory.py, from the command line to the record; and the table of largest batches."""
 
 import csv
-import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +8,13 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+import torch
 
 from blpa import records
 from blpa.config import Config
-from blpa.errors import Stopped
 from blpa.records import Record
-from blpa.runners import cli, compose, max_batch, paper, setup
+from blpa.runners import cli, compose, fresh, max_batch, paper, segments, setup
+from blpa.runners.failures import judge
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "mode=4bit", "gpu.device=cpu"]
 
@@ -185,18 +185,63 @@ def test_where_more_than_the_answer_fits_the_search_goes_on() -> None:
     assert fits <= 2000 < fails <= 2020
 
 
-def test_a_process_of_its_own_answers_or_hands_its_error_over() -> None:
-    assert max_batch._in_a_fresh_process(os.getpid) not in (os.getpid(), None)
-    with pytest.raises(ValueError, match="could not convert string to float: 'x'"):
-        max_batch._in_a_fresh_process(float, "x")
-    with pytest.raises(Stopped, match="ended without an answer, by exit code 7"):
-        max_batch._in_a_fresh_process(os._exit, 7)
+def cards(usual: int, expandable: int) -> dict[str, Card]:
+    return {segments.USUAL: Card(usual), segments.EXPANDABLE: Card(expandable)}
+
+
+@pytest.mark.parametrize("predicted", [1, 1000])
+@pytest.mark.parametrize(
+    ("usual", "expandable", "kind"),
+    [(1000, 990, "usual"), (1000, 1002, "usual"), (700, 1000, "expandable"), (0, 1, "expandable"), (0, 0, "usual")],
+)
+def test_the_kind_of_segments_that_fits_more_is_kept(usual: int, expandable: int, kind: str, predicted: int) -> None:
+    """Unless it fits no more than lies between the largest batch of the first kind and the smallest that fails."""
+    found, fits, fails = max_batch.better(cards(usual, expandable), predicted, 0.01)
+    largest = {"usual": usual, "expandable": expandable}[kind]
+    assert found == kind
+    assert fits <= largest < fails
+    assert fails - fits <= max(1, fits // 100)
+
+
+def test_a_kind_that_is_no_better_costs_one_probe() -> None:
+    tried = cards(1000, 1000)
+    _, _, fails = max_batch.better(tried, 1000, 0.01)
+    assert tried["expandable"].probes == [(fails, max_batch.STEPS)]
+
+
+def test_the_second_search_begins_where_the_first_fails_and_asks_nothing_twice() -> None:
+    tried = cards(690, 1000)
+    _, _, fails = max_batch.better({"usual": tried["usual"], "expandable": tried["expandable"]}, 1000, 0.01)
+    asked = tried["expandable"].probes
+    assert asked[0][0] <= 697
+    assert len(set(asked)) == len(asked)
+    assert min(batch for batch, _ in asked) == asked[0][0]
+    assert fails > 1000
+
+
+def test_the_setting_is_one_that_torch_knows() -> None:
+    """It refuses those it does not know; the process where it is made ends with it."""
+    assert fresh.call(made_settings) == ["expandable_segments:False", "expandable_segments:True"]
+
+
+def made_settings() -> list[str]:
+    """What is handed to torch, which takes it and leaves CUDA alone."""
+    given: list[str] = []
+    make = torch._C._accelerator_setAllocatorSettings
+    torch._C._accelerator_setAllocatorSettings = lambda text: given.append(text) or make(text)
+    for kind in (segments.USUAL, segments.EXPANDABLE):
+        segments.use(kind)
+    with pytest.raises(ValueError, match="Unrecognized key"):
+        make("expandable_segment:True")
+    assert not torch.cuda.is_initialized()
+    return given
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """A GPU of 8 GiB that remembers the part a process may take and the steps it ran, and runs out at batch 5."""
-    seen = SimpleNamespace(parts=[], steps=[], error=max_batch.torch.OutOfMemoryError("CUDA out of memory"), free=2**33)
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    seen = SimpleNamespace(parts=[], steps=[], kinds=[], error=error, free=2**33)
 
     def training_step(config: Config, batch: int, *_: object) -> Callable[[], None]:
         def step() -> None:
@@ -213,6 +258,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(cuda, "synchronize", lambda: None)
     monkeypatch.setattr(cuda, "max_memory_reserved", lambda: 77)
+    monkeypatch.setattr(max_batch.segments, "use", seen.kinds.append)
     monkeypatch.setattr(max_batch.kernels, "choose", lambda *_: None)
     monkeypatch.setattr(max_batch.setup, "training_step", training_step)
     return seen
@@ -220,8 +266,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
 def test_a_probe_runs_its_steps_under_the_limit(gpu: SimpleNamespace) -> None:
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
-    assert max_batch.fits_in(config, 4, 3, 2**31) == 77
+    assert max_batch.fits_in(config, 4, 3, 2**31, segments.EXPANDABLE) == 77
     assert gpu.parts == [1 / 4]
+    assert gpu.kinds == [segments.EXPANDABLE]
     assert gpu.steps == [4, 4, 4]
 
 
@@ -231,41 +278,118 @@ def test_a_probe_runs_its_steps_under_the_limit(gpu: SimpleNamespace) -> None:
         max_batch.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("Triton Error [CUDA]: out of memory"),
-        RuntimeError("CUDNN_STATUS_ALLOC_FAILED"),
-        RuntimeError("GET was unable to find an engine to execute this computation"),
     ],
     ids=str,
 )
 def test_out_of_memory_in_whatever_words_is_an_answer(gpu: SimpleNamespace, error: Exception) -> None:
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
     gpu.error = error
-    assert max_batch.fits_in(config, 5, 3, 2**31) is None
+    assert max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL) is None
     assert gpu.steps == [5, 5]
+
+
+UNCLEAR = [
+    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+    "GET was unable to find an engine to execute this computation",
+]
+
+
+@pytest.mark.parametrize("said", UNCLEAR)
+def test_what_is_said_for_other_reasons_too_is_no_answer_yet(gpu: SimpleNamespace, said: str) -> None:
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
+    gpu.error = RuntimeError(f"{said}\nmore")
+    with pytest.raises(max_batch.Unclear) as raised:
+        max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL)
+    assert str(raised.value) == said
+    exit_code, line = judge(gpu.error)
+    assert (exit_code, line) == (1, f"does not run, for want of memory or for the size of its tensors: {said}")
+
+
+@pytest.mark.parametrize("said", ["cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "integer out of range"])
+def test_what_is_never_said_for_want_of_memory_is_a_bug(gpu: SimpleNamespace, said: str) -> None:
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
+    gpu.error = RuntimeError(said)
+    with pytest.raises(RuntimeError, match=said):
+        max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL)
+    assert judge(gpu.error) == (None, f"RuntimeError: {said}")
+
+
+def probed(monkeypatch: pytest.MonkeyPatch, config: Config, batch: int, answers: dict[int, int | None]) -> bool:
+    """What a probe makes of the answers of its processes, by batch: those that are not there are unclear."""
+
+    def call(function: object, config: Config, batch: int, *_: object) -> int | None:
+        if batch in answers:
+            return answers[batch]
+        raise max_batch.Unclear(UNCLEAR[-1])
+
+    monkeypatch.setattr(max_batch.fresh, "call", call)
+    return max_batch._probe_on(config, 2**31, segments.USUAL)(batch, max_batch.STEPS)
+
+
+def test_an_unclear_failure_is_memory_where_half_the_batch_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti"])
+    assert not probed(monkeypatch, config, 9, {4: 2**30})
+    assert "batch 9, 5 steps, usual segments: does not fit" in capsys.readouterr().err
+    assert not probed(monkeypatch, config, 9, {4: None})  # half of it is short of memory for certain
+    assert probed(monkeypatch, config, 9, {9: 2**30})
+
+
+@pytest.mark.parametrize(
+    ("batch", "answers", "reason"),
+    [
+        (9, {}, "batch 9 fails, and not for want of memory, for batch 4 fails like it: GET was unable to find"),
+        (1, {}, "batch 1 fails, and not for want of memory, for it is the smallest: GET was unable to find"),
+        # The sum after a block of the first group is [batch, 64, 32, 32].
+        (2**15, {2**14: 2**30}, "batch 32768 fails by its size, whatever the memory: GET was unable .* has 2147483648"),
+    ],
+)
+def test_an_unclear_failure_is_a_failure_otherwise(
+    batch: int, answers: dict[int, int | None], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti"])
+    with pytest.raises(max_batch.NotMemory, match=reason) as raised:
+        probed(monkeypatch, config, batch, answers)
+    assert judge(raised.value) == (1, str(raised.value))
+
+
+def test_a_batch_just_below_two_to_the_31_elements_may_want_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    (config,) = cells(["task=max-batch", "gpu=gtx1080ti"])
+    assert not probed(monkeypatch, config, 2**15 - 1, {2**14 - 1: 2**30})
 
 
 def test_out_of_memory_is_an_answer_where_the_graph_half_recorded_fails_last(gpu: SimpleNamespace) -> None:
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
     gpu.error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
     gpu.error.__context__ = max_batch.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert max_batch.fits_in(config, 5, 3, 2**31) is None
+    assert max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL) is None
 
 
 def test_other_errors_of_a_probe_are_no_answer(gpu: SimpleNamespace) -> None:
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
     gpu.error = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        max_batch.fits_in(config, 5, 3, 2**31)
+        max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL)
     gpu.free = 2**30
     with pytest.raises(max_batch.CardIsTaken, match="1 GiB of the GPU are free: too little to measure 2"):
-        max_batch.fits_in(config, 4, 3, 2**31)
+        max_batch.fits_in(config, 4, 3, 2**31, segments.EXPANDABLE)
 
 
 def on_a_card(monkeypatch: pytest.MonkeyPatch, free: int, total: int, answer: Card) -> list[int]:
-    """Make believe that there is one; the limits that are probed under come back."""
+    """Make believe that there is one, alike with both kinds of segments; the limits that are probed under come back."""
     limits: list[int] = []
-    monkeypatch.setattr(max_batch.setup, "device", lambda name: max_batch.torch.device("cuda"))
-    monkeypatch.setattr(max_batch, "_in_a_fresh_process", lambda function: (free, total))
-    monkeypatch.setattr(max_batch, "_probe_on", lambda config, limit: limits.append(limit) or answer)
+
+    def probe_on(config: Config, limit: int, kind: str) -> Card:
+        if kind == segments.USUAL:
+            limits.append(limit)
+        return answer
+
+    monkeypatch.setattr(max_batch.setup, "device", lambda *_: max_batch.torch.device("cuda"))
+    monkeypatch.setattr(max_batch.fresh, "call", lambda function: (free, total))
+    monkeypatch.setattr(max_batch, "_probe_on", probe_on)
     monkeypatch.setattr(max_batch.torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(max_batch.torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(max_batch.kernels, "_missing_for_inductor", lambda device: "")
@@ -282,8 +406,35 @@ def test_on_a_card_both_answers_are_recorded(
     assert (predicted.predicted, measured.predicted, measured.device) == (True, False, "a card")
     assert (predicted.precision, measured.precision) == ("fp32", "tf32")  # bytes are alike; what was run is not
     assert (measured.value, measured.low, measured.high) == (100, 100, 100)
-    assert "largest batch 100 in 0.6 GiB (measured); 101 does not fit" in capsys.readouterr().out
+    assert (predicted.segments, measured.segments) == ("", "usual")
+    assert "largest batch 100 in 0.6 GiB (measured, usual segments); 101 does not fit" in capsys.readouterr().out
     assert {record.value for record in records.collect(Path("results"))} == {predicted.value, 100}
+
+
+def test_a_prediction_is_taken_from_the_results_and_stays_what_it_was(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["task=max-batch", "gpu.memory_gib=0.6", *TINY]
+    assert cli.main([*arguments, "run=a"]) == 0
+    (counted,) = record_of("a-max-batch-0.6gib-auto")
+    counted = replace(counted, date="2026-01-01T00:00:00+00:00", commit="an older one")
+    records.write([counted], Path("results/runs/a-max-batch-0.6gib-auto"))
+    on_a_card(monkeypatch, 2**40, 2**40, Card(100))
+    capsys.readouterr()
+
+    counted_anew: list[str] = []
+    monkeypatch.setattr(max_batch, "_predict", lambda config, *_, **__: counted_anew.append(config.run) or counted)
+    assert cli.main([*arguments, "experiment=bench-card", "run=b"]) == 0
+    predicted, measured = record_of("b-max-batch-0.6gib-auto")
+    assert (predicted.value, predicted.date, predicted.commit) == (counted.value, counted.date, counted.commit)
+    assert (predicted.experiment, predicted.command) == ("bench-card", measured.command)
+    said = f"largest batch {counted.value:.0f} in 0.6 GiB (predicted, 2026-01-01T00:00:00+00:00)"
+    assert said in capsys.readouterr().out
+    assert counted_anew == []
+    others = {"c": "gpu.memory_gib=0.61", "d": "gpu.kernels=torch", "e": "mode.clip=2.9", "f": "resume=false"}
+    for run, changed in others.items():
+        assert cli.main([*arguments, f"run={run}", changed]) == 0
+    assert counted_anew == list(others)
 
 
 def test_without_a_budget_it_is_the_whole_card(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,14 @@ def test_measured_and_predicted_stand_side_by_side() -> None:
     assert "; measured on a card." in text
 
 
+def test_a_measured_batch_says_where_expandable_segments_fit_more() -> None:
+    expandable = replace(BATCH, value=6000.0, predicted=False, device="a card", segments="expandable")
+    usual = replace(expandable, mode="exact", value=440.0, segments="usual")
+    rows = rows_of(batches(BATCH, expandable, usual), TITLE)
+    assert rows["proposed 4-bit"][-1] == "6000 (expandable), 6290 (predicted)"
+    assert rows["exact"][-1] == "440"
+
+
 def test_the_newer_answer_counts() -> None:
     newer = replace(BATCH, value=7.0, date="2027-01-01T00:00:00+00:00")
     assert rows_of(batches(newer, BATCH), TITLE)["proposed 4-bit"][-1] == "7 (predicted)"

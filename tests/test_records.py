@@ -49,7 +49,7 @@ def test_columns_are_the_design_in_its_order() -> None:
     design = (
         "experiment, task, metric, unit, value, low, high, n, dataset, mode, bits, depth, width, seed, batch_size, "
         "precision, kernels, iterations, predicted, device, torch, triton, cuda, commit, is_dirty, date, paper_value, "
-        "note, command, failure"
+        "note, command, failure, segments"
     )
     assert ", ".join(COLUMNS) == design
 

@@ -54,12 +54,18 @@ def test_time_is_by_the_sample_and_the_ratio_is_that_of_each_pair(monkeypatch: p
     clock = Clock(exact=[99, 99, 10, 20, 40], _4bit=[99, 99, 5, 30, 8])
     found = timed(monkeypatch, clock, "mode=4bit")
     time, ratio = found["seconds_per_sample"], found["ratio_to_exact"]
-    assert (time.value, time.n, time.batch_size) == (pytest.approx(8 / 10), 3, 10)
+    assert (time.value, time.n, time.iterations, time.batch_size) == (pytest.approx(8 / 10), 3, 3, 10)
     assert (time.low, time.high) == (pytest.approx(0.5 + 0.4 * 0.3), pytest.approx(0.8 + 0.6 * 2.2))  # 0.5, 0.8, 3.0
     assert ratio.value == pytest.approx(0.5)  # of 5/10, 30/20 and 8/40
     timed_turns = [mode for mode, _ in clock.log[2 * runtime.WARM_UP :]]
     assert timed_turns in (["exact", "4bit", "4bit", "exact", "exact", "4bit"],
                            ["4bit", "exact", "exact", "4bit", "4bit", "exact"])  # fmt: skip
+
+
+def test_iterations_are_the_steps_that_were_timed_and_n_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "calls_per_turn", lambda device: 5)
+    found = timed(monkeypatch, Clock(exact=[9, 9, 1, 2, 3]), "mode=exact")
+    assert [(record.n, record.iterations) for record in found.values()] == [(3, 15)]
 
 
 def test_exact_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,12 +114,17 @@ def test_a_mode_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err.endswith("blpa-run: error: does not fit: CUDA out of memory\n")
 
 
-def found_batches(batches: dict[str, int], *, predicted: bool = True) -> None:
+def found_batches(batches: dict[str, int], *, predicted: bool = True, kind: str = "") -> None:
     for mode, batch in batches.items():
         assert cli.main([*NETWORK, "task=max-batch", "gpu.memory_gib=0.502", f"mode={mode}"]) == 0
         (file,) = Path("results/runs").glob("a-max-batch-*/records.json")
         (record,) = records.read(file)
-        changes = {"value": batch, "predicted": predicted, "device": "none" if predicted else "a card"}
+        changes = {
+            "value": batch,
+            "predicted": predicted,
+            "device": "none" if predicted else "a card",
+            "segments": kind,
+        }
         records.write([Record(**(vars(record) | changes))], Path(f"results/runs/{mode}-{predicted}"))
         file.unlink()
 
@@ -121,11 +132,16 @@ def found_batches(batches: dict[str, int], *, predicted: bool = True) -> None:
 def test_at_the_largest_batch_each_is_timed_at_its_own_and_measured_counts_before_predicted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found_batches({"exact": 2, "4bit": 20}, predicted=False)
+    found_batches({"exact": 2}, predicted=False, kind="expandable")
+    found_batches({"4bit": 20}, predicted=False, kind="usual")
     found_batches({"exact": 3, "4bit": 30})  # newer, and predicted
+    kinds: list[str] = []
+    monkeypatch.setattr(runtime.segments, "use", kinds.append)
     clock = Clock(exact=[9, 9, 1, 1, 1], _4bit=[9, 9, 4, 4, 4])
     found = timed(monkeypatch, clock, "mode=4bit", *AT_LARGEST)
     assert set(clock.log) == {("exact", 2), ("4bit", 20)}
+    assert kinds == ["usual", "expandable"]  # 4bit's step is made first
+    assert found["seconds_per_sample"].segments == "usual"
     assert found["seconds_per_sample"].value == pytest.approx(4 / 20)
     assert found["ratio_to_exact"].value == pytest.approx((4 / 20) / (1 / 2))
 
@@ -135,7 +151,9 @@ def test_a_prediction_is_found_whatever_back_end_runs_here() -> None:
     options = ["mode=4bit", "gpu.kernels=auto", "gpu.memory_gib=0.502"]
     assert cli.main([*NETWORK, "task=max-batch", *options]) == 0
     (config,) = composed([*TINY, *options])
-    assert runtime._largest_batch(config, REFERENCE, torch.device("cpu")) > 0
+    batch, kind = runtime._largest_batch(config, REFERENCE, torch.device("cpu"))
+    assert batch > 0
+    assert kind == ""
 
 
 def test_where_exact_fits_at_no_batch_the_mode_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,8 +6,9 @@ from blpa.runners.pages import Page, Section, commits, label, listed, mode_order
 SHARE = "_share_of_copy"
 OPENING = """\
 Functions: bytes a second, counting every element that must be read or written once, as a part of what a copy of the
-same activation reaches. Units: batch norm, ReLU and convolution, forward and backward, in milliseconds and beside
-exact's. Medians over n calls, all in turn. Written by `blpa-run task=tables`.
+same activation reaches; on the activations of the network's own blocks, which the cache of a large GPU holds, and on
+one that no cache holds. Units: batch norm, ReLU and convolution, forward and backward, in milliseconds and beside
+exact's. Medians over n turns. Written by `blpa-run task=tables`.
 """
 
 
@@ -44,15 +45,19 @@ def page(shown: list[Record]) -> Page:
         device, precision, command = conditions
         title = f"{precision}, {device}"
         mode = next((record.mode for record in under if record.metric.endswith(SHARE)), command)
-        sections.append(Section(f"{label(mode)}, {title}: functions", _functions(under), [said]))
+        functions = [record for record in under if not record.metric.startswith("unit_")]
+        for batch in sorted({record.batch_size for record in functions}, reverse=True):
+            on = f"functions at batch {batch}" if batch else "functions beyond any cache"
+            at = [record for record in functions if record.batch_size == batch]
+            sections.append(Section(f"{label(mode)}, {title}: {on}", _functions(at), [said]))
         sections.append(Section(f"{label(mode)}, {title}: units", _units(under), []))
     return Page("Kernels", OPENING, sections, "blpa-run task=kernels mode=4bit")
 
 
 def _functions(under: list[Record]) -> list[list[str]]:
     """A row a function and back end, a column a shape."""
-    seconds = {(r.metric, r.kernels, r.note): r for r in under if r.unit == "s" and r.metric != "unit_seconds"}
-    shapes = sorted({note for _, _, note in seconds}, key=lambda note: int(note.split()[3]))
+    seconds = {(r.metric, r.kernels, r.note): r for r in under if r.unit == "s"}
+    shapes = sorted({note for _, _, note in seconds}, key=_shape)
     rows = [["", "kernels", *shapes]]
     for name, back_end in dict.fromkeys((metric, kernels) for metric, kernels, _ in seconds):
         shares = {r.note: r.value for r in under if (r.metric, r.kernels) == (f"{name}{SHARE}", back_end)}
@@ -61,6 +66,12 @@ def _functions(under: list[Record]) -> list[list[str]]:
             *(_time(seconds.get((name, back_end, shape)), shares.get(shape)) for shape in shapes),
         ])  # fmt: skip
     return rows
+
+
+def _shape(note: str) -> tuple[int, int]:
+    """How shapes are ordered: as the network's groups, the largest image first."""
+    rows, _, _, channels, _ = note.split()
+    return -int(rows), int(channels)
 
 
 def _time(seconds: Record | None, share: float | None) -> str:

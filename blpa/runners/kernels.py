@@ -9,8 +9,10 @@ element (k = e where there is no code and x itself is kept), needs
     decode                      (k + e) E
     backward                    (3 e + 2 k) E dA and what is kept are read for the sums, and again for dX
 
-Bytes over seconds, as a part of what the copy reaches, is what is left of the card's bandwidth. All take turns
-(timing.py); on a GPU a turn is a CUDA graph of several calls, so that the host's launching is not in the time.
+Bytes over seconds, as a part of what a copy of the same activation reaches, is what is left of the card's bandwidth.
+Measured are the activations of the network's own blocks at dataset.batch_size, 2 to 34 MB at 128, which a large cache
+holds from one kernel to the next, and one activation that no cache holds. All take turns (timing.py); on a GPU a call
+is a CUDA graph of several, so that the host's launching is not in the time.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from blpa import kernels, modes, records, steps
 from blpa.config import Config, mode
 from blpa.errors import UserError
 from blpa.kernels import Kernels
+from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS
 from blpa.modes import EPS
 from blpa.records import Record
 from blpa.runners import setup
@@ -34,11 +37,10 @@ Source = dict[str, Any]
 Unit = tuple[int, int, int]
 """Channels in and out, and kernel size, of a unit's convolution."""
 
-CHANNELS = (16, 64, 256)
-"""Channels of the activations: the narrowest and the widest of the paper's networks, and those between."""
+CHANNELS = 64
+"""Channels of the activation that no cache holds."""
 UNITS: tuple[Unit, ...] = ((64, 16, 1), (16, 16, 3), (16, 64, 1))
-"""Those of the paper's blocks of 32 x 32 pixels."""
-SIZE = 32
+"""Those of the paper's blocks of the first group, which have the largest activations."""
 CALLS = 10
 """Calls in a CUDA graph: it takes some 10 us to begin, a tenth of one call of the fastest function."""
 
@@ -47,8 +49,8 @@ def run(config: Config) -> list[Record]:
     """Measure every back end that the machine has, or the one that gpu.kernels names, and print and record it.
 
     Args:
-        config: one run, checked; its mode has codes or keeps x, task.elements is E, and gpu.precision is bf16 for
-            activations of 2 bytes instead of 4.
+        config: one run, checked; its mode has codes or keeps x, task.elements is E of the activation that no cache
+            holds, and gpu.precision is bf16 for activations of 2 bytes instead of 4.
 
     Returns:
         Seconds of each function and of the copy, as medians with 20 and 80 % quantiles, and each function's share of
@@ -68,19 +70,34 @@ def run(config: Config) -> list[Record]:
     steps.configure_torch(setup.used(config.gpu, device))
     source = setup.source(config, device, back_ends[0].name)
     measured: list[Record] = []
-    for channels in CHANNELS:
-        measured += _functions(config, back_ends, channels, device, source)
+    for batch, rows, channels in [*shapes(config), (0, max(2, config.task.elements // CHANNELS), CHANNELS)]:
+        measured += _functions(config, back_ends, batch, rows, channels, device, source)
     for unit in UNITS:
         measured += _units(config, back_ends[0], unit, device, source)
     records.write(measured, run_dir)
     return measured
 
 
+def shapes(config: Config) -> list[tuple[int, int, int]]:
+    """Batch, rows and channels of the activations of the network's blocks: two for each group."""
+    batch, factor = config.dataset.batch_size, config.width * config.mode.width_factor
+    return [
+        (batch, batch * (config.dataset.image_size >> group) ** 2, times * round(channels * factor))
+        for group, channels in enumerate(GROUP_CHANNELS)
+        for times in (1, EXPANSION)
+    ]
+
+
 def _functions(
-    config: Config, back_ends: list[Kernels], channels: int, device: torch.device, source: Source
+    config: Config,
+    back_ends: list[Kernels],
+    batch: int,
+    rows: int,
+    channels: int,
+    device: torch.device,
+    source: Source,
 ) -> Iterator[Record]:
-    """The four functions at one number of channels, beside a copy of the same activation."""
-    rows = max(2, config.task.elements // channels)
+    """The four functions on one activation of a batch, beside a copy of it; 0 is one of no network."""
     dtype = torch.bfloat16 if config.gpu.precision == "bf16" else torch.float32
     x, grad = torch.randn(2, rows, channels, device=device, dtype=dtype)
     code = modes.from_config(config.mode, back_ends[0]).code
@@ -97,16 +114,16 @@ def _functions(
     for back_end in back_ends:
         for name, call in _calls(back_end, x, grad, out, config).items():
             calls[name, back_end.name] = call
-    seconds = _seconds(list(calls.values()), config.task.steps, f"functions, {channels} channels", device)
+    seconds = _seconds(list(calls.values()), config.task.steps, f"functions, {rows} rows of {channels}", device)
     of_copy = seconds[:, 0]
     for (name, back_end_name), of_call in zip(calls, seconds.T, strict=True):
-        shape = {"note": f"{rows} rows of {channels} channels", "kernels": back_end_name, "batch_size": 0}
+        shape = {"note": f"{rows} rows of {channels} channels", "kernels": back_end_name, "batch_size": batch}
         yield _record(config, source, name, "s", of_call, **shape)
         if name != "copy":
             share = moved[name] / moved["copy"] * of_copy / of_call
             yield _record(config, source, f"{name}_share_of_copy", "", share, **shape)
         speed = moved[name] * rows * channels / of_call.median().item()
-        print(f"{channels:4} channels  {name:25} {back_end_name:9} {speed / 1e9:8.1f} GB/s")
+        print(f"{rows:8} x {channels:3}  {name:25} {back_end_name:9} {speed / 1e9:8.1f} GB/s")
 
 
 def _calls(back_end: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Config) -> dict[str, Call]:
@@ -136,7 +153,7 @@ def _calls(back_end: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Conf
 def _units(config: Config, back_end: Kernels, unit: Unit, device: torch.device, source: Source) -> Iterator[Record]:
     """One unit, forward and backward: the mode, exact, and exact through torch.compile."""
     in_channels, out_channels, kernel_size = unit
-    batch = max(1, config.task.elements // (in_channels * SIZE * SIZE))
+    batch = config.dataset.batch_size
     cells = [config, *(replace(config, mode=mode(name)) for name in ("exact", "compiled"))]
     calls = [_unit(cell, back_end, unit, batch, device) for cell in cells]
     name = f"unit {kernel_size}x{kernel_size} {in_channels} to {out_channels}"
@@ -155,8 +172,9 @@ def _unit(cell: Config, back_end: Kernels, unit: Unit, batch: int, device: torch
     made = modes.from_config(cell.mode, back_end)
     bn = made.batch_norm_relu(in_channels).to(device)
     conv = made.conv2d(in_channels, out_channels, kernel_size).to(device).to(memory_format=torch.channels_last)
-    x = torch.randn(batch, in_channels, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
-    grad = torch.randn(batch, out_channels, SIZE, SIZE, device=device).to(memory_format=torch.channels_last)
+    size = cell.dataset.image_size
+    x = torch.randn(batch, in_channels, size, size, device=device).to(memory_format=torch.channels_last)
+    grad = torch.randn(batch, out_channels, size, size, device=device).to(memory_format=torch.channels_last)
     x.requires_grad_()
     leaves = [x, bn.weight, bn.bias, conv.weight]
 

@@ -154,8 +154,9 @@ def _spread(by_cell: dict[tuple[Network, str], dict[str, Record]], network: Netw
 def _batch_text(cell: dict[str, Record]) -> str:
     texts = [
         f"{record.value:.0f}{told}" if record.value else f"does not fit{told}"
-        for metric, told in (("largest_batch", ""), ("predicted", " (predicted)"))
+        for metric in ("largest_batch", "predicted")
         if (record := cell.get(metric))
+        for told in [" (predicted)" if record.predicted else " (expandable)" if record.segments == "expandable" else ""]
     ]
     return ", ".join(texts)
 
@@ -190,7 +191,8 @@ TABLES = (
         opening="""\
 Samples in the largest batch whose training steps fit the memory, for networks of so many layers. `exact` is PyTorch's
 own layers; `exact, one copy a unit` is what the paper calls exact. Predicted: counted on the meta device, with an
-allowance for the CUDA context and workspaces taken off the memory. Written by `blpa-run task=tables`.
+allowance for the CUDA context and workspaces taken off the memory. Measured with both kinds of segments that PyTorch's
+allocator has; "expandable" marks where those fit more. Written by `blpa-run task=tables`.
 """,
         empty="blpa-run task=max-batch gpu=gtx1080ti",
         conditions=lambda record: (f"{images(record.dataset)}-size images", record.precision, record.note),
@@ -204,7 +206,7 @@ allowance for the CUDA context and workspaces taken off the memory. Written by `
         title="Time a sample",
         opening="""\
 Median time of a whole training step by the sample: forward, loss, backward, update. The ratio is the median over pairs
-of steps, the mode's and exact's one after the other. The paper's figures are from its own card, a GTX 1080 Ti. Written
+of turns, the mode's and exact's one after the other. The paper's figures are from its own card, a GTX 1080 Ti. Written
 by `blpa-run task=tables`.
 """,
         empty="blpa-run task=runtime",

@@ -2,8 +2,10 @@
 
     ratio = median over pairs of  seconds a sample(mode) / seconds a sample(exact)
 
-A step is forward, loss, backward and update, of random images of the data set's size, after two steps to warm up. Both
-modes have dataset.batch_size, or, with task.largest_batch, each its own largest batch as max-batch found it.
+A step is forward, loss, backward and update, of random images of the data set's size, after two steps to warm up. On a
+GPU a turn is five steps that are enqueued one behind the other, and their mean is one measurement: n counts turns, and
+iterations counts steps. Both modes have dataset.batch_size, or, with task.largest_batch, each its own largest batch as
+max-batch found it.
 """
 
 import sys
@@ -18,9 +20,9 @@ from blpa.config import Config, TaskConfig, mode
 from blpa.errors import Stopped, UserError
 from blpa.kernels import Kernels
 from blpa.records import Record
-from blpa.runners import paper, setup
+from blpa.runners import paper, segments, setup
 from blpa.runners.failures import judge
-from blpa.runners.timing import Call, low_median_high, take_turns
+from blpa.runners.timing import Call, calls_per_turn, low_median_high, take_turns
 
 WARM_UP = 2
 """Steps before those that are timed, besides those before a CUDA graph is recorded."""
@@ -36,6 +38,7 @@ class _Timed:
 
     cell: Config
     batch: int
+    segments: str
     step: Call
 
 
@@ -92,8 +95,8 @@ def run(config: Config) -> list[Record]:
                 measured.append(
                     setup.record(
                         one.cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
-                        iterations=config.task.steps, batch_size=one.batch,
-                        kernels=setup.kernels_used(one.cell, chosen.name),
+                        iterations=len(values) * calls_per_turn(device), batch_size=one.batch,
+                        kernels=setup.kernels_used(one.cell, chosen.name), segments=one.segments,
                         paper_value=paper.seconds_per_sample(one.cell) if unit == "s" else None,
                     )
                 )  # fmt: skip
@@ -103,14 +106,20 @@ def run(config: Config) -> list[Record]:
 
 def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
     """A mode whose step has warmed up."""
-    batch = _largest_batch(cell, chosen, device) if cell.task.largest_batch else cell.dataset.batch_size
+    batch, kind = _largest_batch(cell, chosen, device) if cell.task.largest_batch else (cell.dataset.batch_size, "")
+    if cell.task.largest_batch:
+        segments.use(kind or segments.USUAL)  # for what it takes while its graph is recorded: replays take nothing
     step = setup.training_step(cell, batch, chosen, device)
     _warm_up(step, device)
-    return _Timed(cell, batch, step)
+    return _Timed(cell, batch, kind, step)
 
 
-def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> int:
-    """What max-batch found for this network, budget, precision and back end: measured, or else predicted."""
+def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tuple[int, str]:
+    """What max-batch found for this network, budget, precision and back end: measured, or else predicted.
+
+    Returns:
+        The batch, and the kind of segments that it fits in; none is named where it was predicted.
+    """
     counted = kernels.choose(config.gpu.kernels, setup.META)  # by which a prediction is made
     found = [
         record
@@ -129,7 +138,7 @@ def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> int
         raise UserError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:
         raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")
-    return int(best.value)
+    return int(best.value), best.segments
 
 
 def _warm_up(step: Call, device: torch.device) -> None:

@@ -15,7 +15,7 @@ from blpa.cells import departures, folder_name, overrides
 from blpa.config import Config, GpuConfig, ModeConfig
 from blpa.errors import UserError
 from blpa.kernels import Kernels
-from blpa.models.preact_resnet import PreActResNet
+from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS, PreActResNet
 from blpa.records import Record
 
 META = torch.device("meta")
@@ -93,6 +93,12 @@ def encoded_elements(config: Config, *, steps: int) -> float:
     width = config.width * config.mode.width_factor
     elements_an_image = 168 * (config.depth - 2) // 9 * config.dataset.image_size**2 * width
     return elements_an_image * steps * config.dataset.batch_size
+
+
+def largest_activation(config: Config, batch: int) -> int:
+    """Elements of the largest activation of a batch: what a block of the first group puts out."""
+    channels = EXPANSION * round(GROUP_CHANNELS[0] * config.width * config.mode.width_factor)
+    return batch * channels * config.dataset.image_size**2
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
@@ -185,8 +191,13 @@ def source(config: Config, device: torch.device, back_end: str) -> dict[str, Any
     return records.provenance(device) | {
         "kernels": kernels_used(config, back_end),
         "precision": precision(config.gpu, device),
-        "command": records.as_text(overrides(config)),
+        "command": command(config),
     }
+
+
+def command(config: Config) -> str:
+    """What a record names as the command that made it."""
+    return records.as_text(overrides(config))
 
 
 def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:

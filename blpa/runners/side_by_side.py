@@ -5,11 +5,10 @@ given by hand, for one GPU each say, work through a sweep in the same way.
 """
 
 import os
-import signal
 import subprocess
 import sys
-from types import FrameType
 
+from blpa import signals
 from blpa.errors import OutOfTime
 
 
@@ -28,15 +27,12 @@ def run(arguments: list[str], jobs: int) -> int:
     threads = str(max(1, (os.cpu_count() or 1) // jobs))
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     processes: list[subprocess.Popen[bytes]] = []
-    received: list[int] = []
 
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+    def send(number: int) -> None:
         for process in processes:
             process.send_signal(number)
 
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
+    with signals.handed_on(send) as received:
         for _ in range(jobs):
             if not received:
                 if sys.stderr.isatty():
@@ -44,9 +40,6 @@ def run(arguments: list[str], jobs: int) -> int:
                 # In a session of its own it does not hear the terminal's Ctrl-C besides what is handed on.
                 processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
         codes = [process.wait() for process in processes]
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
     failed = [code if code > 0 else 128 - code for code in codes if code not in (0, OutOfTime.exit_code)]
     if failed or received:
         return failed[-1] if failed else 128 + received[0]
