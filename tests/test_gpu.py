@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_cells import composed
 from test_training import assert_same_end, tiny_config
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from blpa import errors, kernels, records, steps, training
 from blpa.config import Config, GpuConfig, mode
 from blpa.data import ImageData, Split
 from blpa.offloading import Offload
-from blpa.runners import cli, fresh, segments, setup
+from blpa.runners import cli, fresh, segments, setup, streams, sweep
 from blpa.steps import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -89,6 +90,31 @@ def test_so_does_it_in_other_precisions(precision: str, tmp_path: Path) -> None:
     for graph in (True, False):
         train(config_of("4bit", cuda_graph=graph, precision=precision), tmp_path / str(graph))
     assert_same_end(tmp_path / "True", tmp_path / "False")
+
+
+@pytest.mark.parametrize("name", ["exact", "4bit"])
+def test_so_does_it_where_it_is_evaluated_by_batch_statistics(name: str, tmp_path: Path) -> None:
+    for graph in (True, False):
+        config = config_of(name, cuda_graph=graph)
+        config.dataset.eval_statistics = "batch"
+        train(config, tmp_path / str(graph))
+    assert_same_end(tmp_path / "True", tmp_path / "False")
+
+
+def test_runs_on_streams_side_by_side_end_with_the_bits_of_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time, each with evaluations and checkpoints while others are recorded."""
+    monkeypatch.chdir(tmp_path)
+    cells = [
+        "dataset=digits", "depth=20", "dataset.batch_size=64", "dataset.iterations=40", "task.evaluate_every=10",
+        "task.checkpoint_every=15", "jobs=3", "mode=exact,4bit", "seed=0,1",
+    ]  # fmt: skip
+    configs = composed(cells, multirun=True)
+    assert all(sweep.run_cell(replace(config, results="alone")) == 0 for config in configs)
+    assert streams.train(configs, [0, 1, 2, 3]) == (dict.fromkeys(range(4), 0), False)
+    for config in configs:
+        assert_same_end(Path("results/runs") / config.run, Path("alone/runs") / config.run)
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_never_stopped(

@@ -1,10 +1,12 @@
 """blpa/runners/streams.py: training runs that take turns in one process end as each does alone, whatever happens."""
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from blpa.data import Split
 from blpa.errors import Busy, Diverged, OutOfTime
 from blpa.locks import alone_in
 from blpa.runners import cli, streams, sweep
+from blpa.steps import TrainingStep
 
 CELLS = [
     "dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "gpu=cpu", "gpu.kernels=torch",
@@ -54,26 +57,53 @@ def assert_as_alone(config: Config, alone: Path) -> None:
     assert_same_end(Path(config.results) / "runs" / config.run, alone / config.run)
 
 
+class Stream:
+    """A CUDA stream that counts how often it was waited for."""
+
+    def __init__(self) -> None:
+        self.ended = 0
+
+    def synchronize(self) -> None:
+        self.ended += 1
+
+
 def test_cells_side_by_side_end_with_the_bits_of_cells_alone(
     alone: Path, configs: list[Config], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four cells in three places; the second with stock batch norm begins when the first has ended."""
-    steps: list[tuple[str, int, int]] = []
-    draws = Split.draws
+    """Four cells in three places, each on its place's stream; the second of stock layers begins after the first."""
+    made: list[Stream] = []
+    current: list[Stream] = []
+    steps: list[tuple[TrainingStep, Stream]] = []
+    call = TrainingStep.__call__
 
-    def noted(split: Split, recipe: DatasetConfig, *, seed: int, start: int = 1) -> Iterator[tuple[int, Tensor]]:
-        for iteration, table in draws(split, recipe, seed=seed, start=start):
-            steps.append((recipe.name, seed, iteration))
-            yield iteration, table
+    def make() -> Stream:
+        made.append(Stream())
+        return made[-1]
 
-    monkeypatch.setattr(Split, "draws", noted)
+    @contextmanager
+    def stream(chosen: Stream) -> Iterator[None]:
+        current.append(chosen)
+        yield
+        current.pop()
+
+    def noted(self: TrainingStep, draws: Tensor, *, rate: float) -> Tensor:
+        steps.append((self, current[-1]))
+        return call(self, draws, rate=rate)
+
+    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
+    monkeypatch.setattr(torch.cuda, "Stream", make)
+    monkeypatch.setattr(torch.cuda, "stream", stream)
+    monkeypatch.setattr(TrainingStep, "__call__", noted)
     assert [(config.mode.name, config.seed) for config in configs] == [
         ("exact", 0), ("exact", 1), ("4bit", 0), ("4bit", 1),
     ]  # fmt: skip
     assert streams.train(configs, [0, 1, 2, 3]) == (dict.fromkeys(range(4), 0), False)
     for config in configs:
         assert_as_alone(config, alone)
-    assert [iteration for _, _, iteration in steps[:6]] == [1, 1, 1, 2, 2, 2]
+    cells = [cell for cell, _ in steps]
+    assert cells[:3] == cells[3:6] and len(set(cells[:3])) == 3
+    assert len(set(cells)) == len({(cell, id(place)) for cell, place in steps}) == 4
+    assert sorted(place.ended for place in made) == [1, 1, 2]
     err = capsys.readouterr().err
     assert err.count("waits: cuDNN's batch norm must have the GPU's cores beside no other such") == 1
     assert err.index("[4/4] ") < err.index("[2/4] ")
@@ -103,10 +133,10 @@ def test_a_signal_stops_them_all_with_checkpoints_and_they_go_on(
 def test_a_budget_stops_them_all_with_checkpoints_and_they_go_on(
     alone: Path, configs: list[Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    configs = [replace(config, budget_minutes=0.2) for config in configs]
-    for iteration in (1, 2, 3):  # a step each, for 12 seconds are less than the three keep for their end
+    hurried = [replace(config, budget_minutes=0.2) for config in configs]
+    for iteration in (1, 2):  # a step each, for 12 seconds are less than the three keep for their end
         monkeypatch.setattr(budget, "BEGAN", time.monotonic())
-        assert streams.train(configs, [0, 2, 3]) == (dict.fromkeys((0, 2, 3), OutOfTime.exit_code), False)
+        assert streams.train(hurried, [0, 2, 3]) == (dict.fromkeys((0, 2, 3), OutOfTime.exit_code), False)
         assert capsys.readouterr().err.count(f"budget_minutes=0.2 are over at iteration {iteration} of 4") == 3
     assert streams.train(configs, [0, 2, 3]) == ({0: 0, 2: 0, 3: 0}, False)
     for number in (0, 2, 3):
@@ -174,10 +204,33 @@ def test_a_sweep_whose_process_was_spoilt_goes_on_in_another(
     assert (failed.mode, failed.seed) == ("exact", 0)
 
 
+def dies(configs: list[Config], waiting: list[int]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def is_ended_by_a_signal(configs: list[Config], waiting: list[int]) -> None:
+    caller = multiprocessing.parent_process()
+    assert caller is not None and caller.pid is not None
+    os.kill(caller.pid, signal.SIGTERM)
+    signal.pause()
+
+
 @pytest.mark.usefixtures("believes_in_a_gpu")
-def test_on_a_gpu_other_tasks_have_it_to_themselves(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["task=kernels,train", "-m", "jobs=2", "dataset=digits", "depth=11"]) == 2
-    assert "jobs=2 on a GPU is for task=train: cells of kernels have it to themselves" in capsys.readouterr().err
+def test_a_process_that_dies_ends_the_sweep(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(streams, "train", dies)
+    assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m"]) == 1
+    assert "a process ended without an answer, by exit code -9; started again, the sweep" in capsys.readouterr().err
+    monkeypatch.setattr(streams, "train", is_ended_by_a_signal)
+    assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m"]) == 128 + signal.SIGTERM
+
+
+def test_other_tasks_have_a_gpu_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
+    configs = composed([*CELLS, "task=runtime,train", "seed=0,1"], multirun=True)
+    assert list(sweep._taken_together(configs)) == [[0], [1], [2, 3]]
+    assert list(sweep._taken_together([replace(config, jobs=1) for config in configs])) == [[0], [1], [2], [3]]
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from blpa import errors, steps, training
 from blpa.config import Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
 from blpa.data import ImageData, Split, load, normalise
 from blpa.evaluation import Evaluation
+from blpa.turns import Turns
 
 CPU = torch.device("cpu")
 
@@ -335,6 +336,19 @@ def test_a_signal_after_the_last_checkpoint_is_obeyed_too(
     net = TinyNet()
     assert train(net, tmp_path / "run").test_loss == reference.test_loss
     assert net.step == 0
+
+
+def test_a_signal_at_the_very_end_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_turns = training.in_turns
+
+    def late(*args: Any, **options: Any) -> Turns[training.Outcome]:
+        outcome = yield from in_turns(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return outcome
+
+    monkeypatch.setattr(training, "in_turns", late)
+    with pytest.raises(errors.Interrupted, match="stopped by SIGTERM after the last step"):
+        train(TinyNet(), tmp_path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

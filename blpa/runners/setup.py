@@ -23,7 +23,11 @@ NO_DRAWS = torch.zeros(1)
 
 
 def run_folder(config: Config) -> Path:
-    """Begin a run: let go of what earlier runs of this process left behind, and name the run's folder."""
+    """Begin a run: let go of what earlier runs of this process left behind, and name the run's folder.
+
+    Runs under way beside it lose nothing: what is cached is in nobody's use, and compiled cells have no compiled others
+    beside them (runners/streams.py).
+    """
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()

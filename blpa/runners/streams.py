@@ -6,7 +6,6 @@ are those that it has alone.
 """
 
 import sys
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,39 +20,37 @@ if TYPE_CHECKING:
     import torch
 
 
-def run_all(configs: list[Config]) -> int:
-    """Train the cells of a sweep that are not finished yet and that nobody else is at, so many at a time as jobs says.
+def run(configs: list[Config], waiting: list[int]) -> list[int]:
+    """Train cells of a sweep that are not finished yet and that nobody else is at, so many at a time as jobs says.
 
-    A cell that fails leaves a record, and the others go on; those not begun then are begun in a process of their own.
+    A cell that fails leaves a record, and those beside it go on; those not begun then begin in a process of their own.
 
     Args:
-        configs: checked, all on a GPU. Before `budget_minutes` are over all cells under way write checkpoints.
+        configs: of the whole sweep, checked. Before `budget_minutes` are over all cells under way write checkpoints.
+        waiting: numbers of those to be trained, all on a GPU.
 
     Returns:
-        The exit code: after a signal its own, else that of the last cell that failed, else OutOfTime's if cells are
-        left.
+        The exit codes of those that were begun; after a signal its own is the last.
+
+    Raises:
+        Stopped: the process died, and nobody knows of which cell.
     """
-    others = sorted({config.task.name for config in configs} - {"train"})
-    if others:
-        jobs, named = configs[0].jobs, ", ".join(others)
-        return sweep.refuse(f"jobs={jobs} on a GPU is for task=train: cells of {named} have it to themselves", 2)
-    began = time.monotonic()
-    waiting = [number for number, config in enumerate(configs) if not sweep.is_finished(config)]
-    skipped = len(configs) - len(waiting)
     codes: dict[int, int] = {}
-    is_spoilt = bool(waiting)
-    while is_spoilt and waiting:
+    is_spoilt = True
+    while is_spoilt:
         with signals.noted() as stop:  # fresh.call hands them on
             try:
                 ended, is_spoilt = fresh.call(train, configs, waiting)
-            except Stopped as error:
+                codes |= ended
+            except Stopped:
                 if stop.received is None:
-                    return sweep.refuse(f"{error}; started again, the sweep goes on", error.exit_code)
+                    raise
         if stop.received is not None:
-            return 128 + stop.received
-        codes |= ended
+            return [*codes.values(), 128 + stop.received]
         waiting = [number for number in waiting if number not in codes]
-    return sweep.summed_up(configs, list(codes.values()), skipped=skipped, began=began)
+        if not waiting or not sweep.has_time_for(configs[waiting[0]], 0):
+            break
+    return list(codes.values())
 
 
 @dataclass(frozen=True)
@@ -80,15 +77,16 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], bo
 
     from blpa.training import Stopping
 
-    on_cuda = sweep.is_on_cuda(configs[0])
-    # One for each place, for as long as there are cells: were streams made anew, CUDA would hand out the same 32 again.
-    free = [torch.cuda.Stream() if on_cuda else None for _ in range(configs[0].jobs)]
+    first = configs[waiting[0]]
+    on_cuda = sweep.is_on_cuda(first)
+    # One for each place, for as long as there are cells: PyTorch has 32 in all, which it hands out again and again.
+    free = [torch.cuda.Stream() if on_cuda else None for _ in range(first.jobs)]
     waiting, running = list(waiting), list[_Run]()
     codes: dict[int, int] = {}
     is_spoilt = False
     told: set[str] = set()
     with signals.noted() as stop:
-        stopping = Stopping(stop, configs[0].budget_minutes)
+        stopping = Stopping(stop, first.budget_minutes)
         while True:
             while free and not (is_spoilt or stopping.is_out_of_time or stop.received):
                 number = _next(configs, waiting, [configs[run.number] for run in running], told)
@@ -111,6 +109,8 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], bo
                         is_spoilt = is_spoilt or has_spoilt
                         running.remove(run)
                         free.append(run.stream)
+                        if run.stream and not is_spoilt:
+                            run.stream.synchronize()  # reason_to_wait takes its steps to have ended with it
 
 
 def _next(configs: list[Config], waiting: list[int], running: list[Config], told: set[str]) -> int | None:
@@ -140,8 +140,8 @@ def reason_to_wait(config: Config, other: Config) -> str:
 def _waits_for_its_blocks(config: Config) -> bool:
     """Whether its batch norm is cuDNN's persistent kernel, whose blocks wait for each other.
 
-    Of two at once each could hold cores that the other's last blocks need, and both would wait forever. In bf16 PyTorch
-    takes a kernel of its own.
+    Of two at once each could hold cores that the other's last blocks need, and both would wait forever; what waits for
+    nothing may run beside one. In bf16 PyTorch takes a kernel of its own.
     """
     return config.mode.layers != "coded" and config.gpu.precision != "bf16"
 

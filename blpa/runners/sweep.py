@@ -7,9 +7,11 @@ torch is imported after every cell of the sweep has been checked.
 """
 
 import importlib
+import itertools
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,7 +36,8 @@ last tenth of a small one."""
 def run_all(configs: list[Config]) -> int:
     """Run one cell of a sweep after the other, those that are not finished yet and that nobody else is at.
 
-    A cell that fails says so, leaves a record of it, and the next one runs, unless a signal ended it.
+    A cell that fails says so, leaves a record of it, and the next one runs, unless a signal ended it. Of the training
+    runs that follow one another on a GPU so many are under way at a time as jobs says.
 
     Args:
         configs: checked. `budget_minutes` ends the sweep, by the cell under way where that can go on from a checkpoint,
@@ -46,34 +49,30 @@ def run_all(configs: list[Config]) -> int:
     codes: list[int] = []
     skipped, longest = 0, 0.0
     began = time.monotonic()
-    for number, config in enumerate(configs):
-        if is_finished(config):
-            skipped += 1
+    for numbers in _taken_together(configs):
+        waiting = [number for number in numbers if not is_finished(configs[number])]
+        skipped += len(numbers) - len(waiting)
+        if not waiting:
             continue
-        if codes and not has_time_for(config, longest):
+        if codes and not has_time_for(configs[waiting[0]], longest):
             break
-        _announce(f"[{number + 1}/{len(configs)}] {folder_name(config) or config.task.name}", codes, skipped, began,
-                  to_come=len(configs) - number)  # fmt: skip
-        cell_began = time.monotonic()
-        codes.append(run_cell_of_sweep(config))
-        longest = max(longest, time.monotonic() - cell_began)
-        if codes[-1] > 128:
+        if len(numbers) > 1:
+            try:
+                codes += importlib.import_module("blpa.runners.streams").run(configs, waiting)
+            except Stopped as error:
+                return refuse(f"{error}; started again, the sweep goes on", error.exit_code)
+        else:
+            config = configs[waiting[0]]
+            _announce(f"[{waiting[0] + 1}/{len(configs)}] {folder_name(config) or config.task.name}", codes, skipped,
+                      began, to_come=len(configs) - waiting[0])  # fmt: skip
+            cell_began = time.monotonic()
+            codes.append(run_cell_of_sweep(config))
+            longest = max(longest, time.monotonic() - cell_began)
+        if codes and codes[-1] > 128:
             return codes[-1]
-        if codes[-1] == OutOfTime.exit_code:
+        if OutOfTime.exit_code in codes:
             break
-    skipped += sum(is_finished(config) for config in configs[number + 1 :])
-    return summed_up(configs, codes, skipped=skipped, began=began)
-
-
-def summed_up(configs: list[Config], codes: list[int], *, skipped: int, began: float) -> int:
-    """Say what became of a sweep that no signal ended, and return its exit code.
-
-    Args:
-        configs: all of its cells.
-        codes: exit codes of those that ran.
-        skipped: how many were finished before.
-        began: when, by time.monotonic.
-    """
+    skipped += sum(is_finished(config) for config in configs[numbers[-1] + 1 :])
     failures = list(filter(is_failure, codes))
     busy, diverged = codes.count(Busy.exit_code), codes.count(Diverged.exit_code)
     done = codes.count(0) + diverged
@@ -87,6 +86,20 @@ def summed_up(configs: list[Config], codes: list[int], *, skipped: int, began: f
         file=sys.stderr,
     )
     return failures[-1] if failures else OutOfTime.exit_code if cells_left else 0
+
+
+def _taken_together(configs: list[Config]) -> Iterator[list[int]]:
+    """The numbers of the cells in their order, each by itself but for training runs that run side by side on a GPU."""
+
+    def is_beside(number: int) -> bool:
+        config = configs[number]
+        return config.jobs > 1 and config.task.name == "train" and is_on_cuda(config)
+
+    for beside, numbers in itertools.groupby(range(len(configs)), is_beside):
+        if beside:
+            yield list(numbers)
+        else:
+            yield from ([number] for number in numbers)
 
 
 def is_failure(code: int) -> bool:
@@ -162,14 +175,18 @@ def run_cell_of_sweep(config: Config) -> int:
     if not is_on_cuda(config):
         return run_cell(config, records_failure=True)
     began = time.monotonic()
+    reason = ""
     with signals.noted() as stop:  # fresh.call hands them on
         try:
             code: int = fresh.call(_run_recording, config)
-        except Stopped as error:  # it died
-            code = refuse(error, error.exit_code)
-            if stop.received is None:
-                fresh.call(_record_failure, config, str(error), time.monotonic() - began)
-    return code if stop.received is None else 128 + stop.received
+        except Stopped as error:
+            code, reason = error.exit_code, str(error)
+    if stop.received is not None:
+        return 128 + stop.received
+    if reason:
+        refuse(reason, code)
+        fresh.call(_record_failure, config, reason, time.monotonic() - began)
+    return code
 
 
 def _run_recording(config: Config) -> int:
