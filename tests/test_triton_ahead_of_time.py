@@ -50,7 +50,8 @@ def test_kernels_compile_where_a_size_is_one(compiled: list[dict[str, Any]]) -> 
 
 def test_compiled_kernels_read_and_write_sixteen_bytes_at_once(compiled: list[dict[str, Any]]) -> None:
     """Those that go through whole activations, of channels that divide by 16; codes may be fewer bytes."""
-    through = [kernel for kernel in compiled if "C" not in kernel["ones"]]
+    # Those of products are copied to shared memory, in sixteen bytes at once too, by instructions of each architecture.
+    through = [kernel for kernel in compiled if "C" not in kernel["ones"] and kernel["kernel"] != "_weight_gradient"]
     assert not [kernel for kernel in through if not kernel["loads_16_bytes"]]
     writing = [kernel for kernel in through if kernel["kernel"] not in ("_channel_stats", "_gradient_sums")]
     assert not [kernel for kernel in writing if not kernel["stores_16_bytes"]]
