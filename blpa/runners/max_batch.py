@@ -137,15 +137,14 @@ def _host_batch(cell: Config) -> int:
 def _prediction_of_before(config: Config, cell: Config) -> Record | None:
     """The newest prediction that the results hold of this network, budget, back end and settings, if any; see above."""
     used = setup.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
-    precision = setup.precision(cell.gpu, META)
-    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, setup.note(cell), used
+    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, setup.note(cell)
     found = [
         record
         for record in records.merged(Path(cell.results))
         if record.metric == "largest_batch"
         and record.predicted
-        and wanted
-        == (record.dataset, record.mode, record.depth, record.width, record.precision, record.note, record.kernels)
+        and (record.dataset, record.mode, record.depth, record.width, record.note) == wanted
+        and (record.kernels, record.precision) == (used, setup.precision(cell.gpu, META))
     ]
     if not found:
         return None
