@@ -72,9 +72,9 @@ def run(config: Config) -> list[Record]:
     assert cell.gpu.memory_gib is not None
     limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
 
-    prediction = _prediction_of_before(config, cell) if is_cuda and config.resume else None
+    prediction = prediction_of_before(config, cell) if is_cuda and config.resume else None
     if prediction is None:
-        prediction = _predict(config, cell, limit)
+        prediction = predict(config, cell, limit)
     found = [prediction]
     if is_cuda and limit > card:
         print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
@@ -102,7 +102,7 @@ def _record(config: Config, fits: int, high: int, source: dict[str, object], *, 
     )  # fmt: skip
 
 
-def _predict(config: Config, cell: Config, limit: int) -> Record:
+def predict(config: Config, cell: Config, limit: int) -> Record:
     """The prediction, counted and printed.
 
     Args:
@@ -124,7 +124,7 @@ def _predict(config: Config, cell: Config, limit: int) -> Record:
     return _record(cell, batch, batch, setup.source(config, META, used))
 
 
-def _prediction_of_before(config: Config, cell: Config) -> Record | None:
+def prediction_of_before(config: Config, cell: Config) -> Record | None:
     """The newest prediction that the results hold of this network, budget, back end and settings, if any; see above."""
     used = setup.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
     wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, setup.note(cell)
