@@ -38,6 +38,11 @@ class Convolution:
             return torch.empty(self._size(a, weight), dtype=a.dtype, device="meta", memory_format=torch.channels_last)
         return F.conv2d(a, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """Whether out is a product of rows: a 1x1 convolution that takes every pixel and mixes all channels."""
+        stride, padding, _ = self._pairs()
+        return weight.shape[2:] == (1, 1) and (stride, padding, self.groups) == ((1, 1), (0, 0), 1)
+
     def weight_grad(self, grad: Tensor, a: Tensor, weight: Tensor) -> Tensor:
         """Gradient dW for grad = G; a and W, of which only the shape is used, are of its dtype, and so is dW."""
         stride, padding, dilation = self._pairs()

@@ -52,6 +52,12 @@ class Kept:
         self.layout.kernels.decode(self._rows, self.vectors, code=self.layout.code, out=rows(a))
         return a
 
+    def pointwise_weight_grad(self, grad: Tensor) -> Tensor | None:
+        """Gradient dW [C_out, C] of a 1x1 convolution for grad = G, where the back end makes it from the codes."""
+        kernels, code = self.layout.kernels, self.layout.code
+        grad_rows = rows(grad.contiguous(memory_format=torch.channels_last))
+        return kernels.pointwise_weight_grad(grad_rows, self._rows, self.vectors, code=code)
+
     def batch_norm_backward(
         self, grad: Tensor, *, constant_stats: bool, overwrite_grad: bool = False, add: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,6 +32,45 @@ class Activation(NamedTuple):
     """What the backward pass of its readers needs in place of a; None for stock layers, and where none is recorded."""
 
 
+class ResidualSum:
+    """The sum of a block's output and its shortcut, which is not made yet.
+
+    The batch norm that reads it first makes it, in the pass that takes its statistics.
+
+    Args:
+        x: what the block made, whose place the sum takes.
+        shortcut: of the same shape; it is let go as soon as the sum is made.
+    """
+
+    def __init__(self, x: Tensor, shortcut: Tensor) -> None:
+        self._x = x
+        self._shortcut: Tensor | None = shortcut
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the sum."""
+        return self._x.shape
+
+    def value(self) -> Tensor:
+        """The sum."""
+        if self._shortcut is not None:
+            self._x, self._shortcut = self._x.add_(self._shortcut), None
+        return self._x
+
+    def value_and_statistics(self, bn: "BatchNormReLU") -> tuple[Tensor, Tensor | None]:
+        """The sum, and where it is made here, its statistics for that batch norm."""
+        if self._shortcut is None:
+            return self._x, None
+        options = bn._batch_norm(overwrite_x=False)
+        self._x, statistics = ops.add_shortcut(self._x, self._shortcut, bn.weight, bn.bias, options)
+        self._shortcut = None
+        return self._x, statistics
+
+
+def _made(x: Tensor | ResidualSum) -> Tensor:
+    return x.value() if isinstance(x, ResidualSum) else x
+
+
 class BatchNormReLU(nn.BatchNorm2d):
     """Batch norm and ReLU that keeps a code of its activation (ops.batch_norm_relu).
 
@@ -61,9 +100,9 @@ class BatchNormReLU(nn.BatchNorm2d):
         self.counter: Tensor
         self.register_buffer("counter", torch.zeros(num_features, dtype=torch.int32), persistent=False)
 
-    def forward(self, x: Tensor, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
+    def forward(self, x: Tensor | ResidualSum, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """A [N, C, H, W] of x; it may take the place of x if `overwrite_x` says that x is not read again."""
-        return Activation(*ops.batch_norm_relu(x, self.weight, self.bias, self._batch_norm(overwrite_x)))
+        return Activation(*ops.batch_norm_relu(_made(x), self.weight, self.bias, self._batch_norm(overwrite_x)))
 
     def _batch_norm(self, overwrite_x: bool) -> ops.BatchNorm:
         """What ops need besides x and the parameters."""
@@ -130,14 +169,27 @@ class Conv2d(nn.Conv2d):
             x, bn.weight, bn.bias, self.weight, bn._batch_norm(overwrite_x), convolution=self._convolution()
         )
 
-    def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
         """Out as `after`, and x for a shortcut that reads it too (ops.batch_norm_relu_conv2d_with_shortcut)."""
-        bn = batch_norm_relu
+        bn, statistics = batch_norm_relu, None
         if not self._is_one_with(bn):
+            x = _made(x)
             return cast(Tensor, self(bn(x))), x
+        if isinstance(x, ResidualSum):
+            x, statistics = x.value_and_statistics(bn)
         return ops.batch_norm_relu_conv2d_with_shortcut(
-            x, bn.weight, bn.bias, self.weight, bn._batch_norm(overwrite_x=False), convolution=self._convolution()
+            x,
+            bn.weight,
+            bn.bias,
+            self.weight,
+            bn._batch_norm(overwrite_x=False),
+            convolution=self._convolution(),
+            statistics=statistics,
         )
+
+    def add_shortcut(self, out: Tensor, shortcut: Tensor) -> ResidualSum:
+        """The sum of what this layer put out and a shortcut, for a batch norm and ReLU to make."""
+        return ResidualSum(out, shortcut)
 
     def _is_one_with(self, bn: nn.BatchNorm2d) -> TypeGuard[BatchNormReLU]:
         return isinstance(bn, BatchNormReLU) and _is_plain(bn, BatchNormReLU) and _is_plain(self, Conv2d)
@@ -166,9 +218,14 @@ class StockConv2d(nn.Conv2d):
         """Out of x through a batch norm and ReLU."""
         return cast(Tensor, self(batch_norm_relu(x, overwrite_x=overwrite_x)))
 
-    def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor) -> tuple[Tensor, Tensor]:
+    def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
         """Out as `after`, and x, which autograd lets a shortcut read too."""
+        x = _made(x)
         return cast(Tensor, self(batch_norm_relu(x))), x
+
+    def add_shortcut(self, out: Tensor, shortcut: Tensor) -> Tensor:
+        """The sum of what this layer put out and a shortcut, in the place of the first."""
+        return out.add_(shortcut)
 
 
 def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:

@@ -13,14 +13,15 @@ Backward, from G, the gradient of out, and the codes of x_hat, which give x_hat~
     dX = gamma rstd (dY - mean(dY) - x_hat~ mean(dY x_hat~))         only the last term is approximate
 
 `batch_norm_relu_conv2d` is all of it, for an a that one convolution reads; where a shortcut reads x as well,
-`batch_norm_relu_conv2d_with_shortcut` adds the shortcut's gradient in the pass that writes dX. Where a has other
-readers, `batch_norm_relu` makes a and a `Kept`, and every `conv2d` that reads a takes the Kept along, so all of them
+`batch_norm_relu_conv2d_with_shortcut` adds the shortcut's gradient in the pass that writes dX; where x is a sum that a
+shortcut is part of, `add_shortcut` makes it in the pass that takes its statistics. Where a has other readers,
+`batch_norm_relu` makes a and a `Kept`, and every `conv2d` that reads a takes the Kept along, so all of them
 share its codes.
 
 Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -82,8 +83,10 @@ class BatchNorm:
         """Whether the statistics that normalise x do not depend on it."""
         return not self.training and self.running_mean is not None and self.running_var is not None
 
-    def vectors(self, x: Tensor, gamma: Tensor, beta: Tensor, code: Code | None) -> Tensor:
-        """Norm [9, C] for x [M, C]; in training the running averages move towards its statistics."""
+    def vectors(
+        self, x: Tensor, gamma: Tensor, beta: Tensor, code: Code | None, *, add: Tensor | None = None
+    ) -> Tensor:
+        """Norm [9, C] for x [M, C], which first becomes x + add; in training the running averages move towards it."""
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
             averages = None
@@ -93,7 +96,7 @@ class BatchNorm:
             var = var.to(compute_dtype(x.dtype))
             return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
         return self.kernels.channel_stats(
-            x, gamma, beta, eps=self.eps, code=code, averages=averages, counter=self.counter
+            x, gamma, beta, eps=self.eps, code=code, averages=averages, add=add, counter=self.counter
         )
 
 
@@ -105,12 +108,14 @@ class _Unit:
     layout: Layout
     overwrite: bool
     """a takes the place of x."""
+    vectors: Tensor | None = None
+    """The Norm of x, where it is known."""
 
     def __call__(self, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Kept]:
         """Its forward pass: a, and what is kept."""
         code, kernels = self.layout.code, self.layout.kernels
         x_rows = rows(x)
-        vectors = self.bn.vectors(x_rows, gamma, beta, code)
+        vectors = self.bn.vectors(x_rows, gamma, beta, code) if self.vectors is None else self.vectors
         a = x if self.overwrite else torch.empty_like(x)
         a_rows = x_rows if self.overwrite else rows(a)
         codes = kernels.normalise_rectify_encode(x_rows, vectors, code=code, out=a_rows)
@@ -134,8 +139,14 @@ def _convolution_backward(
     """The Kept, and gradients dA and dW where wanted; a~ is gone before dA is made, since the two are of one size."""
     kept, (weight,) = Kept.saved(ctx)
     convolution, layout = ctx.convolution, kept.layout
-    dw = convolution.weight_grad(grad, kept.decode(grad.dtype), weight).to(ctx.weight_dtype) if wants_dw else None
-    da = convolution.input_grad(grad, weight, layout.shape).to(layout.dtype) if wants_da else None
+    da = dw = None
+    if wants_dw:
+        dw = kept.pointwise_weight_grad(grad) if convolution.is_pointwise(weight) else None
+        if dw is None:
+            dw = convolution.weight_grad(grad, kept.decode(grad.dtype), weight)
+        dw = dw.view(weight.shape).to(ctx.weight_dtype)
+    if wants_da:
+        da = convolution.input_grad(grad, weight, layout.shape).to(layout.dtype)
     return kept, da, dw
 
 
@@ -201,6 +212,25 @@ class _BatchNormReLUConv2d(torch.autograd.Function):
                 da, constant_stats=ctx.constant_stats, overwrite_grad=True, add=grad_x
             )
         return dx, dgamma, dbeta, dw, None, None
+
+
+class _AddShortcut(torch.autograd.Function):
+    """x, shortcut, gamma, beta -> their sum in the place of x, and its Norm."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, shortcut: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)  # else the Norm would be given a gradient of zeros
+        vectors = bn.vectors(rows(x), gamma, beta, bn.code, add=rows(shortcut))
+        ctx.mark_dirty(x)
+        ctx.mark_non_differentiable(vectors)
+        return x, vectors
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        return grad, grad, None, None, None
 
 
 class _AveragePool(torch.autograd.Function):
@@ -332,6 +362,35 @@ def batch_norm_relu_conv2d(
     return cast(Tensor, out)
 
 
+def add_shortcut(
+    x: Tensor, shortcut: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm
+) -> tuple[Tensor, Tensor | None]:
+    """Add a shortcut to x, in its place, and take the statistics of the sum in the same pass.
+
+    Args:
+        x: [N, C, H, W], which nobody else reads.
+        shortcut: of the same shape.
+        gamma: of the batch norm that reads the sum next; so are beta and bn.
+        beta: shift [C].
+        bn: the rest.
+
+    Returns:
+        x + shortcut, and its statistics for batch_norm_relu_conv2d_with_shortcut; None where they are not taken here:
+        no gradient is being recorded, they are constant, or memory is not channels-last.
+
+    Raises:
+        ValueError: as batch_norm_relu.
+
+    Source: the sum is He et al. 2016's.
+    """
+    _check(x, gamma, beta, bn)
+    is_alike = (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype)
+    in_rows = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, shortcut))
+    if not (is_alike and in_rows and _is_recording(x, shortcut, gamma, beta)) or bn.has_constant_stats:
+        return x.add_(shortcut), None
+    return cast(tuple[Tensor, Tensor], _AddShortcut.apply(x, shortcut, gamma, beta, bn))
+
+
 def batch_norm_relu_conv2d_with_shortcut(
     x: Tensor,
     gamma: Tensor,
@@ -340,6 +399,7 @@ def batch_norm_relu_conv2d_with_shortcut(
     bn: BatchNorm,
     *,
     convolution: Convolution = _PLAIN,
+    statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """batch_norm_relu_conv2d, for an x that a shortcut reads as well.
 
@@ -353,6 +413,7 @@ def batch_norm_relu_conv2d_with_shortcut(
         weight: as conv2d.
         bn: the rest; its overwrite_x is not for an x that is read again.
         convolution: its stride, padding, dilation and groups.
+        statistics: what add_shortcut returned with x.
 
     Returns:
         out [N, C_out, H_out, W_out], and x for the shortcut.
@@ -367,6 +428,7 @@ def batch_norm_relu_conv2d_with_shortcut(
     if not (_is_recording(x, gamma, beta) and x.is_contiguous(memory_format=torch.channels_last)):
         return batch_norm_relu_conv2d(x, gamma, beta, weight, bn, convolution=convolution), x
     x, unit = _prepare(x, gamma, beta, bn, recording=True)
+    unit = replace(unit, vectors=statistics)
     out, x_again = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, unit, convolution)
     return cast(Tensor, out), cast(Tensor, x_again)
 
@@ -375,8 +437,8 @@ def _is_recording(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-def _prepare(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, recording: bool) -> tuple[Tensor, _Unit]:
-    """Check the arguments of a batch norm and ReLU: x, channels-last, and what is done to it."""
+def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
+    """Refuse what no batch norm and ReLU can take."""
     if not x.is_floating_point() or x.dim() != 4 or not x.numel():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
     for name, vector in (("gamma", gamma), ("beta", beta)):
@@ -385,6 +447,10 @@ def _prepare(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, recording
     if bn.training and x.numel() <= x.shape[1]:
         raise ValueError(f"x is {list(x.shape)}: training needs more than one value per channel")
 
+
+def _prepare(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, recording: bool) -> tuple[Tensor, _Unit]:
+    """Check the arguments of a batch norm and ReLU: x, channels-last, and what is done to it."""
+    _check(x, gamma, beta, bn)
     channels_last = x.contiguous(memory_format=torch.channels_last)
     code = bn.code if recording or bn.forward_from_code else None
     keeps_x = recording and code is None

@@ -10,6 +10,7 @@ import sys
 import tempfile
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -18,16 +19,19 @@ from blpa.kernels import triton_ops
 
 CHANNELS = 64  # one of the paper's, a multiple of 16, as the compiler is told of C below
 VARIANTS = [("fp32", 4), ("fp32", 2), ("fp32", 8), ("fp32", 0), ("bf16", 4), ("fp16", 4)]
-INTEGERS = ("M", "C", "R", "steps", "programs")
+INTEGERS = ("M", "C", "R", "N", "steps", "programs")
 SUMS = ("_channel_stats", "_gradient_sums")
-KERNELS = (*SUMS, "_normalise_rectify_encode", "_decode", "_input_gradient")
+KERNELS = (*SUMS, "_normalise_rectify_encode", "_decode", "_input_gradient", "_weight_gradient")
 FLOATS = ("eps", "bin_width", "momentum")
 
 
 def constants(name: str, bits: int) -> dict[str, int | bool]:
     """What the launches in triton_ops give a kernel as constants."""
     elements = triton_ops.SUM_TILE_ELEMENTS if name in SUMS else triton_ops.TILE_ELEMENTS
-    *_, tile = triton_ops._tiles(triton_ops.torch.empty(1, CHANNELS, device="meta"), bits, elements)
+    x = torch.empty(1, CHANNELS, device="meta")
+    *_, tile = triton_ops._tiles(x, bits, elements)
+    if name == "_weight_gradient":
+        *_, tile = triton_ops._product_tiles(x, CHANNELS, bits)
     given = {"HAS_AVERAGES": True, "COUNTS": True, "CONSTANT_STATS": False, "ADDS": True}
     return tile | {"LEVELS": 1 << bits if bits else 0} | given
 
@@ -43,14 +47,14 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tu
     known = {key: value for key, value in given.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in known else types.get(key, "*fp32") for key in kernel.arg_names}
     divisible = [
-        key.startswith("*") or (key != "constexpr" and name == "C" and "C" not in ones)
+        key.startswith("*") or (key != "constexpr" and name in ("C", "N") and "C" not in ones)
         for name, key in signature.items()
     ]
     attributes = {(index,): [["tt.divisibility", 16]] for index, is_one in enumerate(divisible) if is_one}
     made = triton.compile(
         ASTSource(fn=kernel, signature=signature, constexprs=known, attrs=attributes),
         target=GPUTarget("cuda", architecture, 32),
-        options=triton_ops.SUM_OPTIONS if name in SUMS else triton_ops.OPTIONS,
+        options=triton_ops.SUM_OPTIONS if name in (*SUMS, "_weight_gradient") else triton_ops.OPTIONS,
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(made.asm["cubin"])
@@ -78,7 +82,8 @@ if __name__ == "__main__":
     for dtype, bits in VARIANTS:
         for name in KERNELS if bits in (0, 4) else KERNELS[1:]:  # it writes no codes
             for architecture in map(int, sys.argv[1:]):
+                if name == "_weight_gradient" and architecture < 80:
+                    continue  # it needs tensor cores of Ampere or later
                 print(json.dumps(compile_kernel(name, dtype, bits, architecture)), flush=True)
-    for name in KERNELS:  # small activations, and those of one channel
-        for ones in (("steps", "programs"), ("steps", "programs", "C")):
-            print(json.dumps(compile_kernel(name, "fp32", 4, int(sys.argv[1]), ones)), flush=True)
+    for name in KERNELS:  # activations of one channel
+        print(json.dumps(compile_kernel(name, "fp32", 4, int(sys.argv[-1]), ("C",))), flush=True)

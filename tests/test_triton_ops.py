@@ -1,6 +1,7 @@
 """blpa/kernels/triton_ops.py against the reference: on a GPU where there is one, else in Triton's interpreter."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     if request.param == "tiny tiles":
         if DEVICE.type == "cuda":
             pytest.skip("there large activations make the loops turn, and every size of a tile costs compiling")
-        sizes = {"TILE_ELEMENTS": 64, "SUM_TILE_ELEMENTS": 32, "TILE_CHANNELS": 4, "PROGRAMS": 2}
+        sizes = {"TILE_ELEMENTS": 64, "SUM_TILE_ELEMENTS": 128, "TILE_CHANNELS": 4, "PROGRAMS": 2}
         for name, size in sizes.items():
             monkeypatch.setattr(triton_ops, name, size)
 
@@ -99,6 +100,42 @@ def test_backward_is_the_references(code: Code | None, dtype: torch.dtype, const
             assert_backward_is_the_references(TRITON, u, code, constant_stats, adds=adds)
 
 
+@all_codes
+@all_dtypes
+def test_a_pointwise_weight_gradient_is_the_product_with_the_decoded_activation(
+    code: Code | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each factor is the reference's to the bit, so only the rounding of sums differs.
+
+    Sums of m products round by m 2^-24 of the sum of their sizes at most, in either order; on a GPU float32 factors are
+    cut to tf32 besides, each by 2^-10 at most. 16-bit factors have products that float32 holds whole.
+    """
+    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as whole numbers")
+    monkeypatch.setattr(triton_ops, "PROGRAMS", 2)  # so that a program goes through several tiles
+    for (rows, channels), outputs in (((1, 5), 3), ((130, 16), 64), ((259, 70), 20), ((64, 16), 16)):
+        u = on_device(unit((rows, channels), code, dtype))
+        grad = torch.randn(rows, outputs, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
+        a = torch.empty_like(u.x)
+        TRITON.decode(u.kept, u.vectors, code=code, out=a)
+        actual = TRITON.pointwise_weight_grad(grad, u.kept, u.vectors, code=code)
+        assert actual is not None
+        assert actual.dtype == torch.float32
+        expected, sizes = grad.double().T @ a.double(), grad.double().abs().T @ a.double().abs()
+        is_cut = DEVICE.type == "cuda" and dtype == torch.float32
+        bound = rows * 2.0**-24 + (2.0**-9 if is_cut else 0)
+        assert ((actual - expected).abs() <= bound * sizes).all()
+
+
+def test_a_weight_gradient_that_products_would_be_better_for_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    u = on_device(unit((64, 16), Code(4), torch.float32))
+    wide = torch.ones(64, triton_ops.PRODUCT_ELEMENTS // 16 + 1, device=DEVICE)
+    assert TRITON.pointwise_weight_grad(wide, u.kept, u.vectors, code=Code(4)) is None
+    monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(conv=SimpleNamespace(fp32_precision="ieee")))
+    assert TRITON.pointwise_weight_grad(u.grad, u.kept, u.vectors, code=Code(4)) is None
+    assert TRITON.pointwise_weight_grad(u.grad.half(), u.kept, u.vectors, code=Code(4)) is not None
+
+
 @pytest.mark.parametrize("channel", CHANNELS)
 @pytest.mark.usefixtures("tiles")
 def test_channel_stats_are_accurate(channel: str) -> None:
@@ -114,6 +151,36 @@ def test_one_outlier_spoils_no_statistics(row: int) -> None:
     x = torch.randn(130, 3, generator=torch.Generator().manual_seed(row))
     x[row] = 1e5
     assert_stats_are_accurate(TRITON, x.to(DEVICE))
+
+
+@all_dtypes
+@pytest.mark.usefixtures("tiles")
+def test_a_sum_and_its_statistics_have_the_bits_of_either_alone(dtype: torch.dtype) -> None:
+    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter rounds to bfloat16 towards zero")
+    for shape in SHAPES:
+        u = on_device(unit(shape, None, dtype))
+        x, expected = u.x.clone(), u.x + u.grad
+        vectors = TRITON.channel_stats(x, u.norm.gamma, u.norm.beta, eps=EPS, code=None, add=u.grad)
+        assert torch.equal(x, expected)
+        assert torch.equal(vectors, TRITON.channel_stats(x, u.norm.gamma, u.norm.beta, eps=EPS, code=None))
+
+
+@pytest.mark.usefixtures("tiles")
+def test_a_counter_is_zero_again_and_changes_no_bit() -> None:
+    u = on_device(unit((259, 5), Code(4), torch.float32))
+    counter = torch.zeros(5, dtype=torch.int32, device=DEVICE)
+    results = []
+    for given in (None, counter, counter):
+        out = torch.empty_like(u.x)
+        vectors = TRITON.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=Code(4), counter=given)
+        sums = TRITON.backward(
+            u.grad, u.kept, u.vectors, code=Code(4), constant_stats=False, out=out, counter=given
+        )  # fmt: skip
+        results.append((vectors, out, sums))
+        assert not counter.any()
+    for others in results[1:]:
+        assert all(map(torch.equal, others, results[0]))
 
 
 @all_codes
@@ -174,7 +241,7 @@ def test_float64_is_refused() -> None:
 
 @triton.jit
 def _offsets_of_the_last_tile(offsets, byte_offsets, M, C, R, program, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    _, offset, _, byte_offset, _ = triton_ops._tile(program, M, C, R, 2, ROWS, CHANNELS)
+    _, offset, _, byte_offset, _ = triton_ops._tile(program, 0, M, C, R, 2, ROWS, CHANNELS)
     local = tl.arange(0, ROWS)[:, None] * CHANNELS + tl.arange(0, CHANNELS)[None, :]
     block = tl.arange(0, 2)[:, None, None]
     tl.store(offsets + block * (ROWS * CHANNELS) + local[None, :, :], offset)
@@ -263,6 +330,10 @@ def test_the_operations_keep_their_promises_to_torch_library() -> None:
         triton_ops.channel_stats,
         (u.x, gamma, beta, u.vectors.clone(), counter, mean.clone(), var.clone(), batches, 0.1, EPS, 0.375, 16),
     )
+    torch.library.opcheck(
+        triton_ops.add_channel_stats,
+        (u.x.clone(), u.grad, gamma, beta, u.vectors.clone(), None, None, None, None, 0.0, EPS, 0.375, 16),
+    )
     without = (u.x, gamma, beta, u.vectors.clone(), None, None, None, None, 0.0, EPS, 0.0, 0)
     torch.library.opcheck(triton_ops.channel_stats, without)
     torch.library.opcheck(triton_ops.normalise_rectify_encode, (u.x, u.vectors, torch.empty_like(u.x), codes, 4))
@@ -270,6 +341,8 @@ def test_the_operations_keep_their_promises_to_torch_library() -> None:
     torch.library.opcheck(
         triton_ops.backward, (u.grad, u.kept, u.vectors, counter, torch.empty_like(u.x), sums, None, 4, False)
     )
+    partial = torch.empty(1, 5, 5, device=DEVICE)
+    torch.library.opcheck(triton_ops.pointwise_weight_grad, (u.grad, u.kept, u.vectors, partial, 4, 1))
 
 
 def test_the_meta_device_counts_what_it_counts_of_the_reference() -> None:

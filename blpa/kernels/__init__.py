@@ -96,11 +96,12 @@ class Kernels(Protocol):
         eps: float,
         code: Code | None,
         averages: Averages | None = None,
+        add: Tensor | None = None,
         counter: Tensor | None = None,
     ) -> Tensor:
         """Norm [9, C] of the mean and biased variance of each column; running averages, if given, move towards them.
 
-        Their count of batches, if given, is one more.
+        Their count of batches, if given, is one more. With `add` [M, C], x first becomes x + add.
         """
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
@@ -125,6 +126,12 @@ class Kernels(Protocol):
 
         Constant statistics do not depend on x, so that dX = gamma rstd dY. `add` [M, C] is a gradient that x has from
         another reader: then their sum is written.
+        """
+
+    def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor | None:
+        """Gradient dW [N, C] = G^T a~ of a 1x1 convolution, for grad = G [M, N], without a~ being written: float32.
+
+        None where that would be slower than the product of G and the decoded a~, or less exact than PyTorch's of them.
         """
 
 

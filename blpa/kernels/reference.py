@@ -157,9 +157,12 @@ class RowBlockKernels:
         eps: float,
         code: Code | None,
         averages: Averages | None = None,
+        add: Tensor | None = None,
         counter: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
+        if add is not None:
+            x.add_(add)
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=compute_dtype(x.dtype))
         # As plain tensors: torch.compile makes new code for each size of a Parameter.
         self._run(channel_stats, [x], vectors, gamma.detach(), beta.detach(), constants=(eps, code))
@@ -202,6 +205,10 @@ class RowBlockKernels:
         constants = code, constant_stats
         self._run(backward, _row_blocks(grad, code), out_blocks, kept, sums, vectors, add_blocks, constants=constants)
         return sums
+
+    def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor | None:
+        """See Kernels."""
+        return None
 
 
 @functools.cache

@@ -39,6 +39,11 @@ PROGRAMS = 264
 enough for the last one to add up."""
 LANE_ROWS = 64
 """Rows that one lane adds up at most, the reference's strip."""
+PRODUCT_ROWS = 64
+"""Rows of a tile of a product: with twice as many, registers spill."""
+PRODUCT_ELEMENTS = 64 * 256
+"""Weights of a product at most, those of the paper's largest 1x1 convolution: with more, arithmetic decides, and
+cuDNN's tiles are larger than these."""
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Of the compiler: threads enough for a tile, and no fused multiply-adds."""
@@ -55,10 +60,10 @@ def _vector(vectors, row: tl.constexpr, c, C):
 
 
 @triton.jit
-def _tile(program, M, C, R, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Columns, offsets and mask of the program's tile of the activation, and of the bytes that its rows share."""
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
-    first, r = program * ROWS, tl.arange(0, ROWS)
+def _tile(row, column, M, C, R, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    """Columns, offsets and mask of a tile of the activation, and of the bytes that its rows share."""
+    c = column * CHANNELS + tl.arange(0, CHANNELS)
+    first, r = row * ROWS, tl.arange(0, ROWS)
     byte_offset = first.to(tl.int64) * C + (r[:, None] * C + c[None, :])
     byte_mask = (first + r < R)[:, None] & (c < C)[None, :]
     block = tl.arange(0, BLOCKS)[:, None, None]
@@ -87,12 +92,18 @@ def _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS: tl
     return x_hat, y, relu_mask
 
 
+@triton.jit
+def _decoded(y, relu_mask):
+    """a~, which is never negative; the sign of y~ may be wrong where y is next to 0."""
+    return tl.where(relu_mask & ~(y <= 0), y, 0.0)
+
+
 @triton.jit(do_not_specialize=["M", "R"])
 def _normalise_rectify_encode(
     x, out, codes, vectors, M, C, R,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), M, C, R, BLOCKS, ROWS, CHANNELS)
+    c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), tl.program_id(1), M, C, R, BLOCKS, ROWS, CHANNELS)
     value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
     x_hat = (value - _vector(vectors, MEAN, c, C)) * _vector(vectors, RSTD, c, C)
     y = _vector(vectors, GAMMA, c, C) * x_hat + _vector(vectors, BETA, c, C)
@@ -114,10 +125,9 @@ def _decode(
     out, kept, vectors, M, C, R,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), M, C, R, BLOCKS, ROWS, CHANNELS)
+    c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), tl.program_id(1), M, C, R, BLOCKS, ROWS, CHANNELS)
     _, y, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
-    a = tl.where(relu_mask & ~(y <= 0), y, 0.0)
-    tl.store(out + offset, a.to(out.dtype.element_ty), mask=mask)
+    tl.store(out + offset, _decoded(y, relu_mask).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -138,19 +148,42 @@ def _part(partial, row: tl.constexpr, p, programs, c, C):
     return tl.load(partial + (p[:, None] * 2 + row) * C + c[None, :], mask=mask, other=0.0, cache_modifier=".cg")
 
 
-@triton.jit(do_not_specialize=["M", "R"])
+@triton.jit(do_not_specialize=["M", "R", "steps"])
+def _weight_gradient(
+    grad, kept, vectors, partial, M, C, R, N, steps,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr,
+):  # fmt: skip
+    """G^T a~ over `steps` tiles per program, into partial [programs, N, C] for G [M, N]; a~ is written nowhere."""
+    program, column, output = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    total = tl.full([OUTPUTS, CHANNELS], 0.0, dtype=tl.float32)
+    for step in range(steps):
+        tile = program * steps + step
+        c, offset, mask, byte_offset, byte_mask = _tile(tile, column, M, C, R, BLOCKS, ROWS, CHANNELS)
+        _, y, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
+        _, offset, mask, _, _ = _tile(tile, output, M, N, R, BLOCKS, ROWS, OUTPUTS)
+        g = tl.load(grad + offset, mask=mask, other=0.0)
+        a = _decoded(y, relu_mask).to(g.dtype)
+        g, a = tl.reshape(g, [BLOCKS * ROWS, OUTPUTS]), tl.reshape(a, [BLOCKS * ROWS, CHANNELS])
+        total = tl.dot(tl.trans(g), a, total, input_precision="tf32")
+    n, c = output * OUTPUTS + tl.arange(0, OUTPUTS), column * CHANNELS + tl.arange(0, CHANNELS)
+    to = partial + program.to(tl.int64) * N * C + n[:, None] * C + c[None, :]
+    tl.store(to, total, mask=(n < N)[:, None] & (c < C)[None, :])
+
+
+@triton.jit(do_not_specialize=["M", "R", "steps", "programs"])
 def _gradient_sums(
     grad, kept, vectors, partial, counter, sums, M, C, R, steps, programs,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """dbeta, dgamma and both divided by M, into sums [4, C]: sums of dY and dY x_hat~, `steps` tiles per program."""
-    program, columns = tl.program_id(0), tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    program, column = tl.program_id(0), tl.program_id(1)
+    columns = column * CHANNELS + tl.arange(0, CHANNELS)
     here = columns < C
     sum_dy = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
     sum_dy_x_hat = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
     for step in range(steps):
         tile = program * steps + step
-        c, offset, mask, byte_offset, byte_mask = _tile(tile, M, C, R, BLOCKS, ROWS, CHANNELS)
+        c, offset, mask, byte_offset, byte_mask = _tile(tile, column, M, C, R, BLOCKS, ROWS, CHANNELS)
         x_hat, _, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
         dy = tl.where(relu_mask, tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32), 0.0)
         sum_dy += tl.sum(dy, axis=0)
@@ -179,7 +212,7 @@ def _input_gradient(
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     CONSTANT_STATS: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
-    c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), M, C, R, BLOCKS, ROWS, CHANNELS)
+    c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), tl.program_id(1), M, C, R, BLOCKS, ROWS, CHANNELS)
     x_hat, _, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
     dx = tl.where(relu_mask, tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32), 0.0)
     if not CONSTANT_STATS:
@@ -241,27 +274,38 @@ def _write_norm(
             tl.store(batches, tl.load(batches) + 1)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "steps", "programs"])
 def _channel_stats(
-    x, partial, counter, gamma, beta, vectors, running_mean, running_var, batches,
+    x, add, partial, counter, gamma, beta, vectors, running_mean, running_var, batches,
     M, C, steps, programs, eps, bin_width, momentum,
-    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, ADDS: tl.constexpr,
+    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """The Norm of x, from means and sums of squares about them, `steps` tiles per program, in partial [programs, 2, C].
 
-    Lanes are summed about the program's first row, a value of the same size as the others, so nothing cancels; lanes
-    and programs combine by the parallel axis theorem.
+    Where ADDS, x first becomes x + add. Lanes are summed about the program's first row, a value of the same size as the
+    others, so nothing cancels; lanes and programs combine by the parallel axis theorem.
     """
-    program, lane = tl.program_id(0), tl.arange(0, ROWS)
-    c = tl.program_id(1) * CHANNELS + tl.arange(0, CHANNELS)
+    program, column, lane = tl.program_id(0), tl.program_id(1), tl.arange(0, ROWS)
+    c = column * CHANNELS + tl.arange(0, CHANNELS)
     here = c < C
     begin = program * steps * ROWS
-    first = tl.load(x + begin.to(tl.int64) * C + c, mask=here, other=0.0).to(tl.float32)
+    first_offset = begin.to(tl.int64) * C + c
+    first = tl.load(x + first_offset, mask=here, other=0.0).to(tl.float32)
+    if ADDS:
+        first += tl.load(add + first_offset, mask=here, other=0.0).to(tl.float32)
+        first = first.to(x.dtype.element_ty).to(tl.float32)
+        tl.debug_barrier()  # every thread has read the first row before one of them writes the sum there
     total = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
     squares = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
     for step in range(steps):
-        _, _, _, offset, mask = _tile(program * steps + step, M, C, M, 1, ROWS, CHANNELS)  # one block: a row a byte
+        _, _, _, offset, mask = _tile(program * steps + step, column, M, C, M, 1, ROWS, CHANNELS)  # one block
         value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+        if ADDS:
+            value += tl.load(add + offset, mask=mask, other=0.0).to(tl.float32)
+            stored = value.to(x.dtype.element_ty)
+            tl.store(x + offset, stored, mask=mask)
+            value = stored.to(tl.float32)
         centred = tl.where(mask, value - first, 0.0)
         total += centred
         squares += centred * centred
@@ -308,23 +352,46 @@ def _division(tiles: int, across: int, longest: int) -> tuple[int, int]:
     return steps, triton.cdiv(tiles, steps)
 
 
+def _launch_channel_stats(
+    x: Tensor, add: Tensor | None, gamma: Tensor, beta: Tensor, vectors: Tensor, counter: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float, eps: float,
+    bin_width: float, levels: int,
+) -> None:  # fmt: skip
+    rows, channels = x.shape
+    (tiles, across), _, constants = _tiles(x, 0, SUM_TILE_ELEMENTS)
+    steps, programs = _division(tiles, across, LANE_ROWS)
+    partial = vectors.new_empty(programs, 2, channels)
+    _launch(
+        _channel_stats, (programs, across), x, x if add is None else add, partial, _zeros(counter, x),
+        gamma, beta, vectors,
+        *(vectors if given is None else given for given in (running_mean, running_var, batches)),
+        rows, channels, steps, programs, eps, bin_width, momentum,
+        LEVELS=levels, HAS_AVERAGES=running_mean is not None, COUNTS=batches is not None, ADDS=add is not None,
+        ROWS=constants["ROWS"], CHANNELS=constants["CHANNELS"], **SUM_OPTIONS,
+    )  # fmt: skip
+
+
 @torch.library.custom_op("blpa::channel_stats", mutates_args=("vectors", "running_mean", "running_var", "batches"))
 def channel_stats(
     x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, counter: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, momentum: float, eps: float, bin_width: float, levels: int,
 ) -> None:  # fmt: skip
     """Write the Norm of x [M, C] to `vectors` [9, C], move the running averages, if there are any, and count."""
-    rows, channels = x.shape
-    (tiles, across), _, constants = _tiles(x, 0, SUM_TILE_ELEMENTS)
-    steps, programs = _division(tiles, across, LANE_ROWS)
-    _launch(
-        _channel_stats, (programs, across), x, vectors.new_empty(programs, 2, channels), _zeros(counter, x),
-        gamma, beta, vectors,
-        *(vectors if given is None else given for given in (running_mean, running_var, batches)),
-        rows, channels, steps, programs, eps, bin_width, momentum,
-        LEVELS=levels, HAS_AVERAGES=running_mean is not None, COUNTS=batches is not None,
-        ROWS=constants["ROWS"], CHANNELS=constants["CHANNELS"], **SUM_OPTIONS,
-    )  # fmt: skip
+    averages = running_mean, running_var, batches, momentum
+    _launch_channel_stats(x, None, gamma, beta, vectors, counter, *averages, eps, bin_width, levels)
+
+
+@torch.library.custom_op(
+    "blpa::add_channel_stats", mutates_args=("x", "vectors", "running_mean", "running_var", "batches")
+)
+def add_channel_stats(
+    x: Tensor, add: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, counter: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float, eps: float,
+    bin_width: float, levels: int,
+) -> None:  # fmt: skip
+    """Write x + add to x, and then as channel_stats."""
+    averages = running_mean, running_var, batches, momentum
+    _launch_channel_stats(x, add, gamma, beta, vectors, counter, *averages, eps, bin_width, levels)
 
 
 def _zeros(counter: Tensor | None, x: Tensor) -> Tensor:
@@ -381,7 +448,25 @@ def _tiles(
     return grid, (rows, channels, packed_rows), constants
 
 
-for operation in (channel_stats, normalise_rectify_encode, decode, backward):
+@torch.library.custom_op("blpa::pointwise_weight_grad", mutates_args=("partial",))
+def pointwise_weight_grad(grad: Tensor, kept: Tensor, vectors: Tensor, partial: Tensor, bits: int, steps: int) -> None:
+    """Write G^T a~ to `partial` [programs, N, C], for G [M, N], `steps` tiles by each program."""
+    programs, outputs, channels = partial.shape
+    sizes, constants = _product_tiles(grad, channels, bits)
+    grid = programs, triton.cdiv(channels, constants["CHANNELS"]), triton.cdiv(outputs, constants["OUTPUTS"])
+    _launch(_weight_gradient, grid, grad, kept, vectors, partial, *sizes, steps, **constants, **SUM_OPTIONS)
+
+
+def _product_tiles(grad: Tensor, channels: int, bits: int) -> tuple[tuple[int, int, int, int], dict[str, int]]:
+    """The sizes M, C, R and N of a weight gradient, and the constants of its tiles; tensor cores take 16 at least."""
+    rows, outputs = grad.shape
+    blocks = 8 // bits if bits else 1
+    wide, high = (min(max(triton.next_power_of_2(n), 16), TILE_CHANNELS) for n in (channels, outputs))
+    constants = {"BITS": bits, "BLOCKS": blocks, "ROWS": PRODUCT_ROWS // blocks, "CHANNELS": wide, "OUTPUTS": high}
+    return (rows, channels, triton.cdiv(rows, blocks), outputs), constants
+
+
+for operation in (channel_stats, add_channel_stats, normalise_rectify_encode, decode, backward, pointwise_weight_grad):
     operation.register_fake(lambda *args: None)  # they only write to what they are given
 
 
@@ -399,6 +484,7 @@ class TritonKernels:
         eps: float,
         code: Code | None,
         averages: Averages | None = None,
+        add: Tensor | None = None,
         counter: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
@@ -406,9 +492,11 @@ class TritonKernels:
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=torch.float32)
         mean, var, momentum, batches = averages or (None, None, 0.0, None)
         bin_width, levels = (code.bin_width, code.levels) if code else (0.0, 0)
-        channel_stats(
-            x, gamma.detach(), beta.detach(), vectors, counter, mean, var, batches, momentum, eps, bin_width, levels
-        )
+        others = gamma.detach(), beta.detach(), vectors, counter, mean, var, batches, momentum, eps, bin_width, levels
+        if add is None:
+            channel_stats(x, *others)
+        else:
+            add_channel_stats(x, add, *others)
         return vectors
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
@@ -440,6 +528,28 @@ class TritonKernels:
         sums = vectors.new_empty(4, grad.shape[1])
         backward(grad, kept, vectors, counter, out, sums, add, code.bits if code else 0, constant_stats)
         return sums[:2]
+
+    def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor | None:
+        """See Kernels."""
+        (_, outputs), (_, channels) = grad.shape, kept.shape
+        if outputs * channels > PRODUCT_ELEMENTS or not _has_tensor_cores_for(grad):
+            return None
+        bits = code.bits if code else 0
+        (rows, *_), constants = _product_tiles(grad, channels, bits)
+        across = triton.cdiv(channels, constants["CHANNELS"]) * triton.cdiv(outputs, constants["OUTPUTS"])
+        steps, programs = _division(triton.cdiv(rows, PRODUCT_ROWS), across, LANE_ROWS)
+        partial = vectors.new_empty(programs, outputs, channels)
+        pointwise_weight_grad(grad, kept, vectors, partial, bits, steps)
+        return partial.sum(0)
+
+
+def _has_tensor_cores_for(x: Tensor) -> bool:
+    """Whether factors of this dtype may be multiplied by tensor cores; strict float32 may not, by their tf32."""
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    may_round = x.dtype != torch.float32 or convolutions.fp32_precision == "tf32"
+    if x.device.type == "cuda":
+        return may_round and torch.cuda.get_device_capability(x.device) >= (8, 0)
+    return may_round and not x.is_meta  # there a~ is counted, which is more
 
 
 def _refuse_float64(x: Tensor) -> None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint_sequential
 
+from blpa.layers import Activation, ResidualSum
 from blpa.modes import Mode
 from blpa.ops import average_pool
 
@@ -51,11 +52,11 @@ class Bottleneck(nn.Module):
         self.added_channels = EXPANSION * channels - in_channels
         self.shortcut_from_activation = shortcut_from_activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, 4 c, H / stride, W / stride]."""
+    def forward(self, x: Tensor | ResidualSum) -> Tensor | ResidualSum:
+        """[N, C, H, W] -> [N, 4 c, H / stride, W / stride]; coded layers leave the sum at the end to the next block."""
         # Memory is freed as names are rebound: no name here outlives the last use of its tensor.
         if self.shortcut_from_activation:
-            activation = self.bn1(x, overwrite_x=True)
+            activation: Activation = self.bn1(x, overwrite_x=True)
             shortcut = self.shortcut(activation.value)
             out = self.conv1(activation)
             del activation
@@ -64,7 +65,7 @@ class Bottleneck(nn.Module):
             shortcut = self.shortcut(x)
         out = self.conv2.after(self.bn2, out, overwrite_x=True)
         out = self.conv3.after(self.bn3, out, overwrite_x=True)
-        return out.add_(shortcut)  # no layer keeps what it put out, so the sum takes its place
+        return self.conv3.add_shortcut(out, shortcut)  # no layer keeps what it put out, so the sum takes its place
 
     def shortcut(self, x: Tensor) -> Tensor:
         """X, pooled and widened to the shape of the block's output."""
