@@ -64,8 +64,8 @@ class ModeConfig:
     name: str = MISSING
     """The mode's name in tables and file names."""
     layers: str = MISSING
-    """stock (PyTorch's own layers), coded (ours), checkpoint (stock layers, recomputed in the backward pass) or
-    compiled (stock layers through torch.compile)."""
+    """stock (PyTorch's own layers), coded (ours), checkpoint (stock layers, recomputed in the backward pass), offload
+    (stock layers whose activations wait in the host's memory) or compiled (stock layers through torch.compile)."""
     bits: int | None = None
     """Bits a code: 8, 4 or 2; null keeps one full-precision tensor a unit. Coded layers only."""
     clip: float = 3.0
@@ -175,7 +175,7 @@ class Config:
     other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
     begins until the last minute. A launcher's jobs have them each."""
     jobs: int = 1
-    """Processes of this machine that work through a sweep side by side."""
+    """Cells of a sweep that run side by side: on a CPU in so many processes; on a GPU training runs in one process."""
     run: str = MISSING
     """Folder of this run under results/runs; composed from the values that tell runs apart."""
 
@@ -260,7 +260,7 @@ def _check_dataset(dataset: DatasetConfig) -> None:
 
 
 def _check_mode(mode: ModeConfig) -> None:
-    _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint", "compiled"))
+    _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint", "offload", "compiled"))
     if mode.bits not in (None, 2, 4, 8):
         raise UserError(f"mode.bits={mode.bits} is not allowed: choose 2, 4 or 8, or null for full precision")
     if mode.bits is not None and mode.layers != "coded":

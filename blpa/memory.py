@@ -248,12 +248,14 @@ class TrainingBytes:
         optimiser_bytes: what the optimiser keeps between steps.
         input_bytes: images and labels.
         step: what a step allocates besides.
+        host_bytes: what it moves to the host's memory, which is no part of the total.
     """
 
     weight_bytes: int
     optimiser_bytes: int
     input_bytes: int
     step: StepBytes
+    host_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:

@@ -7,6 +7,7 @@
     8bit 4bit 2bit  coded       the codes                                    1
     exact-one-copy  coded       one full-precision tensor                    1
     checkpoint      checkpoint  nothing inside a segment of blocks           1
+    offload         offload     the same as exact, in the host's memory      1
     compiled        compiled    what torch.compile chooses                   1
     compiled-...    compiled    the same within a budget, or in 8 bits       1
 
@@ -30,7 +31,7 @@ class Mode:
     """What a model asks when it is built.
 
     Args:
-        layers: stock, coded, checkpoint or compiled.
+        layers: stock, coded, checkpoint, offload or compiled.
         code: what coded layers keep; None keeps one full-precision tensor a unit.
         forward_from_code: whether coded layers feed the decoded activation forward.
         width_factor: factor on every channel count, on top of the model's own.

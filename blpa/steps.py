@@ -8,10 +8,10 @@ step stays in tensors that the graph reads: which images, how they are cropped, 
 recorded kernels on the recorded addresses, so it gives the bits that the step gave before it was recorded.
 """
 
-import functools
 import gc
 import os
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,28 +76,40 @@ def forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
     return logits.float()
 
 
-@functools.cache
-def _side_stream() -> torch.cuda.Stream:
-    """One for the whole process: memory that one stream gave back is not at once another's."""
-    return torch.cuda.Stream()
+def own_stream(device: torch.device) -> torch.cuda.Stream:
+    """A stream to record on: the current one, unless that is the default stream, which cannot be recorded.
+
+    Runs that are replayed side by side must each be recorded on a stream of its own: cuBLAS keeps one workspace a
+    stream, whose address the graphs recorded there hold.
+    """
+    here = torch.cuda.current_stream(device)
+    return torch.cuda.Stream(device) if here == torch.cuda.default_stream(device) else here
 
 
-def aside(call: Callable[[], Tensor]) -> Tensor:
-    """Call a function as `record` will: on a stream that is not the default one, which cannot be recorded."""
+def aside(call: Callable[[], Tensor], stream: torch.cuda.Stream) -> Tensor:
+    """Call a function on the stream on which `record` will record it."""
     here = torch.cuda.current_stream()
-    _side_stream().wait_stream(here)
-    with torch.cuda.stream(_side_stream()):
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
         result = call()
-    here.wait_stream(_side_stream())
+    here.wait_stream(stream)
     result.record_stream(here)
     return result
 
 
-def record(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+def record(
+    call: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     """Record the launches of a function, which runs only when they are replayed.
 
+    What other streams have been given goes on meanwhile, but is waited for before the recording begins; nothing else
+    may be launched until it ends.
+
     Args:
-        call: it was called `aside` before, and does not wait for the device.
+        call: it was called `aside` before, on the same stream, and does not wait for the device.
+        stream: not the default one.
+        pool: of memory, from torch.cuda.graph_pool_handle, for graphs that are never replayed at the same time; None is
+            one of the graph's own.
 
     Returns:
         The graph, and the tensor that each replay writes its result to.
@@ -105,7 +117,7 @@ def record(call: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     graph = torch.cuda.CUDAGraph()
     gc.collect()  # the graph has memory of its own: what earlier calls left goes back first
     torch.cuda.empty_cache()
-    with torch.cuda.graph(graph, stream=_side_stream()):
+    with torch.cuda.graph(graph, pool=pool, stream=stream):
         result = call()
     return graph, result
 
@@ -143,6 +155,12 @@ class TrainingStep:
         for group in optimiser.param_groups:
             group["lr"] = self.rate
         self.records = uses_cuda_graph(gpu, device)
+        if self.records:
+            self.stream = own_stream(device)
+            # An evaluation is recorded into the same pool. They never run at once, and neither leaves there what the
+            # other may not write over: each reads what it has itself just written, or tensors that stay referenced
+            # (weights, gradients, draws, results), whose memory is not given to the graph recorded later.
+            self.pool = torch.cuda.graph_pool_handle()
         self.steps_before_recording = EAGER_STEPS
         self.graph: torch.cuda.CUDAGraph | None = None
         self.draws = self.result = self.rate  # what the graph reads and writes, once there is one
@@ -164,11 +182,11 @@ class TrainingStep:
             return self._step(draws.to(self.device, non_blocking=True))
         if self.steps_before_recording:
             self.steps_before_recording -= 1
-            return aside(lambda: self._step(draws.to(self.device, non_blocking=True)))
+            return aside(lambda: self._step(draws.to(self.device, non_blocking=True)), self.stream)
         if self.graph is None:
             self.draws = draws.to(self.device)
             self.optimiser.zero_grad(set_to_none=True)  # recorded gradients have memory of their own
-            self.graph, self.result = record(lambda: self._step(self.draws))
+            self.graph, self.result = record(lambda: self._step(self.draws), self.stream, self.pool)
         self.draws.copy_(draws, non_blocking=True)
         self.graph.replay()
         return self.result.clone()  # the next replay writes over it

@@ -13,22 +13,23 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from blpa import budget, records, signals
+from blpa import budget, records, signals, turns
 from blpa.checkpoints import RunFolder, deciding_fields
 from blpa.config import Config, DatasetConfig
-from blpa.data import ImageData, Split, normalise
+from blpa.data import ImageData
 from blpa.errors import Diverged, Interrupted, OutOfTime
-from blpa.steps import TrainingStep, configure_torch, forward, make_optimiser
+from blpa.evaluation import Evaluation
+from blpa.steps import TrainingStep, configure_torch, make_optimiser
+from blpa.turns import Turns
 
 METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
 """Columns of metrics.csv; the training figures are means since the row before."""
@@ -50,7 +51,8 @@ class Outcome:
     train_error_percent: float
     iterations: int
     seconds: float
-    """Wall time of the training steps, over all parts of a resumed run; evaluations and checkpoints left out."""
+    """Wall time of the training steps, over all parts of a resumed run; evaluations and checkpoints left out, but not
+    the turns that other runs had meanwhile."""
     samples_per_second: float
     """Training samples in each of those seconds."""
     parts: list[dict[str, Any]]
@@ -77,6 +79,37 @@ class Progress:
     """What the processes that were at this run computed on, and with, but for dates (records.provenance)."""
 
 
+class Stopping:
+    """When training runs are to stop, all that take turns in this process: after a signal, or before their time is up.
+
+    Args:
+        signal: what signals.noted notes.
+        budget_minutes: of the command; None is no limit.
+    """
+
+    def __init__(self, signal: signals.Stop, budget_minutes: float | None) -> None:
+        self.signal = signal
+        self.budget_minutes = budget_minutes
+        self.seconds: dict[Path, float] = {}
+        """What each run under way needs in order to stop: a step, an evaluation and a checkpoint."""
+        self.is_out_of_time = False
+
+    @contextmanager
+    def of(self, run: Path) -> Iterator[None]:
+        """Count a run as under way."""
+        self.seconds[run] = STOPPING_SECONDS
+        try:
+            yield
+        finally:
+            del self.seconds[run]
+
+    def is_due(self) -> bool:
+        """Whether the runs are to stop; once so, always so."""
+        if budget.seconds_left(self.budget_minutes) < sum(self.seconds.values()):
+            self.is_out_of_time = True
+        return self.is_out_of_time or self.signal.received is not None
+
+
 def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path) -> Outcome:
     """Train a network, or go on with it from the last good checkpoint in its folder.
 
@@ -98,6 +131,33 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
         Diverged: a loss or a weight that is not finite; no checkpoint holds it.
         CannotWrite: a full disk, or the like; the checkpoints written before are untouched.
     """
+    with signals.noted() as stop:
+        stopping = Stopping(stop, config.budget_minutes)
+        outcome = turns.alone(in_turns(model, data, config, device=device, run_dir=run_dir, stopping=stopping))
+    if stop.received is not None:  # at the very end
+        raise Interrupted(f"stopped by {stop.received.name} after the last step", stop.received)
+    return outcome
+
+
+def in_turns(
+    model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path, stopping: Stopping
+) -> Turns[Outcome]:
+    """As `train`, but for signals, which the caller notes; between its steps other runs have their turns.
+
+    On CUDA everything goes to the stream that is current at each turn: a run's own, the same at all of its turns. What
+    configure_torch sets for the process must be the same for all that take turns.
+
+    Args:
+        model: as in train, and so are data, config, device and run_dir.
+        data: see there.
+        config: see there.
+        device: see there.
+        run_dir: see there.
+        stopping: one for all that take turns.
+
+    Yields:
+        After each step, which the device may still be at.
+    """
     recipe = config.dataset
     configure_torch(config.gpu)
     model.to(device).train()
@@ -117,17 +177,18 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
         return data.train.batch(draws, recipe)
 
     step = TrainingStep(model, optimiser, make_batch, gpu=config.gpu, device=device)
+    evaluate = Evaluation(step, data.test, recipe)
     unread: list[Tensor] = []
-    stopping_seconds, is_out_of_time = STOPPING_SECONDS, False
+    stops = False
     clock = time.perf_counter()
-    with signals.noted() as stop, _progress_bar(config, progress.iteration) as bar:
+    with stopping.of(run_dir), _progress_bar(config, progress.iteration) as bar:
         for iteration, draws in data.train.draws(recipe, seed=config.seed, start=progress.iteration + 1):
             rate = learning_rate(recipe, iteration)
             unread.append(step(draws, rate=rate))
+            yield
 
             is_last = iteration == recipe.iterations
-            is_out_of_time = not is_last and budget.seconds_left(config.budget_minutes) < stopping_seconds
-            stops = stop.received is not None or is_out_of_time
+            stops = not is_last and stopping.is_due()
             evaluates = is_last or iteration % task.evaluate_every == 0
             is_kept = task.keep_every is not None and iteration % task.keep_every == 0
             saves = is_last or iteration % task.checkpoint_every == 0 or is_kept or stops
@@ -149,7 +210,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
             unread.clear()
 
             if evaluates:
-                test_loss, test_error_percent = evaluate(model, data.test, config)
+                test_loss, test_error_percent = evaluate()
                 progress.rows.append([iteration, rate, train_loss, train_error_percent, test_loss, test_error_percent])
                 progress.loss_sum, progress.wrong_sum, progress.steps = 0.0, 0.0, 0
                 folder.write_metrics(METRICS, progress.rows)
@@ -158,13 +219,14 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
                 if stops:
                     break
             clock = time.perf_counter()
-            stopping_seconds = max(stopping_seconds, step_seconds + clock - paused)
-    if stop.received is not None or is_out_of_time:  # here, for a signal after the last step counts too
+            stopping.seconds[run_dir] = max(stopping.seconds[run_dir], step_seconds + clock - paused)
+    received = stopping.signal.received
+    if stops or received is not None:  # here, for a signal after the last step counts too
         where = f"at iteration {progress.iteration} of {recipe.iterations}"
         goes_on = f"started again, the run goes on from {folder.known_good[-1]}"
-        if stop.received is None:
+        if received is None:
             raise OutOfTime(f"budget_minutes={config.budget_minutes:g} are over {where}; {goes_on}")
-        raise Interrupted(f"stopped by {stop.received.name} {where}; {goes_on}", stop.received)
+        raise Interrupted(f"stopped by {received.name} {where}; {goes_on}", received)
 
     _, _, train_loss, train_error_percent, test_loss, test_error_percent = progress.rows[-1]
     return Outcome(
@@ -189,49 +251,6 @@ def learning_rate(recipe: DatasetConfig, iteration: int) -> float:
         if iteration <= round(end * recipe.iterations):
             return rate
     raise ValueError(f"dataset.schedule={recipe.schedule}: ends before iteration {iteration} of {recipe.iterations}")
-
-
-def evaluate(model: nn.Module, split: Split, config: Config) -> tuple[float, float]:
-    """Classify a set of images.
-
-    Args:
-        model: left in training mode.
-        split: the images, on the model's device.
-        config: `dataset.eval_batch_size`; `dataset.eval_statistics`, running averages or those of each batch.
-
-    Returns:
-        Mean loss, and error in percent.
-    """
-    recipe = config.dataset
-    sums = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
-    model.eval()
-    with torch.no_grad(), batch_statistics(model) if recipe.eval_statistics == "batch" else nullcontext():
-        for start in range(0, len(split.labels), recipe.eval_batch_size):
-            labels = split.labels[start : start + recipe.eval_batch_size]
-            images = normalise(split.images[start : start + recipe.eval_batch_size])
-            logits = forward(model, images, config.gpu)
-            loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.stack([loss_sum, (logits.argmax(dim=1) != labels).sum()])
-    model.train()
-    loss, error = (sums / len(split.labels)).tolist()
-    return loss, 100 * error
-
-
-@contextmanager
-def batch_statistics(model: nn.Module) -> Iterator[None]:
-    """Make every batch norm normalise by the batch's own statistics in evaluation, as the authors' code does.
-
-    A batch norm without running averages does just that, and updates nothing: they are taken away, and given back.
-    """
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    averages = [(norm.running_mean, norm.running_var) for norm in norms]
-    for norm in norms:
-        norm.running_mean = norm.running_var = None
-    try:
-        yield
-    finally:
-        for norm, (mean, var) in zip(norms, averages, strict=True):
-            norm.running_mean, norm.running_var = mean, var
 
 
 def _read(unread: list[Tensor], progress: Progress, folder: RunFolder) -> None:
@@ -281,15 +300,18 @@ def _last_good(folder: RunFolder) -> str:
 
 
 def _progress_bar(config: Config, done: int) -> "tqdm[Any]":
-    """A bar on stderr; in a log file, where each drawing is a new line, a drawing every half minute."""
+    """A bar on stderr, one below the other; in a log file, where each drawing is a new line, one every half minute."""
     iterations = config.dataset.iterations
+    is_terminal = sys.stderr.isatty()
+    place: dict[str, Any] = {} if is_terminal else {"position": 0}
     return tqdm(
         desc=f"{config.dataset.name} {config.mode.name} seed {config.seed}",
         initial=done,
         total=iterations,
         bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
+        mininterval=0.5 if is_terminal else 30,
         miniters=1,
         dynamic_ncols=True,
         disable=done == iterations,
+        **place,
     )

@@ -104,7 +104,7 @@ def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
         ("dataset__name", "cifar10, cifar100, digits"),
         ("dataset__augmentation", "per-image, per-batch, none"),
         ("dataset__eval_statistics", "running, batch"),
-        ("mode__layers", "stock, coded, checkpoint, compiled"),
+        ("mode__layers", "stock, coded, checkpoint, offload, compiled"),
         ("gpu__device", "auto, cpu, cuda"),
         ("gpu__precision", "auto, tf32, bf16, fp32"),
         ("gpu__kernels", "auto, torch, inductor, triton"),
@@ -207,7 +207,7 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
     assert options("dataset") == ["cifar10", "cifar100", "digits"]
     assert set(options("mode")) == {
         "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "2bit", "exact-one-copy", "checkpoint",
-        "compiled", "compiled-budget-0.5", "compiled-budget-0.2", "compiled-fp8",
+        "offload", "compiled", "compiled-budget-0.5", "compiled-budget-0.2", "compiled-fp8",
     }  # fmt: skip
     assert options("gpu") == ["auto", "cpu", "gtx1080ti", "h200"]
     assert options("task") == [

@@ -13,20 +13,22 @@ from typing import Any
 
 import pytest
 import torch
+from test_cells import composed
 from test_training import assert_same_end, tiny_config
 from torch import Tensor, nn
 
 from blpa import errors, kernels, records, steps, training
 from blpa.config import Config, GpuConfig, mode
 from blpa.data import ImageData, Split
-from blpa.runners import cli, setup
+from blpa.offloading import Offload
+from blpa.runners import cli, fresh, segments, setup, streams, sweep
 from blpa.steps import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 CUDA = torch.device("cuda")
 MIB = 2**20
-MODES = ("exact", "exact-one-copy", "checkpoint", "naive-8bit", "8bit", "4bit", "2bit")
+MODES = ("exact", "exact-one-copy", "checkpoint", "offload", "naive-8bit", "8bit", "4bit", "2bit")
 all_modes = pytest.mark.parametrize("name", MODES)
 all_precisions = pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 
@@ -42,6 +44,12 @@ def torch_settings() -> Iterator[None]:
     torch.compiler.reset()
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(autouse=True)
+def all_is_moved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Activations of a few images are small."""
+    monkeypatch.setattr(Offload, "smallest_bytes", 0)
 
 
 def config_of(name: str, *, depth: int = 20, batch: int = 8, **gpu: Any) -> Config:
@@ -82,6 +90,31 @@ def test_so_does_it_in_other_precisions(precision: str, tmp_path: Path) -> None:
     for graph in (True, False):
         train(config_of("4bit", cuda_graph=graph, precision=precision), tmp_path / str(graph))
     assert_same_end(tmp_path / "True", tmp_path / "False")
+
+
+@pytest.mark.parametrize("name", ["exact", "4bit"])
+def test_so_does_it_where_it_is_evaluated_by_batch_statistics(name: str, tmp_path: Path) -> None:
+    for graph in (True, False):
+        config = config_of(name, cuda_graph=graph)
+        config.dataset.eval_statistics = "batch"
+        train(config, tmp_path / str(graph))
+    assert_same_end(tmp_path / "True", tmp_path / "False")
+
+
+def test_runs_on_streams_side_by_side_end_with_the_bits_of_runs_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three at a time, each with evaluations and checkpoints while others are recorded."""
+    monkeypatch.chdir(tmp_path)
+    cells = [
+        "dataset=digits", "depth=20", "dataset.batch_size=64", "dataset.iterations=40", "task.evaluate_every=10",
+        "task.checkpoint_every=15", "jobs=3", "mode=exact,4bit", "seed=0,1",
+    ]  # fmt: skip
+    configs = composed(cells, multirun=True)
+    assert all(sweep.run_cell(replace(config, results="alone")) == 0 for config in configs)
+    assert streams.train(configs, [0, 1, 2, 3]) == (dict.fromkeys(range(4), 0), False)
+    for config in configs:
+        assert_same_end(Path("results/runs") / config.run, Path("alone/runs") / config.run)
 
 
 def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_never_stopped(
@@ -207,7 +240,7 @@ def test_inductor_s_kernels_train_like_triton_s(tmp_path: Path) -> None:
 # ---- memory ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit"])
+@pytest.mark.parametrize("name", ["exact", "exact-one-copy", "checkpoint", "offload", "8bit", "4bit", "2bit"])
 def test_a_step_takes_the_memory_that_was_counted(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Within 5 % and the allowance: workspaces of cudnn and cuBLAS, and sums that kernels make in two stages."""
     batch = 1024
@@ -231,8 +264,28 @@ def test_the_largest_batch_is_measured_where_it_is_predicted(tmp_path: Path) -> 
     (file,) = tmp_path.glob("runs/*/records.json")
     predicted, measured = records.read(file)
     assert predicted.predicted and not measured.predicted
+    assert measured.segments in ("usual", "expandable")
     # The allowance comes off both budgets, so a measured step pays for its workspaces again: no more than all of it.
     assert 1 - 0.5 / 3.5 - 0.05 <= measured.value / predicted.value <= 1.05
+
+
+@pytest.mark.parametrize("kind", [segments.USUAL, segments.EXPANDABLE])
+def test_a_recorded_step_takes_memory_in_the_kind_of_segments_that_was_asked_for(kind: str) -> None:
+    """In a graph's own pool too, and no more of it than the process may take."""
+    taken, allowed = fresh.call(expandable_in_pools_of_graphs, kind)
+    assert taken == {kind == segments.EXPANDABLE}
+    assert allowed
+
+
+def expandable_in_pools_of_graphs(kind: str) -> tuple[set[bool], bool]:
+    segments.use(kind)
+    limit = 2**30
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(CUDA).total_memory)
+    step = make_step(config_of("4bit", cuda_graph=True))
+    for _ in range(steps.EAGER_STEPS + 2):
+        step()
+    pools = [segment for segment in torch.cuda.memory_snapshot() if tuple(segment["segment_pool_id"]) != (0, 0)]
+    return {segment["is_expandable"] for segment in pools}, torch.cuda.max_memory_reserved() <= limit
 
 
 # ---- tasks -----------------------------------------------------------------------------------------------------------

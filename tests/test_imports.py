@@ -15,12 +15,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     ("runners",),
     ("training", "memory"),
+    ("evaluation",),
     ("steps",),
     ("models",),
     ("modes",),
     ("layers",),
     ("ops",),
-    ("kept", "convolution", "compiling"),
+    ("kept", "convolution", "compiling", "offloading"),
     ("kernels",),
     ("codec",),
 )
@@ -34,6 +35,7 @@ SIDE = {
     "checkpoints": {"config", "errors", "locks"},
     "signals": set[str](),
     "budget": set[str](),
+    "turns": set[str](),
 }
 
 ONLY_IN = {
@@ -48,9 +50,9 @@ ONLY_IN = {
 }
 
 WITHOUT_TORCH = {
-    "", "errors", "config", "cells", "locks", "records", "budget", "signals", "runners", "runners.cli",
-    "runners.compose", "runners.sweep", "runners.launch", "runners.fresh", "runners.side_by_side", "runners.failures",
-    "runners.usage", "runners.paper",
+    "", "errors", "config", "cells", "locks", "records", "budget", "signals", "turns", "runners", "runners.cli",
+    "runners.compose", "runners.sweep", "runners.launch", "runners.fresh", "runners.side_by_side", "runners.streams",
+    "runners.failures", "runners.usage", "runners.paper",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run."""
 

@@ -406,8 +406,8 @@ def test_on_a_card_both_answers_are_recorded(
     assert (predicted.predicted, measured.predicted, measured.device) == (True, False, "a card")
     assert (predicted.precision, measured.precision) == ("fp32", "tf32")  # bytes are alike; what was run is not
     assert (measured.value, measured.low, measured.high) == (100, 100, 100)
-    assert (predicted.segments, measured.segments) == ("", "usual")
-    assert "largest batch 100 in 0.6 GiB (measured, usual segments); 101 does not fit" in capsys.readouterr().out
+    assert (predicted.segments, measured.segments) == ("", "expandable")
+    assert "largest batch 100 in 0.6 GiB (measured, expandable segments); 101 does not fit" in capsys.readouterr().out
     assert {record.value for record in records.collect(Path("results"))} == {predicted.value, 100}
 
 

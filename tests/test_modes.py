@@ -21,6 +21,7 @@ MODES = {
     "2bit": Mode("coded", Code(2, clip=1.7)),
     "exact-one-copy": Mode("coded", None),
     "checkpoint": Mode("checkpoint"),
+    "offload": Mode("offload"),
     "compiled": Mode("compiled", compiler=Compiler()),
     "compiled-budget-0.5": Mode("compiled", compiler=Compiler(activation_memory_budget=0.5)),
     "compiled-budget-0.2": Mode("compiled", compiler=Compiler(activation_memory_budget=0.2)),

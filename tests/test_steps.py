@@ -11,6 +11,7 @@ from torch import Tensor
 
 from blpa import steps
 from blpa.config import GpuConfig
+from blpa.evaluation import Evaluation
 from blpa.steps import TrainingStep
 
 CUDA = torch.device("cuda")
@@ -21,28 +22,53 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Steps on the CPU believe that they are recorded, and a replay calls the function again; tells what happened."""
     told: list[str] = []
 
-    def aside(call: Callable[[], Tensor]) -> Tensor:
-        told.append("aside")
+    def aside(call: Callable[[], Tensor], stream: str) -> Tensor:
+        told.append(f"aside on {stream}")
         return call()
 
-    def record(call: Callable[[], Tensor]) -> tuple[SimpleNamespace, Tensor]:
-        told.append("record")
+    def record(call: Callable[[], Tensor], stream: str, pool: object) -> tuple[SimpleNamespace, Tensor]:
+        told.append(f"record on {stream} in {pool}")
         result = torch.zeros(2)  # replays write to the same memory
         return SimpleNamespace(replay=lambda: result.copy_(call())), result
 
     monkeypatch.setattr(steps, "uses_cuda_graph", lambda gpu, device: True)
+    monkeypatch.setattr(steps, "own_stream", lambda device: "its stream")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "its pool")
     monkeypatch.setattr(steps, "aside", aside)
     monkeypatch.setattr(steps, "record", record)
     return told
 
 
-def test_a_recorded_run_is_that_which_is_not(log: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over a change of the learning rate, evaluations and checkpoints; recorded once, after the first few steps."""
-    train(TinyNet(), tmp_path / "recorded")
-    assert log == ["aside"] * steps.EAGER_STEPS + ["record"]
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_a_recorded_run_is_that_which_is_not(
+    log: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics: str
+) -> None:
+    """Over a change of the learning rate, evaluations of 7, 7 and 6 images, and checkpoints.
+
+    Each of the two is recorded once, on one stream and in one pool; the first evaluation is of the third step.
+    """
+    config = tiny_config(eval_statistics=statistics)
+    train(TinyNet(), tmp_path / "recorded", config)
+    aside, record = "aside on its stream", "record on its stream in its pool"
+    assert log == [aside] * steps.EAGER_STEPS + [aside, record, aside] + [record] + [aside] * 3
     monkeypatch.undo()
-    train(TinyNet(), tmp_path / "not")
+    train(TinyNet(), tmp_path / "not", config)
     assert_same_end(tmp_path / "recorded", tmp_path / "not")
+
+
+@pytest.mark.usefixtures("log")
+def test_a_recorded_evaluation_reads_the_weights_and_averages_of_its_moment() -> None:
+    data, config, net = tiny_data(), tiny_config(eval_batch_size=5), TinyNet()
+    recipe, optimiser = config.dataset, steps.make_optimiser(net, config.dataset)
+    step = TrainingStep(net, optimiser, lambda draws: data.train.batch(draws, recipe), gpu=config.gpu, device=CPU)
+    recorded = Evaluation(step, data.test, recipe)
+    recorded()
+    for _, draws in data.train.draws(recipe, seed=0):
+        step(draws, rate=0.1)
+    again = recorded()
+    assert net.training
+    step.records = False
+    assert again == Evaluation(step, data.test, recipe)()
 
 
 @pytest.mark.usefixtures("log")

@@ -2,8 +2,11 @@
 
 import csv
 import json
+import multiprocessing
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -188,15 +191,19 @@ def test_what_another_configuration_measured_in_the_same_folder_is_kept_in_the_t
     }
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("CUDA error: device not ready")], ids=type
+)
 def test_a_failure_that_cannot_be_recorded_does_not_stop_the_rest(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(record: records.Record, run_dir: Path) -> None:
-        raise OSError(28, "No space left on device")
+        raise error
 
     monkeypatch.setattr(records, "write_failure", full)
     assert cli.main([*GRADIENTS, "mode=fewer-features,4bit"]) == 1
-    assert "the failure could not be recorded: No space left on device" in capsys.readouterr().err
+    assert "the failure could not be recorded: " in (err := capsys.readouterr().err)
+    assert error.args[-1] in err
     assert {record.mode for record in records.collect(Path("results"))} == {"4bit"}
 
 
@@ -238,6 +245,35 @@ def test_time_left_is_that_of_the_cells_that_ran(
     assert told == [
         "0 s done", "2 min done, about 6 min left", "4 min done, about 4 min left", "6 min done, about 2 min left",
     ]  # fmt: skip
+
+
+def die_or_run(config: Config) -> int:
+    """Of the mode exact the process dies, and of 8bit it is asked to stop while it is at it."""
+    if config.mode.name == "exact":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if config.mode.name == "8bit":
+        caller = multiprocessing.parent_process()
+        assert caller is not None and caller.pid is not None
+        os.kill(caller.pid, signal.SIGTERM)
+    return sweep.run_cell(config, records_failure=True)
+
+
+def test_on_a_gpu_a_cell_has_a_process_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """This process believes in a GPU; the cell's own, which finds none, runs on the CPU."""
+    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
+    monkeypatch.setattr(sweep, "_run_recording", die_or_run)
+    cells = [*TINY, "gpu.kernels=torch", "dataset.iterations=3"]
+    assert cli.main([*cells, "mode=exact,4bit"]) == 1
+    err = capsys.readouterr().err
+    assert "blpa-run: error: a process ended without an answer, by exit code -9" in err
+    assert "2 cells: 1 done, 0 finished before (resume=false does them again), 1 failed" in err
+    found = records.collect(Path("results"))
+    assert {record.mode for record in found if record.failure} == {"exact"}
+    assert {record.mode for record in found if not record.failure} == {"4bit"}
+    assert cli.main([*cells, "mode=8bit,2bit"]) == 128 + signal.SIGTERM
+    assert not list(Path("results").glob("runs/*-2bit-*"))
 
 
 WRITER = """

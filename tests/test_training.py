@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from blpa import errors, steps, training
 from blpa.config import Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
 from blpa.data import ImageData, Split, load, normalise
+from blpa.evaluation import Evaluation
+from blpa.turns import Turns
 
 CPU = torch.device("cpu")
 
@@ -93,6 +95,12 @@ def torch_settings() -> Iterator[None]:
 
 def train(net: nn.Module, run_dir: Path, config: Config | None = None) -> training.Outcome:
     return training.train(net, tiny_data(), config or tiny_config(), device=CPU, run_dir=run_dir)
+
+
+def evaluate(net: nn.Module, split: Split, config: Config) -> tuple[float, float]:
+    optimiser = steps.make_optimiser(net, config.dataset)
+    step = steps.TrainingStep(net.train(), optimiser, lambda draws: (draws, draws), gpu=config.gpu, device=CPU)
+    return Evaluation(step, split, config.dataset)()
 
 
 def last_checkpoint(run_dir: Path) -> dict[str, Any]:
@@ -207,7 +215,7 @@ def test_when_losses_are_read_does_not_show(tmp_path: Path, monkeypatch: pytest.
 def test_evaluation_by_batch_statistics_is_the_batch_norm_of_training() -> None:
     net, data, config = TinyNet(), tiny_data(), tiny_config(eval_statistics="batch", eval_batch_size=10)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    loss, error_percent = training.evaluate(net, data.test, config)
+    loss, error_percent = evaluate(net, data.test, config)
     assert net.training
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     with torch.no_grad():
@@ -220,10 +228,10 @@ def test_evaluation_by_running_averages_differs_and_counts_every_image() -> None
     net, data = TinyNet(), tiny_data()
     with torch.no_grad():
         logits = net.eval()(normalise(data.test.images))
-    loss, error_percent = training.evaluate(net, data.test, tiny_config(eval_batch_size=7))  # 7 + 7 + 6
+    loss, error_percent = evaluate(net, data.test, tiny_config(eval_batch_size=7))  # 7 + 7 + 6
     assert loss == pytest.approx(F.cross_entropy(logits, data.test.labels).item(), rel=1e-6)  # float32 sums
     assert error_percent == 100 * (logits.argmax(dim=1) != data.test.labels).sum().item() / 20
-    assert loss != training.evaluate(net, data.test, tiny_config(eval_statistics="batch"))[0]
+    assert loss != evaluate(net, data.test, tiny_config(eval_statistics="batch"))[0]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
@@ -328,6 +336,19 @@ def test_a_signal_after_the_last_checkpoint_is_obeyed_too(
     net = TinyNet()
     assert train(net, tmp_path / "run").test_loss == reference.test_loss
     assert net.step == 0
+
+
+def test_a_signal_at_the_very_end_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_turns = training.in_turns
+
+    def late(*args: Any, **options: Any) -> Turns[training.Outcome]:
+        outcome = yield from in_turns(*args, **options)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return outcome
+
+    monkeypatch.setattr(training, "in_turns", late)
+    with pytest.raises(errors.Interrupted, match="stopped by SIGTERM after the last step"):
+        train(TinyNet(), tmp_path)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

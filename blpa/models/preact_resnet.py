@@ -11,6 +11,7 @@ The first block's shortcut starts from the stem's batch norm and ReLU, later one
 """
 
 import math
+from contextlib import nullcontext
 from typing import cast
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 from blpa.layers import Activation, ResidualSum
 from blpa.modes import Mode
+from blpa.offloading import Offload
 from blpa.ops import average_pool
 
 STEM_CHANNELS = 16
@@ -119,6 +121,7 @@ class PreActResNet(nn.Module):
         self.classifier = nn.Linear(in_channels, classes)
         segments = mode.segments or round(math.sqrt(len(blocks)))
         self.checkpoint_segments = segments if mode.layers == "checkpoint" else None
+        self.offload = Offload() if mode.layers == "offload" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -134,6 +137,10 @@ class PreActResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, image_channels, H, W], H and W multiples of 4 -> logits [N, classes]."""
+        with self.offload.hooks() if self.offload else nullcontext():
+            return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
         x = self.stem(images)
         if self.checkpoint_segments and torch.is_grad_enabled():
             # Nothing in a block is random, and a CUDA graph could not record the saving of a generator's state.

@@ -37,7 +37,7 @@ from omegaconf import OmegaConf
 
 from blpa.errors import UserError
 from blpa.runners import compose, launch, side_by_side, usage
-from blpa.runners.sweep import refuse, run_all, run_cell
+from blpa.runners.sweep import is_on_cuda, refuse, run_all, run_cell
 
 FLAGS = {"-m": "-m", "--multirun": "-m", "-c": "--cfg", "--cfg": "--cfg", "-h": "--help", "--help": "--help"}
 
@@ -85,7 +85,7 @@ def _answer(arguments: list[str]) -> int:
     if "--cfg" in flags:
         print("---\n".join(OmegaConf.to_yaml(config) for config in configs), end="")
         return 0
-    if jobs > 1:
+    if jobs > 1 and not all(map(is_on_cuda, configs)):
         return side_by_side.run(arguments, jobs)
     return run_all(configs) if "-m" in flags else run_cell(configs[0])
 

@@ -190,7 +190,7 @@ def capture_keeps_bits(check: Check) -> bool:
 
 def _step(config: Config) -> Callable[[], Any]:
     """Training steps of the configured network from the same weights and images each time it is asked for."""
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     steps.configure_torch(setup.used(config.gpu, device))
     torch.manual_seed(config.seed)
     chosen = kernels.choose(config.gpu.kernels, device, elements=0)
@@ -242,7 +242,7 @@ def largest_batch(check: Check, mode: str, depth: int) -> bool:
     known = max_batch.prediction_of_before(committed, committed)
     predicted = int((known or max_batch.predict(config, config, limit)).value)
     for part in PARTS_OF_PREDICTED:
-        for kind in (segments.USUAL, segments.EXPANDABLE):
+        for kind in segments.KINDS:
             batch = int(part * predicted)
             taken = _probe(check, config, batch, limit, kind)
             gib = None if taken is None else round(taken / GIB, 3)

@@ -47,7 +47,7 @@ def run(config: Config) -> list[Record]:
         raise UserError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
     results, run_dir = Path(config.results), setup.run_folder(config)
     name = run_dir.name
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     elements = setup.encoded_elements(config, steps=config.task.steps)
     chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
     gpu = setup.used(config.gpu, device)

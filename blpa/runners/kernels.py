@@ -62,7 +62,7 @@ def run(config: Config) -> list[Record]:
     if config.mode.layers != "coded":
         raise UserError(f"task=kernels mode={config.mode.name}: its layers are not ours; choose 8bit, 4bit or 2bit")
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     names = [config.gpu.kernels]
     if config.gpu.kernels == "auto":
         names = ["triton", "inductor"] if device.type == "cuda" else ["inductor"]
@@ -202,9 +202,10 @@ def _seconds(calls: list[Call], turns: int, title: str, device: torch.device) ->
 
 def _recorded(call: Call) -> Callable[[], object]:
     """So many calls as one CUDA graph."""
+    stream = steps.own_stream(torch.device("cuda"))
     for _ in range(steps.EAGER_STEPS):
-        steps.aside(call)
-    graph, _ = steps.record(lambda: [call() for _ in range(CALLS)][-1])
+        steps.aside(call, stream)
+    graph, _ = steps.record(lambda: [call() for _ in range(CALLS)][-1], stream)
     return graph.replay
 
 

@@ -80,4 +80,4 @@ def run_cell(composed: DictConfig) -> int:
     if not sweep.has_time_for(config, 0):
         return OutOfTime.exit_code
     print(f"{config.run}\n", end="", file=sys.stderr)  # in one piece, for others write there too
-    return sweep.run_cell(config, records_failure=True)
+    return sweep.run_cell_of_sweep(config)

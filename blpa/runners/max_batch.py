@@ -26,6 +26,7 @@ from blpa import kernels, memory, records, steps
 from blpa.config import Config
 from blpa.errors import Stopped
 from blpa.memory import GIB, MIB, TrainingBytes
+from blpa.offloading import host_bytes_left
 from blpa.records import Record
 from blpa.runners import fresh, paper, segments, setup
 from blpa.runners.failures import first_line, is_out_of_memory, may_be_out_of_memory
@@ -64,7 +65,7 @@ def run(config: Config) -> list[Record]:
         NotMemory: a step failed, and not for want of memory.
     """
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     chosen = kernels.choose(config.gpu.kernels, device)
     is_cuda = device.type == "cuda"
     free, card = fresh.call(torch.cuda.mem_get_info) if is_cuda else (0, 0)
@@ -80,10 +81,11 @@ def run(config: Config) -> list[Record]:
         print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
     elif is_cuda:
         _refuse_taken(free, limit, cell)
-        kind, fits, fails = segments.USUAL, 0, 1
+        kind, fits, fails = segments.KINDS[0], 0, 1
         if limit > 0:
-            probes = {kind: _probe_on(cell, limit, kind) for kind in (segments.USUAL, segments.EXPANDABLE)}
-            kind, fits, fails = better(probes, int(prediction.value), config.task.resolution)
+            probes = {kind: _probe_on(cell, limit, kind) for kind in segments.KINDS}
+            begin = min(int(prediction.value), _host_batch(cell))
+            kind, fits, fails = better(probes, begin, config.task.resolution)
         print(
             f"{_network(cell)}: largest batch {fits} in {cell.gpu.memory_gib:g} GiB (measured, {kind} segments); "
             f"{fails} does not fit"
@@ -124,17 +126,26 @@ def predict(config: Config, cell: Config, limit: int) -> Record:
     return _record(cell, batch, batch, setup.source(config, META, used))
 
 
+def _host_batch(cell: Config) -> int:
+    """The batch whose activations the host's memory holds, where they are moved there; no limit elsewhere."""
+    if cell.mode.layers != "offload":
+        return sys.maxsize
+    batch = 64
+    return batch * host_bytes_left() // setup.training_bytes(cell, batch).host_bytes
+
+
 def prediction_of_before(config: Config, cell: Config) -> Record | None:
     """The newest prediction that the results hold of this network, budget, back end and settings, if any; see above."""
     used = setup.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
-    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, setup.note(cell)
+    precision = setup.precision(cell.gpu, META)
+    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, setup.note(cell), used
     found = [
         record
         for record in records.merged(Path(cell.results))
         if record.metric == "largest_batch"
         and record.predicted
-        and (record.dataset, record.mode, record.depth, record.width, record.note) == wanted
-        and (record.kernels, record.precision) == (used, setup.precision(cell.gpu, META))
+        and wanted
+        == (record.dataset, record.mode, record.depth, record.width, record.precision, record.note, record.kernels)
     ]
     if not found:
         return None
@@ -319,6 +330,8 @@ def describe(config: Config, batch: int, limit: int, counted: TrainingBytes) -> 
         f"images {counted.input_bytes / GIB:.2f}, a step {counted.step.peak_bytes / GIB:.2f}, "
         f"allowance {allowance / GIB:.2f}"
     )
+    if counted.host_bytes:
+        parts += f"; and {counted.host_bytes / GIB:.2f} of the host's memory"
     if not batch:
         return (
             f"{_network(config)}: does not fit {budget} even at batch 1 (predicted), "

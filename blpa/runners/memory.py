@@ -86,7 +86,9 @@ def by_kind(counted: dict[str, TrainingBytes], batch: int) -> str:
             ("optimiser", "optimiser_bytes"),
             ("images and labels", "input_bytes"),
             ("training", "total_bytes"),
+            ("moved to the host", "host_bytes"),
         )
+        if field != "host_bytes" or any(total.host_bytes for total in counted.values())
     ]
     return aligned([[f"MiB a sample at the peak, batch {batch}", *counted], *rows])
 

@@ -27,6 +27,7 @@ ROWS = {
     "exact": Row("exact", "1", True),
     "exact-one-copy": Row("exact, one copy a unit", "1", False),
     "checkpoint": Row("checkpoint (recomputed)", "-", False),
+    "offload": Row("offload (to the host)", "-", False),
     "compiled": Row("torch.compile", "-", False),
     "compiled-budget-0.5": Row("torch.compile, budget 0.5", "-", False),
     "compiled-budget-0.2": Row("torch.compile, budget 0.2", "-", False),

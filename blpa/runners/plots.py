@@ -32,6 +32,7 @@ COLOURS = {
     "2bit": "#009E73",
     "exact-one-copy": "#999999",
     "checkpoint": "#CC79A7",
+    "offload": "#AA4499",
     "compiled": "#5C4A00",
     "compiled-budget-0.5": "#8C7A00",
     "compiled-budget-0.2": "#BFA600",

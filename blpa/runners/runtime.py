@@ -58,7 +58,7 @@ def run(config: Config) -> list[Record]:
         DoesNotFit: the mode's largest batch is none.
     """
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     chosen = kernels.choose(config.gpu.kernels, device)
     steps.configure_torch(setup.used(config.gpu, device))
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0

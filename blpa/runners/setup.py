@@ -23,7 +23,11 @@ NO_DRAWS = torch.zeros(1)
 
 
 def run_folder(config: Config) -> Path:
-    """Begin a run: let go of what earlier runs of this process left behind, and name the run's folder."""
+    """Begin a run: let go of what earlier runs of this process left behind, and name the run's folder.
+
+    Runs under way beside it lose nothing: what is cached is in nobody's use, and compiled cells have no compiled others
+    beside them (runners/streams.py).
+    """
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
@@ -37,18 +41,29 @@ def _forget_graphs(config: Config) -> None:
         torch.compiler.reset()
 
 
-def device(gpu: GpuConfig) -> torch.device:
+def device(config: Config) -> torch.device:
     """The device that gpu.device names.
 
     Raises:
-        UserError: it is cuda and there is none, or it cannot do what gpu.cuda_graph asks for.
+        UserError: it is cuda and there is none, or it cannot do what the mode or gpu.cuda_graph asks for.
     """
+    gpu = config.gpu
     has_cuda = torch.cuda.is_available()
     if gpu.device == "cuda" and not has_cuda:
         raise UserError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
     found = torch.device("cuda" if has_cuda and gpu.device != "cpu" else "cpu")
     steps.uses_cuda_graph(gpu, found)
+    if config.task.name != "max-batch":  # which predicts without a GPU
+        _refuse_offload_on(found, config)
     return found
+
+
+def _refuse_offload_on(device: torch.device, config: Config) -> None:
+    if config.mode.layers == "offload" and device.type != "cuda":
+        raise UserError(
+            f"mode={config.mode.name}: it moves activations from a GPU to the host, and this run is on the "
+            f"{device.type}; task=memory and task=max-batch count without a GPU what it takes"
+        )
 
 
 def precision(gpu: GpuConfig, device: torch.device) -> str:
@@ -128,7 +143,11 @@ def training_step(config: Config, batch: int, chosen: Kernels, device: torch.dev
 
     Returns:
         A function that makes one step.
+
+    Raises:
+        UserError: the device cannot do what the mode asks for.
     """
+    _refuse_offload_on(device, config)
     size, channels = config.dataset.image_size, config.dataset.image_channels
     images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(config.dataset.classes, (batch,), device=device)
@@ -149,7 +168,8 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
         labels = torch.empty(batch, dtype=torch.int64)
         parts = {f"block {number}": block for number, block in enumerate(network.blocks, start=1)}
         is_bf16 = precision(config.gpu, META) == "bf16"
-        return memory.training_bytes(network, images, labels, bf16=is_bf16, parts=parts)
+        counted = memory.training_bytes(network, images, labels, bf16=is_bf16, parts=parts)
+    return replace(counted, host_bytes=network.offload.peak_bytes) if network.offload else counted
 
 
 def exact(config: Config) -> Config:

@@ -1,4 +1,4 @@
-"""A sweep by several processes of this machine, each at a cell that no other is at: jobs=2.
+"""A sweep by several processes of this machine, each at a cell that no other is at: jobs=2 on a CPU.
 
 They are the same command, and know of each other by the locks of the runs alone (blpa/locks.py), so that commands
 given by hand, for one GPU each say, work through a sweep in the same way.

@@ -1,23 +1,32 @@
 """One run after the other: those of a sweep that are finished are skipped, one that fails does not stop the rest.
 
-Several processes may be at the same sweep: a cell that another one trains is passed over.
+Several processes may be at the same sweep: a cell that another one trains is passed over. On a GPU each cell has a
+process of its own, for a capture or a kernel that breaks spoils all that comes after it in its process.
 
-torch is imported by the first task, after every cell of the sweep has been checked.
+torch is imported after every cell of the sweep has been checked.
 """
 
 import importlib
+import itertools
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from blpa import budget, records
+from blpa import budget, records, signals, turns
 from blpa.cells import folder_name, overrides
 from blpa.config import Config
-from blpa.errors import Busy, Diverged, OutOfTime, UserError
+from blpa.errors import Busy, Diverged, OutOfTime, Stopped, UserError
 from blpa.locks import alone_in
+from blpa.runners import fresh
 from blpa.runners.failures import judge
+from blpa.turns import Turns
+
+if TYPE_CHECKING:
+    from blpa.training import Stopping
 
 BEGINNING_SECONDS = 60.0
 """No training run is begun in the last minute of a budget, which data, compiling and recording would take, or in the
@@ -27,7 +36,8 @@ last tenth of a small one."""
 def run_all(configs: list[Config]) -> int:
     """Run one cell of a sweep after the other, those that are not finished yet and that nobody else is at.
 
-    A cell that fails says so, leaves a record of it, and the next one runs, unless a signal ended it.
+    A cell that fails says so, leaves a record of it, and the next one runs, unless a signal ended it. Of the training
+    runs that follow one another on a GPU so many are under way at a time as jobs says.
 
     Args:
         configs: checked. `budget_minutes` ends the sweep, by the cell under way where that can go on from a checkpoint,
@@ -39,22 +49,30 @@ def run_all(configs: list[Config]) -> int:
     codes: list[int] = []
     skipped, longest = 0, 0.0
     began = time.monotonic()
-    for number, config in enumerate(configs):
-        if is_finished(config):
-            skipped += 1
+    for numbers in _taken_together(configs):
+        waiting = [number for number in numbers if not is_finished(configs[number])]
+        skipped += len(numbers) - len(waiting)
+        if not waiting:
             continue
-        if codes and not has_time_for(config, longest):
+        if codes and not has_time_for(configs[waiting[0]], longest):
             break
-        _announce(f"[{number + 1}/{len(configs)}] {folder_name(config) or config.task.name}", codes, skipped, began,
-                  to_come=len(configs) - number)  # fmt: skip
-        cell_began = time.monotonic()
-        codes.append(run_cell(config, records_failure=True))
-        longest = max(longest, time.monotonic() - cell_began)
-        if codes[-1] > 128:
+        if len(numbers) > 1:
+            try:
+                codes += importlib.import_module("blpa.runners.streams").run(configs, waiting)
+            except Stopped as error:
+                return refuse(f"{error}; started again, the sweep goes on", error.exit_code)
+        else:
+            config = configs[waiting[0]]
+            _announce(f"[{waiting[0] + 1}/{len(configs)}] {folder_name(config) or config.task.name}", codes, skipped,
+                      began, to_come=len(configs) - waiting[0])  # fmt: skip
+            cell_began = time.monotonic()
+            codes.append(run_cell_of_sweep(config))
+            longest = max(longest, time.monotonic() - cell_began)
+        if codes and codes[-1] > 128:
             return codes[-1]
-        if codes[-1] == OutOfTime.exit_code:
+        if OutOfTime.exit_code in codes:
             break
-    skipped += sum(is_finished(config) for config in configs[number + 1 :])
+    skipped += sum(is_finished(config) for config in configs[numbers[-1] + 1 :])
     failures = list(filter(is_failure, codes))
     busy, diverged = codes.count(Busy.exit_code), codes.count(Diverged.exit_code)
     done = codes.count(0) + diverged
@@ -68,6 +86,20 @@ def run_all(configs: list[Config]) -> int:
         file=sys.stderr,
     )
     return failures[-1] if failures else OutOfTime.exit_code if cells_left else 0
+
+
+def _taken_together(configs: list[Config]) -> Iterator[list[int]]:
+    """The numbers of the cells in their order, each by itself but for training runs that run side by side on a GPU."""
+
+    def is_beside(number: int) -> bool:
+        config = configs[number]
+        return config.jobs > 1 and config.task.name == "train" and is_on_cuda(config)
+
+    for beside, numbers in itertools.groupby(range(len(configs)), is_beside):
+        if beside:
+            yield list(numbers)
+        else:
+            yield from ([number] for number in numbers)
 
 
 def is_failure(code: int) -> bool:
@@ -103,9 +135,14 @@ def is_finished(config: Config) -> bool:
     found = [r for r in (*records.known(run_dir), *records.diverged(run_dir)) if r.command == command]
     if not found:
         return False
-    if config.task.name in ("memory", "thresholds") or config.gpu.device == "cpu":
-        return True
-    return any(record.cuda for record in found) or not importlib.import_module("torch").cuda.is_available()
+    return any(record.cuda for record in found) or not is_on_cuda(config)
+
+
+def is_on_cuda(config: Config) -> bool:
+    """Whether a cell computes on a GPU. It is asked about and left alone: it holds nothing of this process."""
+    if folder_name(config) is None or config.task.name in ("memory", "thresholds") or config.gpu.device == "cpu":
+        return False
+    return bool(importlib.import_module("torch").cuda.is_available())
 
 
 def _minutes(seconds: float) -> str:
@@ -122,26 +159,72 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
     Returns:
         The exit code.
     """
+    code, _ = turns.alone(cell_in_turns(config, records_failure=records_failure))
+    return code
+
+
+def run_cell_of_sweep(config: Config) -> int:
+    """Run one of several cells, on a GPU in a process of its own; a failure leaves a record, also where that died.
+
+    Args:
+        config: checked.
+
+    Returns:
+        The exit code.
+    """
+    if not is_on_cuda(config):
+        return run_cell(config, records_failure=True)
+    began = time.monotonic()
+    reason = ""
+    with signals.noted() as stop:  # fresh.call hands them on
+        try:
+            code: int = fresh.call(_run_recording, config)
+        except Stopped as error:
+            code, reason = error.exit_code, str(error)
+    if stop.received is not None:
+        return 128 + stop.received
+    if reason:
+        refuse(reason, code)
+        fresh.call(_record_failure, config, reason, time.monotonic() - began)
+    return code
+
+
+def _run_recording(config: Config) -> int:
+    return run_cell(config, records_failure=True)
+
+
+def cell_in_turns(
+    config: Config, *, records_failure: bool, stopping: "Stopping | None" = None
+) -> Turns[tuple[int, bool]]:
+    """As run_cell; with `stopping` it trains, and other runs have their turns between its steps (training.in_turns).
+
+    Returns:
+        The exit code, and whether what failed is neither a mistake nor a stop, so that the process may be spoilt.
+    """
     folder = folder_name(config)
     try:
         with alone_in(Path(config.results) / "runs" / folder) if folder else nullcontext():
             if records_failure and is_finished(config):  # since it was looked at, by another process
-                return 0
-            return _run_alone(config, records_failure=records_failure)
+                return 0, False
+            return (yield from _alone_in_turns(config, records_failure=records_failure, stopping=stopping))
     except Busy as error:
         if not records_failure:
-            return refuse(error, Busy.exit_code)
+            return refuse(error, Busy.exit_code), False
         print("another process is at it", file=sys.stderr)
-        return Busy.exit_code
+        return Busy.exit_code, False
     except UserError as error:  # the folder cannot be written
-        return refuse(error, error.exit_code)
+        return refuse(error, error.exit_code), False
 
 
-def _run_alone(config: Config, *, records_failure: bool) -> int:
-    """As run_cell, while nobody else is at the run; its failure is recorded before they are let in."""
+def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping | None") -> Turns[tuple[int, bool]]:
+    """While nobody else is at the run; its failure is recorded before they are let in."""
     began = time.monotonic()
     try:
-        importlib.import_module(f"blpa.runners.{config.task.name.replace('-', '_')}").run(config)
+        task = importlib.import_module(f"blpa.runners.{config.task.name.replace('-', '_')}")
+        if stopping is None:
+            task.run(config)
+        else:
+            yield from task.in_turns(config, stopping)
     except Exception as error:
         exit_code, reason = judge(error)
         if exit_code is None and not records_failure:
@@ -152,15 +235,15 @@ def _run_alone(config: Config, *, records_failure: bool) -> int:
         has_failed = records_failure and is_failure(code) and code < 128
         if folder_name(config) and (has_failed or code == Diverged.exit_code):
             _record_failure(config, reason, time.monotonic() - began)
-        return refuse(reason, code)
-    return 0
+        return refuse(reason, code), not isinstance(error, UserError | Stopped)
+    return 0, False
 
 
 def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
         importlib.import_module("blpa.runners.setup").record_failure(config, reason, seconds)
-    except OSError as error:  # a full disk, say, which may be why the cell failed
-        refuse(f"the failure could not be recorded: {error.strerror}", 1)
+    except (OSError, RuntimeError) as error:  # a full disk, or a GPU that is gone, which may be why the cell failed
+        refuse(f"the failure could not be recorded: {judge(error)[1]}", 1)
 
 
 def refuse(message: object, exit_code: int) -> int:

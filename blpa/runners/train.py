@@ -3,12 +3,16 @@
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
 
 from blpa import data, kernels, records, training
 from blpa.config import Config
 from blpa.records import GROUP, Record
 from blpa.runners import paper, setup
+from blpa.turns import Turns
 
 
 def run(config: Config) -> list[Record]:
@@ -24,8 +28,34 @@ def run(config: Config) -> list[Record]:
         UserError: the machine or the data cannot do what the configuration asks for.
         Stopped: the training came to a stop before its end (see training.py).
     """
+    begun = _begin(config)
+    outcome = training.train(begun.model, begun.images, begun.used, device=begun.device, run_dir=begun.run_dir)
+    return _end(config, begun, outcome)
+
+
+def in_turns(config: Config, stopping: training.Stopping) -> Turns[list[Record]]:
+    """As `run`, but that other runs have their turns between the steps of this (training.in_turns)."""
+    begun = _begin(config)
+    outcome = yield from training.in_turns(
+        begun.model, begun.images, begun.used, device=begun.device, run_dir=begun.run_dir, stopping=stopping
+    )
+    return _end(config, begun, outcome)
+
+
+class _Begun(NamedTuple):
+    """What the training is given."""
+
+    run_dir: Path
+    device: torch.device
+    used: Config
+    """With the device and the back end that are really used."""
+    images: data.ImageData
+    model: nn.Module
+
+
+def _begin(config: Config) -> _Begun:
     run_dir = setup.run_folder(config)
-    device = setup.device(config.gpu)
+    device = setup.device(config)
     elements = setup.encoded_elements(config, steps=config.dataset.iterations)
     chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
     if device.type == "cpu" and config.gpu.name not in ("auto", "cpu"):
@@ -37,12 +67,15 @@ def run(config: Config) -> list[Record]:
         print(f"precision: {gpu.precision}\n", end="", file=sys.stderr)
     used = replace(config, gpu=replace(gpu, device=device.type, kernels=chosen.name))
     images = data.load(config.dataset, device)
-    model = setup.model(config, chosen)
-    outcome = training.train(model, images, used, device=device, run_dir=run_dir)
-    source = setup.source(config, device, chosen.name) | records.of_parts(outcome.parts)
-    measured = _records(config, outcome, source, run_dir)
-    records.write(measured, run_dir)
-    records.forget_failure(run_dir)
+    return _Begun(run_dir, device, used, images, setup.model(config, chosen))
+
+
+def _end(config: Config, begun: _Begun, outcome: training.Outcome) -> list[Record]:
+    """Record what the training came to."""
+    source = setup.source(config, begun.device, begun.used.gpu.kernels) | records.of_parts(outcome.parts)
+    measured = _records(config, outcome, source, begun.run_dir)
+    records.write(measured, begun.run_dir)
+    records.forget_failure(begun.run_dir)
     print(
         f"{config.run}: test error {outcome.test_error_percent:.2f} % after {outcome.iterations} iterations, "
         f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s"
