@@ -5,28 +5,30 @@ PYTHON ?= python3
 STAMP := .venv/installed
 RUNNER = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard .venv/bin/python) $(PYTHON)),$(PYTHON))
 
-.PHONY: help demo reproduce-tables known-profile test lint check plots gpu-check gpu-bench train-table known-python known-gpu clean
+.PHONY: help demo reproduce-tables known-profile test lint check plots gpu-check gpu-test gpu-bench train-table known-python known-gpu clean
 
 # The cells of the paper's tables. demo: small or predicted ones, for a CPU. paper: all of them, for a GPU and days.
 PROFILE ?= demo
 EXPERIMENTS_demo := demo,demo-batches,demo-times,demo-gradients
 # The largest batches first, while the process that asks for them has nothing on the card.
-EXPERIMENTS_paper := table2,table2-wide,table3,table3-wide,gradients,table1
+EXPERIMENTS_paper := table2,table2-wide,table2-fp32,table3,table3-wide,table3-fp32,gradients,table1
 CHECK_paper = @.venv/bin/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "PROFILE=paper needs a CUDA GPU, and torch finds none here; PROFILE=demo does not")'
 EXPERIMENTS = $(EXPERIMENTS_$(PROFILE))
 # One thread, for layers of 8x8 pixels are too small to share: two would mostly wait for each other.
 THREADS_demo := OMP_NUM_THREADS=1
 THREADS = $(THREADS_$(PROFILE))
 
-# What gpu-check and gpu-bench write: a log, and records.
+# What gpu-check, gpu-test and gpu-bench write: logs, and records.
 OUT ?= gpu-out
 BUDGET_MINUTES ?= 8.5
 # After so many seconds, so that a machine that is taken back after 10 minutes has told what it found by then.
 INTERRUPTED = timeout --foreground -s INT -k 20
 GPU_TESTS := tests/test_gpu.py tests/test_triton_ops.py
-# In the order of their worth; a sweep goes on where the last one stopped.
+# Words in the names of those that tell most in the least time: the others compile hundreds of variants of kernels.
+GPU_QUICK := recorded_run or other_precisions or network_s_gradients or accurate or counted
+# In the order of their worth, strict fp32 last; a sweep goes on where the last one stopped.
 BENCHES := bench-kernels,bench-times,bench-training,bench-batches,bench-times-wide,bench-batches-wide,bench-largest
-BENCHES := $(BENCHES),bench-largest-wide,bench-kernels-others,bench-batches-others,bench-largest-others
+BENCHES := $(BENCHES),bench-largest-wide,bench-kernels-others,bench-times-fp32,bench-batches-fp32,bench-largest-fp32
 
 help:
 	@echo "make demo    train five modes on real digits, then show the table and draw the figure (minutes)"
@@ -35,10 +37,12 @@ help:
 	@echo "make test    run the tests"
 	@echo "make lint    check style and types"
 	@echo "make check   lint and test"
-	@echo "make gpu-check OUT=folder   run the tests that need a GPU (5 minutes)"
-	@echo "make gpu-bench OUT=folder   measure kernels, steps and largest batches on a GPU (9 minutes, then again for the rest)"
+	@echo "make gpu-check OUT=folder   the first four minutes on a GPU: whether it computes right, how fast, what fits"
+	@echo "make gpu-test OUT=folder    run the tests that need a GPU, a quick part of them first (some 6 minutes)"
+	@echo "make gpu-bench OUT=folder   measure everything else on a GPU (9 minutes, then again for the rest)"
 	@echo "make train-table OUT=folder BUDGET_MINUTES=9   train the cells of the paper's first table, or go on with them;"
-	@echo "             CELLS='dataset=digits depth=29' trains others, JOBS=2 two at a time"
+	@echo "             EXPERIMENT=table1-quarter is a quarter of it, CELLS='dataset=digits depth=29' names other cells,"
+	@echo "             JOBS=2 trains two at a time"
 	@echo "make plots   draw the figures of every finished run again"
 	@echo "make clean   remove .venv"
 
@@ -71,9 +75,14 @@ check: lint test
 plots: $(STAMP)
 	.venv/bin/blpa-run task=plots
 
-gpu-check: known-gpu
-	@bash -o pipefail -c '$(INTERRUPTED) 540 $(RUNNER) -m pytest -W default -p no:cacheprovider -rs --durations=10 \
-	$(GPU_TESTS) --junitxml=$(OUT)/gpu-check.xml 2>&1 | tee $(OUT)/gpu-check.log'
+gpu-check: known-python
+	@$(RUNNER) -m blpa.runners.gpu_check --out $(OUT)
+
+GPU_PYTEST = $(INTERRUPTED) 540 $(RUNNER) -m pytest -W default -p no:cacheprovider -rs --durations=10 $(GPU_TESTS)
+gpu-test: known-gpu
+	@bash -o pipefail -c '{ $(GPU_PYTEST) -k "$(GPU_QUICK)" --junitxml=$(OUT)/gpu-test-quick.xml; code=$$?; \
+	$(GPU_PYTEST) -k "not ($(GPU_QUICK))" --junitxml=$(OUT)/gpu-test.xml && exit $$code; } 2>&1 | \
+	tee $(OUT)/gpu-test.log'
 
 # Whatever becomes of the sweeps, what they measured is shown and kept. The whole card is a process of its own's: one
 # that has used it keeps some of it.
@@ -89,12 +98,15 @@ gpu-bench: known-gpu
 	test $$code -eq 3 -o $$code -eq 124 || exit $$code
 
 # Every call goes on where the last one stopped; what OUT/carry.txt names is what another machine needs for that.
-# CELLS names other runs: CELLS="dataset=digits depth=29". JOBS processes work through the table side by side.
+# CELLS names other runs: CELLS="dataset=digits depth=29". JOBS cells are trained side by side, or as many as the
+# experiment says.
+EXPERIMENT ?= table1
 CELLS ?=
-JOBS ?= 1
+JOBS ?=
 BLPA = $(RUNNER) -m blpa.runners.cli "results=$(OUT)"
 train-table: known-python
-	@$(BLPA) experiment=table1 -m budget_minutes=$(BUDGET_MINUTES) jobs=$(JOBS) $(CELLS); code=$$?; test $$code -ne 2 || exit 2; \
+	@$(BLPA) experiment=$(EXPERIMENT) -m budget_minutes=$(BUDGET_MINUTES) $(if $(JOBS),jobs=$(JOBS)) $(CELLS); \
+	code=$$?; test $$code -ne 2 || exit 2; \
 	$(BLPA) task=tables "task.tables=[errors]" && $(BLPA) task=progress || exit; \
 	test $$code -eq 3 && echo "Not finished: the same command goes on." || exit $$code
 

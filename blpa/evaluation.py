@@ -92,4 +92,3 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, (mean, var) in zip(norms, averages, strict=True):
             norm.running_mean, norm.running_var = mean, var
-

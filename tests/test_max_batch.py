@@ -423,7 +423,7 @@ def test_a_prediction_is_taken_from_the_results_and_stays_what_it_was(
     capsys.readouterr()
 
     counted_anew: list[str] = []
-    monkeypatch.setattr(max_batch, "_predict", lambda config, *_, **__: counted_anew.append(config.run) or counted)
+    monkeypatch.setattr(max_batch, "predict", lambda config, *_, **__: counted_anew.append(config.run) or counted)
     assert cli.main([*arguments, "experiment=bench-card", "run=b"]) == 0
     predicted, measured = record_of("b-max-batch-0.6gib-auto")
     assert (predicted.value, predicted.date, predicted.commit) == (counted.value, counted.date, counted.commit)

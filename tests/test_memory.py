@@ -162,10 +162,7 @@ BF16_MODES = ["exact", "checkpoint", "exact-one-copy", "8bit", "4bit", "2bit", "
 def test_a_step_in_bf16_counts_on_the_meta_device_as_autocast_makes_it(
     name: str, mode: GetMode, allocator_peak: AllocatorPeak
 ) -> None:
-    """To the byte but for a convolution's weight in bf16, which the meta device does not make, and cached copies.
-
-    Autocast holds its copies of the weights until the forward pass ends.
-    """
+    """To the byte but for the copies of weights in bf16 that coded layers make, which the meta device does not."""
     on_meta = step_bytes(*network(mode(name), 11, 16), bf16=True)
     model, images, labels = network(mode(name), 11, 16, device=CPU)
     real = step_bytes(model, images, labels, bf16=True)

@@ -73,9 +73,9 @@ def run(config: Config) -> list[Record]:
     assert cell.gpu.memory_gib is not None
     limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
 
-    prediction = _prediction_of_before(config, cell) if is_cuda and config.resume else None
+    prediction = prediction_of_before(config, cell) if is_cuda and config.resume else None
     if prediction is None:
-        prediction = _predict(config, cell, limit)
+        prediction = predict(config, cell, limit)
     found = [prediction]
     if is_cuda and limit > card:
         print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
@@ -104,7 +104,7 @@ def _record(config: Config, fits: int, high: int, source: dict[str, object], *, 
     )  # fmt: skip
 
 
-def _predict(config: Config, cell: Config, limit: int) -> Record:
+def predict(config: Config, cell: Config, limit: int) -> Record:
     """The prediction, counted and printed.
 
     Args:
@@ -134,17 +134,18 @@ def _host_batch(cell: Config) -> int:
     return batch * host_bytes_left() // setup.training_bytes(cell, batch).host_bytes
 
 
-def _prediction_of_before(config: Config, cell: Config) -> Record | None:
+def prediction_of_before(config: Config, cell: Config) -> Record | None:
     """The newest prediction that the results hold of this network, budget, back end and settings, if any; see above."""
     used = setup.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
-    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, setup.note(cell)
+    precision = setup.precision(cell.gpu, META)
+    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, setup.note(cell), used
     found = [
         record
         for record in records.merged(Path(cell.results))
         if record.metric == "largest_batch"
         and record.predicted
-        and (record.dataset, record.mode, record.depth, record.width, record.note) == wanted
-        and (record.kernels, record.precision) == (used, setup.precision(cell.gpu, META))
+        and wanted
+        == (record.dataset, record.mode, record.depth, record.width, record.precision, record.note, record.kernels)
     ]
     if not found:
         return None
