@@ -65,7 +65,15 @@ class Wrong:
         vectors = REFERENCE.channel_stats(x, gamma, beta, **options)
         for row, name in enumerate(("mean", "variance")):
             vectors[row, 0] *= 1.01 if self.broken == name else 1
+        if options.get("add") is not None:
+            x[0, 0] += self.broken == "sum"
+            vectors[0, 0] *= 1.01 if self.broken == "statistics of the sum" else 1
         return vectors
+
+    def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor:
+        a = torch.empty(len(grad), kept.shape[1], dtype=grad.dtype)
+        REFERENCE.decode(kept, vectors, code=code, out=a)
+        return (1.01 if self.broken == "weight gradient" else 1) * grad.float().T @ a.float()
 
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
         codes = REFERENCE.normalise_rectify_encode(x, vectors, code=code, out=out)
@@ -94,6 +102,9 @@ class Wrong:
     [
         ("nothing", []),
         ("mean", ["mean"]),
+        ("sum", ["sum"]),
+        ("statistics of the sum", ["statistics of the sum"]),
+        ("weight gradient", ["weight gradient"]),
         ("variance", ["variance"]),
         ("activation", ["activation"]),
         ("codes", ["codes"]),
