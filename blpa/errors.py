@@ -34,6 +34,10 @@ class OutOfTime(Stopped):
     exit_code = 3
 
 
+class Deferred(Stopped):
+    """Another run in the same process failed; there is a checkpoint, and the run goes on in a new process."""
+
+
 class Busy(Stopped):
     """Another process is at the run."""
 

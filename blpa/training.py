@@ -26,7 +26,7 @@ from blpa import budget, records, signals, turns
 from blpa.checkpoints import RunFolder, deciding_fields
 from blpa.config import Config, DatasetConfig
 from blpa.data import ImageData
-from blpa.errors import Diverged, Interrupted, OutOfTime
+from blpa.errors import Deferred, Diverged, Interrupted, OutOfTime
 from blpa.evaluation import Evaluation
 from blpa.steps import TrainingStep, configure_torch, make_optimiser
 from blpa.turns import Turns
@@ -36,9 +36,9 @@ METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "t
 
 READ_EVERY_ITERATIONS = 50
 READ_EVERY_SECONDS = 1.0
-"""Losses wait on the device until there are so many, or for so long."""
+"""Losses wait on the device for at most this many steps, and about this long."""
 STOPPING_SECONDS = 5.0
-"""Kept of the budget for one more step, an evaluation and a checkpoint, or as long as those have taken at most."""
+"""Reserved of the budget for one more step, an evaluation and a checkpoint; more where those have taken longer."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class Progress:
 
 
 class Stopping:
-    """When training runs are to stop, all that take turns in this process: after a signal, or before their time is up.
+    """When all training runs that take turns in this process stop: a signal, the end of the budget, a failed run.
 
     Args:
-        signal: what signals.noted notes.
+        signal: what signals.noted yields.
         budget_minutes: of the command; None is no limit.
     """
 
@@ -93,6 +93,8 @@ class Stopping:
         self.seconds: dict[Path, float] = {}
         """What each run under way needs in order to stop: a step, an evaluation and a checkpoint."""
         self.is_out_of_time = False
+        self.has_failure = False
+        """Whether a run of this process failed, which may have made CUDA unusable for the others; set by the caller."""
 
     @contextmanager
     def of(self, run: Path) -> Iterator[None]:
@@ -104,10 +106,10 @@ class Stopping:
             del self.seconds[run]
 
     def is_due(self) -> bool:
-        """Whether the runs are to stop; once so, always so."""
+        """Whether the runs are to stop; once true, always true."""
         if budget.seconds_left(self.budget_minutes) < sum(self.seconds.values()):
             self.is_out_of_time = True
-        return self.is_out_of_time or self.signal.received is not None
+        return self.is_out_of_time or self.has_failure or self.signal.received is not None
 
 
 def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path) -> Outcome:
@@ -142,21 +144,17 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
 def in_turns(
     model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path, stopping: Stopping
 ) -> Turns[Outcome]:
-    """As `train`, but for signals, which the caller notes; between its steps other runs have their turns.
+    """As `train`, but other runs have their turns between its steps, and the caller handles signals.
 
-    On CUDA everything goes to the stream that is current at each turn: a run's own, the same at all of its turns. What
-    configure_torch sets for the process must be the same for all that take turns.
-
-    Args:
-        model: as in train, and so are data, config, device and run_dir.
-        data: see there.
-        config: see there.
-        device: see there.
-        run_dir: see there.
-        stopping: one for all that take turns.
+    The arguments are those of `train`, and `stopping`, which all runs that take turns share. On CUDA a run launches on
+    the current stream, which must be its own, the same at each of its turns. What configure_torch sets for the process
+    must be the same for all runs that take turns.
 
     Yields:
-        After each step, which the device may still be at.
+        After each step is launched; the device may not have finished it.
+
+    Raises:
+        Deferred: another run failed; a checkpoint was written. Else as `train`.
     """
     recipe = config.dataset
     configure_torch(config.gpu)
@@ -224,9 +222,11 @@ def in_turns(
     if stops or received is not None:  # here, for a signal after the last step counts too
         where = f"at iteration {progress.iteration} of {recipe.iterations}"
         goes_on = f"started again, the run goes on from {folder.known_good[-1]}"
-        if received is None:
+        if received is not None:
+            raise Interrupted(f"stopped by {received.name} {where}; {goes_on}", received)
+        if stopping.is_out_of_time:
             raise OutOfTime(f"budget_minutes={config.budget_minutes:g} are over {where}; {goes_on}")
-        raise Interrupted(f"stopped by {received.name} {where}; {goes_on}", received)
+        raise Deferred(f"stops {where} because another run in this process failed; it goes on in a new one")
 
     _, _, train_loss, train_error_percent, test_loss, test_error_percent = progress.rows[-1]
     return Outcome(

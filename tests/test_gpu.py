@@ -112,7 +112,7 @@ def test_runs_on_streams_side_by_side_end_with_the_bits_of_runs_alone(
     ]  # fmt: skip
     configs = composed(cells, multirun=True)
     assert all(sweep.run_cell(replace(config, results="alone")) == 0 for config in configs)
-    assert streams.train(configs, [0, 1, 2, 3]) == (dict.fromkeys(range(4), 0), False)
+    assert streams.train(configs, [0, 1, 2, 3]) == (dict.fromkeys(range(4), 0), None)
     for config in configs:
         assert_same_end(Path("results/runs") / config.run, Path("alone/runs") / config.run)
 

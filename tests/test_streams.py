@@ -18,7 +18,8 @@ from test_training import assert_same_end
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from blpa import budget, records, signals, training
+from blpa import budget, records, signals, training, turns
+from blpa.checkpoints import checkpoints
 from blpa.config import Config, DatasetConfig
 from blpa.data import Split
 from blpa.errors import Busy, Diverged, OutOfTime
@@ -97,7 +98,7 @@ def test_cells_side_by_side_end_with_the_bits_of_cells_alone(
     assert [(config.mode.name, config.seed) for config in configs] == [
         ("exact", 0), ("exact", 1), ("4bit", 0), ("4bit", 1),
     ]  # fmt: skip
-    assert streams.train(configs, [0, 1, 2, 3]) == (dict.fromkeys(range(4), 0), False)
+    assert streams.train(configs, [0, 1, 2, 3]) == (dict.fromkeys(range(4), 0), None)
     for config in configs:
         assert_as_alone(config, alone)
     cells = [cell for cell, _ in steps]
@@ -105,7 +106,7 @@ def test_cells_side_by_side_end_with_the_bits_of_cells_alone(
     assert len(set(cells)) == len({(cell, id(place)) for cell, place in steps}) == 4
     assert sorted(place.ended for place in made) == [1, 1, 2]
     err = capsys.readouterr().err
-    assert err.count("waits: cuDNN's batch norm must have the GPU's cores beside no other such") == 1
+    assert err.count("waits: two cells with cuDNN's batch norm cannot share the GPU") == 1
     assert err.index("[4/4] ") < err.index("[2/4] ")
 
 
@@ -125,7 +126,7 @@ def test_a_signal_stops_them_all_with_checkpoints_and_they_go_on(
         codes, _ = streams.train(configs, [0, 1, 2, 3])
     assert codes == {0: 128 + signal.SIGTERM, 2: 128 + signal.SIGTERM, 3: 128 + signal.SIGTERM}  # 1 had no place yet
     assert not list(Path("results").glob("runs/*/*.json"))
-    assert streams.train(configs, [0, 2, 3]) == ({0: 0, 2: 0, 3: 0}, False)
+    assert streams.train(configs, [0, 2, 3]) == ({0: 0, 2: 0, 3: 0}, None)
     for number in (0, 2, 3):
         assert_as_alone(configs[number], alone)
 
@@ -136,9 +137,9 @@ def test_a_budget_stops_them_all_with_checkpoints_and_they_go_on(
     hurried = [replace(config, budget_minutes=0.2) for config in configs]
     for iteration in (1, 2):  # a step each, for 12 seconds are less than the three keep for their end
         monkeypatch.setattr(budget, "BEGAN", time.monotonic())
-        assert streams.train(hurried, [0, 2, 3]) == (dict.fromkeys((0, 2, 3), OutOfTime.exit_code), False)
+        assert streams.train(hurried, [0, 2, 3]) == (dict.fromkeys((0, 2, 3), OutOfTime.exit_code), None)
         assert capsys.readouterr().err.count(f"budget_minutes=0.2 are over at iteration {iteration} of 4") == 3
-    assert streams.train(configs, [0, 2, 3]) == ({0: 0, 2: 0, 3: 0}, False)
+    assert streams.train(configs, [0, 2, 3]) == ({0: 0, 2: 0, 3: 0}, None)
     for number in (0, 2, 3):
         assert_as_alone(configs[number], alone)
 
@@ -153,7 +154,18 @@ def test_time_is_kept_for_all_that_are_under_way(monkeypatch: pytest.MonkeyPatch
         assert stopping.is_due()  # for all of them, also when one has stopped
 
 
-def test_one_that_diverges_and_one_that_fails_leave_the_others_alone_and_no_more_are_begun(
+def test_a_failed_run_beside_these_is_no_end_of_the_budget(
+    configs: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for minutes, code in ((None, None), (1e-9, OutOfTime.exit_code)):
+        stopping = training.Stopping(signals.Stop(), minutes)
+        stopping.has_failure = True
+        config = replace(configs[0], budget_minutes=minutes)
+        assert turns.alone(sweep.cell_in_turns(config, records_failure=True, stopping=stopping)) == code
+        assert ("budget_minutes" in capsys.readouterr().err) == (code is not None)
+
+
+def test_the_first_that_fails_stops_the_others_and_leaves_them_their_checkpoints(
     alone: Path, configs: list[Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def rate(recipe: DatasetConfig, iteration: int) -> float:
@@ -168,17 +180,59 @@ def test_one_that_diverges_and_one_that_fails_leave_the_others_alone_and_no_more
     (fails,) = composed([*CELLS, "mode=4bit", "dataset.iterations=5", "run=fails"])
     (other,) = composed([*CELLS, "mode=4bit", "dataset.weight_decay=0.2", "run=refused"])
     assert sweep.run_cell(other) == 0  # whose checkpoints another configuration cannot go on from
+    capsys.readouterr()
     with alone_in(Path("results/runs/busy")):
         (busy,) = composed([*CELLS, "mode=4bit", "run=busy"])
-        codes, is_spoilt = streams.train([diverges, refused, busy, fails, *configs], list(range(8)))
-    assert is_spoilt  # from the third step of `fails`
-    assert codes == {0: Diverged.exit_code, 1: 1, 2: Busy.exit_code, 3: 1, 4: 0, 6: 0}
+        codes, failed = streams.train([diverges, refused, busy, fails, *configs], list(range(8)))
+    assert codes == {0: Diverged.exit_code, 1: 1, 2: Busy.exit_code}
+    assert failed == 3
+    err = capsys.readouterr().err
+    assert f"{fails.run}: fails beside other runs, and is tried once more in a process of its own: ZeroDivision" in err
+    assert "Traceback" in err
+    assert err.count("because another run in this process failed; it goes on in a new one") == 2
+    assert err.count("blpa-run: error: ") == 2  # diverges, refused
+    assert "budget_minutes" not in err
+    failures = sorted(record.failure for record in records.collect(Path("results")) if record.failure)
+    begin = ("diverged: ", "results/runs/refused/checkpoint-4-")
+    assert [failure.startswith(beginning) for failure, beginning in zip(failures, begin, strict=True)] == [True] * 2
+    for number in (0, 2):
+        assert checkpoints(Path("results/runs") / configs[number].run)
+    assert streams.train(configs, [0, 2]) == ({0: 0, 2: 0}, None)
+    assert "going on from results/runs/" in capsys.readouterr().err
     for number in (0, 2):
         assert_as_alone(configs[number], alone)
-    assert "ZeroDivisionError: of the test's own" in capsys.readouterr().err
-    failures = sorted(record.failure for record in records.collect(Path("results")) if record.failure)
-    begin = ("ZeroDivisionError: of the test's own", "diverged: ", "results/runs/refused/checkpoint-4-")
-    assert [failure.startswith(beginning) for failure, beginning in zip(failures, begin, strict=True)] == [True] * 3
+
+
+def test_what_fails_after_the_first_failure_is_none_of_its_own(
+    alone: Path, configs: list[Config], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From the third step of the first cell on every launch fails, as after an illegal address on a GPU."""
+    call = TrainingStep.__call__
+    calls: list[TrainingStep] = []
+
+    def unusable(self: TrainingStep, draws: Tensor, *, rate: float) -> Tensor:
+        calls.append(self)
+        if calls.count(calls[0]) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return call(self, draws, rate=rate)
+
+    def unreadable(unread: list[Tensor], *arguments: Any) -> None:
+        if calls.count(calls[0]) == 3:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        read(unread, *arguments)
+
+    read = training._read
+    with monkeypatch.context() as broken:
+        broken.setattr(TrainingStep, "__call__", unusable)
+        broken.setattr(training, "_read", unreadable)
+        assert streams.train(configs, [0, 2, 3]) == ({}, 0)
+    err = capsys.readouterr().err
+    assert err.count("RuntimeError: CUDA error") == 4  # the first with its traceback
+    assert err.count("fails after another run in this process, perhaps because of it, and goes on in a new one") == 2
+    assert not [record for record in records.collect(Path("results")) if record.failure]
+    assert streams.train(configs, [2, 3]) == ({2: 0, 3: 0}, None)
+    for number in (2, 3):
+        assert_as_alone(configs[number], alone)
 
 
 @pytest.fixture
@@ -189,7 +243,7 @@ def believes_in_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("believes_in_a_gpu")
-def test_a_sweep_whose_process_was_spoilt_goes_on_in_another(
+def test_a_cell_that_fails_beside_others_fails_by_itself_before_it_counts(
     alone: Path, configs: list[Config], capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = Path("results/runs/digits-exact-depth11-width0.25-seed0")
@@ -197,15 +251,106 @@ def test_a_sweep_whose_process_was_spoilt_goes_on_in_another(
     content = b"no checkpoint"
     (broken / f"checkpoint-1-{hashlib.sha256(content).hexdigest()[:16]}.pt").write_bytes(content)
     assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m", "jobs=2"]) == 1
-    assert "4 cells: 3 done, 0 finished before (resume=false does them again), 1 failed" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "4 cells: 3 done, 0 finished before (resume=false does them again), 1 failed" in err
+    assert [line for line in err.splitlines() if "(by itself)" in line] == [f"[1/4] {configs[0].run} (by itself)"]
     for config in configs[1:]:
         assert_as_alone(config, alone)
     (failed,) = [record for record in records.collect(Path("results")) if record.failure]
     assert (failed.mode, failed.seed) == ("exact", 0)
 
 
+def lacks_memory(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], int | None]:
+    """Train side by side, where the memory is not enough for the cells of seed 1."""
+    draws = Split.draws
+
+    def too_many(*args: Any, **options: Any) -> Iterator[tuple[int, Tensor]]:
+        for iteration, table in draws(*args, **options):
+            if iteration == 3 and options["seed"] == 1:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            yield iteration, table
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Split, "draws", too_many)
+        return train(configs, waiting)
+
+
+train = streams.train
+
+
+@pytest.mark.usefixtures("believes_in_a_gpu")
+def test_a_cell_that_lacks_memory_beside_others_has_all_of_it_last(
+    alone: Path, configs: list[Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(streams, "train", lacks_memory)
+    assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m"]) == 0
+    err = capfd.readouterr().err
+    last = [f"[4/4] {configs[3].run} (by itself)", f"[2/4] {configs[1].run} (by itself)"]  # as they failed
+    assert [line for line in err.splitlines() if "(by itself)" in line] == last
+    assert "4 cells: 4 done, 0 finished before (resume=false does them again), 0 failed" in err
+    assert not [record for record in records.collect(Path("results")) if record.failure]
+    for config in configs:
+        assert_as_alone(config, alone)
+
+
 def dies(configs: list[Config], waiting: list[int]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def dies_of_the_first(config: Config) -> int:
+    if (config.mode.name, config.seed) == ("exact", 0):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sweep.run_cell(config, records_failure=True)
+
+
+@pytest.mark.usefixtures("believes_in_a_gpu")
+def test_after_a_process_that_dies_its_cells_run_one_by_one(
+    alone: Path, configs: list[Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(streams, "train", dies)
+    monkeypatch.setattr(sweep, "_run_recording", dies_of_the_first)
+    assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m"]) == 1
+    err = capfd.readouterr().err
+    assert "a process ended without an answer, by exit code -9; its runs go on one by one" in err
+    assert "4 cells: 3 done, 0 finished before (resume=false does them again), 1 failed" in err
+    (failed,) = [record for record in records.collect(Path("results")) if record.failure]
+    assert (failed.mode, failed.seed) == ("exact", 0)
+    for config in configs[1:]:
+        assert_as_alone(config, alone)
+
+
+@pytest.mark.parametrize(
+    ("answers", "has_time", "begun", "codes"),
+    [
+        ([({0: 0, 3: 0}, 2), ({1: 0}, None)], True, [[0, 1, 2, 3], [1], [2]], [0, 0, 0, 0]),  # a single one alone
+        ([({0: 0}, 3), ({1: 0}, 2)], True, [[0, 1, 2, 3], [1, 2], [3], [2]], [0, 0, 0, 0]),
+        ([RuntimeError("CUDA error")], True, [[0, 1, 2, 3], [0], [1], [2], [3]], [0, 0, 0, 0]),
+        ([({0: 0}, 3)], False, [[0, 1, 2, 3]], [0]),
+        ([({0: 0, 1: OutOfTime.exit_code}, None)], True, [[0, 1, 2, 3]], [0, OutOfTime.exit_code]),
+    ],
+)
+def test_which_process_trains_what(
+    configs: list[Config],
+    monkeypatch: pytest.MonkeyPatch,
+    answers: list[Any],
+    has_time: bool,
+    begun: list[list[int]],
+    codes: list[int],
+) -> None:
+    processes: list[list[int]] = []
+
+    def call(function: object, configs: list[Config], waiting: list[int]) -> Any:
+        processes.append(waiting)
+        answer = answers[len(processes) - 1]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(streams.fresh, "call", call)
+    monkeypatch.setattr(sweep, "has_time_for", lambda config, seconds: has_time)
+    monkeypatch.setattr(sweep, "run_cell_of_sweep", lambda config: processes.append([configs.index(config)]) or 0)
+    assert streams.run(configs, [0, 1, 2, 3]) == codes
+    assert processes == begun
 
 
 def is_ended_by_a_signal(configs: list[Config], waiting: list[int]) -> None:
@@ -216,14 +361,10 @@ def is_ended_by_a_signal(configs: list[Config], waiting: list[int]) -> None:
 
 
 @pytest.mark.usefixtures("believes_in_a_gpu")
-def test_a_process_that_dies_ends_the_sweep(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(streams, "train", dies)
-    assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m"]) == 1
-    assert "a process ended without an answer, by exit code -9; started again, the sweep" in capsys.readouterr().err
+def test_a_signal_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(streams, "train", is_ended_by_a_signal)
     assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m"]) == 128 + signal.SIGTERM
+    assert not list(Path("results").glob("runs/*"))
 
 
 def test_other_tasks_have_a_gpu_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -238,10 +379,10 @@ def test_other_tasks_have_a_gpu_to_themselves(monkeypatch: pytest.MonkeyPatch) -
     [
         (["mode=exact"], ["mode=4bit"], ""),
         (["mode=8bit"], ["mode=4bit"], ""),
-        (["mode=exact"], ["mode=checkpoint"], "cuDNN's batch norm"),
+        (["mode=exact"], ["mode=checkpoint"], "two cells with cuDNN's batch norm"),
         (["mode=exact", "gpu.precision=bf16"], ["mode=checkpoint", "gpu.precision=bf16"], ""),
-        (["mode=compiled", "gpu.precision=bf16"], ["mode=compiled-fp8", "gpu.precision=bf16"], "it would forget"),
-        (["mode=compiled"], ["mode=4bit", "gpu.kernels=inductor"], "it would forget"),
+        (["mode=compiled", "gpu.precision=bf16"], ["mode=compiled-fp8", "gpu.precision=bf16"], "it would discard"),
+        (["mode=compiled"], ["mode=4bit", "gpu.kernels=inductor"], "it would discard"),
         (["mode=4bit", "gpu.precision=tf32"], ["mode=4bit"], "precision and determinism"),
         (["mode=4bit", "gpu.deterministic=false"], ["mode=4bit"], "precision and determinism"),
     ],

@@ -1,8 +1,17 @@
 """A sweep of training runs side by side on one GPU, each on a CUDA stream of its own: jobs=2.
 
-Processes take turns on a GPU, and one small run leaves most of it idle; the streams of one process share it. Its runs
-take turns at each being given the launches of a step, and the device is at the steps of all of them. The bits of each
-are those that it has alone.
+Processes take turns on a GPU, and a small run leaves most of it idle. The streams of one process should fill it better:
+by a model, not measured yet. The runs take turns at launching a step, and the device works on the steps of all of them.
+
+With gpu.deterministic=true a run ends with the bits that it has alone. With false cuDNN chooses its convolutions by
+trial runs, which may end otherwise beside other work.
+
+A run that fails can make CUDA unusable for the others of its process, or lack the memory that they hold. So the first
+failure stops them all, and what fails beside others counts as no failure:
+
+    runs side by side, one fails -> the others go on side by side, in a new process
+                                    the one that failed goes on last, in a process of its own, where a failure counts
+    the process dies             -> all go on one by one, in a process each
 """
 
 import sys
@@ -12,7 +21,7 @@ from typing import TYPE_CHECKING
 from blpa import signals
 from blpa.cells import folder_name
 from blpa.config import Config
-from blpa.errors import Stopped
+from blpa.errors import OutOfTime
 from blpa.runners import fresh, sweep
 from blpa.turns import Turns
 
@@ -21,57 +30,64 @@ if TYPE_CHECKING:
 
 
 def run(configs: list[Config], waiting: list[int]) -> list[int]:
-    """Train cells of a sweep that are not finished yet and that nobody else is at, so many at a time as jobs says.
-
-    A cell that fails leaves a record, and those beside it go on; those not begun then begin in a process of their own.
+    """Train cells of a sweep, at most `jobs` at a time.
 
     Args:
-        configs: of the whole sweep, checked. Before `budget_minutes` are over all cells under way write checkpoints.
-        waiting: numbers of those to be trained, all on a GPU.
+        configs: of the whole sweep, checked. Before `budget_minutes` are over all running cells write checkpoints.
+        waiting: numbers of the cells to train, on a GPU, not finished yet. Locked ones are passed over.
 
     Returns:
-        The exit codes of those that were begun; after a signal its own is the last.
-
-    Raises:
-        Stopped: the process died, and nobody knows of which cell.
+        The exit codes of the cells that were begun; after a signal its own is the last.
     """
     codes: dict[int, int] = {}
-    is_spoilt = True
-    while is_spoilt:
-        with signals.noted() as stop:  # fresh.call hands them on
+    to_run_alone: list[int] = []
+    has_begun = False
+    while len(waiting) > 1 and (not has_begun or sweep.has_time_for(configs[waiting[0]], 0)):
+        has_begun = True
+        with signals.noted() as stop:  # fresh.call passes them on
             try:
-                ended, is_spoilt = fresh.call(train, configs, waiting)
-                codes |= ended
-            except Stopped:
+                ended, failed = fresh.call(train, configs, waiting)
+            except RuntimeError as error:  # it died, or CUDA failed outside of a run
                 if stop.received is None:
-                    raise
+                    print(f"{error}; its runs go on one by one", file=sys.stderr)
+                ended, failed = {}, None
+        codes |= ended
         if stop.received is not None:
             return [*codes.values(), 128 + stop.received]
-        waiting = [number for number in waiting if number not in codes]
-        if not waiting or not sweep.has_time_for(configs[waiting[0]], 0):
+        waiting = [number for number in waiting if number not in codes and number != failed]
+        if failed is None:
+            break
+        to_run_alone.append(failed)
+    for number in [*waiting, *to_run_alone]:
+        if OutOfTime.exit_code in codes.values() or (has_begun and not sweep.has_time_for(configs[number], 0)):
+            break
+        has_begun = True
+        print(f"[{number + 1}/{len(configs)}] {folder_name(configs[number])} (by itself)", file=sys.stderr)
+        codes[number] = sweep.run_cell_of_sweep(configs[number])
+        if codes[number] > 128:
             break
     return list(codes.values())
 
 
 @dataclass(frozen=True)
 class _Run:
-    """A cell under way."""
+    """A cell that is being trained."""
 
     number: int
-    turns: Turns[tuple[int, bool]]
+    turns: Turns[int | None]
     stream: "torch.cuda.Stream | None"
 
 
-def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], bool]:
-    """Train cells side by side in this process.
+def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], int | None]:
+    """Train cells side by side in this process, until all have ended, one fails, a signal comes or the budget ends.
 
     Args:
         configs: of the whole sweep.
-        waiting: numbers of those to be trained, in the order of their value.
+        waiting: numbers of the cells to train, the most valuable first.
 
     Returns:
-        The exit codes of those that were begun, by number; and whether one failed so that no more were begun, since a
-        broken capture or kernel spoils what comes after it in its process.
+        The exit codes of the cells that ended, by number; and the number of the first that failed. The cells that
+        stopped because of it have no exit code.
     """
     import torch
 
@@ -79,49 +95,51 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], bo
 
     first = configs[waiting[0]]
     on_cuda = sweep.is_on_cuda(first)
-    # One for each place, for as long as there are cells: PyTorch has 32 in all, which it hands out again and again.
+    # One for each place, used by all its cells: PyTorch has 32 streams, which it hands out again and again.
     free = [torch.cuda.Stream() if on_cuda else None for _ in range(first.jobs)]
     waiting, running = list(waiting), list[_Run]()
     codes: dict[int, int] = {}
-    is_spoilt = False
-    told: set[str] = set()
+    failed: int | None = None
+    printed: set[str] = set()
     with signals.noted() as stop:
         stopping = Stopping(stop, first.budget_minutes)
         while True:
-            while free and not (is_spoilt or stopping.is_out_of_time or stop.received):
-                number = _next(configs, waiting, [configs[run.number] for run in running], told)
+            while free and not stopping.is_due():
+                number = _next(configs, waiting, [configs[run.number] for run in running], printed)
                 if number is None or ((codes or running) and not sweep.has_time_for(configs[number], 0)):
                     break
                 waiting.remove(number)
-                told_of = f"{len(codes)} ended, {sum(map(sweep.is_failure, codes.values()))} failed"
-                print(f"[{number + 1}/{len(configs)}] {folder_name(configs[number])} ({told_of})", file=sys.stderr)
+                counts = f"{len(codes)} ended, {sum(map(sweep.is_failure, codes.values()))} failed"
+                print(f"[{number + 1}/{len(configs)}] {folder_name(configs[number])} ({counts})", file=sys.stderr)
                 turns = sweep.cell_in_turns(configs[number], records_failure=True, stopping=stopping)
                 running.append(_Run(number, turns, free.pop()))
             if not running:
-                return codes, is_spoilt
+                return codes, failed
             for run in list(running):
                 # All that a turn launches, a capture too, ends within it: no other cell launches anything meanwhile.
                 with torch.cuda.stream(run.stream):
                     try:
                         next(run.turns)
                     except StopIteration as end:
-                        codes[run.number], has_spoilt = end.value
-                        is_spoilt = is_spoilt or has_spoilt
                         running.remove(run)
                         free.append(run.stream)
-                        if run.stream and not is_spoilt:
-                            run.stream.synchronize()  # reason_to_wait takes its steps to have ended with it
+                        if end.value is not None:
+                            codes[run.number] = end.value
+                        elif failed is None:
+                            failed = run.number
+                        if run.stream and failed is None:
+                            run.stream.synchronize()  # reason_to_wait assumes that its steps ended with it
 
 
-def _next(configs: list[Config], waiting: list[int], running: list[Config], told: set[str]) -> int | None:
-    """The first that may run beside those under way; why one before it may not is said, once a reason."""
+def _next(configs: list[Config], waiting: list[int], running: list[Config], printed: set[str]) -> int | None:
+    """The first that may run beside those running; prints why an earlier one may not, each reason once."""
     for number in waiting:
         reasons = {reason for other in running if (reason := reason_to_wait(configs[number], other))}
         if not reasons:
             return number
-        for reason in reasons - told:
+        for reason in reasons - printed:
             print(f"{folder_name(configs[number])} waits: {reason}", file=sys.stderr)
-        told |= reasons
+        printed |= reasons
     return None
 
 
@@ -129,23 +147,23 @@ def reason_to_wait(config: Config, other: Config) -> str:
     """Why a cell may not run beside another; empty where it may."""
     gpu, others = config.gpu, other.gpu
     if (gpu.precision, gpu.deterministic) != (others.precision, others.deterministic):
-        return "precision and determinism are those of the whole process, and another cell has others"
+        return "precision and determinism are settings of the whole process, and another cell has others"
     if _waits_for_its_blocks(config) and _waits_for_its_blocks(other):
-        return "cuDNN's batch norm must have the GPU's cores beside no other such"
+        return "two cells with cuDNN's batch norm cannot share the GPU"
     if _compiles(config) and _compiles(other):
-        return "it would forget what another cell has compiled"
+        return "it would discard what another cell has compiled"
     return ""
 
 
 def _waits_for_its_blocks(config: Config) -> bool:
     """Whether its batch norm is cuDNN's persistent kernel, whose blocks wait for each other.
 
-    Of two at once each could hold cores that the other's last blocks need, and both would wait forever; what waits for
-    nothing may run beside one. In bf16 PyTorch takes a kernel of its own.
+    Each of two such kernels could hold cores that the other's last blocks need, and both would wait forever. Kernels
+    whose blocks do not wait may run beside one. In bf16 PyTorch takes a kernel of its own.
     """
     return config.mode.layers != "coded" and config.gpu.precision != "bf16"
 
 
 def _compiles(config: Config) -> bool:
-    """Whether torch.compile is used: what it has made is forgotten when a cell of compiled layers begins."""
+    """Whether torch.compile is used: a cell of compiled layers that begins discards all that was compiled before."""
     return config.mode.layers == "compiled" or config.gpu.kernels == "inductor"

@@ -1,7 +1,7 @@
 """One run after the other: those of a sweep that are finished are skipped, one that fails does not stop the rest.
 
-Several processes may be at the same sweep: a cell that another one trains is passed over. On a GPU each cell has a
-process of its own, for a capture or a kernel that breaks spoils all that comes after it in its process.
+Several processes may work on the same sweep: a cell locked by another one is passed over. On a GPU each cell has a
+process of its own, since a capture or a kernel that fails can make CUDA unusable for the rest of its process.
 
 torch is imported after every cell of the sweep has been checked.
 """
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from blpa import budget, records, signals, turns
 from blpa.cells import folder_name, overrides
 from blpa.config import Config
-from blpa.errors import Busy, Diverged, OutOfTime, Stopped, UserError
+from blpa.errors import Busy, Deferred, Diverged, Interrupted, OutOfTime, Stopped, UserError
 from blpa.locks import alone_in
 from blpa.runners import fresh
 from blpa.runners.failures import judge
@@ -34,10 +34,10 @@ last tenth of a small one."""
 
 
 def run_all(configs: list[Config]) -> int:
-    """Run one cell of a sweep after the other, those that are not finished yet and that nobody else is at.
+    """Run the cells of a sweep one after the other, except those that are finished or locked.
 
-    A cell that fails says so, leaves a record of it, and the next one runs, unless a signal ended it. Of the training
-    runs that follow one another on a GPU so many are under way at a time as jobs says.
+    A cell that fails leaves a record of its failure, and the next one runs, unless a signal ended it. Consecutive
+    training runs on a GPU run side by side, at most `jobs` at a time.
 
     Args:
         configs: checked. `budget_minutes` ends the sweep, by the cell under way where that can go on from a checkpoint,
@@ -57,10 +57,7 @@ def run_all(configs: list[Config]) -> int:
         if codes and not has_time_for(configs[waiting[0]], longest):
             break
         if len(numbers) > 1:
-            try:
-                codes += importlib.import_module("blpa.runners.streams").run(configs, waiting)
-            except Stopped as error:
-                return refuse(f"{error}; started again, the sweep goes on", error.exit_code)
+            codes += importlib.import_module("blpa.runners.streams").run(configs, waiting)
         else:
             config = configs[waiting[0]]
             _announce(f"[{waiting[0] + 1}/{len(configs)}] {folder_name(config) or config.task.name}", codes, skipped,
@@ -77,11 +74,11 @@ def run_all(configs: list[Config]) -> int:
     busy, diverged = codes.count(Busy.exit_code), codes.count(Diverged.exit_code)
     done = codes.count(0) + diverged
     cells_left = len(configs) - done - skipped - len(failures) - busy
-    told = f"{done} done ({diverged} diverged)" if diverged else f"{done} done"
+    finished = f"{done} done ({diverged} diverged)" if diverged else f"{done} done"
     elsewhere = f", {busy} under way in other processes" if busy else ""
     out_of_time = f", {cells_left} left when budget_minutes={configs[0].budget_minutes} were over" if cells_left else ""
     print(
-        f"{len(configs)} cells: {told}, {skipped} finished before (resume=false does them again), "
+        f"{len(configs)} cells: {finished}, {skipped} finished before (resume=false does them again), "
         f"{len(failures)} failed{elsewhere}{out_of_time}; {_minutes(time.monotonic() - began)}",
         file=sys.stderr,
     )
@@ -89,7 +86,7 @@ def run_all(configs: list[Config]) -> int:
 
 
 def _taken_together(configs: list[Config]) -> Iterator[list[int]]:
-    """The numbers of the cells in their order, each by itself but for training runs that run side by side on a GPU."""
+    """The numbers of the cells in their order: one by one, or together where training runs side by side on a GPU."""
 
     def is_beside(number: int) -> bool:
         config = configs[number]
@@ -103,12 +100,12 @@ def _taken_together(configs: list[Config]) -> Iterator[list[int]]:
 
 
 def is_failure(code: int) -> bool:
-    """Whether a cell's exit code is neither of a result nor of a cell that others are at or that goes on later."""
+    """Whether an exit code is a failure: not a result, not a locked cell, not one that goes on later."""
     return code not in (0, Diverged.exit_code, Busy.exit_code, OutOfTime.exit_code)
 
 
 def _announce(cell: str, codes: list[int], skipped: int, began: float, *, to_come: int) -> None:
-    """Say which cell begins, what became of those before it, and how long those to come will take at their pace."""
+    """Print which cell begins, how many are done or failed, and how long the others will take at that pace."""
     elapsed, failed = time.monotonic() - began, sum(map(is_failure, codes))
     counts = [f"{skipped} finished before, {failed} failed"] if skipped or failed else []
     left = f", about {_minutes(elapsed / len(codes) * to_come)} left" if codes else ""
@@ -116,7 +113,7 @@ def _announce(cell: str, codes: list[int], skipped: int, began: float, *, to_com
 
 
 def has_time_for(config: Config, seconds: float) -> bool:
-    """Whether there is time left for a cell that takes so long; a training run can stop, once it has begun."""
+    """Whether the budget has time for a cell that takes that long; a training run can stop, once it has begun."""
     if config.budget_minutes is not None and config.task.name == "train":
         seconds = min(BEGINNING_SECONDS, 0.1 * 60 * config.budget_minutes)
     return budget.seconds_left(config.budget_minutes) > seconds
@@ -125,8 +122,7 @@ def has_time_for(config: Config, seconds: float) -> bool:
 def is_finished(config: Config) -> bool:
     """Whether a cell's own folder holds its records, and resume=false does not ask for new ones.
 
-    A training run that diverged is finished. What was predicted or measured without a GPU is not what
-    is asked for where there is one.
+    A training run that diverged is finished. Where there is a GPU, a cell predicted or measured without one is not.
     """
     folder = folder_name(config)
     if folder is None or not config.resume:
@@ -139,7 +135,7 @@ def is_finished(config: Config) -> bool:
 
 
 def is_on_cuda(config: Config) -> bool:
-    """Whether a cell computes on a GPU. It is asked about and left alone: it holds nothing of this process."""
+    """Whether a cell computes on a GPU; finding out makes no CUDA context."""
     if folder_name(config) is None or config.task.name in ("memory", "thresholds") or config.gpu.device == "cpu":
         return False
     return bool(importlib.import_module("torch").cuda.is_available())
@@ -150,21 +146,22 @@ def _minutes(seconds: float) -> str:
 
 
 def run_cell(config: Config, *, records_failure: bool = False) -> int:
-    """Run one cell; a mistake or misfortune of the user's becomes one line, a bug keeps its traceback.
+    """Run one cell; an error that a user can cause becomes one line, a bug keeps its traceback.
 
     Args:
         config: checked.
-        records_failure: whether a failure leaves a record, and a bug is no more than that.
+        records_failure: whether a failure leaves a record; then a bug is not raised either.
 
     Returns:
         The exit code.
     """
-    code, _ = turns.alone(cell_in_turns(config, records_failure=records_failure))
+    code = turns.alone(cell_in_turns(config, records_failure=records_failure))
+    assert code is not None
     return code
 
 
 def run_cell_of_sweep(config: Config) -> int:
-    """Run one of several cells, on a GPU in a process of its own; a failure leaves a record, also where that died.
+    """Run one of several cells, on a GPU in a process of its own; a failure or a dead process leaves a record.
 
     Args:
         config: checked.
@@ -176,7 +173,7 @@ def run_cell_of_sweep(config: Config) -> int:
         return run_cell(config, records_failure=True)
     began = time.monotonic()
     reason = ""
-    with signals.noted() as stop:  # fresh.call hands them on
+    with signals.noted() as stop:  # fresh.call passes them on
         try:
             code: int = fresh.call(_run_recording, config)
         except Stopped as error:
@@ -193,31 +190,36 @@ def _run_recording(config: Config) -> int:
     return run_cell(config, records_failure=True)
 
 
-def cell_in_turns(
-    config: Config, *, records_failure: bool, stopping: "Stopping | None" = None
-) -> Turns[tuple[int, bool]]:
-    """As run_cell; with `stopping` it trains, and other runs have their turns between its steps (training.in_turns).
+def cell_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping | None" = None) -> Turns[int | None]:
+    """As run_cell; with `stopping` other runs have their turns between the steps of this one (training.in_turns).
+
+    Args:
+        config: checked; with `stopping` a training run.
+        records_failure: as in run_cell.
+        stopping: shared by all runs that take turns. The first of them that fails, other than by UserError or Stopped,
+            sets its `has_failure`.
 
     Returns:
-        The exit code, and whether what failed is neither a mistake nor a stop, so that the process may be spoilt.
+        The exit code; None where the cell failed beside others, or because of another one: such a failure may not be
+        its own, so that it leaves no record, and the cell must be run again in a new process.
     """
     folder = folder_name(config)
     try:
         with alone_in(Path(config.results) / "runs" / folder) if folder else nullcontext():
             if records_failure and is_finished(config):  # since it was looked at, by another process
-                return 0, False
+                return 0
             return (yield from _alone_in_turns(config, records_failure=records_failure, stopping=stopping))
     except Busy as error:
         if not records_failure:
-            return refuse(error, Busy.exit_code), False
-        print("another process is at it", file=sys.stderr)
-        return Busy.exit_code, False
+            return refuse(error, Busy.exit_code)
+        print("locked by another process", file=sys.stderr)
+        return Busy.exit_code
     except UserError as error:  # the folder cannot be written
-        return refuse(error, error.exit_code), False
+        return refuse(error, error.exit_code)
 
 
-def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping | None") -> Turns[tuple[int, bool]]:
-    """While nobody else is at the run; its failure is recorded before they are let in."""
+def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping | None") -> Turns[int | None]:
+    """As cell_in_turns, while the run is locked; its failure is recorded before the lock is released."""
     began = time.monotonic()
     try:
         task = importlib.import_module(f"blpa.runners.{config.task.name.replace('-', '_')}")
@@ -227,6 +229,9 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
             yield from task.in_turns(config, stopping)
     except Exception as error:
         exit_code, reason = judge(error)
+        if stopping is not None and not _is_its_own(error, stopping):
+            _defer(config, error, reason, stopping)
+            return None
         if exit_code is None and not records_failure:
             raise
         if exit_code is None:
@@ -235,18 +240,37 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
         has_failed = records_failure and is_failure(code) and code < 128
         if folder_name(config) and (has_failed or code == Diverged.exit_code):
             _record_failure(config, reason, time.monotonic() - began)
-        return refuse(reason, code), not isinstance(error, UserError | Stopped)
-    return 0, False
+        return refuse(reason, code)
+    return 0
+
+
+def _is_its_own(error: Exception, stopping: "Stopping") -> bool:
+    """Whether an exception says something of its run, whatever else its process trains."""
+    return isinstance(error, OutOfTime | Interrupted if stopping.has_failure else UserError | Stopped)
+
+
+def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") -> None:
+    """Print why a cell is to be run again in a new process, and have the others of this process stop."""
+    if isinstance(error, Deferred):
+        line = reason
+    elif stopping.has_failure:
+        line = f"fails after another run in this process, perhaps because of it, and goes on in a new one: {reason}"
+    else:
+        stopping.has_failure = True
+        if judge(error)[0] is None:
+            traceback.print_exception(error)
+        line = f"fails beside other runs, and is tried once more in a process of its own: {reason}"
+    print(f"{folder_name(config)}: {line}", file=sys.stderr)
 
 
 def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
         importlib.import_module("blpa.runners.setup").record_failure(config, reason, seconds)
-    except (OSError, RuntimeError) as error:  # a full disk, or a GPU that is gone, which may be why the cell failed
+    except (OSError, RuntimeError) as error:  # a full disk, or a GPU that fails, which may be why the cell failed
         refuse(f"the failure could not be recorded: {judge(error)[1]}", 1)
 
 
 def refuse(message: object, exit_code: int) -> int:
-    """Say on one line of stderr why something was not done, and return the exit code."""
+    """Print on one line of stderr why something was not done, and return the exit code."""
     print("blpa-run: error:", " ".join(str(message).split()), file=sys.stderr)
     return exit_code
