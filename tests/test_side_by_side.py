@@ -14,7 +14,7 @@ from blpa import records
 from blpa.checkpoints import checkpoints
 from blpa.config import CONF
 from blpa.locks import alone_in
-from blpa.runners import cli
+from blpa.runners import cli, side_by_side
 
 CELLS = [
     "dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "gpu=cpu", "gpu.kernels=torch",
@@ -33,6 +33,7 @@ def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="one core is one process")
 @pytest.mark.parametrize("to_group", [False, True], ids=["to the parent", "to the group, as Ctrl-C"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_every_process_writes_its_checkpoint_when_a_signal_comes(number: signal.Signals, to_group: bool) -> None:
@@ -65,6 +66,37 @@ def test_cells_are_shared_out_and_end_as_those_of_one_process() -> None:
         for results in ("results", "alone")
     ]
     assert told[0] == told[1] != []
+
+
+@pytest.mark.parametrize(("jobs", "processes", "threads"), [(2, 2, "2"), (6, 5, "1")])
+def test_a_cpu_has_no_more_processes_than_cores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], jobs: int, processes: int, threads: str
+) -> None:
+    class Process:
+        def __init__(self, command: list[str], *, env: dict[str, str], start_new_session: bool) -> None:
+            started.append(env["OMP_NUM_THREADS"])
+
+        def wait(self) -> int:
+            return 0
+
+    started: list[str] = []
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 5)
+    monkeypatch.setattr(subprocess, "Popen", Process)
+    assert side_by_side.run(CELLS, jobs) == 0
+    assert started == [threads] * processes
+    line = "jobs=6: only 5 at a time, one for each core\n"
+    assert capsys.readouterr().err == (line if jobs > processes else "")
+
+
+def test_a_sweep_with_any_cell_on_a_gpu_is_one_process_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    monkeypatch.setattr(cli, "run_all", lambda configs: ran.append("one process") or 0)
+    monkeypatch.setattr(cli.side_by_side, "run", lambda arguments, jobs: ran.append("processes") or 0)
+    for on_cuda in ({"train"}, {"train", "memory"}, set[str]()):
+        monkeypatch.setattr(cli, "is_on_cuda", lambda config, names=on_cuda: config.task.name in names)
+        assert cli.main([*CELLS, "task=train,memory", "jobs=2"]) == 0
+    assert ran == ["one process", "one process", "processes"]
 
 
 def test_a_cell_that_another_process_is_at_is_passed_over_and_no_failure(capsys: pytest.CaptureFixture[str]) -> None:

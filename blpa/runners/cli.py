@@ -24,7 +24,7 @@ usage: blpa-run [-m] [--cfg] [group=option ...] [key=value ...]
   -h, --help        print this
 
 A run goes on from its last checkpoint when it is started again. Exit codes: 0 done, 1 not done (stderr says why),
-2 bad configuration, 3 budget_minutes are over (started again, it goes on), 4 another process is at this run,
+2 bad configuration, 3 budget_minutes are over (started again, it goes on), 4 the run is locked by another process,
 5 the training diverged, 128 + n ended by signal n.
 """
 
@@ -85,7 +85,7 @@ def _answer(arguments: list[str]) -> int:
     if "--cfg" in flags:
         print("---\n".join(OmegaConf.to_yaml(config) for config in configs), end="")
         return 0
-    if jobs > 1 and not all(map(is_on_cuda, configs)):
+    if jobs > 1 and not any(map(is_on_cuda, configs)):  # on a GPU one process trains them all
         return side_by_side.run(arguments, jobs)
     return run_all(configs) if "-m" in flags else run_cell(configs[0])
 

@@ -1,7 +1,7 @@
-"""A sweep by several processes of this machine, each at a cell that no other is at: jobs=2 on a CPU.
+"""A sweep by several processes of this machine, each of which runs the cells that no other has locked: jobs=2 on a CPU.
 
-They are the same command, and know of each other by the locks of the runs alone (blpa/locks.py), so that commands
-given by hand, for one GPU each say, work through a sweep in the same way.
+All run the same command, and only the locks of the runs (blpa/locks.py) keep them apart. Commands given by hand, for
+example one for each GPU, share a sweep in the same way.
 """
 
 import os
@@ -13,18 +13,21 @@ from blpa.errors import OutOfTime
 
 
 def run(arguments: list[str], jobs: int) -> int:
-    """Start the processes and wait for them; a signal is handed on to each, once.
+    """Start the processes and wait for them; a signal is passed on to each, once.
 
     Args:
         arguments: of blpa-run.
-        jobs: how many processes.
+        jobs: how many processes; more than the machine has cores are not started.
 
     Returns:
         The exit code: that of the last process that failed, else 128 + signal, else OutOfTime's if cells are left.
     """
     command = [sys.executable, "-m", "blpa.runners.cli", *arguments, "jobs=1"]
-    # Threads of more processes than there are cores would mostly wait for each other.
-    threads = str(max(1, (os.cpu_count() or 1) // jobs))
+    cores = os.cpu_count() or 1
+    if jobs > cores:
+        print(f"jobs={jobs}: only {cores} at a time, one for each core", file=sys.stderr)
+        jobs = cores
+    threads = str(cores // jobs)
     environment = {"OMP_NUM_THREADS": threads, **os.environ}
     processes: list[subprocess.Popen[bytes]] = []
 
@@ -37,7 +40,7 @@ def run(arguments: list[str], jobs: int) -> int:
             if not received:
                 if sys.stderr.isatty():
                     environment["TQDM_POSITION"] = str(len(processes))  # a line of the terminal for the bar of each
-                # In a session of its own it does not hear the terminal's Ctrl-C besides what is handed on.
+                # In a session of its own it does not receive the terminal's Ctrl-C besides the signal passed on.
                 processes.append(subprocess.Popen(command, env=environment, start_new_session=True))
         codes = [process.wait() for process in processes]
     failed = [code if code > 0 else 128 - code for code in codes if code not in (0, OutOfTime.exit_code)]
