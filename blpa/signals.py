@@ -1,6 +1,6 @@
-"""Stopping in good order: a signal is noted, and obeyed where the loop can, or handed on to the process that computes.
+"""Handle SIGINT and SIGTERM later, where a loop can stop, or pass them to the process that computes.
 
-Outside of the main thread, which alone can handle signals, both leave them alone.
+Only the main thread can handle signals: in other threads both context managers change nothing.
 """
 
 import os
@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 SAME_SECONDS = 1.0
-"""A signal so soon after the first is the same one: sent to a group of processes, and handed on by one of them."""
+"""A second signal within this time is the first one again: a group of processes received it, and one passed it on."""
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Stop:
 
 @contextmanager
 def noted() -> Iterator[Stop]:
-    """Note the first SIGINT or SIGTERM instead of obeying it; one a second later does what it did before, at once."""
+    """Note the first SIGINT or SIGTERM instead of obeying it; one more than SAME_SECONDS later has its usual effect."""
     stop = Stop()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -45,13 +45,13 @@ def noted() -> Iterator[Stop]:
 
 @contextmanager
 def handed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
-    """Hand every SIGINT or SIGTERM on instead of obeying it.
+    """Pass every SIGINT or SIGTERM on instead of obeying it.
 
     Args:
-        send: is given its number.
+        send: called with the signal's number.
 
     Yields:
-        The numbers of those that came.
+        The numbers of the signals received so far.
     """
     received: list[int] = []
 
@@ -65,7 +65,7 @@ def handed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
-    """Let a function handle both signals; yields what gives back their handlers before the end does."""
+    """Let a function handle both signals; yields a function that restores their handlers earlier than the end."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -1,9 +1,9 @@
 """Call a function in a process of its own, where nothing is on the GPU yet.
 
-What a process does with CUDA stays with it: its context takes memory, its allocator keeps blocks, and a kernel or a
-capture that breaks spoils whatever comes after it. The process that calls asks CUDA nothing and has no context itself.
+What a process does with CUDA stays with it: its context takes memory, its allocator keeps blocks, and after a kernel or
+a capture that fails CUDA can be unusable. The process that calls makes no CUDA context.
 
-Processes are forked from a server that has torch imported and has computed nothing.
+Processes are forked from a server that has imported torch and computed nothing.
 """
 
 import os
@@ -28,12 +28,12 @@ IMPORTED_AHEAD = ["blpa.runners.cli", "blpa.runners.setup", "blpa.training"]
 def call(function: Callable[..., Any], *arguments: object) -> Any:
     """Call a function in a fresh process and wait for it.
 
-    A signal that comes meanwhile is handed on to that process, and takes effect here when it has ended. If this process
-    ends first, the other one is sent SIGTERM.
+    A signal received meanwhile is passed on to that process, and takes effect here when it has ended. If this process
+    ends first, the other one receives SIGTERM.
 
     Args:
         function: importable by its name, as are the types of the arguments. It may use `call` itself.
-        arguments: what it is given.
+        arguments: its arguments.
 
     Returns:
         What it returned.
