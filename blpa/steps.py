@@ -113,13 +113,25 @@ def record(
 
     Returns:
         The graph, and the tensor that each replay writes its result to.
+
+    Raises:
+        CaptureFailed: whatever it was; this process can capture no other graph then.
     """
     graph = torch.cuda.CUDAGraph()
     gc.collect()  # the graph has memory of its own: what earlier calls left goes back first
     torch.cuda.empty_cache()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        result = call()
+    here = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = call()
+    except RuntimeError as error:
+        torch.cuda.set_stream(here)  # a capture that cannot be ended leaves its own stream the current one
+        raise CaptureFailed(f"a CUDA graph could not be captured: {error}") from error
     return graph, result
+
+
+class CaptureFailed(RuntimeError):
+    """A CUDA graph could not be captured, and PyTorch believes that its capture still goes on."""
 
 
 class TrainingStep:

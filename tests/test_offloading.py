@@ -181,7 +181,7 @@ def test_without_a_gpu_its_memory_is_predicted(
 def test_a_batch_that_the_host_cannot_hold_is_not_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
     (config,) = composed(["task=max-batch", "mode=offload", "depth=11", "gpu=gtx1080ti"])
     bytes_of_64 = setup.training_bytes(config, 64).host_bytes
-    monkeypatch.setattr(max_batch, "host_bytes_left", lambda: 10 * bytes_of_64)
+    monkeypatch.setattr(max_batch, "host_bytes_left", lambda: 20 * bytes_of_64)
     assert max_batch._host_batch(config) == 640
     (config,) = composed(["task=max-batch", "mode=exact", "gpu=gtx1080ti"])
     assert max_batch._host_batch(config) > 2**60

@@ -141,8 +141,9 @@ def differences(
         What differs; nothing where all is right.
     """
     x, grad, other = (3 * torch.randn(3, rows, channels, device=device) + 1).to(dtype)
+    counter = torch.zeros(channels, dtype=torch.int32, device=device)  # as a layer has one
     gamma, beta = torch.randn(2, channels, device=device)
-    vectors = back_end.channel_stats(x, gamma, beta, eps=EPS, code=code)
+    vectors = back_end.channel_stats(x, gamma, beta, eps=EPS, code=code, counter=counter)
     var, mean = torch.var_mean(x.double(), 0, correction=0)
     # Outputs that are not written would be seen.
     a, a_there, decoded, decoded_there, dx_there = (torch.full_like(x, torch.nan) for _ in range(5))
@@ -152,7 +153,9 @@ def differences(
     back_end.decode(kept, vectors, code=code, out=decoded)
     REFERENCE.decode(kept, vectors, code=code, out=decoded_there)
     dx = grad.clone()  # written over, as in the network
-    sums = back_end.backward(dx, kept, vectors, code=code, constant_stats=False, out=dx, add=other)
+    backward = partial(back_end.backward, kept=kept, vectors=vectors, code=code, constant_stats=False, counter=counter)
+    sums = backward(dx, out=dx, add=other)
+    sums_again = backward(grad, out=torch.empty_like(grad))
     sums_there = REFERENCE.backward(grad, kept, vectors, code=code, constant_stats=False, out=dx_there, add=other)
     # Its sum in another place, and the Norm of that; dW [C_out, C] of a 1x1 convolution to 16 channels.
     total = x.clone()
@@ -174,6 +177,7 @@ def differences(
         "decoded activation": torch.equal(decoded, decoded_there),
         "sums": torch.allclose(sums, sums_there, rtol=1e-3, atol=rows * 1e-5),
         "input gradient": torch.allclose(dx.float(), dx_there.float(), rtol=near, atol=near),
+        "sums once more": torch.equal(sums_again, sums) and not counter.any(),
         "sum": torch.equal(total, x + other),
         "statistics of the sum": torch.equal(of_total, of_total_there),
         "weight gradient": weight_grad is None or bool(((weight_grad - products).abs() <= bound).all()),
@@ -397,7 +401,7 @@ def run_all(out: Path, seconds: float, *, is_dry: bool, parts: tuple[Part, ...] 
     began = time.monotonic()
     end = began + seconds
     is_right = True
-    ahead = _begin(AHEAD, out, is_dry)
+    ahead = None
     try:
         for part in parts:
             told = Check(part.name, out, is_dry)
@@ -405,13 +409,16 @@ def run_all(out: Path, seconds: float, *, is_dry: bool, parts: tuple[Part, ...] 
                 told.tell(skipped=True, seconds_left=round(end - time.monotonic()))
                 is_right = is_right and not part.decides
                 continue
-            if not part.decides and part.name != "machine" and ahead.is_alive():  # from here on times count
+            if part.name != "machine" and ahead is None:
+                ahead = _begin(AHEAD, out, is_dry)
+            if not part.decides and ahead and ahead.is_alive():  # from here on times count
                 _finish(ahead, min(45, end - time.monotonic() - part.least))
             code = _finish(_begin(part, out, is_dry), min(part.most, end - time.monotonic()))
             told.tell(ended=code, at=round(time.monotonic() - began))
             is_right = is_right and (code == 0 or not part.decides)
     finally:
-        _finish(ahead, 0)
+        if ahead:
+            _finish(ahead, 0)
     return is_right
 
 
@@ -425,7 +432,7 @@ def _begin(part: Part, out: Path, is_dry: bool) -> ForkServerProcess:
 
 def _in_its_process(part: Part, check: Check) -> None:
     """Run a part, its output in its log; the exit code tells what it returned."""
-    os.setsid()  # what it starts ends with it
+    os.setsid()  # what it starts ends with it, but for probes, which end by themselves when it is gone
     log = os.open(check.out / f"{part.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

@@ -133,6 +133,7 @@ def _calls(back_end: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Conf
     vectors = back_end.channel_stats(x, gamma, beta, eps=EPS, code=code)
     codes = back_end.normalise_rectify_encode(x, vectors, code=code, out=out)
     kept = x if codes is None else codes
+    counter = torch.zeros(x.shape[1], dtype=torch.int32, device=x.device)  # as a layer has one
 
     def encode() -> Tensor:
         back_end.normalise_rectify_encode(x, vectors, code=code, out=out)
@@ -143,10 +144,12 @@ def _calls(back_end: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Conf
         return out
 
     return {
-        "channel_stats": lambda: back_end.channel_stats(x, gamma, beta, eps=EPS, code=code),
+        "channel_stats": lambda: back_end.channel_stats(x, gamma, beta, eps=EPS, code=code, counter=counter),
         "normalise_rectify_encode": encode,
         "decode": decode,
-        "backward": lambda: back_end.backward(grad, kept, vectors, code=code, constant_stats=False, out=out),
+        "backward": lambda: back_end.backward(
+            grad, kept, vectors, code=code, constant_stats=False, out=out, counter=counter
+        ),
     }
 
 

@@ -75,6 +75,9 @@ def run(config: Config) -> list[Record]:
             if not timed or exit_code is None:
                 raise
             print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)
+            if isinstance(error, steps.CaptureFailed):
+                print("no other mode can be captured in this process: those before it are timed", file=sys.stderr)
+                break
     steps_of = [one.step for one in timed]
     seconds = take_turns(steps_of, config.task.steps, title="timed steps of each mode", device=device)
     seconds /= torch.tensor([one.batch for one in timed])
