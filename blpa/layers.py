@@ -96,7 +96,7 @@ class BatchNormReLU(nn.BatchNorm2d):
         self.code = code
         self.forward_from_code = forward_from_code
         self.kernels = kernels
-        self._counter: Tensor | None = None
+        self._counter = torch.zeros(num_features, dtype=torch.int32)
 
     def forward(self, x: Tensor | ResidualSum, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """A [N, C, H, W] of x; it may take the place of x if `overwrite_x` says that x is not read again."""
@@ -122,15 +122,15 @@ class BatchNormReLU(nn.BatchNorm2d):
         )
 
     def _zero_counter(self) -> Tensor | None:
-        """Zeros for the back end to count in (kernels.Kernels), made where the weight is.
+        """Zeros for the back end to count in (kernels.Kernels), made again where the weight has been moved to.
 
-        It is no buffer: what moves, copies or initialises buffers would not know that it must be zero.
+        They are no buffer: what initialises buffers would not know that these must be zero.
         """
         device = self.weight.device
-        if self._counter is None or self._counter.device != device:
-            if device.type == "meta" or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        if self._counter.device != device:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None  # what a capture makes is zero only once the graph is replayed
-            self._counter = torch.zeros(self.num_features, dtype=torch.int32, device=device)
+            self._counter = torch.zeros_like(self._counter, device=device)
         return self._counter
 
     def extra_repr(self) -> str:

@@ -197,18 +197,18 @@ def _unit(cell: Config, back_end: Kernels, unit: Unit, batch: int, device: torch
 def _seconds(calls: list[Call], turns: int, title: str, device: torch.device) -> Tensor:
     """Seconds [turns, calls] of each call."""
     on_gpu = device.type == "cuda"
-    repeated = [_recorded(call) if on_gpu else call for call in calls]
+    repeated = [_captured(call) if on_gpu else call for call in calls]
     for call in repeated:  # once untimed, also for the clock of a GPU to rise
         call()
     return take_turns(repeated, turns, title=title, device=device) / (CALLS if on_gpu else 1)
 
 
-def _recorded(call: Call) -> Callable[[], object]:
+def _captured(call: Call) -> Callable[[], object]:
     """So many calls as one CUDA graph."""
     stream = steps.own_stream(torch.device("cuda"))
     for _ in range(steps.EAGER_STEPS):
-        steps.aside(call, stream)
-    graph, _ = steps.record(lambda: [call() for _ in range(CALLS)][-1], stream)
+        steps.run_on_stream(call, stream)
+    graph, _ = steps.capture(lambda: [call() for _ in range(CALLS)][-1], stream)
     return graph.replay
 
 
