@@ -175,7 +175,7 @@ class Config:
     other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
     begins until the last minute. A launcher's jobs have them each."""
     jobs: int = 1
-    """Cells of a sweep that run side by side: on a CPU in so many processes; on a GPU training runs in one process."""
+    """Cells of a sweep that run side by side: on a CPU a process each; on a GPU training runs, all in one process."""
     run: str = MISSING
     """Folder of this run under results/runs; composed from the values that tell runs apart."""
 

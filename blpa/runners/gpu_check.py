@@ -76,7 +76,7 @@ class Check:
     out: Path
     is_dry: bool
 
-    def tell(self, **values: object) -> None:
+    def write(self, **values: object) -> None:
         """Write a result to the disk, and print it."""
         with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"part": self.part, **values}) + "\n")
@@ -100,11 +100,11 @@ class Check:
 def machine(check: Check) -> bool:
     """The device, versions, and the bandwidth of a copy."""
     device = torch.device("cpu" if check.is_dry else "cuda")
-    told = {name: value for name, value in records.provenance(device).items() if name != "date"}
-    check.tell(**told, cudnn=torch.backends.cudnn.version())
+    versions = {name: value for name, value in records.provenance(device).items() if name != "date"}
+    check.write(**versions, cudnn=torch.backends.cudnn.version())
     source, target = torch.zeros(2, 2**20 if check.is_dry else 2**30, dtype=torch.uint8, device=device)
     seconds = take_turns([lambda: target.copy_(source)], 5, title="copies", device=device).median().item()
-    check.tell(copy_tb_per_s=round(2 * source.nbytes / seconds / 1e12, 3))
+    check.write(copy_tb_per_s=round(2 * source.nbytes / seconds / 1e12, 3))
     return True
 
 
@@ -120,7 +120,7 @@ def kernels_are_right(check: Check) -> bool:
                 found = differences(back_end, rows, channels, dtype=dtype, code=code, device=device)
                 wrong += [f"{name} at [{rows}, {channels}], {dtype}, {code}" for name in found]
                 cases += 1
-    check.tell(kernels=back_end.name, cases=cases, wrong=wrong, correct=not wrong)
+    check.write(kernels=back_end.name, cases=cases, wrong=wrong, correct=not wrong)
     return not wrong
 
 
@@ -201,7 +201,7 @@ def capture_keeps_bits(check: Check) -> bool:
                 losses[name] = [float(step()[0]) for _ in range(2 if check.is_dry else steps.EAGER_STEPS + 4)]
             is_same = losses["captured"] == losses["launched"]
             all_same = all_same and is_same
-            check.tell(mode=mode, precision=precision, same_bits=is_same, losses=losses)
+            check.write(mode=mode, precision=precision, same_bits=is_same, losses=losses)
     return all_same
 
 
@@ -244,7 +244,7 @@ class Times:
         for record in found:
             if record.metric == "seconds_per_sample":
                 low, ms, high = (1e3 * record.batch_size * value for value in (record.low, record.value, record.high))
-                check.tell(mode=record.mode, depth=self.depth, precision=self.precision,
+                check.write(mode=record.mode, depth=self.depth, precision=self.precision,
                            deterministic=self.deterministic, ms=round(ms, 3), low=round(low, 3), high=round(high, 3),
                            times_exact=ratios.get(record.mode), minutes_of_64000=round(ms * 64 / 60, 2))  # fmt: skip
         return True
@@ -263,7 +263,7 @@ def largest_batch(check: Check, mode: str, depth: int) -> bool:
             batch = int(part * predicted)
             taken = _probe(check, config, batch, limit, kind)
             gib = None if taken is None else round(taken / GIB, 3)
-            check.tell(mode=mode, depth=depth, predicted=predicted, batch=batch, segments=kind,
+            check.write(mode=mode, depth=depth, predicted=predicted, batch=batch, segments=kind,
                        fits=taken is not None, reserved_gib=gib)  # fmt: skip
             if taken is not None:
                 return True
@@ -301,7 +301,7 @@ def together(check: Check) -> bool:
                         step()
             _wait(check)
             ms = 1e3 * (time.perf_counter() - began) / rounds / count
-        check.tell(cells=count, precision="bf16", mode="4bit", ms_per_cell=round(ms, 3),
+        check.write(cells=count, precision="bf16", mode="4bit", ms_per_cell=round(ms, 3),
                    minutes_of_64000=round(ms * 64 / 60, 2))  # fmt: skip
     return True
 
@@ -404,9 +404,9 @@ def run_all(out: Path, seconds: float, *, is_dry: bool, parts: tuple[Part, ...] 
     ahead = None
     try:
         for part in parts:
-            told = Check(part.name, out, is_dry)
+            report = Check(part.name, out, is_dry)
             if end - time.monotonic() < part.least:
-                told.tell(skipped=True, seconds_left=round(end - time.monotonic()))
+                report.write(skipped=True, seconds_left=round(end - time.monotonic()))
                 is_right = is_right and not part.decides
                 continue
             if part.name != "machine" and ahead is None:
@@ -414,7 +414,7 @@ def run_all(out: Path, seconds: float, *, is_dry: bool, parts: tuple[Part, ...] 
             if not part.decides and ahead and ahead.is_alive():  # from here on times count
                 _finish(ahead, min(45, end - time.monotonic() - part.least))
             code = _finish(_begin(part, out, is_dry), min(part.most, end - time.monotonic()))
-            told.tell(ended=code, at=round(time.monotonic() - began))
+            report.write(ended=code, at=round(time.monotonic() - began))
             is_right = is_right and (code == 0 or not part.decides)
     finally:
         if ahead:
@@ -440,7 +440,7 @@ def _in_its_process(part: Part, check: Check) -> None:
         is_right = part.run(check)
     except Exception as error:
         traceback.print_exc()
-        check.tell(failed=f"{type(error).__name__}: {error}"[:500])
+        check.write(failed=f"{type(error).__name__}: {error}"[:500])
         is_right = False
     sys.exit(0 if is_right else 1)
 

@@ -44,7 +44,7 @@ LARGEST_INDEX = 2**31
 """Elements of a tensor from which on libraries that count in 32 bits refuse it."""
 
 Probe = Callable[[int, int], bool]
-"""(batch, steps) -> whether so many training steps fit."""
+"""(batch, steps) -> whether that many training steps fit."""
 
 
 def run(config: Config) -> list[Record]:

@@ -55,7 +55,7 @@ def _seconds_of(call: Call, device: torch.device) -> float:
     count = calls_per_turn(device)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        call()  # the device is at it while the host enqueues those that are timed
+        call()  # keeps the device busy while the host enqueues those that are timed
         start.record()
         for _ in range(count):
             call()
