@@ -103,7 +103,7 @@ def counted(name: str, depth: int, device: str, mode: GetMode) -> tuple[float, f
 
 
 def test_what_leaves_the_device_is_not_counted_there_and_depth_costs_nothing(mode: GetMode) -> None:
-    """METHOD's 3,096,576 elements per sample at depth 164, as x, and twice as the ReLU's output: by it and its reader."""
+    """METHOD's 3,096,576 elements per sample at depth 164, once as x and twice as ReLU's output."""
     deep, shallow = (counted("offload", depth, "meta", mode) for depth in (164, 29))
     assert deep[0] == pytest.approx(1.0, abs=0.005)  # four activations of 64 channels
     assert shallow[0] == pytest.approx(1.0, abs=0.005)
