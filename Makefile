@@ -25,7 +25,7 @@ BUDGET_MINUTES ?= 8.5
 INTERRUPTED = timeout --foreground -s INT -k 20
 GPU_TESTS := tests/test_gpu.py tests/test_triton_ops.py
 # Words in the names of those that tell most in the least time: the others compile hundreds of variants of kernels.
-GPU_QUICK := recorded_run or other_precisions or network_s_gradients or accurate or counted
+GPU_QUICK := captured_run or other_precisions or network_s_gradients or accurate or counted
 # In the order of their worth, strict fp32 last; a sweep goes on where the last one stopped.
 BENCHES := bench-kernels,bench-times,bench-training,bench-batches,bench-times-wide,bench-batches-wide,bench-largest
 BENCHES := $(BENCHES),bench-largest-wide,bench-kernels-others,bench-times-fp32,bench-batches-fp32,bench-largest-fp32

@@ -94,7 +94,7 @@ class GpuConfig:
     """tf32 (tensor cores round the factors of float32 products), bf16 (autocast), fp32 (strict), or auto: PyTorch's
     default for convolutions, which is tf32 on a CUDA GPU of compute capability 8.0 or later and fp32 elsewhere."""
     kernels: str = "auto"
-    """Back end of the four kernel functions: auto, torch, inductor or triton (CUDA only)."""
+    """Back end of the kernel functions: auto, torch, inductor or triton (CUDA only)."""
     cuda_graph: bool | None = None
     """Record a training step once and replay it, launches and all; null does so on every CUDA device."""
     deterministic: bool = True
@@ -175,7 +175,7 @@ class Config:
     other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
     begins until the last minute. A launcher's jobs have them each."""
     jobs: int = 1
-    """Cells of a sweep that run side by side: on a CPU in so many processes; on a GPU training runs in one process."""
+    """Cells of a sweep that run side by side: on a CPU a process each; on a GPU training runs, all in one process."""
     run: str = MISSING
     """Folder of this run under results/runs; composed from the values that tell runs apart."""
 

@@ -19,7 +19,7 @@ from blpa.steps import TrainingStep
 
 
 class Evaluation:
-    """Evaluations of the network that is trained, recorded where its steps are.
+    """Evaluations of the network that is trained, captured where its steps are.
 
     Args:
         step: its training steps.
@@ -54,16 +54,16 @@ class Evaluation:
 
     def _add(self, images: Tensor, labels: Tensor) -> None:
         """Add a batch to the sums."""
-        if not self.step.records:
+        if not self.step.captures:
             self._classify(images, labels)
         elif not self.has_run or len(labels) < self.recipe.eval_batch_size:
             # The first batch of all, which compiles kernels and chooses convolutions, and what is left over at the end.
-            steps.aside(lambda: self._classify(images, labels), self.step.stream)
+            steps.run_on_stream(lambda: self._classify(images, labels), self.step.stream)
             self.has_run = True
         else:
             if self.graph is None:
                 self.images, self.labels = images.clone(), labels.clone()
-                self.graph, _ = steps.record(
+                self.graph, _ = steps.capture(
                     lambda: self._classify(self.images, self.labels), self.step.stream, self.step.pool
                 )
             self.images.copy_(images)

@@ -96,8 +96,7 @@ class BatchNormReLU(nn.BatchNorm2d):
         self.code = code
         self.forward_from_code = forward_from_code
         self.kernels = kernels
-        self.counter: Tensor
-        self.register_buffer("counter", torch.zeros(num_features, dtype=torch.int32), persistent=False)
+        self._counter = torch.zeros(num_features, dtype=torch.int32)
 
     def forward(self, x: Tensor | ResidualSum, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """A [N, C, H, W] of x; it may take the place of x if `overwrite_x` says that x is not read again."""
@@ -119,8 +118,20 @@ class BatchNormReLU(nn.BatchNorm2d):
             overwrite_x=overwrite_x,
             forward_from_code=self.forward_from_code,
             kernels=self.kernels,
-            counter=self.counter,
+            counter=self._zero_counter(),
         )
+
+    def _zero_counter(self) -> Tensor | None:
+        """Zeros for the back end to count in (kernels.Kernels), made again where the weight has been moved to.
+
+        They are no buffer: what initialises buffers would not know that these must be zero.
+        """
+        device = self.weight.device
+        if self._counter.device != device:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                return None  # what a capture makes is zero only once the graph is replayed
+            self._counter = torch.zeros_like(self._counter, device=device)
+        return self._counter
 
     def extra_repr(self) -> str:
         """The stock module's, and the code."""

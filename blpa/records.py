@@ -88,7 +88,7 @@ class Record:
     date: str
     """When the record was made: UTC, ISO 8601, to the second."""
     paper_value: float | None
-    """The paper's figure for the very same cell."""
+    """The paper's figure for the same cell, which is fp32's, whatever the precision here."""
     note: str
     """What else a reader must know."""
     command: str = ""

@@ -3,9 +3,9 @@
     draws -> images, labels -> logits -> loss -> gradients -> weights
 
 On a GPU a network of 164 layers is thousands of small kernels, and launching them one by one takes longer than running
-them. A CUDA graph records the launches of a whole step once and replays them with one call. What changes from step to
+them. A CUDA graph captures the launches of a whole step once and replays them with one call. What changes from step to
 step stays in tensors that the graph reads: which images, how they are cropped, and the learning rate. A replay is the
-recorded kernels on the recorded addresses, so it gives the bits that the step gave before it was recorded.
+captured kernels on the captured addresses, so it gives the bits that the step gave before it was captured.
 """
 
 import gc
@@ -23,7 +23,7 @@ from blpa.errors import UserError
 MakeBatch = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 EAGER_STEPS = 3
-"""Steps before the graph is recorded: they compile kernels, choose convolutions and create the momentum."""
+"""Steps before the graph is captured: they compile kernels, choose convolutions and create the momentum."""
 
 
 def configure_torch(gpu: GpuConfig) -> None:
@@ -60,7 +60,7 @@ def uses_cuda_graph(gpu: GpuConfig, device: torch.device) -> bool:
 def make_optimiser(model: nn.Module, recipe: DatasetConfig) -> torch.optim.SGD:
     """Stochastic gradient descent with momentum; weight decay on the weights of convolutions and classifiers only.
 
-    It is fused because only that reads the learning rate from a tensor, as a recorded step must.
+    It is fused because only that reads the learning rate from a tensor, as a captured step must.
     """
     decayed = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     is_decayed = {id(weight) for weight in decayed}
@@ -77,17 +77,17 @@ def forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
 
 
 def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream to record on: the current one, unless that is the default stream, which cannot be recorded.
+    """A stream to capture on: the current one, unless that is the default stream, which no graph can capture.
 
-    Runs that are replayed side by side must each be recorded on a stream of its own: cuBLAS keeps one workspace a
-    stream, whose address the graphs recorded there hold.
+    Runs that are replayed side by side must each be captured on a stream of its own: cuBLAS keeps one workspace a
+    stream, whose address the graphs captured there hold.
     """
     here = torch.cuda.current_stream(device)
     return torch.cuda.Stream(device) if here == torch.cuda.default_stream(device) else here
 
 
-def aside(call: Callable[[], Tensor], stream: torch.cuda.Stream) -> Tensor:
-    """Call a function on the stream on which `record` will record it."""
+def run_on_stream(call: Callable[[], Tensor], stream: torch.cuda.Stream) -> Tensor:
+    """Call a function on the stream on which `capture` will capture it."""
     here = torch.cuda.current_stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
@@ -97,40 +97,52 @@ def aside(call: Callable[[], Tensor], stream: torch.cuda.Stream) -> Tensor:
     return result
 
 
-def record(
+def capture(
     call: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Record the launches of a function, which runs only when they are replayed.
+    """Capture the launches of a function, which runs only when they are replayed.
 
-    What other streams have been given goes on meanwhile, but is waited for before the recording begins; nothing else
+    What other streams have been given goes on meanwhile, but is waited for before the capture begins; nothing else
     may be launched until it ends.
 
     Args:
-        call: it was called `aside` before, on the same stream, and does not wait for the device.
+        call: it was called by run_on_stream before, on the same stream, and does not wait for the device.
         stream: not the default one.
         pool: of memory, from torch.cuda.graph_pool_handle, for graphs that are never replayed at the same time; None is
             one of the graph's own.
 
     Returns:
         The graph, and the tensor that each replay writes its result to.
+
+    Raises:
+        CaptureFailed: whatever it was; this process can capture no other graph then.
     """
     graph = torch.cuda.CUDAGraph()
     gc.collect()  # the graph has memory of its own: what earlier calls left goes back first
     torch.cuda.empty_cache()
-    with torch.cuda.graph(graph, pool=pool, stream=stream):
-        result = call()
+    here = torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = call()
+    except RuntimeError as error:
+        torch.cuda.set_stream(here)  # a capture that cannot be ended leaves its own stream the current one
+        raise CaptureFailed(f"a CUDA graph could not be captured: {error}") from error
     return graph, result
 
 
+class CaptureFailed(RuntimeError):
+    """A CUDA graph could not be captured, and PyTorch believes that its capture still goes on."""
+
+
 class TrainingStep:
-    """Training steps of one network, recorded as a CUDA graph after the first few where that is asked for.
+    """Training steps of one network, captured as a CUDA graph after the first few where that is asked for.
 
     Args:
         model: on its device, in training mode.
         optimiser: from make_optimiser; whatever checkpoint it goes on from has been loaded.
         make_batch: from a tensor of draws, on the device, to images [N, C, H, W] and labels [N]. Where steps are
-            recorded it is recorded too, so it must not wait for the device, and all draws are of one shape.
-        gpu: precision, and whether to record.
+            recorded it is captured too, so it must not wait for the device, and all draws are of one shape.
+        gpu: precision, and whether to capture.
         device: the model's.
 
     Raises:
@@ -154,14 +166,14 @@ class TrainingStep:
         self.rate = torch.zeros((), device=device)
         for group in optimiser.param_groups:
             group["lr"] = self.rate
-        self.records = uses_cuda_graph(gpu, device)
-        if self.records:
+        self.captures = uses_cuda_graph(gpu, device)
+        if self.captures:
             self.stream = own_stream(device)
-            # An evaluation is recorded into the same pool. They never run at once, and neither leaves there what the
+            # An evaluation is captured into the same pool. They never run at once, and neither leaves there what the
             # other may not write over: each reads what it has itself just written, or tensors that stay referenced
-            # (weights, gradients, draws, results), whose memory is not given to the graph recorded later.
+            # (weights, gradients, draws, results), whose memory is not given to the graph captured later.
             self.pool = torch.cuda.graph_pool_handle()
-        self.steps_before_recording = EAGER_STEPS
+        self.eager_steps_left = EAGER_STEPS
         self.graph: torch.cuda.CUDAGraph | None = None
         self.draws = self.result = self.rate  # what the graph reads and writes, once there is one
 
@@ -178,15 +190,15 @@ class TrainingStep:
         self.rate.fill_(rate)
         if self.device.type == "cuda":
             draws = draws.pin_memory()  # from other memory the host would wait for the copy
-        if not self.records:
+        if not self.captures:
             return self._step(draws.to(self.device, non_blocking=True))
-        if self.steps_before_recording:
-            self.steps_before_recording -= 1
-            return aside(lambda: self._step(draws.to(self.device, non_blocking=True)), self.stream)
+        if self.eager_steps_left:
+            self.eager_steps_left -= 1
+            return run_on_stream(lambda: self._step(draws.to(self.device, non_blocking=True)), self.stream)
         if self.graph is None:
             self.draws = draws.to(self.device)
-            self.optimiser.zero_grad(set_to_none=True)  # recorded gradients have memory of their own
-            self.graph, self.result = record(lambda: self._step(self.draws), self.stream, self.pool)
+            self.optimiser.zero_grad(set_to_none=True)  # captured gradients have memory of their own
+            self.graph, self.result = capture(lambda: self._step(self.draws), self.stream, self.pool)
         self.draws.copy_(draws, non_blocking=True)
         self.graph.replay()
         return self.result.clone()  # the next replay writes over it

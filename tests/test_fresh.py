@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def test_its_minutes_are_the_command_s_and_cuda_is_untouched() -> None:
     assert session != os.getsid(0)
 
 
+@pytest.fixture
+def obeys_sigint() -> Iterator[None]:
+    """Raise KeyboardInterrupt also where a shell began this process in the background, which ignores SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("obeys_sigint")
 def test_a_signal_is_handed_on_and_then_obeyed() -> None:
     with signals.noted() as stop:
         assert fresh.call(wait_for_a_signal, os.getpid(), signal.SIGTERM) == "SIGTERM"

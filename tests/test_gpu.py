@@ -1,4 +1,4 @@
-"""What only a GPU can show: recorded steps, what waits for the device, memory as it is taken, precision, real probes.
+"""What only a GPU can show: captured steps, what waits for the device, memory as it is taken, precision, real probes.
 
 `make gpu-check` runs this and the tests of the Triton kernels; without a GPU all of it is skipped.
 """
@@ -74,11 +74,11 @@ def train(config: Config, run_dir: Path) -> training.Outcome:
     return training.train(network(config), random_images(), config, device=CUDA, run_dir=run_dir)
 
 
-# ---- recorded steps --------------------------------------------------------------------------------------------------
+# ---- captured steps --------------------------------------------------------------------------------------------------
 
 
 @all_modes
-def test_a_recorded_run_ends_with_the_bits_of_one_that_is_not(name: str, tmp_path: Path) -> None:
+def test_a_captured_run_ends_with_the_bits_of_one_that_is_not(name: str, tmp_path: Path) -> None:
     """Weights, momentum, running averages, losses and errors, over a change of rate, evaluations and checkpoints."""
     for graph in (True, False):
         train(config_of(name, cuda_graph=graph), tmp_path / str(graph))
@@ -104,7 +104,7 @@ def test_so_does_it_where_it_is_evaluated_by_batch_statistics(name: str, tmp_pat
 def test_runs_on_streams_side_by_side_end_with_the_bits_of_runs_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three at a time, each with evaluations and checkpoints while others are recorded."""
+    """Three at a time, each with evaluations and checkpoints while others are captured."""
     monkeypatch.chdir(tmp_path)
     cells = [
         "dataset=digits", "depth=20", "dataset.batch_size=64", "dataset.iterations=40", "task.evaluate_every=10",
@@ -168,7 +168,7 @@ def test_no_step_waits_for_the_device(name: str, graph: bool) -> None:
     assert len(set(losses)) == 5  # each result is its own, not the memory that the next replay writes over
 
 
-def test_the_rate_of_a_recorded_step_can_be_changed() -> None:
+def test_the_rate_of_a_captured_step_can_be_changed() -> None:
     config = config_of("4bit", cuda_graph=True)
     train, recipe = random_images().train, config.dataset
     steps.configure_torch(config.gpu)
@@ -270,7 +270,7 @@ def test_the_largest_batch_is_measured_where_it_is_predicted(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("kind", [segments.USUAL, segments.EXPANDABLE])
-def test_a_recorded_step_takes_memory_in_the_kind_of_segments_that_was_asked_for(kind: str) -> None:
+def test_a_captured_step_takes_memory_in_the_kind_of_segments_that_was_asked_for(kind: str) -> None:
     """In a graph's own pool too, and no more of it than the process may take."""
     taken, allowed = fresh.call(expandable_in_pools_of_graphs, kind)
     assert taken == {kind == segments.EXPANDABLE}

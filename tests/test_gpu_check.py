@@ -139,7 +139,7 @@ def test_wrong_kernels_and_other_bits_are_shown() -> None:
 
 
 def well(check: Check) -> bool:
-    check.tell(well=True)
+    check.write(well=True)
     return True
 
 

@@ -184,3 +184,20 @@ def test_a_residual_sum_is_made_by_whoever_reads_it_first_and_lets_its_shortcut_
                 assert alive() is None
             assert torch.equal(total.value(), expected)
             assert torch.equal(total.value(), expected)  # it is made once
+
+
+def test_a_batch_norm_counts_from_zero_wherever_it_is_moved_to() -> None:
+    def counter(bn: BatchNormReLU) -> Tensor | None:
+        return bn._batch_norm(overwrite_x=False).counter
+
+    bn = BatchNormReLU(4, code=Code(4))
+    first = counter(bn)
+    assert first is not None
+    assert torch.equal(first, torch.zeros(4, dtype=torch.int32))
+    assert counter(bn) is first
+    bn.to("meta")
+    assert counter(bn) is not first
+    bn.to_empty(device="cpu").load_state_dict(BatchNormReLU(4, code=Code(4)).state_dict())
+    again = counter(bn)
+    assert again is not None
+    assert not again.any()

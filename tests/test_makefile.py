@@ -58,8 +58,8 @@ def test_make_gpu_test_runs_quick_tests_first_and_the_others_all_the_same(
     done = make(tmp_path, "gpu-test", f"PYTHON={python}", "OUT=out")
     assert (done.returncode == 0) == is_good
     quick, others = (line for line in (tmp_path / "log").read_text().splitlines() if "-m pytest" in line)
-    assert "-k recorded_run or" in quick
-    assert "-k not (recorded_run or" in others
+    assert "-k captured_run or" in quick
+    assert "-k not (captured_run or" in others
 
 
 def test_quick_tests_are_some_of_those_for_a_gpu() -> None:

@@ -92,7 +92,7 @@ def test_no_gradient_no_move(mode: GetMode) -> None:
 
 
 def counted(name: str, depth: int, device: str, mode: GetMode) -> tuple[float, float]:
-    """MiB a sample at the peak of a step on the device, less the gradients of the weights, and on the host."""
+    """MiB per sample at the peak of a step on the device, less the gradients of the weights, and on the host."""
     with torch.device(device):
         model = PreActResNet(depth, mode=mode(name), classes=10).to(memory_format=torch.channels_last)
         batch = torch.zeros(64, 3, 32, 32).contiguous(memory_format=torch.channels_last)
@@ -103,7 +103,7 @@ def counted(name: str, depth: int, device: str, mode: GetMode) -> tuple[float, f
 
 
 def test_what_leaves_the_device_is_not_counted_there_and_depth_costs_nothing(mode: GetMode) -> None:
-    """METHOD's 3,096,576 elements a sample at depth 164, as x, and twice as ReLU's output: its own and the reader's."""
+    """METHOD's 3,096,576 elements per sample at depth 164, once as x and twice as ReLU's output."""
     deep, shallow = (counted("offload", depth, "meta", mode) for depth in (164, 29))
     assert deep[0] == pytest.approx(1.0, abs=0.005)  # four activations of 64 channels
     assert shallow[0] == pytest.approx(1.0, abs=0.005)
@@ -181,7 +181,7 @@ def test_without_a_gpu_its_memory_is_predicted(
 def test_a_batch_that_the_host_cannot_hold_is_not_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
     (config,) = composed(["task=max-batch", "mode=offload", "depth=11", "gpu=gtx1080ti"])
     bytes_of_64 = setup.training_bytes(config, 64).host_bytes
-    monkeypatch.setattr(max_batch, "host_bytes_left", lambda: 10 * bytes_of_64)
+    monkeypatch.setattr(max_batch, "host_bytes_left", lambda: 20 * bytes_of_64)
     assert max_batch._host_batch(config) == 640
     (config,) = composed(["task=max-batch", "mode=exact", "gpu=gtx1080ti"])
     assert max_batch._host_batch(config) > 2**60

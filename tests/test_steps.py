@@ -1,4 +1,4 @@
-"""blpa/steps.py: recording, with a made-up graph (tests/test_gpu.py has real ones), and what a step computes."""
+"""blpa/steps.py: capture, with a made-up graph (tests/test_gpu.py has real ones), and what a step computes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,55 +19,55 @@ CUDA = torch.device("cuda")
 
 @pytest.fixture
 def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Steps on the CPU believe that they are recorded, and a replay calls the function again; tells what happened."""
+    """Steps on the CPU believe that they are captured, and a replay calls the function again; tells what happened."""
     told: list[str] = []
 
-    def aside(call: Callable[[], Tensor], stream: str) -> Tensor:
-        told.append(f"aside on {stream}")
+    def run_on_stream(call: Callable[[], Tensor], stream: str) -> Tensor:
+        told.append(f"eager on {stream}")
         return call()
 
-    def record(call: Callable[[], Tensor], stream: str, pool: object) -> tuple[SimpleNamespace, Tensor]:
-        told.append(f"record on {stream} in {pool}")
+    def capture(call: Callable[[], Tensor], stream: str, pool: object) -> tuple[SimpleNamespace, Tensor]:
+        told.append(f"capture on {stream} in {pool}")
         result = torch.zeros(2)  # replays write to the same memory
         return SimpleNamespace(replay=lambda: result.copy_(call())), result
 
     monkeypatch.setattr(steps, "uses_cuda_graph", lambda gpu, device: True)
     monkeypatch.setattr(steps, "own_stream", lambda device: "its stream")
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "its pool")
-    monkeypatch.setattr(steps, "aside", aside)
-    monkeypatch.setattr(steps, "record", record)
+    monkeypatch.setattr(steps, "run_on_stream", run_on_stream)
+    monkeypatch.setattr(steps, "capture", capture)
     return told
 
 
 @pytest.mark.parametrize("statistics", ["running", "batch"])
-def test_a_recorded_run_is_that_which_is_not(
+def test_a_captured_run_is_that_which_is_not(
     log: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics: str
 ) -> None:
     """Over a change of the learning rate, evaluations of 7, 7 and 6 images, and checkpoints.
 
-    Each of the two is recorded once, on one stream and in one pool; the first evaluation is of the third step.
+    Each of the two is captured once, on one stream and in one pool; the first evaluation is of the third step.
     """
     config = tiny_config(eval_statistics=statistics)
-    train(TinyNet(), tmp_path / "recorded", config)
-    aside, record = "aside on its stream", "record on its stream in its pool"
-    assert log == [aside] * steps.EAGER_STEPS + [aside, record, aside] + [record] + [aside] * 3
+    train(TinyNet(), tmp_path / "captured", config)
+    eager, captured = "eager on its stream", "capture on its stream in its pool"
+    assert log == [eager] * steps.EAGER_STEPS + [eager, captured, eager] + [captured] + [eager] * 3
     monkeypatch.undo()
     train(TinyNet(), tmp_path / "not", config)
-    assert_same_end(tmp_path / "recorded", tmp_path / "not")
+    assert_same_end(tmp_path / "captured", tmp_path / "not")
 
 
 @pytest.mark.usefixtures("log")
-def test_a_recorded_evaluation_reads_the_weights_and_averages_of_its_moment() -> None:
+def test_a_captured_evaluation_reads_the_weights_and_averages_of_its_moment() -> None:
     data, config, net = tiny_data(), tiny_config(eval_batch_size=5), TinyNet()
     recipe, optimiser = config.dataset, steps.make_optimiser(net, config.dataset)
     step = TrainingStep(net, optimiser, lambda draws: data.train.batch(draws, recipe), gpu=config.gpu, device=CPU)
-    recorded = Evaluation(step, data.test, recipe)
-    recorded()
+    captured = Evaluation(step, data.test, recipe)
+    captured()
     for _, draws in data.train.draws(recipe, seed=0):
         step(draws, rate=0.1)
-    again = recorded()
+    again = captured()
     assert net.training
-    step.records = False
+    step.captures = False
     assert again == Evaluation(step, data.test, recipe)()
 
 
@@ -98,7 +98,7 @@ def test_the_rate_of_each_step_is_the_one_it_is_given() -> None:
     ("asked", "device", "used"), [(None, CPU, False), (False, CPU, False), (None, CUDA, True), (False, CUDA, False),
                                   (True, CUDA, True)]
 )  # fmt: skip
-def test_steps_are_recorded_on_every_gpu_unless_told_otherwise(
+def test_steps_are_captured_on_every_gpu_unless_told_otherwise(
     asked: bool | None, device: torch.device, used: bool
 ) -> None:
     assert steps.uses_cuda_graph(GpuConfig(cuda_graph=asked), device) is used

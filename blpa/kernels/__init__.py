@@ -1,4 +1,4 @@
-"""The four functions that see every element of an activation, and their back ends.
+"""The functions that see every element of an activation, and their back ends.
 
 An activation [N, C, H, W] in channels-last memory is the matrix x [M, C], M = N H W. With the per-channel vectors of
 `Norm` and the code of codec.py:
@@ -8,6 +8,8 @@ An activation [N, C, H, W] in channels-last memory is the matrix x [M, C], M = N
     decode                    a~ = max(gamma x_hat~ + beta, 0) where relu_mask, else 0
     backward                  dY = dA relu_mask;  dbeta = sum dY, dgamma = sum dY x_hat~
                               dX = gamma rstd (dY - dbeta / M - x_hat~ dgamma / M)
+
+    pointwise_weight_grad     dW = G^T a~ of a 1x1 convolution, where a back end makes it without writing a~
 
 `code=None` stands for keeping x itself: x_hat~ is x_hat, and every function is exact.
 

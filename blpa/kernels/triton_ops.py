@@ -1,18 +1,20 @@
-"""The four functions as Triton kernels, written by hand: back end `triton`.
+"""The functions of a back end as Triton kernels, written by hand: back end `triton`.
 
 A program takes a tile [BLOCKS, ROWS, CHANNELS] of the activation: the rows that share ROWS rows of bytes (the row
 blocks of Code.row_blocks) in CHANNELS neighbouring columns. Every row of a tile is contiguous in memory, every byte of
 codes has one owner, and each element is read once and written once a kernel, in place where out is the input:
 
                                 bytes an element, fp32, K bits
-    channel_stats               4                    reads x
+    channel_stats               4                    reads x; with a shortcut 12: reads both, writes the sum
     normalise_rectify_encode    4 + 4 + K/8          reads x, writes a and the codes
     decode                      K/8 + 4              reads the codes, writes a~
     backward                    2 (4 + K/8) + 4      reads dA and the codes twice, writes dX
+    pointwise_weight_grad       K/8, and 4 of G      reads the codes and G, writes sums of parts
 
-Sums over rows are made in an order that depends on the shape alone, so that the same input gives the same bits: a lane
-of a tile adds up at most 64 rows, a program its lanes, and the program that ends last adds up what all of them left.
-Which one that is, is told by a counter, the only thing that is atomic; its value plays no part in the sums.
+Sums over rows are made in an order that depends on the shape alone, so that the same input gives the same bits. For
+statistics and gradients a lane of a tile adds up at most 64 rows, a program its lanes, and the program that ends last
+adds up what all of them left; a counter, the only thing that is atomic, shows which one that is. Products go through at
+most 64 tiles of 64 rows per program, and a second launch adds those up.
 
 Products and sums are not contracted to fused multiply-adds: the sign of y decides the mask in two kernels, and a code
 must be the reference's, to the bit. A tile's first element is found in 64 bits; within a tile 32 are enough.
@@ -437,7 +439,7 @@ def backward(
 def _tiles(
     x: Tensor, bits: int, elements: int | None = None
 ) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
-    """The grid over an activation, its sizes M, C and R, and the constants of its tiles of so many elements."""
+    """The grid over an activation, its sizes M, C and R, and the constants of its tiles of that many elements."""
     rows, channels = x.shape
     blocks = 8 // bits if bits else 1
     width = min(triton.next_power_of_2(channels), TILE_CHANNELS)

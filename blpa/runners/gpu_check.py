@@ -76,7 +76,7 @@ class Check:
     out: Path
     is_dry: bool
 
-    def tell(self, **values: object) -> None:
+    def write(self, **values: object) -> None:
         """Write a result to the disk, and print it."""
         with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({"part": self.part, **values}) + "\n")
@@ -100,11 +100,11 @@ class Check:
 def machine(check: Check) -> bool:
     """The device, versions, and the bandwidth of a copy."""
     device = torch.device("cpu" if check.is_dry else "cuda")
-    told = {name: value for name, value in records.provenance(device).items() if name != "date"}
-    check.tell(**told, cudnn=torch.backends.cudnn.version())
+    versions = {name: value for name, value in records.provenance(device).items() if name != "date"}
+    check.write(**versions, cudnn=torch.backends.cudnn.version())
     source, target = torch.zeros(2, 2**20 if check.is_dry else 2**30, dtype=torch.uint8, device=device)
     seconds = take_turns([lambda: target.copy_(source)], 5, title="copies", device=device).median().item()
-    check.tell(copy_tb_per_s=round(2 * source.nbytes / seconds / 1e12, 3))
+    check.write(copy_tb_per_s=round(2 * source.nbytes / seconds / 1e12, 3))
     return True
 
 
@@ -120,7 +120,7 @@ def kernels_are_right(check: Check) -> bool:
                 found = differences(back_end, rows, channels, dtype=dtype, code=code, device=device)
                 wrong += [f"{name} at [{rows}, {channels}], {dtype}, {code}" for name in found]
                 cases += 1
-    check.tell(kernels=back_end.name, cases=cases, wrong=wrong, correct=not wrong)
+    check.write(kernels=back_end.name, cases=cases, wrong=wrong, correct=not wrong)
     return not wrong
 
 
@@ -141,8 +141,9 @@ def differences(
         What differs; nothing where all is right.
     """
     x, grad, other = (3 * torch.randn(3, rows, channels, device=device) + 1).to(dtype)
+    counter = torch.zeros(channels, dtype=torch.int32, device=device)  # as a layer has one
     gamma, beta = torch.randn(2, channels, device=device)
-    vectors = back_end.channel_stats(x, gamma, beta, eps=EPS, code=code)
+    vectors = back_end.channel_stats(x, gamma, beta, eps=EPS, code=code, counter=counter)
     var, mean = torch.var_mean(x.double(), 0, correction=0)
     # Outputs that are not written would be seen.
     a, a_there, decoded, decoded_there, dx_there = (torch.full_like(x, torch.nan) for _ in range(5))
@@ -152,7 +153,9 @@ def differences(
     back_end.decode(kept, vectors, code=code, out=decoded)
     REFERENCE.decode(kept, vectors, code=code, out=decoded_there)
     dx = grad.clone()  # written over, as in the network
-    sums = back_end.backward(dx, kept, vectors, code=code, constant_stats=False, out=dx, add=other)
+    backward = partial(back_end.backward, kept=kept, vectors=vectors, code=code, constant_stats=False, counter=counter)
+    sums = backward(dx, out=dx, add=other)
+    sums_again = backward(grad, out=torch.empty_like(grad))
     sums_there = REFERENCE.backward(grad, kept, vectors, code=code, constant_stats=False, out=dx_there, add=other)
     # Its sum in another place, and the Norm of that; dW [C_out, C] of a 1x1 convolution to 16 channels.
     total = x.clone()
@@ -174,6 +177,7 @@ def differences(
         "decoded activation": torch.equal(decoded, decoded_there),
         "sums": torch.allclose(sums, sums_there, rtol=1e-3, atol=rows * 1e-5),
         "input gradient": torch.allclose(dx.float(), dx_there.float(), rtol=near, atol=near),
+        "sums once more": torch.equal(sums_again, sums) and not counter.any(),
         "sum": torch.equal(total, x + other),
         "statistics of the sum": torch.equal(of_total, of_total_there),
         "weight gradient": weight_grad is None or bool(((weight_grad - products).abs() <= bound).all()),
@@ -197,7 +201,7 @@ def capture_keeps_bits(check: Check) -> bool:
                 losses[name] = [float(step()[0]) for _ in range(2 if check.is_dry else steps.EAGER_STEPS + 4)]
             is_same = losses["captured"] == losses["launched"]
             all_same = all_same and is_same
-            check.tell(mode=mode, precision=precision, same_bits=is_same, losses=losses)
+            check.write(mode=mode, precision=precision, same_bits=is_same, losses=losses)
     return all_same
 
 
@@ -240,7 +244,7 @@ class Times:
         for record in found:
             if record.metric == "seconds_per_sample":
                 low, ms, high = (1e3 * record.batch_size * value for value in (record.low, record.value, record.high))
-                check.tell(mode=record.mode, depth=self.depth, precision=self.precision,
+                check.write(mode=record.mode, depth=self.depth, precision=self.precision,
                            deterministic=self.deterministic, ms=round(ms, 3), low=round(low, 3), high=round(high, 3),
                            times_exact=ratios.get(record.mode), minutes_of_64000=round(ms * 64 / 60, 2))  # fmt: skip
         return True
@@ -259,7 +263,7 @@ def largest_batch(check: Check, mode: str, depth: int) -> bool:
             batch = int(part * predicted)
             taken = _probe(check, config, batch, limit, kind)
             gib = None if taken is None else round(taken / GIB, 3)
-            check.tell(mode=mode, depth=depth, predicted=predicted, batch=batch, segments=kind,
+            check.write(mode=mode, depth=depth, predicted=predicted, batch=batch, segments=kind,
                        fits=taken is not None, reserved_gib=gib)  # fmt: skip
             if taken is not None:
                 return True
@@ -297,7 +301,7 @@ def together(check: Check) -> bool:
                         step()
             _wait(check)
             ms = 1e3 * (time.perf_counter() - began) / rounds / count
-        check.tell(cells=count, precision="bf16", mode="4bit", ms_per_cell=round(ms, 3),
+        check.write(cells=count, precision="bf16", mode="4bit", ms_per_cell=round(ms, 3),
                    minutes_of_64000=round(ms * 64 / 60, 2))  # fmt: skip
     return True
 
@@ -397,21 +401,24 @@ def run_all(out: Path, seconds: float, *, is_dry: bool, parts: tuple[Part, ...] 
     began = time.monotonic()
     end = began + seconds
     is_right = True
-    ahead = _begin(AHEAD, out, is_dry)
+    ahead = None
     try:
         for part in parts:
-            told = Check(part.name, out, is_dry)
+            report = Check(part.name, out, is_dry)
             if end - time.monotonic() < part.least:
-                told.tell(skipped=True, seconds_left=round(end - time.monotonic()))
+                report.write(skipped=True, seconds_left=round(end - time.monotonic()))
                 is_right = is_right and not part.decides
                 continue
-            if not part.decides and part.name != "machine" and ahead.is_alive():  # from here on times count
+            if part.name != "machine" and ahead is None:
+                ahead = _begin(AHEAD, out, is_dry)
+            if not part.decides and ahead and ahead.is_alive():  # from here on times count
                 _finish(ahead, min(45, end - time.monotonic() - part.least))
             code = _finish(_begin(part, out, is_dry), min(part.most, end - time.monotonic()))
-            told.tell(ended=code, at=round(time.monotonic() - began))
+            report.write(ended=code, at=round(time.monotonic() - began))
             is_right = is_right and (code == 0 or not part.decides)
     finally:
-        _finish(ahead, 0)
+        if ahead:
+            _finish(ahead, 0)
     return is_right
 
 
@@ -425,7 +432,7 @@ def _begin(part: Part, out: Path, is_dry: bool) -> ForkServerProcess:
 
 def _in_its_process(part: Part, check: Check) -> None:
     """Run a part, its output in its log; the exit code tells what it returned."""
-    os.setsid()  # what it starts ends with it
+    os.setsid()  # what it starts ends with it, but for probes, which end by themselves when it is gone
     log = os.open(check.out / f"{part.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -433,7 +440,7 @@ def _in_its_process(part: Part, check: Check) -> None:
         is_right = part.run(check)
     except Exception as error:
         traceback.print_exc()
-        check.tell(failed=f"{type(error).__name__}: {error}"[:500])
+        check.write(failed=f"{type(error).__name__}: {error}"[:500])
         is_right = False
     sys.exit(0 if is_right else 1)
 

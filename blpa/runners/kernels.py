@@ -133,6 +133,7 @@ def _calls(back_end: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Conf
     vectors = back_end.channel_stats(x, gamma, beta, eps=EPS, code=code)
     codes = back_end.normalise_rectify_encode(x, vectors, code=code, out=out)
     kept = x if codes is None else codes
+    counter = torch.zeros(x.shape[1], dtype=torch.int32, device=x.device)  # as a layer has one
 
     def encode() -> Tensor:
         back_end.normalise_rectify_encode(x, vectors, code=code, out=out)
@@ -143,10 +144,12 @@ def _calls(back_end: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Conf
         return out
 
     return {
-        "channel_stats": lambda: back_end.channel_stats(x, gamma, beta, eps=EPS, code=code),
+        "channel_stats": lambda: back_end.channel_stats(x, gamma, beta, eps=EPS, code=code, counter=counter),
         "normalise_rectify_encode": encode,
         "decode": decode,
-        "backward": lambda: back_end.backward(grad, kept, vectors, code=code, constant_stats=False, out=out),
+        "backward": lambda: back_end.backward(
+            grad, kept, vectors, code=code, constant_stats=False, out=out, counter=counter
+        ),
     }
 
 
@@ -194,18 +197,18 @@ def _unit(cell: Config, back_end: Kernels, unit: Unit, batch: int, device: torch
 def _seconds(calls: list[Call], turns: int, title: str, device: torch.device) -> Tensor:
     """Seconds [turns, calls] of each call."""
     on_gpu = device.type == "cuda"
-    repeated = [_recorded(call) if on_gpu else call for call in calls]
+    repeated = [_captured(call) if on_gpu else call for call in calls]
     for call in repeated:  # once untimed, also for the clock of a GPU to rise
         call()
     return take_turns(repeated, turns, title=title, device=device) / (CALLS if on_gpu else 1)
 
 
-def _recorded(call: Call) -> Callable[[], object]:
+def _captured(call: Call) -> Callable[[], object]:
     """So many calls as one CUDA graph."""
     stream = steps.own_stream(torch.device("cuda"))
     for _ in range(steps.EAGER_STEPS):
-        steps.aside(call, stream)
-    graph, _ = steps.record(lambda: [call() for _ in range(CALLS)][-1], stream)
+        steps.run_on_stream(call, stream)
+    graph, _ = steps.capture(lambda: [call() for _ in range(CALLS)][-1], stream)
     return graph.replay
 
 

@@ -44,7 +44,7 @@ LARGEST_INDEX = 2**31
 """Elements of a tensor from which on libraries that count in 32 bits refuse it."""
 
 Probe = Callable[[int, int], bool]
-"""(batch, steps) -> whether so many training steps fit."""
+"""(batch, steps) -> whether that many training steps fit."""
 
 
 def run(config: Config) -> list[Record]:
@@ -127,11 +127,14 @@ def predict(config: Config, cell: Config, limit: int) -> Record:
 
 
 def _host_batch(cell: Config) -> int:
-    """The batch whose activations the host's memory holds, where they are moved there; no limit elsewhere."""
+    """The batch whose activations the host's memory holds, where they are moved there; no limit elsewhere.
+
+    PyTorch pins powers of two, so up to twice what is moved.
+    """
     if cell.mode.layers != "offload":
         return sys.maxsize
     batch = 64
-    return batch * host_bytes_left() // setup.training_bytes(cell, batch).host_bytes
+    return batch * host_bytes_left() // (2 * setup.training_bytes(cell, batch).host_bytes)
 
 
 def prediction_of_before(config: Config, cell: Config) -> Record | None:

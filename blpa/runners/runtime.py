@@ -25,7 +25,7 @@ from blpa.runners.failures import judge
 from blpa.runners.timing import Call, calls_per_turn, low_median_high, take_turns
 
 WARM_UP = 2
-"""Steps before those that are timed, besides those before a CUDA graph is recorded."""
+"""Steps before those that are timed, besides those before a CUDA graph is captured."""
 
 
 class DoesNotFit(Stopped):
@@ -75,6 +75,9 @@ def run(config: Config) -> list[Record]:
             if not timed or exit_code is None:
                 raise
             print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)
+            if isinstance(error, steps.CaptureFailed):
+                print("no other mode can be captured in this process: those before it are timed", file=sys.stderr)
+                break
     steps_of = [one.step for one in timed]
     seconds = take_turns(steps_of, config.task.steps, title="timed steps of each mode", device=device)
     seconds /= torch.tensor([one.batch for one in timed])
@@ -108,7 +111,7 @@ def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
     """A mode whose step has warmed up."""
     batch, kind = _largest_batch(cell, chosen, device) if cell.task.largest_batch else (cell.dataset.batch_size, "")
     if cell.task.largest_batch:
-        segments.use(kind or segments.USUAL)  # for what it takes while its graph is recorded: replays take nothing
+        segments.use(kind or segments.USUAL)  # for what it takes while its graph is captured: replays take nothing
     step = setup.training_step(cell, batch, chosen, device)
     _warm_up(step, device)
     return _Timed(cell, batch, kind, step)
