@@ -76,7 +76,7 @@ class Progress:
     rows: list[list[float]] = field(default_factory=list)
     """The rows of metrics.csv."""
     parts: list[dict[str, Any]] = field(default_factory=list)
-    """What the processes that were at this run computed on, and with, but for dates (records.provenance)."""
+    """The device and the versions of each process that trained this run: records.provenance without the date."""
 
 
 class Stopping:

@@ -157,12 +157,15 @@ def test_time_is_kept_for_all_that_are_under_way(monkeypatch: pytest.MonkeyPatch
 def test_a_failed_run_beside_these_is_no_end_of_the_budget(
     configs: list[Config], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for minutes, code in ((None, None), (1e-9, OutOfTime.exit_code)):
+    for minutes, code, reason in (
+        (1e9, None, "because another run in this process failed"),
+        (1e-9, OutOfTime.exit_code, "budget_minutes=1e-09 are over"),
+    ):
         stopping = training.Stopping(signals.Stop(), minutes)
         stopping.has_failure = True
         config = replace(configs[0], budget_minutes=minutes)
         assert turns.alone(sweep.cell_in_turns(config, records_failure=True, stopping=stopping)) == code
-        assert ("budget_minutes" in capsys.readouterr().err) == (code is not None)
+        assert reason in capsys.readouterr().err
 
 
 def test_the_first_that_fails_stops_the_others_and_leaves_them_their_checkpoints(
