@@ -24,7 +24,7 @@ BUDGET_MINUTES ?= 8.5
 # After so many seconds, so that a machine that is taken back after 10 minutes has told what it found by then.
 INTERRUPTED = timeout --foreground -s INT -k 20
 GPU_TESTS := tests/test_gpu.py tests/test_triton_ops.py
-# Words in the names of those that tell most in the least time: the others compile hundreds of variants of kernels.
+# Words in the names of the most informative tests: the others compile hundreds of variants of kernels.
 GPU_QUICK := captured_run or other_precisions or network_s_gradients or accurate or counted
 # In the order of their worth, strict fp32 last; a sweep goes on where the last one stopped.
 BENCHES := bench-kernels,bench-times,bench-training,bench-batches,bench-times-wide,bench-batches-wide,bench-largest
@@ -38,7 +38,7 @@ help:
 	@echo "make lint    check style and types"
 	@echo "make check   lint and test"
 	@echo "make gpu-check OUT=folder   the first four minutes on a GPU: whether it computes right, how fast, what fits"
-	@echo "make gpu-test OUT=folder    run the tests that need a GPU, a quick part of them first (some 6 minutes)"
+	@echo "make gpu-test OUT=folder    run the tests that need a GPU, a quick part of them first"
 	@echo "make gpu-bench OUT=folder   measure everything else on a GPU (9 minutes, then again for the rest)"
 	@echo "make train-table OUT=folder BUDGET_MINUTES=9   train the cells of the paper's first table, or go on with them;"
 	@echo "             EXPERIMENT=table1-quarter is a quarter of it, CELLS='dataset=digits depth=29' names other cells,"
