@@ -53,7 +53,7 @@ class Kept:
         return a
 
     def pointwise_weight_grad(self, grad: Tensor) -> Tensor | None:
-        """Gradient dW [C_out, C] of a 1x1 convolution for grad = G, where the back end makes it from the codes."""
+        """Gradient dW [C_out, C] of a 1x1 convolution for grad = G, where the backend makes it from the codes."""
         kernels, code = self.layout.kernels, self.layout.code
         grad_rows = rows(grad.contiguous(memory_format=torch.channels_last))
         return kernels.pointwise_weight_grad(grad_rows, self._rows, self.vectors, code=code)

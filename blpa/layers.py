@@ -122,7 +122,7 @@ class BatchNormReLU(nn.BatchNorm2d):
         )
 
     def _zero_counter(self) -> Tensor | None:
-        """Zeros for the back end to count in (kernels.Kernels), made again where the weight has been moved to.
+        """Zeros for the backend to count in (kernels.Kernels), made again where the weight has been moved to.
 
         They are no buffer: what initialises buffers would not know that these must be zero.
         """

@@ -54,7 +54,7 @@ class BatchNorm:
         forward_from_code: a is decoded from the codes in the forward pass too, and gradients pass as if it were not:
             the paper's naive baseline.
         kernels: the back end.
-        counter: zeros, int32 [C], which belong to this batch norm: the back end counts in them (kernels.Kernels). One
+        counter: zeros, int32 [C], which belong to this batch norm: the backend counts in them (kernels.Kernels). One
             stream at a time may use them, as it may the running averages; None makes some for every call.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The functions that see every element of an activation, and their back ends.
+"""The functions that see every element of an activation, and their backends.
 
 An activation [N, C, H, W] in channels-last memory is the matrix x [M, C], M = N H W. With the per-channel vectors of
 `Norm` and the code of codec.py:
@@ -9,7 +9,7 @@ An activation [N, C, H, W] in channels-last memory is the matrix x [M, C], M = N
     backward                  dY = dA relu_mask;  dbeta = sum dY, dgamma = sum dY x_hat~
                               dX = gamma rstd (dY - dbeta / M - x_hat~ dgamma / M)
 
-    pointwise_weight_grad     dW = G^T a~ of a 1x1 convolution, where a back end makes it without writing a~
+    pointwise_weight_grad     dW = G^T a~ of a 1x1 convolution, where a backend makes it without writing a~
 
 `code=None` stands for keeping x itself: x_hat~ is x_hat, and every function is exact.
 
@@ -82,7 +82,7 @@ class Kernels(Protocol):
 
     x, a, grad and out are contiguous [M, C], `vectors` is a Norm [9, C]; out is written whole and may be the input.
 
-    `counter` is int32 [C], zero before and after: a back end may count in it which of its programs have added up their
+    `counter` is int32 [C], zero before and after: a backend may count in it which of its programs have added up their
     rows, so that the last one adds up theirs. Two calls that may run at once need one each; where it is None, one is
     made.
     """

@@ -1,4 +1,4 @@
-"""The functions in plain PyTorch: the specification that every other back end is held to.
+"""The functions in plain PyTorch: the specification that every other backend is held to.
 
 Each is a body that only writes to tensors it is given, and a method that allocates them. The bodies see an activation
 as the row blocks whose codes share bytes (Code.row_blocks), so that compiled code reads and writes each element once,

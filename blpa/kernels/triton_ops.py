@@ -1,4 +1,4 @@
-"""The functions of a back end as Triton kernels, written by hand: back end `triton`.
+"""The functions of a backend as Triton kernels, written by hand: backend `triton`.
 
 A program takes a tile [BLOCKS, ROWS, CHANNELS] of the activation: the rows that share ROWS rows of bytes (the row
 blocks of Code.row_blocks) in CHANNELS neighbouring columns. Every row of a tile is contiguous in memory, every byte of
@@ -42,7 +42,7 @@ enough for the last one to add up."""
 LANE_ROWS = 64
 """Rows that one lane adds up at most, the reference's strip."""
 PRODUCT_ROWS = 64
-"""Rows of a tile of a product: with twice as many, registers spill."""
+"""Rows of a tile of a product: with twice as many a thread needs up to all of its 255 registers."""
 PRODUCT_ELEMENTS = 64 * 256
 """Weights of a product at most, those of the paper's largest 1x1 convolution: with more, arithmetic decides, and
 cuDNN's tiles are larger than these."""
@@ -50,7 +50,7 @@ cuDNN's tiles are larger than these."""
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 """Of the compiler: threads enough for a tile, and no fused multiply-adds."""
 SUM_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-"""The same for sums, whose last program alone adds up what all left: it needs many loads under way."""
+"""The same for products, which need registers, and for sums, whose last program needs many loads under way."""
 
 MEAN, VAR, RSTD, GAMMA, BETA, BINS_PER_UNIT, BIN_WIDTH, FRAC, ZERO = map(tl.constexpr, range(len(Norm._fields)))
 """Rows of the Norm [9, C]."""

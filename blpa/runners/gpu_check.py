@@ -127,7 +127,7 @@ def kernels_are_right(check: Check) -> bool:
 def differences(
     back_end: Kernels, rows: int, channels: int, *, dtype: torch.dtype, code: Code | None, device: torch.device
 ) -> list[str]:
-    """Compare a back end with the reference: codes and activations to the bit, sums and gradients closely.
+    """Compare a backend with the reference: codes and activations to the bit, sums and gradients closely.
 
     Args:
         back_end: which.
@@ -446,7 +446,7 @@ def _in_its_process(part: Part, check: Check) -> None:
 
 
 def _finish(process: ForkServerProcess, seconds: float) -> int | str:
-    """Wait for a part, and end it with all it started where it takes longer; its exit code, or what became of it."""
+    """Wait for a part, and end it with all it started where it takes longer; its exit code, or a note."""
     process.join(max(0.0, seconds))
     if not process.is_alive():
         return process.exitcode or 0

@@ -138,7 +138,7 @@ def _host_batch(cell: Config) -> int:
 
 
 def prediction_of_before(config: Config, cell: Config) -> Record | None:
-    """The newest prediction that the results hold of this network, budget, back end and settings, if any; see above."""
+    """The newest prediction that the results hold of this network, budget, backend and settings, if any; see above."""
     used = setup.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
     precision = setup.precision(cell.gpu, META)
     wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, setup.note(cell), used
