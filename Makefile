@@ -23,7 +23,7 @@ OUT ?= gpu-out
 BUDGET_MINUTES ?= 8.5
 # After so many seconds, so that a machine that is taken back after 10 minutes has told what it found by then.
 INTERRUPTED = timeout --foreground -s INT -k 20
-GPU_TESTS := tests/test_gpu.py tests/test_triton_ops.py
+GPU_TESTS := tests/runners/test_gpu.py tests/blpa/test_triton_ops.py
 # Words in the names of the most informative tests: the others compile hundreds of variants of kernels.
 GPU_QUICK := captured_run or other_precisions or network_s_gradients or accurate or counted
 # In the order of their worth, strict fp32 last; a sweep goes on where the last one stopped.
@@ -76,7 +76,7 @@ plots: $(STAMP)
 	.venv/bin/blpa-run task=plots
 
 gpu-check: known-python
-	@$(RUNNER) -m blpa.runners.gpu_check --out $(OUT)
+	@$(RUNNER) -m runners.gpu_check --out $(OUT)
 
 GPU_PYTEST = $(INTERRUPTED) 540 $(RUNNER) -m pytest -W default -p no:cacheprovider -rs --durations=10 $(GPU_TESTS)
 gpu-test: known-gpu
@@ -88,12 +88,12 @@ gpu-test: known-gpu
 # that has used it keeps some of it.
 BUDGET_SECONDS = $(shell awk 'BEGIN { print int(60 * "$(BUDGET_MINUTES)") + 15 }')
 SECONDS_LEFT = $$(($(BUDGET_SECONDS) > SECONDS ? $(BUDGET_SECONDS) - SECONDS : 1))
-SWEEP = $(INTERRUPTED) $(SECONDS_LEFT) $(RUNNER) -m blpa.runners.cli -m budget_minutes=$(BUDGET_MINUTES)
+SWEEP = $(INTERRUPTED) $(SECONDS_LEFT) $(RUNNER) -m runners -m budget_minutes=$(BUDGET_MINUTES)
 gpu-bench: known-gpu
 	@bash -o pipefail -c '{ $(SWEEP) experiment=$(BENCHES); failed=$$?; test $$failed -gt 1 && exit $$failed; \
 	$(SWEEP) experiment=bench-card; code=$$?; test $$failed -eq 0 && exit $$code; exit $$failed; } 2>&1 | \
 	tee $(OUT)/gpu-bench.log'; code=$$?; \
-	$(RUNNER) -m blpa.runners.cli task=tables "task.tables=[batches,times,kernels]" | tee -a $(OUT)/gpu-bench.log; \
+	$(RUNNER) -m runners task=tables "task.tables=[batches,times,kernels]" | tee -a $(OUT)/gpu-bench.log; \
 	cp results/records.csv $(OUT)/records.csv; tar -czf $(OUT)/runs.tgz -C results runs; \
 	test $$code -eq 3 -o $$code -eq 124 || exit $$code
 
@@ -103,15 +103,15 @@ gpu-bench: known-gpu
 EXPERIMENT ?= table1
 CELLS ?=
 JOBS ?=
-BLPA = $(RUNNER) -m blpa.runners.cli "results=$(OUT)"
+BLPA = $(RUNNER) -m runners "results=$(OUT)"
 train-table: known-python
-	@$(BLPA) experiment=$(EXPERIMENT) -m budget_minutes=$(BUDGET_MINUTES) $(if $(JOBS),jobs=$(JOBS)) $(CELLS); \
+	@$(blpa) experiment=$(EXPERIMENT) -m budget_minutes=$(BUDGET_MINUTES) $(if $(JOBS),jobs=$(JOBS)) $(CELLS); \
 	code=$$?; test $$code -ne 2 || exit 2; \
-	$(BLPA) task=tables "task.tables=[errors]" && $(BLPA) task=progress || exit; \
+	$(blpa) task=tables "task.tables=[errors]" && $(blpa) task=progress || exit; \
 	test $$code -eq 3 && echo "Not finished: the same command goes on." || exit $$code
 
 known-python:
-	@$(RUNNER) -c 'import torch, blpa.runners.compose, blpa.runners.plots' || \
+	@$(RUNNER) -c 'import torch, runners.compose, runners.reporting.figures' || \
 	{ echo "$(RUNNER) lacks what pyproject.toml names: make test installs it in .venv, PYTHON=... takes another" >&2; exit 2; }
 
 known-gpu: known-python

@@ -18,9 +18,9 @@ from torch.nn.modules.module import _has_any_global_hook
 from blpa import ops
 from blpa.codec import Code
 from blpa.convolution import Convolution, Pair
-from blpa.kept import Kept
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
+from blpa.saved import Kept
 
 
 class Activation(NamedTuple):

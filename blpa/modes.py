@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 from blpa.codec import Code
 from blpa.compiling import Compiler
-from blpa.config import ModeConfig
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 from blpa.layers import BatchNormReLU, Conv2d, StockBatchNormReLU, StockConv2d
+from runners.config import ModeConfig
 
 EPS = 1e-3  # the paper's, in every mode
 

@@ -31,9 +31,9 @@ from torch.autograd.function import once_differentiable
 
 from blpa.codec import Code
 from blpa.convolution import Convolution, as_computed
-from blpa.kept import Kept, Layout, rows
 from blpa.kernels import Averages, Kernels, Norm, compute_dtype
 from blpa.kernels.reference import REFERENCE
+from blpa.saved import Kept, Layout, rows
 
 _PLAIN = Convolution()
 

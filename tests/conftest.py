@@ -14,10 +14,10 @@ if not torch.cuda.is_available():
 
 from torch.profiler import ProfilerActivity, profile
 
-from blpa import config
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 from blpa.modes import Mode, from_config
+from runners import config
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Who may import whom, read from the sources: downwards only, and each heavy package in its one place."""
+"""Who may import whom, read from the sources."""
 
 import ast
 from collections.abc import Iterator
@@ -7,134 +7,119 @@ from pathlib import Path
 import pytest
 
 import blpa
+import runners
 
-PACKAGE = Path(blpa.__file__).parent
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-
-# A part imports what stands below it and itself, and the parts at the side that it is allowed.
-LAYERS = (
-    ("runners",),
-    ("training", "memory"),
-    ("evaluation",),
-    ("steps",),
-    ("models",),
-    ("modes",),
-    ("layers",),
-    ("ops",),
-    ("kept", "convolution", "compiling", "offloading"),
-    ("kernels",),
-    ("codec",),
-)
-SIDE = {
-    "errors": set[str](),
-    "config": {"errors"},
-    "cells": {"config"},
-    "locks": {"errors"},
-    "records": {"errors", "locks"},
-    "data": {"config", "errors", "locks"},
-    "checkpoints": {"config", "errors", "locks"},
-    "signals": set[str](),
-    "budget": set[str](),
-    "turns": set[str](),
+ROOT = Path(blpa.__file__).parent.parent
+OURS = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for package in (blpa, runners)
+    for path in sorted(Path(package.__file__ or "").parent.rglob("*.py"))
 }
+"""Every module by its name."""
 
-ONLY_IN = {
-    "hydra": {"runners.compose", "runners.launch"},
-    "omegaconf": {"config", "cells", "runners.cli", "runners.compose", "runners.launch"},
-    "pandas": {"runners.tables", "runners.plots", "runners.curves"},
-    "matplotlib": {"runners.tables", "runners.plots"},
-    "jinja2": {"runners.report"},
-    "triton": {"kernels.triton_ops"},
-    "sklearn": {"data.digits"},
-    "torchvision": {"data.cifar"},
-}
+LIBRARY = (
+    ("blpa",), ("blpa.models",), ("blpa.modes",), ("blpa.layers",), ("blpa.ops",),
+    ("blpa.saved", "blpa.convolution", "blpa.compiling", "blpa.offloading"), ("blpa.kernels",), ("blpa.codec",),
+)  # fmt: skip
+"""Inside the library a module imports what stands below it; memory.py kernels and codec."""
 
-WITHOUT_TORCH = {
-    "", "errors", "config", "cells", "locks", "records", "budget", "signals", "turns", "runners", "runners.cli",
-    "runners.compose", "runners.sweep", "runners.launch", "runners.fresh", "runners.side_by_side", "runners.streams",
-    "runners.failures", "runners.usage", "runners.paper",
+FRONT = {
+    "runners", "runners.cli", "runners.__main__", "runners.help", "runners.config", "runners.compose", "runners.cells",
+    "runners.sweep", "runners.errors", "runners.records", "runners.launch", "runners.side_by_side", "runners.streams",
+    "runners.fresh", "runners.locks", "runners.failures", "runners.training", "runners.training.budget",
+    "runners.training.signals", "runners.training.turns",
 }  # fmt: skip
-"""What the command line imports before it knows that there is something to run."""
+"""What the command line imports before it knows that there is something to run: a mistake is answered at once."""
+
+HEAVY = {"torch", "blpa", "torchvision", "sklearn", "pandas", "matplotlib", "jinja2"}
+ONLY_IN = {
+    "triton": ("blpa.kernels.triton_ops",),
+    "hydra": ("runners.compose", "runners.launch"),
+    "sklearn": ("runners.data",),
+    "torchvision": ("runners.data",),
+    "pandas": ("runners.reporting",),
+    "matplotlib": ("runners.reporting",),
+    "jinja2": ("runners.reporting",),
+    "markupsafe": ("runners.reporting",),
+}
+"""Packages that have one place."""
 
 
-def module(source: Path) -> str:
-    """The name of a source file inside the package: kernels.reference; nothing for the package itself."""
-    parts = source.relative_to(PACKAGE).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-
-def imported(tree: ast.AST, importer: str = "", *, is_package: bool = False) -> Iterator[str]:
-    """Every module or name that is imported anywhere in a tree, with its full dotted name."""
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Every module that is imported anywhere in a tree, and for `from a import b` both a and a.b."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = node.module or ""
-            if node.level:
-                around = ["blpa", *importer.split(".")] if importer else ["blpa"]
-                above = node.level - is_package
-                base = ".".join([*around[: len(around) - above], *([node.module] if node.module else [])])
-            yield from (f"{base}.{alias.name}" for alias in node.names)
+            assert not node.level, "imports are absolute"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in OURS else str(node.module)
 
 
-def parts_imported(tree: ast.AST, importer: str = "", *, is_package: bool = False) -> set[str]:
-    """The parts of blpa that a tree imports: kernels, config."""
-    names = (name.split(".") for name in imported(tree, importer, is_package=is_package))
-    return {name[1] for name in names if name[0] == "blpa" and len(name) > 1}
+def imports(name: str) -> set[str]:
+    """What a module imports, in its functions too."""
+    return set(imported(ast.parse(OURS[name].read_text())))
 
 
-def allowed(part: str) -> set[str]:
-    if part in SIDE:
-        return {part} | SIDE[part]
-    rank = next(index for index, layer in enumerate(LAYERS) if part in layer)
-    return {name for layer in LAYERS[rank + 1 :] for name in layer} | {part} | set(SIDE)
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=module)
-def test_imports_go_downwards(source: Path) -> None:
-    name = module(source)
-    parts = parts_imported(ast.parse(source.read_text()), name, is_package=source.name == "__init__.py")
-    assert parts <= (allowed(name.split(".")[0]) if name else set())
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=module)
-def test_a_package_with_a_place_is_imported_nowhere_else(source: Path) -> None:
-    packages = {name.split(".")[0] for name in imported(ast.parse(source.read_text()))}
-    assert not {package for package in packages & set(ONLY_IN) if module(source) not in ONLY_IN[package]}
-
-
-@pytest.mark.parametrize("name", sorted(WITHOUT_TORCH))
-def test_the_command_line_answers_without_torch(name: str) -> None:
-    (source,) = [source for source in SOURCES if module(source) == name]
-    names = set()
-    for node in ast.parse(source.read_text()).body:  # the top level alone: a function may import torch when called
+def at_import(name: str) -> set[str]:
+    """What a module imports when it is imported itself."""
+    found = set()
+    for node in ast.parse(OURS[name].read_text()).body:
         if isinstance(node, ast.Import | ast.ImportFrom):
-            names |= set(imported(ast.Module([node], []), name))
-    inside = {".".join(path.split(".")[1:]) for path in names if path.split(".")[0] == "blpa"}
-    assert not {path for path in names if path.split(".")[0] in ("torch", "torchvision", "pandas", "matplotlib")}
-    modules = {module(source) for source in SOURCES}
-    assert {path if path in modules else path.rpartition(".")[0] for path in inside} <= WITHOUT_TORCH
+            found |= set(imported(ast.Module([node], [])))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("text", "importer", "expected"),
-    [
-        ("import blpa.ops", "codec", {"ops"}),
-        ("from blpa import ops, config", "codec", {"ops", "config"}),
-        ("from blpa.ops import conv2d", "codec", {"ops"}),
-        ("def f():\n    from blpa.kernels.reference import x", "codec", {"kernels"}),
-        ("from . import ops", "codec", {"ops"}),
-        ("from .ops import conv2d", "codec", {"ops"}),
-        ("from ..ops import conv2d", "kernels.reference", {"ops"}),
-        ("import torch\nfrom torch import nn", "codec", set()),
-    ],
-)
-def test_the_reader_of_imports_finds_them_in_every_form(text: str, importer: str, expected: set[str]) -> None:
-    assert parts_imported(ast.parse(text), importer) == expected
+def is_in(name: str, places: tuple[str, ...]) -> bool:
+    return any(name == place or name.startswith(f"{place}.") for place in places)
 
 
-def test_the_order_of_the_parts_forbids_something() -> None:
-    assert "runners" not in allowed("training")
-    assert "layers" not in allowed("kernels")
-    assert "codec" in allowed("ops")
-    assert "training" not in allowed("data")
+def test_the_library_imports_torch_and_itself() -> None:
+    library = [name for name in OURS if is_in(name, ("blpa",))]
+    used = {used.partition(".")[0] for name in library for used in imports(name)}
+    standard = {"ast", "collections", "contextlib", "copy", "dataclasses", "functools", "itertools", "math", "os",
+                "pathlib", "shutil", "typing", "weakref"}  # fmt: skip
+    assert used - standard == {"torch", "triton", "blpa"}
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if is_in(name, ("blpa",)) and name != "blpa"])
+def test_the_library_imports_downwards(name: str) -> None:
+    def rank(module: str) -> int:
+        return max(k for k, places in enumerate(LIBRARY) if is_in(module, places))
+
+    ours = {used for used in imports(name) if is_in(used, ("blpa",))}
+    if name == "blpa.memory":
+        assert all(is_in(used, ("blpa.kernels", "blpa.codec")) for used in ours)
+        return
+    room = ".".join(name.split(".")[:2])
+    assert all(is_in(used, (room,)) or rank(used) > rank(name) for used in ours)
+
+
+@pytest.mark.parametrize("name", sorted(FRONT))
+def test_the_command_line_answers_without_torch(name: str) -> None:
+    used = at_import(name)
+    assert not {package for package in HEAVY if any(is_in(module, (package,)) for module in used)}
+    assert {module for module in used if is_in(module, ("runners",))} <= FRONT
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if is_in(name, ("runners.reporting",))])
+def test_reporting_reads_records_and_nothing_that_computes(name: str) -> None:
+    assert not {used for used in imports(name) if is_in(used, ("torch", "runners.training", "runners.tasks"))}
+
+
+@pytest.mark.parametrize("name", list(OURS))
+def test_nobody_imports_a_task_but_tasks(name: str) -> None:
+    if not is_in(name, ("runners.tasks", "runners.gpu_check")):
+        assert not {used for used in imports(name) if is_in(used, ("runners.tasks",)) and used != "runners.tasks"}
+
+
+@pytest.mark.parametrize("name", list(OURS))
+def test_a_package_with_a_place_is_imported_nowhere_else(name: str) -> None:
+    packages = {used.partition(".")[0] for used in imports(name)} & set(ONLY_IN)
+    assert all(is_in(name, ONLY_IN[package]) for package in packages)
+
+
+def test_the_reader_of_imports_finds_them_in_every_form() -> None:
+    text = "import torch.nn\nfrom blpa import ops\ndef f():\n    from blpa.ops import conv2d\n"
+    assert list(imported(ast.parse(text))) == ["torch.nn", "blpa.ops", "blpa.ops"]

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Code, Grid
-from blpa.errors import UserError
+from runners.errors import UserError
 
 
 class Norm(NamedTuple):

@@ -1,0 +1,339 @@
+"""What a run can be told: one dataclass per configuration group, a docstring and a check per field.
+
+The values live in conf/ as plain YAML, one file per option. Hydra composes them and this schema types them: a
+misspelt key or a value of the wrong type never gets past it. `check` then refuses what a type cannot, one line per
+mistake. Nothing here imports torch, so a mistake is answered at once.
+"""
+
+import math
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import cast
+
+from omegaconf import MISSING, OmegaConf
+
+from runners import CONF
+from runners.errors import UserError
+
+
+@dataclass
+class DatasetConfig:
+    """A data set and the recipe it is trained by; a data set's recipe lives with the data set."""
+
+    name: str = MISSING
+    """Which data set: cifar10, cifar100 or digits."""
+    classes: int = MISSING
+    """Number of classes."""
+    image_size: int = MISSING
+    """Height and width of an image, in pixels."""
+    image_channels: int = MISSING
+    """Channels of an image."""
+    root: str = "data"
+    """Folder that holds the data set, or is to hold it after the download."""
+    download: bool = True
+    """Fetch the data set when `root` does not hold it."""
+    iterations: int = MISSING
+    """Training steps in all."""
+    batch_size: int = MISSING
+    """Images in a training step."""
+    schedule: list[list[float]] = MISSING
+    """Learning rate as [end, rate] pairs: `rate` holds up to the fraction `end` of the iterations, the last 1.0."""
+    momentum: float = 0.9
+    """Momentum of stochastic gradient descent (not Nesterov's)."""
+    weight_decay: float = 2e-4
+    """L2 penalty on convolution and classifier weights; batch norm and biases have none."""
+    augmentation: str = "per-image"
+    """How crop and flip are drawn: per-image (the field's habit), per-batch (the authors' code) or none."""
+    crop_padding: int = 4
+    """Zero pixels added on each side before a random crop of the original size."""
+    flip: bool = True
+    """Whether half of the images are mirrored (not for digits: a mirrored 2 is no digit)."""
+    eval_batch_size: int = 500
+    """Images in an evaluation step."""
+    eval_statistics: str = "running"
+    """Batch norm statistics in evaluation: running averages, or batch (the authors' code)."""
+
+
+@dataclass
+class ModeConfig:
+    """What is kept of each activation for the backward pass (see modes.py for what each combination means)."""
+
+    name: str = MISSING
+    """The mode's name in tables and file names."""
+    layers: str = MISSING
+    """stock (PyTorch's own layers), coded (ours), checkpoint (stock layers, recomputed in the backward pass), offload
+    (stock layers whose activations wait in the host's memory) or compiled (stock layers through torch.compile)."""
+    bits: int | None = None
+    """Bits a code: 8, 4 or 2; null keeps one full-precision tensor a unit. Coded layers only."""
+    clip: float = 3.0
+    """Half-width of the code's range, in standard deviations of the channel."""
+    forward_from_code: bool = False
+    """Feed the decoded activation forward as well (the paper's naive baseline)."""
+    width_factor: float = 1.0
+    """Factor on every channel count, on top of `width`."""
+    segments: int | None = None
+    """Checkpointed segments of the network; null takes the root of the number of blocks. Checkpoint layers only."""
+    activation_memory_budget: float = 1.0
+    """Part of the kept bytes that torch.compile is to keep, 0 to 1; the rest is recomputed. Compiled layers only."""
+    fp8: bool = False
+    """Keep what torch.compile keeps in 8-bit floats. Compiled layers only."""
+
+
+@dataclass
+class GpuConfig:
+    """Where a run computes, and how."""
+
+    name: str = MISSING
+    """The option's name."""
+    device: str = "auto"
+    """auto (CUDA where there is one), cpu or cuda."""
+    precision: str = "auto"
+    """tf32 (tensor cores round the factors of float32 products), bf16 (autocast), fp32 (strict), or auto: PyTorch's
+    default for convolutions, which is tf32 on a CUDA GPU of compute capability 8.0 or later and fp32 elsewhere."""
+    kernels: str = "auto"
+    """Back end of the kernel functions: auto, torch, inductor or triton (CUDA only)."""
+    cuda_graph: bool | None = None
+    """Record a training step once and replay it, launches and all; null does so on every CUDA device."""
+    deterministic: bool = True
+    """Refuse operations whose result can differ between runs."""
+    memory_gib: float | None = None
+    """Memory that training may take, in GiB: the budget of max-batch; null is the whole card."""
+    allowance_mib: int = 512
+    """Part of it that no count sees, in MiB: the CUDA context and the workspace of convolutions."""
+
+
+@dataclass
+class TaskConfig:
+    """What to do."""
+
+    name: str = MISSING
+    """train, max-batch, runtime, kernels, memory, gradient-error, thresholds, progress, tables, plots or report."""
+    evaluate_every: int = 1000
+    """Training steps between evaluations on the test images; the last step is always evaluated."""
+    checkpoint_every: int = 1000
+    """Training steps between checkpoints."""
+    keep_every: int | None = None
+    """Training steps between checkpoints that are kept for good; null keeps the last two alone."""
+    steps: int = 15
+    """Turns that runtime times, each of one training step (five on a GPU); batches that gradient-error compares."""
+    modes: list[str] = field(default_factory=list)
+    """Modes that runtime times in turn with the configured one and exact, in one process, and records like it."""
+    tables: list[str] = field(default_factory=list)
+    """Tables that the task tables prints, of batches, times, gradients, kernels and errors; an empty list is all."""
+    elements: int = 2**26
+    """Elements of an activation that no cache holds, on which the task kernels works besides those of the network."""
+    resolution: float = 0.01
+    """How near max-batch comes to the largest batch where it measures: a smaller one than this part more is too large.
+    """
+    largest_batch: bool = False
+    """Runtime at each mode's largest batch as max-batch found it for gpu.memory_gib, not at dataset.batch_size."""
+    checkpoint: str | None = None
+    """File of weights that gradient-error compares at, of any mode; null takes freshly initialised ones. Those that
+    thresholds looks at."""
+
+
+USED_BY = {
+    "evaluate_every": ("train",),
+    "checkpoint_every": ("train",),
+    "keep_every": ("train",),
+    "steps": ("runtime", "kernels", "gradient-error"),
+    "modes": ("runtime",),
+    "tables": ("tables",),
+    "elements": ("kernels",),
+    "resolution": ("max-batch",),
+    "largest_batch": ("runtime",),
+    "checkpoint": ("gradient-error", "thresholds"),
+}
+"""The tasks that each value of TaskConfig is for."""
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    dataset: DatasetConfig = field(default_factory=DatasetConfig)
+    mode: ModeConfig = field(default_factory=ModeConfig)
+    gpu: GpuConfig = field(default_factory=GpuConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    depth: int = 164
+    """Layers of the network, 9 n + 2 for n blocks a group: 164, 254, 488 and 1001 are the paper's."""
+    width: float = 1.0
+    """Factor on every channel count: 4 is the paper's "4x"."""
+    seed: int = 0
+    """Seeds the weights, the order of the images and their augmentation."""
+    resume: bool = True
+    """Go on from the run's last good checkpoint; false starts anew and removes the old ones."""
+    results: str = "results"
+    """Folder for runs, records, tables and figures."""
+    experiment: str = "single"
+    """The group of table cells this run belongs to."""
+    budget_minutes: float | None = None
+    """Minutes that the command may take: a training run stops in time, its checkpoint written, and a sweep begins no
+    other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
+    begins until the last minute. A launcher's jobs have them each."""
+    jobs: int = 1
+    """Cells of a sweep that run side by side: on a CPU a process each; on a GPU training runs, all in one process."""
+    run: str = MISSING
+    """Folder of this run under results/runs; composed from the values that tell runs apart."""
+
+
+def options(group: str) -> list[str]:
+    """The options of a configuration group: its files' names.
+
+    Args:
+        group: a folder of conf, such as mode.
+    """
+    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+
+
+def mode(name: str) -> ModeConfig:
+    """The mode that a file of conf/mode describes."""
+    values = OmegaConf.merge(OmegaConf.structured(ModeConfig), OmegaConf.load(CONF / "mode" / f"{name}.yaml"))
+    return cast(ModeConfig, OmegaConf.to_object(values))
+
+
+def check(config: Config) -> None:
+    """Refuse a configuration that cannot be run.
+
+    Args:
+        config: the run, composed and typed.
+
+    Raises:
+        UserError: the first mistake found, on one line: the key, the value and what is allowed.
+    """
+    _check_dataset(config.dataset)
+    _check_mode(config.mode)
+    _one_of("gpu.device", config.gpu.device, ("auto", "cpu", "cuda"))
+    _one_of("gpu.precision", config.gpu.precision, ("auto", "tf32", "bf16", "fp32"))
+    _one_of("gpu.kernels", config.gpu.kernels, ("auto", "torch", "inductor", "triton"))
+    if config.gpu.memory_gib is not None:
+        _above_zero("gpu.memory_gib", config.gpu.memory_gib)
+    _at_least("gpu.allowance_mib", config.gpu.allowance_mib, 0)
+    _one_of("task.name", config.task.name, options("task"))
+    _at_least("task.evaluate_every", config.task.evaluate_every, 1)
+    _at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
+    if config.task.keep_every is not None:
+        _at_least("task.keep_every", config.task.keep_every, 1)
+    _at_least("task.steps", config.task.steps, 1)
+    _at_least("task.elements", config.task.elements, 2)
+    if not 0 < config.task.resolution < 1:
+        raise UserError(f"task.resolution={config.task.resolution} is not allowed: it is above 0 and less than 1")
+    for name in config.task.tables:
+        _one_of("task.tables", name, ("batches", "times", "gradients", "kernels", "errors"))
+    for name in config.task.modes:
+        _one_of("task.modes", name, options("mode"))
+    if config.task.checkpoint == "":
+        raise UserError("task.checkpoint= is empty: give a file of weights, or null for freshly initialised ones")
+    if config.task.name == "thresholds" and config.task.checkpoint is None:
+        raise UserError("task=thresholds looks at trained weights: name a file of them, task.checkpoint=")
+    _check_depth(config.depth)
+    _above_zero("width", config.width)
+    _check_size(config)
+    _at_least("jobs", config.jobs, 1)
+    if config.budget_minutes is not None:
+        _above_zero("budget_minutes", config.budget_minutes)
+    if not 0 <= config.seed < 2**63:
+        raise UserError(f"seed={config.seed} is not allowed: it is a whole number from 0 to 2**63 - 1")
+    _plain_name("mode.name", config.mode.name)
+    _plain_name("experiment", config.experiment)
+    _plain_name("run", config.run)
+    if not config.results:
+        raise UserError("results= is empty: give the folder for runs, records, tables and figures")
+
+
+def _check_dataset(dataset: DatasetConfig) -> None:
+    _one_of("dataset.name", dataset.name, options("dataset"))
+    _at_least("dataset.classes", dataset.classes, 2)
+    for key in ("image_size", "image_channels", "iterations", "batch_size", "eval_batch_size"):
+        _at_least(f"dataset.{key}", getattr(dataset, key), 1)
+    _at_least("dataset.crop_padding", dataset.crop_padding, 0)
+    _check_schedule(dataset.schedule)
+    if not 0 <= dataset.momentum < 1:
+        raise UserError(f"dataset.momentum={dataset.momentum} is not allowed: it is at least 0 and less than 1")
+    if not (dataset.weight_decay >= 0 and math.isfinite(dataset.weight_decay)):
+        raise UserError(f"dataset.weight_decay={dataset.weight_decay} is not allowed: it is a number, at least 0")
+    _one_of("dataset.augmentation", dataset.augmentation, ("per-image", "per-batch", "none"))
+    _one_of("dataset.eval_statistics", dataset.eval_statistics, ("running", "batch"))
+
+
+def _check_mode(mode: ModeConfig) -> None:
+    _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint", "offload", "compiled"))
+    if mode.bits not in (None, 2, 4, 8):
+        raise UserError(f"mode.bits={mode.bits} is not allowed: choose 2, 4 or 8, or null for full precision")
+    if mode.bits is not None and mode.layers != "coded":
+        raise UserError(f"mode.bits={mode.bits} needs mode.layers=coded: {mode.layers} layers keep no codes")
+    if mode.forward_from_code and mode.bits is None:
+        raise UserError("mode.forward_from_code=true needs codes to feed forward: give mode.bits 2, 4 or 8")
+    if mode.segments is not None:
+        _at_least("mode.segments", mode.segments, 1)
+        if mode.layers != "checkpoint":
+            raise UserError(f"mode.segments={mode.segments} needs mode.layers=checkpoint, not {mode.layers}")
+    if not 0 <= mode.activation_memory_budget <= 1:
+        raise UserError(f"mode.activation_memory_budget={mode.activation_memory_budget} is not allowed: it is 0 to 1")
+    for key in ("activation_memory_budget", "fp8"):
+        if getattr(mode, key) != getattr(ModeConfig, key) and mode.layers != "compiled":
+            raise UserError(f"mode.{key}={getattr(mode, key)} needs mode.layers=compiled, not {mode.layers}")
+    _above_zero("mode.clip", mode.clip)
+    if mode.bits is None and mode.clip != ModeConfig.clip:
+        raise UserError(f"mode.clip={mode.clip} needs codes to clip: give mode.bits 2, 4 or 8")
+    _above_zero("mode.width_factor", mode.width_factor)
+
+
+def _check_schedule(schedule: list[list[float]]) -> None:
+    """Pairs [end, rate]: the ends increase from above 0 to exactly 1, the rates are above 0."""
+    if not schedule or any(len(pair) != 2 for pair in schedule):
+        raise UserError(f"dataset.schedule={schedule} is not allowed: it is a list of [end, rate] pairs")
+    previous = 0.0
+    for end, rate in schedule:
+        if not previous < end <= 1:
+            raise UserError(f"dataset.schedule={schedule} is not allowed: its ends increase, above 0 and up to 1")
+        if not (rate > 0 and math.isfinite(rate)):
+            raise UserError(f"dataset.schedule={schedule} is not allowed: its rates are numbers above 0")
+        previous = end
+    if previous != 1:
+        raise UserError(f"dataset.schedule={schedule} is not allowed: its last end is 1, the end of the training")
+
+
+def _check_depth(depth: int) -> None:
+    if depth >= 11 and depth % 9 == 2:
+        return
+    below = (depth - 2) // 9 * 9 + 2
+    nearest = f"{below} and {below + 9}" if below >= 11 else "11 and 20"
+    raise UserError(f"depth={depth} is not 9n + 2 for any n of at least 1: the nearest are {nearest}")
+
+
+def _check_size(config: Config) -> None:
+    """What the network can be: halved twice, a channel in its first convolution, a block in each segment."""
+    mode, size = config.mode, config.dataset.image_size
+    if size % 4 or size < 8:
+        raise UserError(f"dataset.image_size={size} is not allowed: it is a multiple of 4, at least 8")
+    if 16 * config.width * mode.width_factor <= 0.5:  # the stem has 16 channels
+        raise UserError(
+            f"width={config.width} with mode.width_factor={mode.width_factor} leaves less than a channel: "
+            "their product is above 1/32"
+        )
+    blocks = (config.depth - 2) // 3
+    if mode.segments is not None and mode.segments > blocks:
+        raise UserError(f"mode.segments={mode.segments} is not allowed: depth={config.depth} has {blocks} blocks")
+
+
+def _one_of(key: str, value: str, allowed: Collection[str]) -> None:
+    if value not in allowed:
+        raise UserError(f"{key}={value} is not allowed: choose one of {', '.join(allowed)}")
+
+
+def _at_least(key: str, value: int, smallest: int) -> None:
+    if value < smallest:
+        raise UserError(f"{key}={value} is not allowed: it is a whole number, at least {smallest}")
+
+
+def _above_zero(key: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise UserError(f"{key}={value} is not allowed: it is a number above 0")
+
+
+def _plain_name(key: str, value: str) -> None:
+    """Letters, digits and . _ + -, led by a letter or digit: a file name on every system, and no path."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", value):
+        raise UserError(f"{key}={value} is not allowed: letters, digits and . _ + -, led by a letter or a digit")

@@ -1,0 +1,60 @@
+"""What an exception means to the user who started the run: an exit code and one line, or a bug."""
+
+from runners.errors import Diverged, Stopped, UserError
+
+OUT_OF_MEMORY = ("out of memory",)
+"""In the messages of torch, the CUDA driver and Triton."""
+
+PERHAPS_OUT_OF_MEMORY = (
+    "ALLOC_FAILED",  # cuBLAS and cuDNN without memory for themselves, or after an error of another kind
+    "STATUS_NOT_INITIALIZED",  # the same, where they begin
+    "unable to find an engine",  # cuDNN without memory for a workspace, or with no kernel for a tensor of that size
+)
+"""In messages that lack of memory can cause, and other reasons too."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the message of an exception, or of one that led to it, names a lack of memory."""
+    return _has_words(error, OUT_OF_MEMORY)
+
+
+def may_be_out_of_memory(error: BaseException | None) -> bool:
+    """Whether lack of memory may be the cause, although no message names it."""
+    return _has_words(error, PERHAPS_OUT_OF_MEMORY)
+
+
+def _has_words(error: BaseException | None, words: tuple[str, ...]) -> bool:
+    """Whether the message of an exception, or of one of its causes and contexts, has one of these words.
+
+    When a CUDA graph runs out of memory during its capture, the last exception is that the capture cannot be ended.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def judge(error: Exception) -> tuple[int | None, str]:
+    """Distinguish errors that a user can cause or meet from bugs.
+
+    Returns:
+        The exit code, None for a bug; and one line.
+    """
+    if isinstance(error, OSError):
+        return 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, UserError | Stopped):
+        return error.exit_code, f"{Diverged.PREFIX if isinstance(error, Diverged) else ''}{error}"
+    message = first_line(error)
+    if is_out_of_memory(error):
+        return 1, f"does not fit: {message}"
+    if may_be_out_of_memory(error):
+        return 1, f"does not run, for want of memory or for the size of its tensors: {message}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return 1, f"does not compile: {message}"
+    return None, f"{type(error).__name__}: {message}"

@@ -1,0 +1,203 @@
+"""The table of test errors, the paper's beside.
+
+An error is a mean over seeds, with its deviation. A table belongs to a group of records that differ by mode and seed
+alone; the paper's own cells come first, in every precision they were run in, and are there before anything has been
+run. Where a cell was run twice with the same seed, on two machines say, the newer run counts.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from itertools import groupby
+from typing import Any
+
+import pandas as pd
+
+from runners.records import COLUMNS, GROUP, Record
+from runners.reporting import paper
+from runners.reporting.pages import Page, Section, failure, images, label
+from runners.reporting.paper import ROWS
+
+Group = tuple[Any, ...]
+"""A value for each name of records.GROUP."""
+
+PRECISIONS = ("tf32", "bf16", "fp32")
+"""In the order of the tables."""
+
+OPENING = """\
+Mean over seeds ± sample standard deviation (n runs). alpha is the bits kept of an activation over 32, as the paper
+counts them; `exact` here is PyTorch's own layers, which keep two tensors a unit. Written by `blpa-run task=tables`.
+"""
+
+
+def summarise(found: list[Record]) -> pd.DataFrame:
+    """The cells of every table, in reading order.
+
+    Args:
+        found: records of any metric; test_error_percent counts, with the train_seconds of the same run, and where there
+            is none, a failed training.
+
+    Returns:
+        A row per group and mode: the fields of GROUP, mode, alpha, error_percent, error_percent_std (sample standard
+        deviation; empty below two runs), n, failed (how, where one did), diverged (how many did, which the mean leaves
+        out), seeds, the paper's mean and deviation, minutes (of training, the mean), device, torch, commit, dates. A
+        cell not run has n = 0.
+    """
+    run = (*GROUP, "mode", "seed", "date")
+    seconds = {
+        tuple(getattr(record, name) for name in run): record.value
+        for record in found
+        if record.metric == "train_seconds"
+    }
+    errors = [
+        asdict(record)
+        | {
+            "failed": failure(record) if record.failure else "",
+            "seconds": seconds.get(tuple(getattr(record, name) for name in run)),
+        }
+        for record in found
+        if record.metric == "test_error_percent" or (record.failure and record.task == "train")
+    ]
+    frame = pd.DataFrame(errors, columns=[*COLUMNS, "failed", "seconds"])
+    frame = frame.assign(measured=frame["failed"] == "").sort_values(["measured", "date"], kind="stable")
+    frame = frame.drop_duplicates([*GROUP, "mode", "seed"], keep="last").sort_values("seed")
+    runs: dict[Group, dict[str, pd.DataFrame]] = {}
+    for key, cell in frame.groupby([*GROUP, "mode"]):
+        *group, mode = key
+        runs.setdefault(tuple(group), {})[str(mode)] = cell
+    for cells in paper.ERROR_PERCENT.keys() - set(map(paper.cells_of, runs)):
+        runs[*cells, "", ""] = {}  # in no precision yet
+    rows = []
+    for place in sorted(runs, key=_reading_order):
+        by_mode = runs[place]
+        shown = [mode for mode, row in ROWS.items() if row.always or mode in by_mode]
+        shown += sorted(set(by_mode) - set(ROWS))
+        rows += [_cell(place, mode, by_mode.get(mode, frame[:0])) for mode in shown]
+    return pd.DataFrame(rows)
+
+
+def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
+    """One row: the runs of one mode in one group, none or one for each seed."""
+    failed, runs = runs[runs["failed"] != ""]["failed"], runs[runs["failed"] == ""]
+    paper_mean, paper_std = paper.error_percent(group, mode)
+    return dict(zip(GROUP, group, strict=True)) | {
+        "mode": mode,
+        "alpha": ROWS[mode].alpha if mode in ROWS else "-",
+        "error_percent": runs["value"].mean() if len(runs) else None,
+        "error_percent_std": runs["value"].std() if len(runs) > 1 else None,
+        "n": len(runs),
+        "failed": _listed(failed),
+        "diverged": (failed == "diverged").sum(),
+        "seeds": _listed(runs["seed"]),
+        "paper_error_percent": paper_mean,
+        "paper_error_percent_std": paper_std,
+        "minutes": runs["seconds"].mean() / 60 if runs["seconds"].notna().any() else None,
+        "device": _listed(runs["device"], "; "),
+        "torch": _listed(runs["torch"]),
+        "commit": _listed(_commits(runs)),
+        "dates": _listed(sorted(date[:10] for date in runs["date"])),
+    }
+
+
+def _reading_order(group: Group) -> tuple[Any, ...]:
+    """The paper's own cells in its order, then the rest by name, digits last."""
+    *recipe, precision, note = group
+    place = PRECISIONS.index(precision) if precision else -1
+    cells = paper.cells_of(group)
+    if cells:
+        return 0, list(paper.ERROR_PERCENT).index(cells), place
+    return 2 if group[0] == "digits" else 1, recipe, place, note
+
+
+def _commits(runs: pd.DataFrame) -> list[str]:
+    return [
+        f"{commit[:9]}{' with changes' if is_dirty else ''}"
+        for commits, is_dirty in zip(runs["commit"], runs["is_dirty"], strict=True)
+        if isinstance(commits, str)  # pandas has None as NaN where other rows have one
+        for commit in commits.split("; ")  # a run trained in parts has one a part
+    ]
+
+
+def _listed(values: Iterable[object], separator: str = ", ") -> str:
+    """Each value once, in the order of the first time."""
+    return separator.join(dict.fromkeys(map(str, values)))
+
+
+def page(cells: pd.DataFrame) -> Page:
+    """The tables for reading: the paper's own cells side by side, then one table a group.
+
+    Args:
+        cells: what `summarise` returns.
+    """
+    groups = dict(iter(cells.groupby(list(GROUP), sort=False)))
+    papers = {group: groups.pop(group) for group in list(groups) if paper.cells_of(group)}
+    sections = [Section("The paper's cells", _rows(papers), list(map(_conditions, papers, papers.values())))]
+    for group, frame in groups.items():
+        width = f" ({group[2]:g}x)" if group[2] != 1 else ""
+        title = f"{_title(group)}, depth {group[1]}{width}, {group[3]:,} iterations, {group[5]}"
+        sections.append(Section(title, _rows({group: frame}), [_conditions(group, frame)]))
+    ran = cells[cells["n"] > 0]
+    if len(ran):
+        sections.append(Section("What ran where", _runs(ran), ["minutes: wall time of the training steps of a run"]))
+    return Page("Test error (%)", OPENING, sections)
+
+
+def _rows(groups: dict[Group, pd.DataFrame]) -> list[list[str]]:
+    """The groups side by side, a row a mode; the paper's figures, where it has some, stand after all precisions."""
+    modes = list(dict.fromkeys(mode for frame in groups.values() for mode in frame["mode"]))
+    columns = [
+        ["", *map(label, modes)],
+        ["alpha", *(ROWS[mode].alpha if mode in ROWS else "-" for mode in modes)],
+    ]
+    for cells, in_precisions in groupby(groups.items(), key=lambda item: paper.cells_of(item[0])):
+        for group, frame in in_precisions:
+            by_mode = {cell["mode"]: cell for cell in frame.to_dict("records")}
+            precision = f", {group[5]}" if cells and group[5] else ""  # else it is in the heading
+            columns.append([f"{_title(group)}{precision}", *(_ours(by_mode.get(mode)) for mode in modes)])
+        if cells:
+            columns.append(["paper", *(_papers(by_mode.get(mode)) for mode in modes)])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _runs(cells: pd.DataFrame) -> list[list[str]]:
+    """Time, machine and date of every cell that has been run."""
+    rows = [["", "images", "depth", "iterations", "precision", "n", "minutes", "on", "dates"]]
+    for cell in cells.to_dict("records"):
+        minutes = "-" if pd.isna(cell["minutes"]) else f"{cell['minutes']:.1f}"
+        width = f" ({cell['width']:g}x)" if cell["width"] != 1 else ""
+        what = [images(cell["dataset"]), f"{cell['depth']}{width}", f"{cell['iterations']:,}", cell["precision"]]
+        rows.append([label(cell["mode"]), *what, str(cell["n"]), minutes, cell["device"], cell["dates"]])
+    return rows
+
+
+def _ours(cell: dict[Any, Any] | None) -> str:
+    if cell is None or not cell["n"]:
+        return str((cell and cell["failed"]) or "not run")
+    besides = f", {cell['diverged']} diverged" if cell["diverged"] else ""
+    return f"{_mean_and_deviation(cell['error_percent'], cell['error_percent_std'])} (n={cell['n']}{besides})"
+
+
+def _papers(cell: dict[Any, Any] | None) -> str:
+    if cell is None or pd.isna(cell["paper_error_percent"]):
+        return "-"
+    return _mean_and_deviation(cell["paper_error_percent"], cell["paper_error_percent_std"])
+
+
+def _mean_and_deviation(mean: float, deviation: float) -> str:
+    return f"{mean:.2f}" if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"
+
+
+def _conditions(group: Group, frame: pd.DataFrame) -> str:
+    """What the table does not say: recipe, seeds, machine, versions."""
+    _, depth, width, iterations, batch_size, precision, note = group
+    recipe = f"depth {depth}, width {width:g}, {iterations:,} iterations of batch {batch_size}"
+    recipe += f", {precision}" if precision else ""
+    ran = frame[frame["n"] > 0]
+    source = _listed(filter(None, frame["failed"])) or "not run"
+    if len(ran):
+        source = f"seeds {_listed(ran['seeds'], ' / ')}; {_listed(ran['device'], '; ')}; torch {_listed(ran['torch'])}"
+        source += f"; commit {_listed(filter(None, ran['commit'])) or 'unknown'}"
+    return f"{_title(group)}: {recipe}{f', {note}' if note else ''}; {source}."
+
+
+def _title(group: Group) -> str:
+    return images(str(group[0]))

@@ -1,0 +1,169 @@
+"""A sweep of training runs side by side on one GPU, each on a CUDA stream of its own: jobs=2.
+
+Processes take turns on a GPU, and a small run leaves most of it idle. The streams of one process should fill it better:
+by a model, not measured yet. The runs take turns at launching a step, and the device works on the steps of all of them.
+
+With gpu.deterministic=true a run ends with the bits that it has alone. With false cuDNN chooses its convolutions by
+trial runs, which may end otherwise beside other work.
+
+A run that fails can make CUDA unusable for the others of its process, or lack the memory that they hold. So the first
+failure stops them all, and what fails beside others counts as no failure:
+
+    runs side by side, one fails -> the others go on side by side, in a new process
+                                    the one that failed goes on last, in a process of its own, where a failure counts
+    the process dies             -> all go on one by one, in a process each
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from runners import fresh, sweep
+from runners.cells import folder_name
+from runners.config import Config
+from runners.errors import OutOfTime
+from runners.training import signals
+from runners.training.turns import Turns
+
+if TYPE_CHECKING:
+    import torch
+
+
+def run(configs: list[Config], waiting: list[int]) -> list[int]:
+    """Train cells of a sweep, at most `jobs` at a time.
+
+    Args:
+        configs: of the whole sweep, checked. Before `budget_minutes` are over all running cells write checkpoints.
+        waiting: numbers of the cells to train, on a GPU, not finished yet. Locked ones are passed over.
+
+    Returns:
+        The exit codes of the cells that were begun; after a signal its own is the last.
+    """
+    codes: dict[int, int] = {}
+    to_run_alone: list[int] = []
+    has_begun = False
+    while len(waiting) > 1 and (not has_begun or sweep.has_time_for(configs[waiting[0]], 0)):
+        has_begun = True
+        with signals.noted() as stop:  # fresh.call passes them on
+            try:
+                ended, failed = fresh.call(train, configs, waiting)
+            except RuntimeError as error:  # it died, or CUDA failed outside of a run
+                if stop.received is None:
+                    print(f"{error}; its runs go on one by one", file=sys.stderr)
+                ended, failed = {}, None
+        codes |= ended
+        if stop.received is not None:
+            return [*codes.values(), 128 + stop.received]
+        waiting = [number for number in waiting if number not in codes and number != failed]
+        if failed is None:
+            break
+        to_run_alone.append(failed)
+    for number in [*waiting, *to_run_alone]:
+        if OutOfTime.exit_code in codes.values() or (has_begun and not sweep.has_time_for(configs[number], 0)):
+            break
+        has_begun = True
+        print(f"[{number + 1}/{len(configs)}] {folder_name(configs[number])} (by itself)", file=sys.stderr)
+        codes[number] = sweep.run_cell_of_sweep(configs[number])
+        if codes[number] > 128:
+            break
+    return list(codes.values())
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A cell that is being trained."""
+
+    number: int
+    turns: Turns[int | None]
+    stream: "torch.cuda.Stream | None"
+
+
+def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], int | None]:
+    """Train cells side by side in this process, until all have ended, one fails, a signal comes or the budget ends.
+
+    Args:
+        configs: of the whole sweep.
+        waiting: numbers of the cells to train, the most valuable first.
+
+    Returns:
+        The exit codes of the cells that ended, by number; and the number of the first that failed. The cells that
+        stopped because of it have no exit code.
+    """
+    import torch
+
+    from runners.training.loop import Stopping
+
+    first = configs[waiting[0]]
+    on_cuda = sweep.is_on_cuda(first)
+    # One for each place, used by all its cells: PyTorch has 32 streams, which it hands out again and again.
+    free = [torch.cuda.Stream() if on_cuda else None for _ in range(first.jobs)]
+    waiting, running = list(waiting), list[_Run]()
+    codes: dict[int, int] = {}
+    failed: int | None = None
+    printed: set[str] = set()
+    with signals.noted() as stop:
+        stopping = Stopping(stop, first.budget_minutes)
+        while True:
+            while free and not stopping.is_due():
+                number = _next(configs, waiting, [configs[run.number] for run in running], printed)
+                if number is None or ((codes or running) and not sweep.has_time_for(configs[number], 0)):
+                    break
+                waiting.remove(number)
+                counts = f"{len(codes)} ended, {sum(map(sweep.is_failure, codes.values()))} failed"
+                print(f"[{number + 1}/{len(configs)}] {folder_name(configs[number])} ({counts})", file=sys.stderr)
+                turns = sweep.cell_in_turns(configs[number], records_failure=True, stopping=stopping)
+                running.append(_Run(number, turns, free.pop()))
+            if not running:
+                return codes, failed
+            for run in list(running):
+                # All that a turn launches, a capture too, ends within it: no other cell launches anything meanwhile.
+                with torch.cuda.stream(run.stream):
+                    try:
+                        next(run.turns)
+                    except StopIteration as end:
+                        running.remove(run)
+                        free.append(run.stream)
+                        if end.value is not None:
+                            codes[run.number] = end.value
+                        elif failed is None:
+                            failed = run.number
+                        if run.stream and failed is None:
+                            run.stream.synchronize()  # reason_to_wait assumes that its steps ended with it
+
+
+def _next(configs: list[Config], waiting: list[int], running: list[Config], printed: set[str]) -> int | None:
+    """The first that may run beside those running; prints why an earlier one may not, each reason once."""
+    for number in waiting:
+        reasons = {reason for other in running if (reason := reason_to_wait(configs[number], other))}
+        if not reasons:
+            return number
+        for reason in reasons - printed:
+            print(f"{folder_name(configs[number])} waits: {reason}", file=sys.stderr)
+        printed |= reasons
+    return None
+
+
+def reason_to_wait(config: Config, other: Config) -> str:
+    """Why a cell may not run beside another; empty where it may."""
+    gpu, others = config.gpu, other.gpu
+    if (gpu.precision, gpu.deterministic) != (others.precision, others.deterministic):
+        return "precision and determinism are settings of the whole process, and another cell has others"
+    if _waits_for_its_blocks(config) and _waits_for_its_blocks(other):
+        return "two cells with cuDNN's batch norm cannot share the GPU"
+    if _compiles(config) and _compiles(other):
+        return "it would discard what another cell has compiled"
+    return ""
+
+
+def _waits_for_its_blocks(config: Config) -> bool:
+    """Whether its batch norm is cuDNN's persistent kernel, whose blocks wait for each other.
+
+    Each of two such kernels could hold cores that the other's last blocks need, and both would wait forever. Kernels
+    whose blocks do not wait may run beside one. In bf16 PyTorch takes a kernel of its own.
+    """
+    return config.mode.layers != "coded" and config.gpu.precision != "bf16"
+
+
+def _compiles(config: Config) -> bool:
+    """Whether torch.compile is used: a cell of compiled layers that begins discards all that was compiled before."""
+    return config.mode.layers == "compiled" or config.gpu.kernels == "inductor"

@@ -1,0 +1,129 @@
+"""How far a mode's gradient is from exact's, on the same weights and the same batches, layer by layer and in whole.
+
+    error  = |g - g_exact| / |g_exact|
+    cosine = <g, g_exact> / (|g| |g_exact|)
+
+Beside them stands what training lives with anyway, the spread of exact's own gradient between batches:
+
+    spread = |g_exact - mean g_exact| / |mean g_exact|
+
+each over training batches with their augmentation. Written are results/gradients/<run>.csv, a row per layer, and
+results/figures/<run>.png, which task=plots draws again from the file.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from blpa import kernels
+from runners import data, records
+from runners.config import Config, GpuConfig
+from runners.errors import UserError
+from runners.records import Record
+from runners.reporting import figures
+from runners.timing import low_median_high
+from runners.training import setup, steps
+
+Gradients = dict[str, Tensor]
+"""The gradient of each layer with a weight of two dimensions or more, by the layer's name."""
+
+
+def run(config: Config) -> list[Record]:
+    """Compare the configured mode's gradients with exact's, print a summary and record it.
+
+    Args:
+        config: one run, checked; task.steps is the number of batches.
+
+    Returns:
+        Error, cosine and spread of the gradient in whole, each the median over batches with 20 and 80 % quantiles.
+
+    Raises:
+        UserError: the mode has another width than exact, the checkpoint is not of this network, or the machine or the
+            data cannot do what the configuration asks for.
+    """
+    if config.mode.width_factor != 1:
+        raise UserError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
+    results, run_dir = Path(config.results), setup.run_folder(config)
+    name = run_dir.name
+    device = setup.device(config)
+    elements = setup.encoded_elements(config, steps=config.task.steps)
+    chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
+    gpu = setup.used(config.gpu, device)
+    steps.configure_torch(gpu)
+    exact, ours = (setup.model(cell, chosen).to(device).train() for cell in (setup.exact(config), config))
+    if config.task.checkpoint:
+        setup.load_weights(exact, Path(config.task.checkpoint))
+    ours.load_state_dict(exact.state_dict())
+    recipe = replace(config.dataset, iterations=config.task.steps)
+    train = data.load(config.dataset, device).train
+    batches = (train.batch(draws.to(device), recipe) for _, draws in train.draws(recipe, seed=config.seed))
+    pairs = [
+        (gradients(exact, *batch, gpu), gradients(ours, *batch, gpu))
+        for batch in tqdm(batches, "batches", total=config.task.steps)
+    ]
+    layers = [{"mode": config.mode.name, **row} for row in compare(pairs)]
+    records.write_table(results / "gradients" / f"{name}.csv", layers)
+    whole = compare([({"all": _joined(of_exact)}, {"all": _joined(of_ours)}) for of_exact, of_ours in pairs])
+    source = setup.source(config, device, chosen.name)
+    measured = []
+    for metric in ("error", "cosine", "spread"):
+        low, median, high = (whole[0][f"{metric}_{end}"] for end in ("low", "median", "high"))
+        measured.append(
+            setup.record(
+                config, source, metric=f"gradient_{metric}", unit="", value=median, low=low, high=high, n=len(pairs),
+                iterations=len(pairs),
+            )
+        )  # fmt: skip
+        whose = "exact, between batches" if metric == "spread" else config.mode.name
+        print(f"{whose}: {metric} {median:.4g} (20 to 80 %: {low:.4g} to {high:.4g})")
+    records.write(measured, run_dir)
+    print(figures.draw_gradients(results, name))
+    return measured
+
+
+def gradients(model: nn.Module, images: Tensor, labels: Tensor, gpu: GpuConfig) -> Gradients:
+    """The gradient of the mean loss, in float64 on the CPU, of every convolution and of the classifier.
+
+    Args:
+        model: in training.
+        images: [N, C, H, W].
+        labels: class indices [N].
+        gpu: its precision.
+    """
+    model.zero_grad()
+    F.cross_entropy(steps.forward(model, images, gpu), labels).backward()
+    return {
+        name.removesuffix(".weight"): parameter.grad.flatten().double().cpu()
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and parameter.grad is not None
+    }
+
+
+def compare(pairs: list[tuple[Gradients, Gradients]]) -> list[dict[str, float | str]]:
+    """Error, cosine and spread of each layer: medians over batches, with 20 and 80 % quantiles.
+
+    Args:
+        pairs: exact's gradients and the mode's, one pair a batch.
+    """
+    rows = []
+    for layer in pairs[0][0]:
+        exact, ours = (torch.stack([pair[which][layer] for pair in pairs]) for which in (0, 1))
+        mean = exact.mean(0)
+        row: dict[str, float | str] = {"layer": layer}
+        for metric, values in (
+            ("error", (ours - exact).norm(dim=1) / exact.norm(dim=1)),
+            ("cosine", F.cosine_similarity(ours, exact, dim=1)),
+            ("spread", (exact - mean).norm(dim=1) / mean.norm()),
+        ):
+            names = f"{metric}_low", f"{metric}_median", f"{metric}_high"
+            row |= dict(zip(names, low_median_high(values), strict=True))
+        rows.append(row)
+    return rows
+
+
+def _joined(layers: Gradients) -> Tensor:
+    return torch.cat(list(layers.values()))

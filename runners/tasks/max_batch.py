@@ -1,0 +1,349 @@
+"""The largest batch whose training steps fit a card's memory: predicted on any machine, measured where there is a GPU.
+
+    weights + optimiser + images + peak of a step <= budget - allowance
+
+Predicted: the left side is counted on the meta device (blpa.memory). Measured: whole training steps run in a fresh
+process whose allocator may take the right side and no more, so that a large card tells what fits a smaller one. The
+prediction is where the search begins, and a handful of processes is enough. The allowance stands for what neither
+sees: the CUDA context, and in the prediction the workspace of convolutions and blocks that are rounded up.
+
+What the allocator takes is more than what is alive in it, by an amount that depends on the kind of its segments
+(segments.py). Every mode is searched with both kinds, the second from the first one's answer on, and the larger batch
+is the answer.
+"""
+
+import functools
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from blpa import kernels, memory
+from blpa.memory import GIB, MIB, TrainingBytes
+from blpa.offloading import host_bytes_left
+from runners import fresh, records
+from runners.config import Config
+from runners.errors import Stopped
+from runners.failures import first_line, is_out_of_memory, may_be_out_of_memory
+from runners.records import Record
+from runners.reporting import paper
+from runners.training import segments, setup, steps
+from runners.training.setup import META
+from runners.training.steps import EAGER_STEPS
+
+STEPS = EAGER_STEPS + 2
+"""Training steps of a probe: those before a CUDA graph is recorded, the one that records it, and one more."""
+STRIDE = 1 / 40
+"""First stride of the search, as a part of the batch; each further one is twice as long."""
+VERIFYING_STEPS = 20
+"""Training steps that the answer must stand."""
+
+LARGEST_INDEX = 2**31
+"""Elements of a tensor from which on libraries that count in 32 bits refuse it."""
+
+Probe = Callable[[int, int], bool]
+"""(batch, steps) -> whether that many training steps fit."""
+
+
+def run(config: Config) -> list[Record]:
+    """Find the largest batch for the configured network and budget, print it and record it.
+
+    Args:
+        config: one run, checked; dataset.batch_size does not matter.
+
+    Returns:
+        The predicted batch, and the measured one where there is a GPU with that much memory; 0 where not even one
+        sample fits. Where there is a GPU, a prediction that the results hold already is not counted again: its record
+        keeps its date and commit.
+
+    Raises:
+        UserError: no budget is given and there is no GPU whose memory it could be, or the results folder cannot be
+            written.
+        CardIsTaken: others hold so much of the GPU's memory that the budget cannot be reached.
+        NotMemory: a step failed, and not for want of memory.
+    """
+    run_dir = setup.run_folder(config)
+    device = setup.device(config)
+    chosen = kernels.choose(config.gpu.kernels, device)
+    is_cuda = device.type == "cuda"
+    free, card = fresh.call(torch.cuda.mem_get_info) if is_cuda else (0, 0)
+    cell = setup.on_card(config, card)
+    assert cell.gpu.memory_gib is not None
+    limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
+
+    prediction = prediction_of_before(config, cell) if is_cuda and config.resume else None
+    if prediction is None:
+        prediction = predict(config, cell, limit)
+    found = [prediction]
+    if is_cuda and limit > card:
+        print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
+    elif is_cuda:
+        _refuse_taken(free, limit, cell)
+        kind, fits, fails = segments.KINDS[0], 0, 1
+        if limit > 0:
+            probes = {kind: _probe_on(cell, limit, kind) for kind in segments.KINDS}
+            begin = min(int(prediction.value), _host_batch(cell))
+            kind, fits, fails = better(probes, begin, config.task.resolution)
+        print(
+            f"{_network(cell)}: largest batch {fits} in {cell.gpu.memory_gib:g} GiB (measured, {kind} segments); "
+            f"{fails} does not fit"
+        )
+        found.append(_record(cell, fits, fails - 1, setup.source(config, device, chosen.name), segments=kind))
+    records.write(found, run_dir)
+    return found
+
+
+def _record(config: Config, fits: int, high: int, source: dict[str, object], *, segments: str = "") -> Record:
+    """The answer; where it is measured, it may be up to `high`."""
+    return setup.record(
+        config, source, metric="largest_batch", unit="samples", value=fits, low=fits, high=high, n=1, iterations=0,
+        predicted=source["device"] == "none", batch_size=0, seed=0, paper_value=paper.largest_batch(config),
+        segments=segments,
+    )  # fmt: skip
+
+
+def predict(config: Config, cell: Config, limit: int) -> Record:
+    """The prediction, counted and printed.
+
+    Args:
+        config: the run.
+        cell: the same, with its budget in numbers.
+        limit: bytes that there are.
+    """
+    with tqdm(desc="counting a training step", unit=" counts") as progress:
+
+        def total_bytes(batch: int) -> int:
+            progress.set_postfix_str(f"batch {batch}")
+            total = setup.training_bytes(cell, batch).total_bytes
+            progress.update()
+            return total
+
+        batch = memory.largest_batch(total_bytes, limit)
+    print(describe(cell, batch, limit, setup.training_bytes(cell, max(batch, 1))))
+    used = kernels.choose(cell.gpu.kernels, META).name
+    return _record(cell, batch, batch, setup.source(config, META, used))
+
+
+def _host_batch(cell: Config) -> int:
+    """The batch whose activations the host's memory holds, where they are moved there; no limit elsewhere.
+
+    PyTorch pins powers of two, so up to twice what is moved.
+    """
+    if cell.mode.layers != "offload":
+        return sys.maxsize
+    batch = 64
+    return batch * host_bytes_left() // (2 * setup.training_bytes(cell, batch).host_bytes)
+
+
+def prediction_of_before(config: Config, cell: Config) -> Record | None:
+    """The newest prediction that the results hold of this network, budget, backend and settings, if any; see above."""
+    used = setup.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
+    precision = setup.precision(cell.gpu, META)
+    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, setup.note(cell), used
+    found = [
+        record
+        for record in records.merged(Path(cell.results))
+        if record.metric == "largest_batch"
+        and record.predicted
+        and wanted
+        == (record.dataset, record.mode, record.depth, record.width, record.precision, record.note, record.kernels)
+    ]
+    if not found:
+        return None
+    newest = max(found, key=lambda record: record.date)
+    print(
+        f"{_network(cell)}: largest batch {newest.value:.0f} in {cell.gpu.memory_gib:g} GiB (predicted, {newest.date})"
+    )
+    return replace(newest, experiment=cell.experiment, command=setup.command(config))
+
+
+def better(probes: dict[str, Probe], predicted: int, resolution: float) -> tuple[str, int, int]:
+    """Search with one kind of segments after the other, each from the answer of the one before on.
+
+    Args:
+        probes: by kind.
+        predicted: where the first search begins.
+        resolution: as search.
+
+    Returns:
+        The kind with the largest batch, the first one where the others are no better; and what search returned.
+    """
+    (first, probe), *others = probes.items()
+    best = first, *search(probe, predicted, resolution)
+    for kind, probe in others:
+        remembering = functools.cache(probe)
+        if remembering(best[2], STEPS):  # where the best one so far fails
+            best = max(best, (kind, *search(remembering, best[2], resolution)), key=lambda found: found[1])
+    return best
+
+
+def search(probe: Probe, predicted: int, resolution: float = 0.01) -> tuple[int, int]:
+    """Find the largest batch that fits, beginning at the prediction, and see that it stands and that 5 % more fail.
+
+    Args:
+        probe: of one kind of segments.
+        predicted: where to begin.
+        resolution: how near, as a part of the answer, the smallest batch seen to fail must be; or they are neighbours.
+
+    Returns:
+        The largest batch seen to fit, over VERIFYING_STEPS, or 0; and the smallest seen not to.
+    """
+    fits, fails = 0, sys.maxsize
+    guess = max(1, predicted)
+    stride = max(1, int(guess * max(STRIDE, resolution)))
+    while True:
+        while fails - fits > max(1, int(fits * resolution)):
+            if probe(guess, STEPS):
+                fits = guess
+            else:
+                fails = guess
+            if fails == sys.maxsize:
+                guess, stride = fits + stride, 2 * stride
+            elif not fits:
+                guess, stride = max(1, fails - stride), 2 * stride
+            else:
+                guess = (fits + fails) // 2
+        if fits and not probe(fits, VERIFYING_STEPS):
+            fits, fails = 0, fits
+            guess, stride = max(1, fails - int(fails * resolution) - 1), max(1, int(fails * STRIDE))
+            continue
+        beyond = max(fails, math.ceil(1.05 * fits))
+        if not fits or beyond == fails or not probe(beyond, STEPS):
+            return fits, fails
+        fits, fails, guess = beyond, sys.maxsize, beyond + stride  # memory was not what failed before
+
+
+def _probe_on(config: Config, limit: int, kind: str) -> Probe:
+    """A probe in a fresh process each, which says on stderr what it found."""
+
+    def run_steps(batch: int, steps: int) -> int | None:
+        reserved: int | None = fresh.call(fits_in, config, batch, steps, limit, kind)
+        return reserved
+
+    def probe(batch: int, steps: int) -> bool:
+        try:
+            reserved = run_steps(batch, steps)
+        except Unclear as error:
+            _refuse_what_is_not_memory(config, batch, error, lambda half: run_steps(half, STEPS))
+            reserved = None
+        outcome = "does not fit" if reserved is None else f"fits, {reserved / GIB:.2f} of {limit / GIB:.2f} GiB taken"
+        print(f"batch {batch}, {steps} steps, {kind} segments: {outcome}", file=sys.stderr)
+        return reserved is not None
+
+    return probe
+
+
+class Unclear(Stopped):
+    """A step failed for want of memory or for another reason: what was said is said of both."""
+
+
+class NotMemory(Stopped):
+    """A step failed, and not for want of memory."""
+
+
+def _refuse_what_is_not_memory(
+    config: Config, batch: int, error: Unclear, run_steps: Callable[[int], int | None]
+) -> None:
+    """Raise NotMemory unless it is memory that a batch has too little of: then half of it runs, or is short of it too.
+
+    Args:
+        config: the run.
+        batch: that failed.
+        error: how.
+        run_steps: what fits_in returns for a batch.
+    """
+    elements = setup.largest_activation(config, batch)
+    if elements >= LARGEST_INDEX:
+        raise NotMemory(
+            f"batch {batch} fails by its size, whatever the memory: {error} (its largest activation has {elements} "
+            "elements, 2**31 or more)"
+        ) from error
+    half = batch // 2
+    try:
+        if half:
+            run_steps(half)
+            return
+    except Unclear:
+        pass
+    beside = f"batch {half} fails like it" if half else "it is the smallest"
+    raise NotMemory(f"batch {batch} fails, and not for want of memory, for {beside}: {error}") from error
+
+
+class CardIsTaken(Stopped):
+    """Somebody else's processes fill the GPU."""
+
+
+def _refuse_taken(free: int, limit: int, config: Config) -> None:
+    """Raise if a limit cannot be reached; a process has its context there before it can ask, hence the allowance."""
+    if free < limit - config.gpu.allowance_mib * MIB:
+        raise CardIsTaken(f"{free / GIB:.4g} GiB of the GPU are free: too little to measure {limit / GIB:.4g}")
+
+
+def fits_in(config: Config, batch: int, count: int, limit: int, kind: str) -> int | None:
+    """Run training steps on the GPU under a limit of memory, in a process that has not used the GPU yet.
+
+    Args:
+        config: the run.
+        batch: samples a step.
+        count: how many.
+        limit: bytes that the allocator may take.
+        kind: of its segments.
+
+    Returns:
+        The most bytes it took; None where they were not enough.
+
+    Raises:
+        CardIsTaken: others hold so much memory that the limit cannot be reached.
+        Unclear: a step failed, perhaps for want of memory.
+    """
+    segments.use(kind)
+    device = torch.device("cuda")
+    _refuse_taken(torch.cuda.mem_get_info()[0], limit, config)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
+    steps.configure_torch(setup.used(config.gpu, device))
+    try:
+        step = setup.training_step(config, batch, kernels.choose(config.gpu.kernels, device), device)
+        for _ in range(count):
+            step()
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            return None
+        if may_be_out_of_memory(error):
+            raise Unclear(first_line(error)) from error
+        raise
+    return torch.cuda.max_memory_reserved()
+
+
+def describe(config: Config, batch: int, limit: int, counted: TrainingBytes) -> str:
+    """The prediction, and what it is made of.
+
+    Args:
+        config: the run.
+        batch: the largest batch, or 0.
+        limit: bytes there are, the allowance taken off.
+        counted: at that batch, or at 1.
+    """
+    allowance = config.gpu.allowance_mib * MIB
+    budget = f"{(limit + allowance) / GIB:.4g} GiB"
+    parts = (
+        f"weights {counted.weight_bytes / GIB:.2f}, optimiser {counted.optimiser_bytes / GIB:.2f}, "
+        f"images {counted.input_bytes / GIB:.2f}, a step {counted.step.peak_bytes / GIB:.2f}, "
+        f"allowance {allowance / GIB:.2f}"
+    )
+    if counted.host_bytes:
+        parts += f"; and {counted.host_bytes / GIB:.2f} of the host's memory"
+    if not batch:
+        return (
+            f"{_network(config)}: does not fit {budget} even at batch 1 (predicted), "
+            f"which takes {(counted.total_bytes - limit) / MIB:.0f} MiB more than there is; GiB: {parts}"
+        )
+    return f"{_network(config)}: largest batch {batch} in {budget} (predicted); GiB: {parts}"
+
+
+def _network(config: Config) -> str:
+    return f"{config.mode.name}, depth {config.depth}, width {config.width:g}"

@@ -1,0 +1,168 @@
+"""Where the bytes of a training step go: by kind, by block and over time, the mode beside exact.
+
+Counted on the meta device (blpa.memory), so any network and batch takes seconds on any machine. Written are
+
+    results/memory/<run>.csv    bytes alive after each operation of both steps, thinned to what a picture shows
+    results/figures/<run>.png   the picture of it, which task=plots draws again from the file
+    results/runs/<run>/blocks.csv, records.json
+"""
+
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blpa import kernels, modes
+from blpa.kernels.reference import REFERENCE
+from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
+from runners import records
+from runners.config import Config
+from runners.records import Record
+from runners.reporting import figures
+from runners.reporting.pages import aligned
+from runners.training import setup
+from runners.training.setup import META
+
+Row = dict[str, Any]
+
+POINTS = 600
+"""Points of a line in the picture; each stands for the most that was alive around it."""
+
+
+def run(config: Config) -> list[Record]:
+    """Count a step of exact and of the configured mode, print the tables, draw the picture and record the peaks.
+
+    Args:
+        config: one run, checked; dataset.batch_size is the batch.
+
+    Returns:
+        The peak of a step of each, in MiB a sample, marked as predicted.
+
+    Raises:
+        UserError: the results folder cannot be written.
+    """
+    results, run_dir = Path(config.results), setup.run_folder(config)
+    name = run_dir.name
+    batch = config.dataset.batch_size
+    cells = setup.with_exact(config)[::-1]
+    counted = {cell.mode.name: setup.training_bytes(cell, batch) for cell in cells}
+    print(by_kind(counted, batch))
+    blocks = by_block(config, counted[config.mode.name])
+    records.write_table(run_dir / "blocks.csv", blocks)
+    print(by_size(counted[config.mode.name], batch))
+    if config.mode.layers == "coded":
+        kept, formula = (sum(block[column] for block in blocks) for column in ("kept", "formula"))
+        print(f"kept by the blocks: {kept} bytes counted, {formula} by blpa.memory.kept_bytes")
+    lines = [point for mode, total in counted.items() for point in timeline(mode, total, batch)]
+    records.write_table(results / "memory" / f"{name}.csv", lines)
+    print(figures.draw_memory(results, name))
+    measured = [
+        setup.record(
+            cell, setup.source(cell, META, kernels.choose(config.gpu.kernels, META).name), metric="step_peak_mib",
+            unit="MiB/sample", value=peak, low=peak, high=peak, n=1, iterations=1, predicted=True, seed=0,
+        )
+        for cell, total in zip(cells, counted.values(), strict=True)
+        for peak in [total.step.peak_bytes / batch / MIB]
+    ]  # fmt: skip
+    records.write(measured, run_dir)
+    return measured
+
+
+def by_kind(counted: dict[str, TrainingBytes], batch: int) -> str:
+    """The table of what is alive at the peak of a step, in MiB a sample, and what training holds besides, in MiB.
+
+    Args:
+        counted: by mode.
+        batch: samples.
+    """
+    rows = [
+        [kind, *(f"{total.step.kinds_at_peak.get(kind, 0) / batch / MIB:.3f}" for total in counted.values())]
+        for kind in KINDS
+    ]
+    rows.append(["peak of a step", *(f"{total.step.peak_bytes / batch / MIB:.3f}" for total in counted.values())])
+    rows += [
+        [f"{title}, MiB in all", *(f"{getattr(total, field) / MIB:.1f}" for total in counted.values())]
+        for title, field in (
+            ("weights", "weight_bytes"),
+            ("optimiser", "optimiser_bytes"),
+            ("images and labels", "input_bytes"),
+            ("training", "total_bytes"),
+            ("moved to the host", "host_bytes"),
+        )
+        if field != "host_bytes" or any(total.host_bytes for total in counted.values())
+    ]
+    return aligned([[f"MiB a sample at the peak, batch {batch}", *counted], *rows])
+
+
+def by_block(config: Config, counted: TrainingBytes) -> list[Row]:
+    """What each block's forward pass left for the backward pass, beside the formula; bytes.
+
+    Args:
+        config: the run.
+        counted: its mode's, with the blocks as parts.
+
+    Returns:
+        A row per block: block, channels, height, kept codes, vectors and full precision, kept (their sum), formula
+        (None where layers are not coded).
+    """
+    return [
+        {
+            "block": name,
+            "channels": part.output_shape[1],
+            "height": part.output_shape[2],
+            **{kind: part.kinds[kind] for kind in KEPT},
+            "kept": sum(part.kinds.values()),
+            "formula": _formula(config, part),
+        }
+        for name, part in counted.step.kept_by_part.items()
+    ]
+
+
+def _formula(config: Config, part: PartBytes) -> int | None:
+    """Bytes that a block's three units keep: the first reads the block's input, the others a quarter of its output."""
+    if config.mode.layers != "coded":
+        return None
+    code = modes.from_config(config.mode, REFERENCE).code
+    rows_in, rows_out = (shape.numel() // shape[1] for shape in (part.input_shape, part.output_shape))
+    element_bytes = 2 if setup.precision(config.gpu, META) == "bf16" else 4
+    first = kept_bytes(rows_in, part.input_shape[1], code, element_bytes=element_bytes)
+    return first + 2 * kept_bytes(rows_out, part.output_shape[1] // 4, code, element_bytes=element_bytes)
+
+
+def by_size(counted: TrainingBytes, batch: int) -> str:
+    """The table of what blocks of one size keep, in MiB a sample.
+
+    Args:
+        counted: with the blocks as parts, those of one size one after the other.
+        batch: samples.
+    """
+    rows = [["blocks", "output", *KEPT, "kept, MiB a sample"]]
+    for (_, channels, height, width), alike in groupby(
+        counted.step.kept_by_part.values(), key=lambda part: part.output_shape
+    ):
+        blocks = list(alike)
+        kept = [sum(part.kinds[kind] for part in blocks) for kind in KEPT]
+        cells = [f"{value / batch / MIB:.3f}" for value in (*kept, sum(kept))]
+        rows.append([str(len(blocks)), f"{channels} x {height} x {width}", *cells])
+    return aligned(rows)
+
+
+def timeline(mode: str, counted: TrainingBytes, batch: int) -> list[Row]:
+    """The line of one mode in the picture.
+
+    Args:
+        mode: its name.
+        counted: its step.
+        batch: samples.
+
+    Returns:
+        Rows of mode, part of the step's operations that are done (the forward pass ends at 0.5), MiB a sample alive.
+    """
+    forward = counted.step.forward_operations
+    halves = counted.step.timeline[:forward], counted.step.timeline[forward:]
+    points = []
+    for start, half in zip((0.0, 0.5), halves, strict=True):
+        bins = torch.tensor_split(torch.tensor(half), min(POINTS // 2, len(half)))
+        points += [(start + 0.5 * (k + 1) / len(bins), float(part.max())) for k, part in enumerate(bins)]
+    return [{"mode": mode, "done": round(done, 5), "mib": round(alive / batch / MIB, 5)} for done, alive in points]

@@ -1,0 +1,27 @@
+"""One page with every table, figure and record, to send to a colleague: results/report.html."""
+
+from pathlib import Path
+
+from runners import records
+from runners.config import Config
+from runners.records import Record
+from runners.reporting import report
+from runners.tasks import plots
+
+
+def run(config: Config) -> list[Record]:
+    """Collect every record, draw every figure and write the page.
+
+    Args:
+        config: `results` is the folder of runs, records and figures.
+
+    Returns:
+        Every record.
+    """
+    results = Path(config.results)
+    found = records.collect(results)
+    plots.run(config)
+    file = results / "report.html"
+    records.write_atomically(file, report.render(found, sorted((results / "figures").glob("*.png"))))
+    print(file)
+    return found

@@ -1,0 +1,151 @@
+"""Time a sample of a training step, beside exact's: modes take turns (timing.py).
+
+    ratio = median over pairs of  seconds a sample(mode) / seconds a sample(exact)
+
+A step is forward, loss, backward and update, of random images of the data set's size, after two steps to warm up. On a
+GPU a turn is five steps that are enqueued one behind the other, and their mean is one measurement: n counts turns, and
+iterations counts steps. Both modes have dataset.batch_size, or, with task.largest_batch, each its own largest batch as
+max-batch found it.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from blpa import kernels
+from blpa.kernels import Kernels
+from runners import records
+from runners.cells import overrides
+from runners.config import Config, TaskConfig, mode
+from runners.errors import Stopped, UserError
+from runners.failures import judge
+from runners.records import Record
+from runners.reporting import paper
+from runners.timing import Call, calls_per_turn, low_median_high, take_turns
+from runners.training import segments, setup, steps
+
+WARM_UP = 2
+"""Steps before those that are timed, besides those before a CUDA graph is captured."""
+
+
+class DoesNotFit(Stopped):
+    """Max-batch found that not one sample fits."""
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A mode that is timed."""
+
+    cell: Config
+    batch: int
+    segments: str
+    step: Call
+
+
+def run(config: Config) -> list[Record]:
+    """Time the steps of the configured mode, of task.modes and of exact; print and record times and ratios.
+
+    Args:
+        config: one run, checked.
+
+    Returns:
+        Seconds a sample and the ratio to exact of each mode, each a median with 20 and 80 % quantiles. The ratio is
+        left out for exact itself, which is not recorded unless it is asked for, and where exact's step does not fit the
+        GPU.
+
+    Raises:
+        UserError: the machine cannot do what the configuration asks for, or no largest batch has been found yet.
+        DoesNotFit: the mode's largest batch is none.
+    """
+    run_dir = setup.run_folder(config)
+    device = setup.device(config)
+    chosen = kernels.choose(config.gpu.kernels, device)
+    steps.configure_torch(setup.used(config.gpu, device))
+    card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    asked = [config, *(replace(config, mode=mode(name)) for name in config.task.modes)]
+    if config.task.largest_batch:
+        asked = [setup.on_card(cell, card) for cell in asked]
+    timed: list[_Timed] = []
+    cells = [asked[0], setup.exact(asked[0]), *asked[1:]]
+    for cell in [cell for place, cell in enumerate(cells) if cell not in cells[:place]]:
+        try:
+            timed.append(_timed(cell, chosen, device))
+        except (RuntimeError, UserError) as error:
+            exit_code, reason = judge(error)
+            if not timed or exit_code is None:
+                raise
+            print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)
+            if isinstance(error, steps.CaptureFailed):
+                print("no other mode can be captured in this process: those before it are timed", file=sys.stderr)
+                break
+    steps_of = [one.step for one in timed]
+    seconds = take_turns(steps_of, config.task.steps, title="timed steps of each mode", device=device)
+    seconds /= torch.tensor([one.batch for one in timed])
+
+    exact = next((which for which, one in enumerate(timed) if one.cell == setup.exact(one.cell)), None)
+    source = setup.source(config, device, chosen.name)
+    measured = []
+    for which, one in enumerate(timed):
+        found = [("seconds_per_sample", "s", seconds[:, which])]
+        if exact not in (None, which):
+            found.append(("ratio_to_exact", "times", seconds[:, which] / seconds[:, exact]))
+        for metric, unit, values in found:
+            low, median, high = low_median_high(values)
+            scale, shown = (1e3, f"ms a sample, batch {one.batch}") if unit == "s" else (1, "times exact")
+            spread = f"(20 to 80 %: {scale * low:.3f} to {scale * high:.3f})"
+            print(f"{one.cell.mode.name}: {scale * median:.3f} {shown} {spread}")
+            if one.cell in asked:
+                measured.append(
+                    setup.record(
+                        one.cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
+                        iterations=len(values) * calls_per_turn(device), batch_size=one.batch,
+                        kernels=setup.kernels_used(one.cell, chosen.name), segments=one.segments,
+                        paper_value=paper.seconds_per_sample(one.cell) if unit == "s" else None,
+                    )
+                )  # fmt: skip
+    records.write(measured, run_dir)
+    return measured
+
+
+def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
+    """A mode whose step has warmed up."""
+    batch, kind = _largest_batch(cell, chosen, device) if cell.task.largest_batch else (cell.dataset.batch_size, "")
+    if cell.task.largest_batch:
+        segments.use(kind or segments.USUAL)  # for what it takes while its graph is captured: replays take nothing
+    step = setup.training_step(cell, batch, chosen, device)
+    _warm_up(step, device)
+    return _Timed(cell, batch, kind, step)
+
+
+def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tuple[int, str]:
+    """What max-batch found for this network, budget, precision and back end: measured, or else predicted.
+
+    Returns:
+        The batch, and the kind of segments that it fits in; none is named where it was predicted.
+    """
+    counted = kernels.choose(config.gpu.kernels, setup.META)  # by which a prediction is made
+    found = [
+        record
+        for record in records.merged(Path(config.results))
+        if record.metric == "largest_batch"
+        and (record.dataset, record.mode, record.depth, record.width)
+        == (config.dataset.name, config.mode.name, config.depth, config.width)
+        and record.precision == setup.precision(config.gpu, setup.META if record.predicted else device)
+        and record.note == setup.note(config, task="max-batch")
+        and record.kernels in ("stock", counted.name if record.predicted else chosen.name)
+    ]
+    best = max(found, key=lambda record: (not record.predicted, record.date), default=None)
+    if best is None:
+        asked = overrides(replace(config, task=TaskConfig(name="max-batch"), experiment="single"))
+        command = records.as_text([*asked, f"results={config.results}"])
+        raise UserError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
+    if not best.value:
+        raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")
+    return int(best.value), best.segments
+
+
+def _warm_up(step: Call, device: torch.device) -> None:
+    for _ in range(WARM_UP + (steps.EAGER_STEPS if device.type == "cuda" else 0)):
+        step()

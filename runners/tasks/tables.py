@@ -1,0 +1,42 @@
+"""Every table from every record there is: errors, largest batches, times, gradient errors, kernels.
+
+results/tables/<name>.md are for reading; <name>.csv holds the same cells in one row each.
+"""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from runners import records
+from runners.config import Config
+from runners.records import COLUMNS, Record
+from runners.reporting import errors, kernels, networks
+from runners.reporting.networks import TABLES
+from runners.reporting.pages import markdown
+
+
+def run(config: Config) -> list[Record]:
+    """Collect every record, write every table and print those that task.tables names, or all, the errors last.
+
+    Args:
+        config: `results` is the folder of runs, records and tables.
+
+    Returns:
+        Every record.
+    """
+    folder = Path(config.results) / "tables"
+    found = records.collect(Path(config.results))
+    texts = {}
+    for table in TABLES:
+        shown = networks.cells(table, found)
+        texts[table.name] = markdown(networks.page(table, shown))
+        records.write_table(folder / f"{table.name}.csv", [asdict(record) for record in shown], columns=COLUMNS)
+    of_kernels = kernels.cells(found)
+    texts["kernels"] = markdown(kernels.page(of_kernels))
+    records.write_table(folder / "kernels.csv", [asdict(record) for record in of_kernels], columns=COLUMNS)
+    errors_by_cell = errors.summarise(found)
+    texts["errors"] = markdown(errors.page(errors_by_cell))
+    records.write_atomically(folder / "errors.csv", errors_by_cell.to_csv(index=False, lineterminator="\n"))
+    for name, text in texts.items():
+        records.write_atomically(folder / f"{name}.md", text)
+    print(*(texts[name] for name in config.task.tables or texts), sep="\n", end="")
+    return found

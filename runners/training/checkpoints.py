@@ -1,0 +1,197 @@
+"""A run's folder: checkpoints that are whole or absent, and metrics that go with them.
+
+    checkpoint-<iteration>-<first 16 hexadecimal digits of the sha256 of its bytes>.pt     named the way of torch.hub
+    metrics.csv                                                                           a row an evaluation
+
+A file is written beside its place, forced to the disk and only then renamed into it, so that a kill, a full disk or a
+power cut leaves the one before. What damages a file later is found by recomputing the digits in its name; the one
+before the newest is kept for that day. A checkpoint says what configuration it belongs to, and is good for no other.
+"""
+
+import csv
+import hashlib
+import io
+import os
+import re
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from runners.config import Config
+from runners.errors import CannotWrite, UserError
+
+KEPT = 2
+"""Checkpoints kept: the newest, and one to fall back on."""
+
+
+def deciding_fields(config: Config) -> dict[str, Any]:
+    """List what decides a run's result, by its name on the command line."""
+    dataset, mode, gpu = asdict(config.dataset), asdict(config.mode), asdict(config.gpu)
+    return {
+        **{f"dataset.{key}": value for key, value in dataset.items() if key not in ("root", "download")},
+        **{f"mode.{key}": value for key, value in mode.items()},
+        **{f"gpu.{key}": gpu[key] for key in ("device", "precision", "kernels", "deterministic")},
+        "task.evaluate_every": config.task.evaluate_every,
+        "depth": config.depth,
+        "width": config.width,
+        "seed": config.seed,
+    }
+
+
+class RunFolder:
+    """The folder of one run, used by one process at a time (locks.alone_in).
+
+    Args:
+        path: created where it does not exist; what a killed process left half-written in it is removed.
+        configuration: what decides the run's result; it goes into its checkpoints.
+        keep_every: iterations between checkpoints that no later one replaces; None is of no such.
+
+    Raises:
+        CannotWrite: the folder cannot be created.
+    """
+
+    def __init__(self, path: Path, configuration: dict[str, Any], *, keep_every: int | None = None) -> None:
+        self.path = path
+        self.configuration = configuration
+        self.keep_every = keep_every
+        self.known_good: list[Path] = []
+        """Checkpoints written or read by this process, the newest last."""
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            for half_written in (*path.glob("checkpoint-*.pt.part"), *path.glob("metrics.csv.part")):
+                half_written.unlink()
+        except OSError as error:
+            raise CannotWrite(f"cannot write into {path}: {error.strerror}") from error
+
+    def save(self, iteration: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint, and remove all but it, the good one before it and those to be kept.
+
+        Args:
+            iteration: training steps done.
+            state: what `torch.load(weights_only=True)` can read: tensors, numbers, strings, lists and dictionaries.
+
+        Returns:
+            The file.
+
+        Raises:
+            CannotWrite: the disk is full, or the like; the checkpoints before are untouched.
+        """
+        # Through memory, since the name is made of the bytes, and since a full disk is then a plain OSError.
+        buffer = io.BytesIO()
+        torch.save({**state, "configuration": self.configuration}, buffer)
+        content = buffer.getbuffer()
+        file = self.path / f"checkpoint-{iteration}-{_digits(content)}.pt"
+        self._write(file, content)
+        self.known_good = [*self.known_good, file][-KEPT:]
+        for other in set(checkpoints(self.path)) - set(self.known_good):
+            if not (self.keep_every and iteration_of(other) % self.keep_every == 0):
+                other.unlink(missing_ok=True)
+        return file
+
+    def newest(self) -> tuple[Path, dict[str, Any]] | None:
+        """Read the newest good checkpoint; a damaged one is named on stderr and passed over.
+
+        Returns:
+            The file and its state, tensors on the CPU; None where there is no good one.
+
+        Raises:
+            UserError: it belongs to another configuration.
+        """
+        found = newest(self.path)
+        if found is not None:
+            file, state = found
+            self._refuse_another(file, state["configuration"])
+            self.known_good = [file]
+        elif checkpoints(self.path):
+            print(f"no good checkpoint in {self.path}: starting from the beginning", file=sys.stderr)
+        return found
+
+    def remove_checkpoints(self) -> None:
+        """Start anew.
+
+        Raises:
+            CannotWrite: a checkpoint cannot be removed.
+        """
+        for file in checkpoints(self.path):
+            try:
+                file.unlink()
+            except OSError as error:
+                raise CannotWrite(f"cannot remove {file}: {error.strerror}") from error
+
+    def write_metrics(self, header: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+        """Write metrics.csv anew; numbers as Python prints them, which is enough to read them back to the bit.
+
+        Raises:
+            CannotWrite: the disk is full, or the like; the file before is untouched.
+        """
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows([header, *rows])
+        self._write(self.path / "metrics.csv", text.getvalue().encode())
+
+    def _refuse_another(self, file: Path, there: dict[str, Any]) -> None:
+        here = self.configuration
+        different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+        if different:
+            values = ", ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in different)
+            advice = "give resume=false to start anew, or another folder by run="
+            raise UserError(f"{file} belongs to another configuration: {values}; {advice}")
+
+    def _write(self, file: Path, content: bytes | memoryview) -> None:
+        try:
+            _write_whole(file, content)
+        except OSError as error:
+            kept = f"{self.known_good[-1].name} is kept" if self.known_good else "there is no checkpoint yet"
+            raise CannotWrite(f"cannot write {file}: {error.strerror}; {kept}") from error
+
+
+def newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """Read the newest good checkpoint in a folder, of whatever configuration; see RunFolder.newest."""
+    for file in reversed(checkpoints(path)):
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            print(f"{file} cannot be read ({error.strerror}); using the one before", file=sys.stderr)
+            continue
+        if file.stem.endswith(_digits(content)):
+            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            return file, state
+        print(f"{file} is damaged (its sha256 does not match its name); using the one before", file=sys.stderr)
+    return None
+
+
+def checkpoints(path: Path) -> list[Path]:
+    """List a folder's checkpoints, good or not, the oldest first."""
+    return sorted(filter(iteration_of, path.iterdir()), key=lambda file: (iteration_of(file), file))
+
+
+def iteration_of(file: Path) -> int:
+    """The training steps behind a checkpoint, by its name; 0 for any other file."""
+    match = re.fullmatch(r"checkpoint-(\d+)-[0-9a-f]{16}\.pt", file.name)
+    return int(match[1]) if match else 0
+
+
+def _write_whole(file: Path, content: bytes | memoryview) -> None:
+    part = file.with_name(f"{file.name}.part")
+    try:
+        with part.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        part.replace(file)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # the rename itself; elsewhere a folder cannot be opened
+        folder = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _digits(content: bytes | memoryview) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

@@ -1,0 +1,318 @@
+"""Training: METHOD.md section 5's recipe, in a loop that can be killed at any moment.
+
+Nothing random outlives a step (see runners/data), so that what a run does next follows from
+
+    iteration, weights, momentum, and the sums of the metrics since the last evaluation
+
+and a run that resumes from those ends with the same bits as one never stopped. (The initial weights are the caller's.)
+
+The host waits for the device only to read the losses: about once a second, at an evaluation and at a checkpoint.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from runners import records
+from runners.config import Config, DatasetConfig
+from runners.data import ImageData
+from runners.errors import Deferred, Diverged, Interrupted, OutOfTime
+from runners.training import budget, signals, turns
+from runners.training.checkpoints import RunFolder, deciding_fields
+from runners.training.evaluation import Evaluation
+from runners.training.steps import TrainingStep, configure_torch, make_optimiser
+from runners.training.turns import Turns
+
+METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
+"""Columns of metrics.csv; the training figures are means since the row before."""
+
+READ_EVERY_ITERATIONS = 50
+READ_EVERY_SECONDS = 1.0
+"""Losses wait on the device for at most this many steps, and about this long."""
+STOPPING_SECONDS = 5.0
+"""Reserved of the budget for one more step, an evaluation and a checkpoint; more where those have taken longer."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished run came to; the training figures are means since the evaluation before the last."""
+
+    test_error_percent: float
+    test_loss: float
+    train_loss: float
+    train_error_percent: float
+    iterations: int
+    seconds: float
+    """Wall time of the training steps, over all parts of a resumed run; evaluations and checkpoints left out, but not
+    the turns that other runs had meanwhile."""
+    samples_per_second: float
+    """Training samples in each of those seconds."""
+    parts: list[dict[str, Any]]
+    """As in Progress."""
+
+
+@dataclass
+class Progress:
+    """How far a run has come: besides weights and momentum, all it needs to go on."""
+
+    iteration: int = 0
+    """Training steps done, and their losses read."""
+    loss_sum: float = 0.0
+    """Sum of the steps' mean losses since the last evaluation."""
+    wrong_sum: float = 0.0
+    """Training samples classified wrongly since the last evaluation."""
+    steps: int = 0
+    """Training steps since the last evaluation."""
+    seconds: float = 0.0
+    """As in Outcome."""
+    rows: list[list[float]] = field(default_factory=list)
+    """The rows of metrics.csv."""
+    parts: list[dict[str, Any]] = field(default_factory=list)
+    """The device and the versions of each process that trained this run: records.provenance without the date."""
+
+
+class Stopping:
+    """When all training runs that take turns in this process stop: a signal, the end of the budget, a failed run.
+
+    Args:
+        signal: what signals.noted yields.
+        budget_minutes: of the command; None is no limit.
+    """
+
+    def __init__(self, signal: signals.Stop, budget_minutes: float | None) -> None:
+        self.signal = signal
+        self.budget_minutes = budget_minutes
+        self.seconds: dict[Path, float] = {}
+        """What each run under way needs in order to stop: a step, an evaluation and a checkpoint."""
+        self.is_out_of_time = False
+        self.has_failure = False
+        """Whether a run of this process failed, which may have made CUDA unusable for the others; set by the caller."""
+
+    @contextmanager
+    def of(self, run: Path) -> Iterator[None]:
+        """Count a run as under way."""
+        self.seconds[run] = STOPPING_SECONDS
+        try:
+            yield
+        finally:
+            del self.seconds[run]
+
+    def is_due(self) -> bool:
+        """Whether the runs are to stop; once true, always true."""
+        if budget.seconds_left(self.budget_minutes) < sum(self.seconds.values()):
+            self.is_out_of_time = True
+        return self.is_out_of_time or self.has_failure or self.signal.received is not None
+
+
+def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path) -> Outcome:
+    """Train a network, or go on with it from the last good checkpoint in its folder.
+
+    Args:
+        model: freshly initialised: float32 images [N, C, H, W], channels last, to logits [N, classes].
+        data: on `device`; at least a batch of training images.
+        config: with the device and the back end that are really used in `gpu`, since they decide the result.
+        device: where to train; the model is moved there.
+        run_dir: the run's own folder, for its checkpoints and metrics.csv.
+
+    Returns:
+        The figures of the last evaluation; at once where the run is already finished.
+
+    Raises:
+        UserError: a checkpoint belongs to another configuration.
+        Interrupted: SIGINT or SIGTERM; the step under way was finished and a checkpoint written (of a finished run,
+            there is one). A second signal does, at once, what it would do outside of training.
+        OutOfTime: `budget_minutes` are nearly over; as after a signal.
+        Diverged: a loss or a weight that is not finite; no checkpoint holds it.
+        CannotWrite: a full disk, or the like; the checkpoints written before are untouched.
+    """
+    with signals.noted() as stop:
+        stopping = Stopping(stop, config.budget_minutes)
+        outcome = turns.alone(in_turns(model, data, config, device=device, run_dir=run_dir, stopping=stopping))
+    if stop.received is not None:  # at the very end
+        raise Interrupted(f"stopped by {stop.received.name} after the last step", stop.received)
+    return outcome
+
+
+def in_turns(
+    model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path, stopping: Stopping
+) -> Turns[Outcome]:
+    """As `train`, but other runs have their turns between its steps, and the caller handles signals.
+
+    The arguments are those of `train`, and `stopping`, which all runs that take turns share. On CUDA a run launches on
+    the current stream, which must be its own, the same at each of its turns. What configure_torch sets for the process
+    must be the same for all runs that take turns.
+
+    Yields:
+        After each step is launched; the device may not have finished it.
+
+    Raises:
+        Deferred: another run failed; a checkpoint was written. Else as `train`.
+    """
+    recipe = config.dataset
+    configure_torch(config.gpu)
+    model.to(device).train()
+    optimiser = make_optimiser(model, recipe)
+    task = config.task
+    folder = RunFolder(run_dir, deciding_fields(config), keep_every=task.keep_every)
+    if not config.resume:
+        folder.remove_checkpoints()
+    progress = _resume(folder, model, optimiser, recipe.iterations)
+    if not progress.iteration:
+        records.forget_failure(run_dir)
+    if progress.iteration < recipe.iterations:
+        _note_part(progress, device)
+    folder.write_metrics(METRICS, progress.rows)
+
+    def make_batch(draws: Tensor) -> tuple[Tensor, Tensor]:
+        return data.train.batch(draws, recipe)
+
+    step = TrainingStep(model, optimiser, make_batch, gpu=config.gpu, device=device)
+    evaluate = Evaluation(step, data.test, recipe)
+    unread: list[Tensor] = []
+    stops = False
+    clock = time.perf_counter()
+    with stopping.of(run_dir), _progress_bar(config, progress.iteration) as bar:
+        for iteration, draws in data.train.draws(recipe, seed=config.seed, start=progress.iteration + 1):
+            rate = learning_rate(recipe, iteration)
+            unread.append(step(draws, rate=rate))
+            yield
+
+            is_last = iteration == recipe.iterations
+            stops = not is_last and stopping.is_due()
+            evaluates = is_last or iteration % task.evaluate_every == 0
+            is_kept = task.keep_every is not None and iteration % task.keep_every == 0
+            saves = is_last or iteration % task.checkpoint_every == 0 or is_kept or stops
+            is_due = len(unread) == READ_EVERY_ITERATIONS or time.perf_counter() - clock > READ_EVERY_SECONDS
+            if not (evaluates or saves or is_due):
+                continue
+
+            paused = time.perf_counter()
+            _read(unread, progress, folder)
+            elapsed = time.perf_counter() - clock
+            progress.seconds += elapsed
+            train_loss = progress.loss_sum / progress.steps
+            train_error_percent = 100 * progress.wrong_sum / (progress.steps * recipe.batch_size)
+            step_seconds = elapsed / len(unread)
+            speed = recipe.batch_size / step_seconds
+            figures = f"loss {train_loss:.3f}, error {train_error_percent:.2f} %, {speed:.0f} samples/s"
+            bar.set_postfix_str(figures, refresh=False)
+            bar.update(len(unread))
+            unread.clear()
+
+            if evaluates:
+                test_loss, test_error_percent = evaluate()
+                progress.rows.append([iteration, rate, train_loss, train_error_percent, test_loss, test_error_percent])
+                progress.loss_sum, progress.wrong_sum, progress.steps = 0.0, 0.0, 0
+                folder.write_metrics(METRICS, progress.rows)
+            if saves:
+                _save(folder, model, optimiser, progress)
+                if stops:
+                    break
+            clock = time.perf_counter()
+            stopping.seconds[run_dir] = max(stopping.seconds[run_dir], step_seconds + clock - paused)
+    received = stopping.signal.received
+    if stops or received is not None:  # here, for a signal after the last step counts too
+        where = f"at iteration {progress.iteration} of {recipe.iterations}"
+        goes_on = f"started again, the run goes on from {folder.known_good[-1]}"
+        if received is not None:
+            raise Interrupted(f"stopped by {received.name} {where}; {goes_on}", received)
+        if stopping.is_out_of_time:
+            raise OutOfTime(f"budget_minutes={config.budget_minutes:g} are over {where}; {goes_on}")
+        raise Deferred(f"stops {where} because another run in this process failed; it goes on in a new one")
+
+    _, _, train_loss, train_error_percent, test_loss, test_error_percent = progress.rows[-1]
+    return Outcome(
+        test_error_percent=test_error_percent,
+        test_loss=test_loss,
+        train_loss=train_loss,
+        train_error_percent=train_error_percent,
+        iterations=progress.iteration,
+        seconds=progress.seconds,
+        samples_per_second=progress.iteration * recipe.batch_size / progress.seconds,
+        parts=progress.parts,
+    )
+
+
+def learning_rate(recipe: DatasetConfig, iteration: int) -> float:
+    """Look up the rate of a training step, the first being iteration 1.
+
+    Raises:
+        ValueError: the schedule ends before.
+    """
+    for end, rate in recipe.schedule:
+        if iteration <= round(end * recipe.iterations):
+            return rate
+    raise ValueError(f"dataset.schedule={recipe.schedule}: ends before iteration {iteration} of {recipe.iterations}")
+
+
+def _read(unread: list[Tensor], progress: Progress, folder: RunFolder) -> None:
+    """Wait for the device, and add its steps to the sums one by one, so that the sums do not show when it was."""
+    for loss, wrong in torch.stack(unread).tolist():
+        progress.iteration += 1
+        progress.steps += 1
+        if not math.isfinite(loss):
+            raise Diverged(f"the loss is {loss} at iteration {progress.iteration}; {_last_good(folder)}")
+        progress.loss_sum += loss
+        progress.wrong_sum += wrong
+
+
+def _save(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, progress: Progress) -> None:
+    weights, momentum = model.state_dict(), optimiser.state_dict()
+    values = [*weights.values(), *(value for state in momentum["state"].values() for value in state.values())]
+    if not torch.stack([value.isfinite().all() for value in values if isinstance(value, Tensor)]).all():
+        raise Diverged(f"a weight is not finite after iteration {progress.iteration}; {_last_good(folder)}")
+    folder.save(progress.iteration, {"progress": asdict(progress), "model": weights, "optimiser": momentum})
+
+
+def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, iterations: int) -> Progress:
+    """Put weights and momentum where the last good checkpoint left them."""
+    found = folder.newest()
+    if found is None:
+        return Progress()
+    file, state = found
+    model.load_state_dict(state["model"])
+    # Rates and the like are the configuration's, with which the checkpoint agrees.
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict(state["optimiser"] | {"param_groups": groups})
+    progress = Progress(**state["progress"])
+    verb = "finished before, as in" if progress.iteration == iterations else "going on from"
+    print(f"{verb} {file}", file=sys.stderr)
+    return progress
+
+
+def _note_part(progress: Progress, device: torch.device) -> None:
+    """Note on what the run goes on, unless it is what it was before."""
+    part = {name: value for name, value in records.provenance(device).items() if name != "date"}
+    if progress.parts[-1:] != [part]:
+        progress.parts.append(part)
+
+
+def _last_good(folder: RunFolder) -> str:
+    return f"the last checkpoint is {folder.known_good[-1]}" if folder.known_good else "there is no checkpoint yet"
+
+
+def _progress_bar(config: Config, done: int) -> "tqdm[Any]":
+    """A bar on stderr, one below the other; in a log file, where each drawing is a new line, one every half minute."""
+    iterations = config.dataset.iterations
+    is_terminal = sys.stderr.isatty()
+    place: dict[str, Any] = {} if is_terminal else {"position": 0}
+    return tqdm(
+        desc=f"{config.dataset.name} {config.mode.name} seed {config.seed}",
+        initial=done,
+        total=iterations,
+        bar_format="{desc}: {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}",
+        mininterval=0.5 if is_terminal else 30,
+        miniters=1,
+        dynamic_ncols=True,
+        disable=done == iterations,
+        **place,
+    )

@@ -1,0 +1,228 @@
+"""runners/config.py: every option is a valid configuration, and every mistake is one line that names the value."""
+
+from contextlib import nullcontext
+from dataclasses import fields
+
+import pytest
+
+from blpa.models.preact_resnet import STEM_CHANNELS
+from runners.config import (
+    USED_BY,
+    Config,
+    DatasetConfig,
+    GpuConfig,
+    ModeConfig,
+    TaskConfig,
+    check,
+    options,
+)
+
+
+def make(**values: object) -> Config:
+    """A valid configuration; `dataset__batch_size=0` sets a value of a group."""
+    config = Config(
+        dataset=DatasetConfig(
+            name="digits",
+            classes=10,
+            image_size=8,
+            image_channels=1,
+            download=False,
+            iterations=300,
+            batch_size=64,
+            schedule=[[0.00625, 0.01], [0.5, 0.1], [0.75, 0.01], [1.0, 0.001]],
+            crop_padding=1,
+            flip=False,
+        ),
+        mode=ModeConfig(name="4bit", layers="coded", bits=4),
+        gpu=GpuConfig(name="cpu", device="cpu"),
+        task=TaskConfig(name="train"),
+        depth=29,
+        run="a-run",
+    )
+    for key, value in values.items():
+        group, _, name = key.rpartition("__")
+        target = getattr(config, group) if group else config
+        assert hasattr(target, name), key
+        setattr(target, name, value)
+    return config
+
+
+def test_a_valid_configuration_passes() -> None:
+    check(make())
+    check(make(mode__bits=None))
+    check(make(mode__layers="checkpoint", mode__bits=None, mode__segments=9))  # depth 29 has 9 blocks
+    check(make(width=0.25, mode__width_factor=0.25))
+    check(make(dataset__momentum=0.0, dataset__weight_decay=0.0, dataset__crop_padding=0))
+
+
+@pytest.mark.parametrize("depth", [11, 20, 29, 56, 164, 254, 488, 1001])
+def test_depth_of_nine_n_plus_two_passes(depth: int) -> None:
+    check(make(depth=depth))
+
+
+@pytest.mark.parametrize(
+    ("depth", "nearest"),
+    [(165, "164 and 173"), (172, "164 and 173"), *((depth, "11 and 20") for depth in (12, 10, 2, 0, -7))],
+)
+def test_any_other_depth_names_the_nearest_two(depth: int, nearest: str) -> None:
+    with pytest.raises(ValueError, match=f"^depth={depth} .* the nearest are {nearest}$"):
+        check(make(depth=depth))
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "dataset__classes",
+        "dataset__image_size",
+        "dataset__image_channels",
+        "dataset__iterations",
+        "dataset__batch_size",
+        "dataset__eval_batch_size",
+        "mode__clip",
+        "mode__width_factor",
+        "task__evaluate_every",
+        "task__checkpoint_every",
+        "width",
+    ],
+)
+@pytest.mark.parametrize("value", [0, -1])
+def test_zero_and_negative_are_refused(key: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"^{key.replace('__', '.')}={value} is not allowed"):
+        check(make(**{key: value}))
+
+
+@pytest.mark.parametrize("key", ["width", "mode__clip", "mode__width_factor", "dataset__weight_decay"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.5])
+def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"^{key.replace('__', '.')}={value} is not allowed"):
+        check(make(**{key: value}))
+
+
+@pytest.mark.parametrize(
+    ("key", "allowed"),
+    [
+        ("dataset__name", "cifar10, cifar100, digits"),
+        ("dataset__augmentation", "per-image, per-batch, none"),
+        ("dataset__eval_statistics", "running, batch"),
+        ("mode__layers", "stock, coded, checkpoint, offload, compiled"),
+        ("gpu__device", "auto, cpu, cuda"),
+        ("gpu__precision", "auto, tf32, bf16, fp32"),
+        ("gpu__kernels", "auto, torch, inductor, triton"),
+        (
+            "task__name",
+            "gradient-error, kernels, max-batch, memory, plots, progress, report, runtime, tables, thresholds, train",
+        ),
+    ],
+)
+def test_an_unknown_name_is_refused_with_the_known_ones(key: str, allowed: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key.replace('__', '.')}=nonsense is not allowed: .* {allowed}$"):
+        check(make(**{key: "nonsense"}))
+
+
+@pytest.mark.parametrize("bits", [0, 1, 3, 16, -4])
+def test_other_bits_are_refused(bits: int) -> None:
+    with pytest.raises(ValueError, match=f"^mode.bits={bits} is not allowed: choose 2, 4 or 8"):
+        check(make(mode__bits=bits))
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ({"mode__layers": "stock"}, "mode.bits=4 needs mode.layers=coded"),
+        ({"mode__layers": "checkpoint"}, "mode.bits=4 needs mode.layers=coded"),
+        ({"mode__bits": None, "mode__forward_from_code": True}, "mode.forward_from_code=true needs codes"),
+        ({"mode__segments": 2}, "mode.segments=2 needs mode.layers=checkpoint"),
+        ({"mode__layers": "checkpoint", "mode__bits": None, "mode__segments": 0}, "mode.segments=0 is not allowed"),
+        (
+            {"mode__layers": "checkpoint", "mode__bits": None, "mode__segments": 10},
+            "mode.segments=10 is not allowed: depth=29 has 9 blocks",
+        ),
+        ({"mode__bits": None, "mode__clip": 2.0}, "mode.clip=2.0 needs codes to clip"),
+    ],
+)
+def test_values_of_a_mode_that_contradict_each_other_are_refused(mode: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check(make(**mode))
+
+
+def test_a_width_without_a_channel_is_refused_naming_both_factors() -> None:
+    with pytest.raises(ValueError, match=r"^width=0\.1 with mode\.width_factor=0\.25 leaves less than a channel"):
+        check(make(width=0.1, mode__width_factor=0.25))
+
+
+@pytest.mark.parametrize("width", [1 / 32, 1 / 31, 0.1, 1.0])
+def test_the_width_is_refused_where_the_network_refuses_it(width: float) -> None:
+    """The check knows the stem's channels by heart, for the network would import torch."""
+    has_channels = round(STEM_CHANNELS * width) >= 1
+    with nullcontext() if has_channels else pytest.raises(ValueError, match=r"^width="):
+        check(make(width=width))
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        [],
+        [[1.0]],
+        [[0.5, 0.1]],
+        [[0.5, 0.1], [0.5, 0.1], [1.0, 0.1]],
+        [[0.75, 0.1], [0.5, 0.1], [1.0, 0.1]],
+        [[0.0, 0.1], [1.0, 0.1]],
+        [[1.5, 0.1]],
+        [[1.0, 0.0]],
+        [[1.0, -0.1]],
+        [[1.0, float("nan")]],
+        [[float("nan"), 0.1]],
+    ],
+)
+def test_a_schedule_that_does_not_lead_to_the_end_is_refused(schedule: list[list[float]]) -> None:
+    with pytest.raises(ValueError, match=r"^dataset\.schedule=\[.*\] is not allowed"):
+        check(make(dataset__schedule=schedule))
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan")])
+def test_momentum_is_at_least_zero_and_below_one(momentum: float) -> None:
+    with pytest.raises(ValueError, match=f"^dataset.momentum={momentum} is not allowed"):
+        check(make(dataset__momentum=momentum))
+
+
+@pytest.mark.parametrize("key", ["run", "experiment", "mode__name"])
+@pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "a\\b", "/tmp", "a b", ".hidden", "-m", "a\n"])
+def test_a_name_that_is_no_plain_file_name_is_refused(key: str, name: str) -> None:
+    with pytest.raises(ValueError, match=f"^{key.replace('__', '.')}="):
+        check(make(**{key: name}))
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63])
+def test_a_seed_that_torch_cannot_take_is_refused(seed: int) -> None:
+    with pytest.raises(ValueError, match=f"^seed={seed} is not allowed"):
+        check(make(seed=seed))
+
+
+def test_empty_results_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"^results= is empty"):
+        check(make(results=""))
+
+
+def test_every_group_has_the_options_of_the_command_line() -> None:
+    assert options("dataset") == ["cifar10", "cifar100", "digits"]
+    assert set(options("mode")) == {
+        "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "2bit", "exact-one-copy", "checkpoint",
+        "offload", "compiled", "compiled-budget-0.5", "compiled-budget-0.2", "compiled-fp8",
+    }  # fmt: skip
+    assert options("gpu") == ["auto", "cpu", "gtx1080ti", "h200"]
+    assert options("task") == [
+        "gradient-error", "kernels", "max-batch", "memory", "plots", "progress", "report", "runtime", "tables",
+        "thresholds", "train",
+    ]  # fmt: skip
+    assert options("experiment") == [
+        "bench-batches", "bench-batches-fp32", "bench-batches-wide", "bench-card", "bench-kernels",
+        "bench-kernels-others", "bench-largest", "bench-largest-fp32", "bench-largest-wide", "bench-times",
+        "bench-times-fp32", "bench-times-wide", "bench-training", "demo", "demo-batches", "demo-gradients",
+        "demo-times", "gradients", "single", "table1", "table1-quarter", "table2", "table2-fp32", "table2-wide",
+        "table3", "table3-fp32", "table3-wide",
+    ]  # fmt: skip
+
+
+def test_every_value_of_a_task_is_for_a_task() -> None:
+    assert set(USED_BY) == {value.name for value in fields(TaskConfig)} - {"name"}
+    assert {task for tasks in USED_BY.values() for task in tasks} <= set(options("task"))

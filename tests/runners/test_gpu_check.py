@@ -1,0 +1,190 @@
+"""runners/gpu_check.py: all of it in small on the CPU, what it finds wrong, what becomes of a part that fails."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from blpa.codec import Code
+from blpa.kernels.reference import REFERENCE
+from runners import gpu_check
+from runners.gpu_check import PARTS, Check, Part
+
+CPU = torch.device("cpu")
+
+
+def test_all_of_it_runs_in_small_on_the_cpu(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "runners.gpu_check", "--dry-run", "--seconds", "600", "--out", "out"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    told = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
+    assert [(found["part"], found["ended"]) for found in told if "ended" in found] == [(p.name, 0) for p in PARTS]
+    by_part: dict[str, list[dict[str, Any]]] = {}
+    for found in told:
+        by_part.setdefault(found["part"], []).append(found)
+    (of_kernels,) = (found for found in by_part["kernels"] if "correct" in found)
+    assert (of_kernels["correct"], of_kernels["cases"]) == (True, 2 * 2 * 4)
+    assert {(found["mode"], found["precision"]) for found in by_part["captured"] if found.get("same_bits")} == {
+        (mode, precision) for mode in ("4bit", "exact") for precision in ("tf32", "bf16")
+    }
+    assert [found["mode"] for found in by_part["steps-164-bf16"] if "ms" in found] == ["exact", "4bit", "8bit", "2bit"]
+    assert [found["fits"] for found in by_part["batch-exact-164"] if "fits" in found] == [True]
+    assert [found["cells"] for found in by_part["together-164-bf16"] if "cells" in found] == [1, 2]
+    assert "| kernels " in done.stdout
+    assert "| tf32, depth 1001, 8bit " in done.stdout
+    assert "not timed" not in (tmp_path / "out/compiled-164-tf32.log").read_text()
+
+
+def test_without_a_gpu_it_says_so_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr() == (
+        "", "gpu-check: torch finds no CUDA GPU here; --dry-run tries it in small on the CPU\n",
+    )  # fmt: skip
+    assert not (tmp_path / "out").exists()
+
+
+@dataclass
+class Wrong:
+    """The reference, but for what one function puts out."""
+
+    broken: str
+    name: str = "wrong"
+
+    def channel_stats(self, x: Tensor, gamma: Tensor, beta: Tensor, **options: Any) -> Tensor:
+        vectors = REFERENCE.channel_stats(x, gamma, beta, **options)
+        for row, name in enumerate(("mean", "variance")):
+            vectors[row, 0] *= 1.01 if self.broken == name else 1
+        if options.get("add") is not None:
+            x[0, 0] += self.broken == "sum"
+            vectors[0, 0] *= 1.01 if self.broken == "statistics of the sum" else 1
+        return vectors
+
+    def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor:
+        a = torch.empty(len(grad), kept.shape[1], dtype=grad.dtype)
+        REFERENCE.decode(kept, vectors, code=code, out=a)
+        return (1.01 if self.broken == "weight gradient" else 1) * grad.float().T @ a.float()
+
+    def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
+        codes = REFERENCE.normalise_rectify_encode(x, vectors, code=code, out=out)
+        if self.broken == "activation":
+            out[-1, -1] += 1
+        if self.broken == "codes" and codes is not None:
+            codes[-1, -1] += 1
+        return codes
+
+    def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
+        REFERENCE.decode(kept, vectors, code=code, out=out)
+        if self.broken == "decoded activation":
+            out[0] = torch.nan  # as where it is not written
+
+    def backward(self, grad: Tensor, kept: Tensor, vectors: Tensor, **options: Any) -> Tensor:
+        if self.broken == "the shortcut's gradient":
+            options["add"] = None
+        sums = REFERENCE.backward(grad, kept, vectors, **options)
+        return 1.01 * sums if self.broken == "sums" else sums
+
+
+@pytest.mark.parametrize("code", [Code(4), None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        ("nothing", []),
+        ("mean", ["mean"]),
+        ("sum", ["sum"]),
+        ("statistics of the sum", ["statistics of the sum"]),
+        ("weight gradient", ["weight gradient"]),
+        ("variance", ["variance"]),
+        ("activation", ["activation"]),
+        ("codes", ["codes"]),
+        ("decoded activation", ["decoded activation"]),
+        ("sums", ["sums"]),
+        ("the shortcut's gradient", ["input gradient"]),
+    ],
+)
+def test_what_is_wrong_in_a_back_end_is_found(
+    broken: str, found: list[str], code: Code | None, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    told = gpu_check.differences(Wrong(broken), 1000, 8, dtype=dtype, code=code, device=CPU)
+    assert told == ([] if broken == "codes" and code is None else found)
+
+
+def test_wrong_kernels_and_other_bits_are_shown() -> None:
+    rows = gpu_check.table(
+        iter([
+            {"part": "kernels", "correct": False, "wrong": ["codes at [3, 4], torch.float32, 4 bits"]},
+            {"part": "captured", "mode": "4bit", "precision": "tf32", "same_bits": False},
+            {"part": "steps", "ended": "ended after 40 s"},
+            {"part": "late", "skipped": True},
+        ])
+    )  # fmt: skip
+    assert [row[2] for row in rows[1:]] == [
+        "WRONG: codes at [3, 4], torch.float32, 4 bits", "OTHER BITS", "failed (ended after 40 s)", "no time left",
+    ]  # fmt: skip
+
+
+# ---- parts that fail, in processes of their own ----------------------------------------------------------------------
+
+
+def well(check: Check) -> bool:
+    check.write(well=True)
+    return True
+
+
+def wrong(check: Check) -> bool:
+    return False
+
+
+def breaks(check: Check) -> bool:
+    raise ValueError("of the test's own")
+
+
+def hangs(check: Check) -> bool:
+    signal.pause()
+    return True
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def test_a_part_that_breaks_or_hangs_costs_the_others_nothing(tmp_path: Path) -> None:
+    parts = Part("breaks", breaks, 60, 0), Part("hangs", hangs, 2, 0), Part("well", well, 60, 0, decides=True)
+    assert gpu_check.run_all(tmp_path, 600, is_dry=True, parts=parts)
+    told = [{key: value for key, value in line.items() if key != "at"} for line in lines(tmp_path)]
+    assert told == [
+        {"part": "breaks", "failed": "ValueError: of the test's own"},
+        {"part": "breaks", "ended": 1},
+        {"part": "hangs", "ended": "ended after 2 s"},
+        {"part": "well", "well": True},
+        {"part": "well", "ended": 0},
+    ]
+    assert "Traceback" in (tmp_path / "breaks.log").read_text()
+
+
+@pytest.mark.parametrize("run", [wrong, breaks])
+def test_the_outcome_is_that_of_the_parts_that_decide(run: Any, tmp_path: Path) -> None:
+    assert not gpu_check.run_all(tmp_path, 600, is_dry=True, parts=(Part("decides", run, 60, 0, decides=True),))
+    assert gpu_check.run_all(tmp_path, 600, is_dry=True, parts=(Part("does-not", run, 60, 0),))
+
+
+def test_what_there_was_no_time_for_was_not_found_out(tmp_path: Path) -> None:
+    assert not gpu_check.run_all(tmp_path, 10, is_dry=True, parts=(Part("late", well, 60, 20, decides=True),))
+    assert lines(tmp_path) == [{"part": "late", "skipped": True, "seconds_left": 10}]
+
+
+def test_its_names_are_those_of_files(tmp_path: Path) -> None:
+    assert len({part.name for part in PARTS}) == len(PARTS)
+    assert sum(part.least for part in PARTS) > 240  # some are for machines that are faster than expected

@@ -1,0 +1,109 @@
+"""training/steps.py: capture, with a made-up graph (tests/test_gpu.py has real ones), and what a step computes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_training import CPU, TinyNet, assert_same_end, tiny_config, tiny_data, train
+from torch import Tensor
+
+from runners.config import GpuConfig
+from runners.training import steps
+from runners.training.evaluation import Evaluation
+from runners.training.steps import TrainingStep
+
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Steps on the CPU believe that they are captured, and a replay calls the function again; tells what happened."""
+    told: list[str] = []
+
+    def run_on_stream(call: Callable[[], Tensor], stream: str) -> Tensor:
+        told.append(f"eager on {stream}")
+        return call()
+
+    def capture(call: Callable[[], Tensor], stream: str, pool: object) -> tuple[SimpleNamespace, Tensor]:
+        told.append(f"capture on {stream} in {pool}")
+        result = torch.zeros(2)  # replays write to the same memory
+        return SimpleNamespace(replay=lambda: result.copy_(call())), result
+
+    monkeypatch.setattr(steps, "uses_cuda_graph", lambda gpu, device: True)
+    monkeypatch.setattr(steps, "own_stream", lambda device: "its stream")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "its pool")
+    monkeypatch.setattr(steps, "run_on_stream", run_on_stream)
+    monkeypatch.setattr(steps, "capture", capture)
+    return told
+
+
+@pytest.mark.parametrize("statistics", ["running", "batch"])
+def test_a_captured_run_is_that_which_is_not(
+    log: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics: str
+) -> None:
+    """Over a change of the learning rate, evaluations of 7, 7 and 6 images, and checkpoints.
+
+    Each of the two is captured once, on one stream and in one pool; the first evaluation is of the third step.
+    """
+    config = tiny_config(eval_statistics=statistics)
+    train(TinyNet(), tmp_path / "captured", config)
+    eager, captured = "eager on its stream", "capture on its stream in its pool"
+    assert log == [eager] * steps.EAGER_STEPS + [eager, captured, eager] + [captured] + [eager] * 3
+    monkeypatch.undo()
+    train(TinyNet(), tmp_path / "not", config)
+    assert_same_end(tmp_path / "captured", tmp_path / "not")
+
+
+@pytest.mark.usefixtures("log")
+def test_a_captured_evaluation_reads_the_weights_and_averages_of_its_moment() -> None:
+    data, config, net = tiny_data(), tiny_config(eval_batch_size=5), TinyNet()
+    recipe, optimiser = config.dataset, steps.make_optimiser(net, config.dataset)
+    step = TrainingStep(net, optimiser, lambda draws: data.train.batch(draws, recipe), gpu=config.gpu, device=CPU)
+    captured = Evaluation(step, data.test, recipe)
+    captured()
+    for _, draws in data.train.draws(recipe, seed=0):
+        step(draws, rate=0.1)
+    again = captured()
+    assert net.training
+    step.captures = False
+    assert again == Evaluation(step, data.test, recipe)()
+
+
+@pytest.mark.usefixtures("log")
+def test_results_of_replays_do_not_write_over_each_other() -> None:
+    data, recipe = tiny_data().train, tiny_config().dataset
+    net = TinyNet()
+    optimiser = steps.make_optimiser(net, recipe)
+    step = TrainingStep(net, optimiser, lambda draws: data.batch(draws, recipe), gpu=tiny_config().gpu, device=CPU)
+    losses = torch.stack([step(draws, rate=0.1) for _, draws in data.draws(recipe, seed=0)])[:, 0]
+    assert len(set(losses.tolist())) == recipe.iterations
+
+
+def test_the_rate_of_each_step_is_the_one_it_is_given() -> None:
+    data, recipe = tiny_data().train, tiny_config().dataset
+    net = TinyNet()
+    optimiser = steps.make_optimiser(net, recipe)
+    step = TrainingStep(net, optimiser, lambda draws: data.batch(draws, recipe), gpu=tiny_config().gpu, device=CPU)
+    _, draws = next(data.draws(recipe, seed=0))
+    before = net.conv.weight.clone()
+    step(draws, rate=0.0)
+    assert torch.equal(net.conv.weight, before)
+    step(draws, rate=0.1)
+    assert not torch.equal(net.conv.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "used"), [(None, CPU, False), (False, CPU, False), (None, CUDA, True), (False, CUDA, False),
+                                  (True, CUDA, True)]
+)  # fmt: skip
+def test_steps_are_captured_on_every_gpu_unless_told_otherwise(
+    asked: bool | None, device: torch.device, used: bool
+) -> None:
+    assert steps.uses_cuda_graph(GpuConfig(cuda_graph=asked), device) is used
+
+
+def test_a_graph_on_a_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"gpu\.cuda_graph=true: the run is on the cpu; only a CUDA device records"):
+        steps.uses_cuda_graph(GpuConfig(cuda_graph=True), CPU)
