@@ -105,9 +105,9 @@ CELLS ?=
 JOBS ?=
 BLPA = $(RUNNER) -m runners "results=$(OUT)"
 train-table: known-python
-	@$(blpa) experiment=$(EXPERIMENT) -m budget_minutes=$(BUDGET_MINUTES) $(if $(JOBS),jobs=$(JOBS)) $(CELLS); \
+	@$(BLPA) experiment=$(EXPERIMENT) -m budget_minutes=$(BUDGET_MINUTES) $(if $(JOBS),jobs=$(JOBS)) $(CELLS); \
 	code=$$?; test $$code -ne 2 || exit 2; \
-	$(blpa) task=tables "task.tables=[errors]" && $(blpa) task=progress || exit; \
+	$(BLPA) task=tables "task.tables=[errors]" && $(BLPA) task=progress || exit; \
 	test $$code -eq 3 && echo "Not finished: the same command goes on." || exit $$code
 
 known-python:

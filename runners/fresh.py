@@ -21,7 +21,7 @@ from typing import Any
 from runners.errors import Stopped, UserError
 from runners.training import budget, signals
 
-IMPORTED_AHEAD = ["runners.cli", "runners.training.setup", "runners.training.loop"]
+IMPORTED_AHEAD = ["runners.cli", "runners.training.network", "runners.training.loop"]
 """Modules that the server imports, once; none of them asks for a GPU."""
 
 

@@ -35,12 +35,12 @@ from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 from blpa.memory import GIB, MIB
 from blpa.modes import EPS
-from runners import CONF, compose, fresh, records
+from runners import CONF, compose, fresh, provenance
 from runners.config import Config
 from runners.reporting.pages import aligned
 from runners.tasks import max_batch, runtime
 from runners.timing import take_turns
-from runners.training import segments, setup, steps
+from runners.training import network, segments, steps
 
 MODEL_MS = {
     ("tf32", "exact"): 14.3, ("tf32", "compiled"): 12.2, ("tf32", "4bit"): 10.9,
@@ -102,7 +102,7 @@ class Check:
 def machine(check: Check) -> bool:
     """The device, versions, and the bandwidth of a copy."""
     device = torch.device("cpu" if check.is_dry else "cuda")
-    versions = {name: value for name, value in records.provenance(device).items() if name != "date"}
+    versions = {name: value for name, value in provenance.provenance(device).items() if name != "date"}
     check.write(**versions, cudnn=torch.backends.cudnn.version())
     source, target = torch.zeros(2, 2**20 if check.is_dry else 2**30, dtype=torch.uint8, device=device)
     seconds = take_turns([lambda: target.copy_(source)], 5, title="copies", device=device).median().item()
@@ -209,11 +209,11 @@ def capture_keeps_bits(check: Check) -> bool:
 
 def _step(config: Config) -> Callable[[], Any]:
     """Training steps of the configured network from the same weights and images each time it is asked for."""
-    device = setup.device(config)
-    steps.configure_torch(setup.used(config.gpu, device))
+    device = network.device(config)
+    steps.configure_torch(network.used(config.gpu, device))
     torch.manual_seed(config.seed)
     chosen = kernels.choose(config.gpu.kernels, device, elements=0)
-    return setup.training_step(config, config.dataset.batch_size, chosen, device)
+    return network.training_step(config, config.dataset.batch_size, chosen, device)
 
 
 @dataclass(frozen=True)

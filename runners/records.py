@@ -9,18 +9,14 @@ Two records belong to the same cell where every field of `CELL` agrees.
 """
 
 import csv
-import importlib.metadata
 import io
 import json
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -28,7 +24,7 @@ from runners.errors import Diverged, UserError
 from runners.locks import held
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 
 @dataclass(frozen=True)
@@ -111,47 +107,6 @@ CELL = (
 
 GROUP = ("dataset", "depth", "width", "iterations", "batch_size", "precision", "note")
 """Records that agree here differ by mode, seed and machine alone: they share a table and a figure."""
-
-
-def provenance(device: "torch.device") -> dict[str, Any]:
-    """The fields of a record that tell where, by what and when it was made.
-
-    Args:
-        device: what the run computed on.
-
-    Returns:
-        device, torch, triton, cuda, commit, is_dirty and date, by name.
-    """
-    import torch
-
-    on_cuda = device.type == "cuda"
-    threads = torch.get_num_threads()  # on a CPU the order of summation, and so the last bits, depend on them
-    cpu = f"{_cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
-    commit, is_dirty = _commit(Path(__file__).parent.parent)
-    return {
-        "device": torch.cuda.get_device_name(device) if on_cuda else "none" if device.type == "meta" else cpu,
-        "torch": str(torch.__version__),
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda if on_cuda else None,
-        "commit": commit,
-        "is_dirty": is_dirty,
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def of_parts(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By what a number was made that took several processes, on several machines perhaps.
-
-    Args:
-        parts: what `provenance` returned in each of them; dates do not matter.
-
-    Returns:
-        Its fields but the date: every value once, in the order of the first time, separated by "; ".
-    """
-    texts = ("device", "torch", "triton", "cuda", "commit")
-    values = {name: [part[name] for part in parts if part[name] is not None] for name in texts}
-    joined = {name: "; ".join(dict.fromkeys(found)) or None for name, found in values.items()}
-    return {**joined, "is_dirty": any(part["is_dirty"] for part in parts) or parts[-1]["is_dirty"]}
 
 
 def write(records: Iterable[Record], run_dir: Path) -> None:
@@ -341,47 +296,3 @@ def _from_text(header: tuple[str, ...], cells: list[str]) -> Record:
 
 def _none_first(cell: tuple[Any, ...]) -> list[tuple[bool, Any]]:
     return [(value is not None, value) for value in cell]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    """The processor's own name: Linux keeps it in a file, elsewhere the platform may know it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-SOURCES = ("blpa", "runners", "conf")
-"""The folders of a checkout that decide a number."""
-
-
-def _commit(checkout: Path) -> tuple[str | None, bool | None]:
-    """The commit that holds SOURCES and whether they differ from it; None, None where no checkout tracks them.
-
-    An installed package inside somebody else's checkout is not tracked there: their commit says nothing about it.
-    """
-    tracked = _git(checkout, "ls-files", "--", *(f"{folder}/*" for folder in SOURCES)) or ""
-    if {path.partition("/")[0] for path in tracked.splitlines()} != set(SOURCES):
-        return None, None
-    commit = _git(checkout, "rev-parse", "HEAD")
-    if not commit:
-        return None, None
-    return commit, bool(_git(checkout, "status", "--porcelain", "--", *SOURCES))
-
-
-def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says, or None where git is absent or refuses."""
-    try:
-        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -265,7 +265,7 @@ def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") 
 
 def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
-        importlib.import_module("runners.training.setup").record_failure(config, reason, seconds)
+        importlib.import_module("runners.provenance").record_failure(config, reason, seconds)
     except (OSError, RuntimeError) as error:  # a full disk, or a GPU that fails, which may be why the cell failed
         refuse(f"the failure could not be recorded: {judge(error)[1]}", 1)
 

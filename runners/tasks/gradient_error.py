@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from blpa import kernels
-from runners import data, records
+from runners import data, provenance, records
 from runners.config import Config, GpuConfig
 from runners.errors import UserError
 from runners.records import Record
 from runners.reporting import figures
 from runners.timing import low_median_high
-from runners.training import setup, steps
+from runners.training import network, steps
 
 Gradients = dict[str, Tensor]
 """The gradient of each layer with a weight of two dimensions or more, by the layer's name."""
@@ -47,16 +47,16 @@ def run(config: Config) -> list[Record]:
     """
     if config.mode.width_factor != 1:
         raise UserError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
-    results, run_dir = Path(config.results), setup.run_folder(config)
+    results, run_dir = Path(config.results), network.run_folder(config)
     name = run_dir.name
-    device = setup.device(config)
-    elements = setup.encoded_elements(config, steps=config.task.steps)
+    device = network.device(config)
+    elements = network.encoded_elements(config, steps=config.task.steps)
     chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
-    gpu = setup.used(config.gpu, device)
+    gpu = network.used(config.gpu, device)
     steps.configure_torch(gpu)
-    exact, ours = (setup.model(cell, chosen).to(device).train() for cell in (setup.exact(config), config))
+    exact, ours = (network.build(cell, chosen).to(device).train() for cell in (network.exact(config), config))
     if config.task.checkpoint:
-        setup.load_weights(exact, Path(config.task.checkpoint))
+        network.load_weights(exact, Path(config.task.checkpoint))
     ours.load_state_dict(exact.state_dict())
     recipe = replace(config.dataset, iterations=config.task.steps)
     train = data.load(config.dataset, device).train
@@ -68,12 +68,12 @@ def run(config: Config) -> list[Record]:
     layers = [{"mode": config.mode.name, **row} for row in compare(pairs)]
     records.write_table(results / "gradients" / f"{name}.csv", layers)
     whole = compare([({"all": _joined(of_exact)}, {"all": _joined(of_ours)}) for of_exact, of_ours in pairs])
-    source = setup.source(config, device, chosen.name)
+    source = provenance.source(config, device, chosen.name)
     measured = []
     for metric in ("error", "cosine", "spread"):
         low, median, high = (whole[0][f"{metric}_{end}"] for end in ("low", "median", "high"))
         measured.append(
-            setup.record(
+            provenance.record(
                 config, source, metric=f"gradient_{metric}", unit="", value=median, low=low, high=high, n=len(pairs),
                 iterations=len(pairs),
             )

@@ -26,12 +26,12 @@ from blpa import kernels, modes
 from blpa.kernels import Kernels
 from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS
 from blpa.modes import EPS
-from runners import records
+from runners import provenance, records
 from runners.config import Config, mode
 from runners.errors import UserError
 from runners.records import Record
 from runners.timing import low_median_high, take_turns
-from runners.training import setup, steps
+from runners.training import network, steps
 
 Call = Callable[[], Tensor]
 Source = dict[str, Any]
@@ -62,14 +62,14 @@ def run(config: Config) -> list[Record]:
     """
     if config.mode.layers != "coded":
         raise UserError(f"task=kernels mode={config.mode.name}: its layers are not ours; choose 8bit, 4bit or 2bit")
-    run_dir = setup.run_folder(config)
-    device = setup.device(config)
+    run_dir = network.run_folder(config)
+    device = network.device(config)
     names = [config.gpu.kernels]
     if config.gpu.kernels == "auto":
         names = ["triton", "inductor"] if device.type == "cuda" else ["inductor"]
     back_ends = [kernels.choose(name, device) for name in names]
-    steps.configure_torch(setup.used(config.gpu, device))
-    source = setup.source(config, device, back_ends[0].name)
+    steps.configure_torch(network.used(config.gpu, device))
+    source = provenance.source(config, device, back_ends[0].name)
     measured: list[Record] = []
     for batch, rows, channels in [*shapes(config), (0, max(2, config.task.elements // CHANNELS), CHANNELS)]:
         measured += _functions(config, back_ends, batch, rows, channels, device, source)
@@ -163,7 +163,7 @@ def _units(config: Config, back_end: Kernels, unit: Unit, device: torch.device, 
     name = f"unit {kernel_size}x{kernel_size} {in_channels} to {out_channels}"
     seconds = _seconds(calls, config.task.steps, name, device)
     for cell, of_call, ratio in zip(cells, seconds.T, (seconds / seconds[:, 1:2]).T, strict=True):
-        told = {"note": name, "kernels": setup.kernels_used(cell, back_end.name), "batch_size": batch}
+        told = {"note": name, "kernels": provenance.kernels_used(cell, back_end.name), "batch_size": batch}
         yield _record(cell, source, "unit_seconds", "s", of_call, **told)
         yield _record(cell, source, "unit_ratio_to_exact", "times", ratio, **told)
         print(f"{name}, batch {batch}: {cell.mode.name:10} {1e3 * of_call.median().item():.3f} ms, "
@@ -215,7 +215,7 @@ def _captured(call: Call) -> Callable[[], object]:
 
 def _record(config: Config, source: Source, metric: str, unit: str, values: Tensor, **told: object) -> Record:
     low, median, high = low_median_high(values)
-    return setup.record(
+    return provenance.record(
         config, source, metric=metric, unit=unit, value=median, low=low, high=high,
         n=len(values), iterations=len(values), depth=0, **told,
     )  # fmt: skip

@@ -25,14 +25,14 @@ from tqdm import tqdm
 from blpa import kernels, memory
 from blpa.memory import GIB, MIB, TrainingBytes
 from blpa.offloading import host_bytes_left
-from runners import fresh, records
+from runners import fresh, provenance, records
 from runners.config import Config
 from runners.errors import Stopped
 from runners.failures import first_line, is_out_of_memory, may_be_out_of_memory
 from runners.records import Record
 from runners.reporting import paper
-from runners.training import segments, setup, steps
-from runners.training.setup import META
+from runners.training import network, segments, steps
+from runners.training.network import META
 from runners.training.steps import EAGER_STEPS
 
 STEPS = EAGER_STEPS + 2
@@ -66,12 +66,12 @@ def run(config: Config) -> list[Record]:
         CardIsTaken: others hold so much of the GPU's memory that the budget cannot be reached.
         NotMemory: a step failed, and not for want of memory.
     """
-    run_dir = setup.run_folder(config)
-    device = setup.device(config)
+    run_dir = network.run_folder(config)
+    device = network.device(config)
     chosen = kernels.choose(config.gpu.kernels, device)
     is_cuda = device.type == "cuda"
     free, card = fresh.call(torch.cuda.mem_get_info) if is_cuda else (0, 0)
-    cell = setup.on_card(config, card)
+    cell = network.on_card(config, card)
     assert cell.gpu.memory_gib is not None
     limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
 
@@ -92,14 +92,14 @@ def run(config: Config) -> list[Record]:
             f"{_network(cell)}: largest batch {fits} in {cell.gpu.memory_gib:g} GiB (measured, {kind} segments); "
             f"{fails} does not fit"
         )
-        found.append(_record(cell, fits, fails - 1, setup.source(config, device, chosen.name), segments=kind))
+        found.append(_record(cell, fits, fails - 1, provenance.source(config, device, chosen.name), segments=kind))
     records.write(found, run_dir)
     return found
 
 
 def _record(config: Config, fits: int, high: int, source: dict[str, object], *, segments: str = "") -> Record:
     """The answer; where it is measured, it may be up to `high`."""
-    return setup.record(
+    return provenance.record(
         config, source, metric="largest_batch", unit="samples", value=fits, low=fits, high=high, n=1, iterations=0,
         predicted=source["device"] == "none", batch_size=0, seed=0, paper_value=paper.largest_batch(config),
         segments=segments,
@@ -118,14 +118,14 @@ def predict(config: Config, cell: Config, limit: int) -> Record:
 
         def total_bytes(batch: int) -> int:
             progress.set_postfix_str(f"batch {batch}")
-            total = setup.training_bytes(cell, batch).total_bytes
+            total = network.training_bytes(cell, batch).total_bytes
             progress.update()
             return total
 
         batch = memory.largest_batch(total_bytes, limit)
-    print(describe(cell, batch, limit, setup.training_bytes(cell, max(batch, 1))))
+    print(describe(cell, batch, limit, network.training_bytes(cell, max(batch, 1))))
     used = kernels.choose(cell.gpu.kernels, META).name
-    return _record(cell, batch, batch, setup.source(config, META, used))
+    return _record(cell, batch, batch, provenance.source(config, META, used))
 
 
 def _host_batch(cell: Config) -> int:
@@ -136,14 +136,14 @@ def _host_batch(cell: Config) -> int:
     if cell.mode.layers != "offload":
         return sys.maxsize
     batch = 64
-    return batch * host_bytes_left() // (2 * setup.training_bytes(cell, batch).host_bytes)
+    return batch * host_bytes_left() // (2 * network.training_bytes(cell, batch).host_bytes)
 
 
 def prediction_of_before(config: Config, cell: Config) -> Record | None:
     """The newest prediction that the results hold of this network, budget, backend and settings, if any; see above."""
-    used = setup.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
-    precision = setup.precision(cell.gpu, META)
-    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, setup.note(cell), used
+    used = provenance.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
+    precision = network.precision(cell.gpu, META)
+    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, provenance.note(cell), used
     found = [
         record
         for record in records.merged(Path(cell.results))
@@ -158,7 +158,7 @@ def prediction_of_before(config: Config, cell: Config) -> Record | None:
     print(
         f"{_network(cell)}: largest batch {newest.value:.0f} in {cell.gpu.memory_gib:g} GiB (predicted, {newest.date})"
     )
-    return replace(newest, experiment=cell.experiment, command=setup.command(config))
+    return replace(newest, experiment=cell.experiment, command=provenance.command(config))
 
 
 def better(probes: dict[str, Probe], predicted: int, resolution: float) -> tuple[str, int, int]:
@@ -256,7 +256,7 @@ def _refuse_what_is_not_memory(
         error: how.
         run_steps: what fits_in returns for a batch.
     """
-    elements = setup.largest_activation(config, batch)
+    elements = network.largest_activation(config, batch)
     if elements >= LARGEST_INDEX:
         raise NotMemory(
             f"batch {batch} fails by its size, whatever the memory: {error} (its largest activation has {elements} "
@@ -304,9 +304,9 @@ def fits_in(config: Config, batch: int, count: int, limit: int, kind: str) -> in
     device = torch.device("cuda")
     _refuse_taken(torch.cuda.mem_get_info()[0], limit, config)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
-    steps.configure_torch(setup.used(config.gpu, device))
+    steps.configure_torch(network.used(config.gpu, device))
     try:
-        step = setup.training_step(config, batch, kernels.choose(config.gpu.kernels, device), device)
+        step = network.training_step(config, batch, kernels.choose(config.gpu.kernels, device), device)
         for _ in range(count):
             step()
         torch.cuda.synchronize()

@@ -16,13 +16,13 @@ import torch
 from blpa import kernels, modes
 from blpa.kernels.reference import REFERENCE
 from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
-from runners import records
+from runners import provenance, records
 from runners.config import Config
 from runners.records import Record
 from runners.reporting import figures
 from runners.reporting.pages import aligned
-from runners.training import setup
-from runners.training.setup import META
+from runners.training import network
+from runners.training.network import META
 
 Row = dict[str, Any]
 
@@ -42,11 +42,11 @@ def run(config: Config) -> list[Record]:
     Raises:
         UserError: the results folder cannot be written.
     """
-    results, run_dir = Path(config.results), setup.run_folder(config)
+    results, run_dir = Path(config.results), network.run_folder(config)
     name = run_dir.name
     batch = config.dataset.batch_size
-    cells = setup.with_exact(config)[::-1]
-    counted = {cell.mode.name: setup.training_bytes(cell, batch) for cell in cells}
+    cells = network.with_exact(config)[::-1]
+    counted = {cell.mode.name: network.training_bytes(cell, batch) for cell in cells}
     print(by_kind(counted, batch))
     blocks = by_block(config, counted[config.mode.name])
     records.write_table(run_dir / "blocks.csv", blocks)
@@ -58,8 +58,8 @@ def run(config: Config) -> list[Record]:
     records.write_table(results / "memory" / f"{name}.csv", lines)
     print(figures.draw_memory(results, name))
     measured = [
-        setup.record(
-            cell, setup.source(cell, META, kernels.choose(config.gpu.kernels, META).name), metric="step_peak_mib",
+        provenance.record(
+            cell, provenance.source(cell, META, kernels.choose(config.gpu.kernels, META).name), metric="step_peak_mib",
             unit="MiB/sample", value=peak, low=peak, high=peak, n=1, iterations=1, predicted=True, seed=0,
         )
         for cell, total in zip(cells, counted.values(), strict=True)
@@ -125,7 +125,7 @@ def _formula(config: Config, part: PartBytes) -> int | None:
         return None
     code = modes.from_config(config.mode, REFERENCE).code
     rows_in, rows_out = (shape.numel() // shape[1] for shape in (part.input_shape, part.output_shape))
-    element_bytes = 2 if setup.precision(config.gpu, META) == "bf16" else 4
+    element_bytes = 2 if network.precision(config.gpu, META) == "bf16" else 4
     first = kept_bytes(rows_in, part.input_shape[1], code, element_bytes=element_bytes)
     return first + 2 * kept_bytes(rows_out, part.output_shape[1] // 4, code, element_bytes=element_bytes)
 

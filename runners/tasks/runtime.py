@@ -16,7 +16,7 @@ import torch
 
 from blpa import kernels
 from blpa.kernels import Kernels
-from runners import records
+from runners import provenance, records
 from runners.cells import overrides
 from runners.config import Config, TaskConfig, mode
 from runners.errors import Stopped, UserError
@@ -24,7 +24,7 @@ from runners.failures import judge
 from runners.records import Record
 from runners.reporting import paper
 from runners.timing import Call, calls_per_turn, low_median_high, take_turns
-from runners.training import segments, setup, steps
+from runners.training import network, segments, steps
 
 WARM_UP = 2
 """Steps before those that are timed, besides those before a CUDA graph is captured."""
@@ -59,16 +59,16 @@ def run(config: Config) -> list[Record]:
         UserError: the machine cannot do what the configuration asks for, or no largest batch has been found yet.
         DoesNotFit: the mode's largest batch is none.
     """
-    run_dir = setup.run_folder(config)
-    device = setup.device(config)
+    run_dir = network.run_folder(config)
+    device = network.device(config)
     chosen = kernels.choose(config.gpu.kernels, device)
-    steps.configure_torch(setup.used(config.gpu, device))
+    steps.configure_torch(network.used(config.gpu, device))
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     asked = [config, *(replace(config, mode=mode(name)) for name in config.task.modes)]
     if config.task.largest_batch:
-        asked = [setup.on_card(cell, card) for cell in asked]
+        asked = [network.on_card(cell, card) for cell in asked]
     timed: list[_Timed] = []
-    cells = [asked[0], setup.exact(asked[0]), *asked[1:]]
+    cells = [asked[0], network.exact(asked[0]), *asked[1:]]
     for cell in [cell for place, cell in enumerate(cells) if cell not in cells[:place]]:
         try:
             timed.append(_timed(cell, chosen, device))
@@ -84,8 +84,8 @@ def run(config: Config) -> list[Record]:
     seconds = take_turns(steps_of, config.task.steps, title="timed steps of each mode", device=device)
     seconds /= torch.tensor([one.batch for one in timed])
 
-    exact = next((which for which, one in enumerate(timed) if one.cell == setup.exact(one.cell)), None)
-    source = setup.source(config, device, chosen.name)
+    exact = next((which for which, one in enumerate(timed) if one.cell == network.exact(one.cell)), None)
+    source = provenance.source(config, device, chosen.name)
     measured = []
     for which, one in enumerate(timed):
         found = [("seconds_per_sample", "s", seconds[:, which])]
@@ -98,10 +98,10 @@ def run(config: Config) -> list[Record]:
             print(f"{one.cell.mode.name}: {scale * median:.3f} {shown} {spread}")
             if one.cell in asked:
                 measured.append(
-                    setup.record(
+                    provenance.record(
                         one.cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
                         iterations=len(values) * calls_per_turn(device), batch_size=one.batch,
-                        kernels=setup.kernels_used(one.cell, chosen.name), segments=one.segments,
+                        kernels=provenance.kernels_used(one.cell, chosen.name), segments=one.segments,
                         paper_value=paper.seconds_per_sample(one.cell) if unit == "s" else None,
                     )
                 )  # fmt: skip
@@ -114,7 +114,7 @@ def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
     batch, kind = _largest_batch(cell, chosen, device) if cell.task.largest_batch else (cell.dataset.batch_size, "")
     if cell.task.largest_batch:
         segments.use(kind or segments.USUAL)  # for what it takes while its graph is captured: replays take nothing
-    step = setup.training_step(cell, batch, chosen, device)
+    step = network.training_step(cell, batch, chosen, device)
     _warm_up(step, device)
     return _Timed(cell, batch, kind, step)
 
@@ -125,15 +125,15 @@ def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tup
     Returns:
         The batch, and the kind of segments that it fits in; none is named where it was predicted.
     """
-    counted = kernels.choose(config.gpu.kernels, setup.META)  # by which a prediction is made
+    counted = kernels.choose(config.gpu.kernels, network.META)  # by which a prediction is made
     found = [
         record
         for record in records.merged(Path(config.results))
         if record.metric == "largest_batch"
         and (record.dataset, record.mode, record.depth, record.width)
         == (config.dataset.name, config.mode.name, config.depth, config.width)
-        and record.precision == setup.precision(config.gpu, setup.META if record.predicted else device)
-        and record.note == setup.note(config, task="max-batch")
+        and record.precision == network.precision(config.gpu, network.META if record.predicted else device)
+        and record.note == provenance.note(config, task="max-batch")
         and record.kernels in ("stock", counted.name if record.predicted else chosen.name)
     ]
     best = max(found, key=lambda record: (not record.predicted, record.date), default=None)

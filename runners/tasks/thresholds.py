@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from blpa.codec import Code
 from blpa.kernels.reference import REFERENCE
-from runners import records
+from runners import provenance, records
 from runners.config import Config
 from runners.errors import UserError
 from runners.records import Record
 from runners.reporting import figures
 from runners.reporting.pages import aligned
-from runners.training import setup
-from runners.training.setup import META
+from runners.training import network
+from runners.training.network import META
 
 LIMIT, BIN = 6.0, 0.125
 """Ends of the histogram, which also count what lies beyond them, and width of its bins."""
@@ -43,7 +43,7 @@ def run(config: Config) -> list[Record]:
     """
     if config.mode.bits is None:
         raise UserError(f"mode={config.mode.name}: keeps no codes; name one that does, mode=4bit")
-    results, run_dir = Path(config.results), setup.run_folder(config)
+    results, run_dir = Path(config.results), network.run_folder(config)
     code = Code(config.mode.bits, config.mode.clip)
     gammas, betas = zip(*_units(config), strict=True)
     thirds = [slice(len(gammas) * k // 3, len(gammas) * (k + 1) // 3) for k in range(3)]
@@ -57,9 +57,9 @@ def run(config: Config) -> list[Record]:
     bins = [row for part, vectors in parts.items() for row in histogram(part, *vectors)]
     records.write_table(results / "thresholds" / f"{run_dir.name}.csv", bins)
     print(figures.draw_thresholds(results, run_dir.name))
-    source = setup.source(config, META, "none")
+    source = provenance.source(config, META, "none")
     measured = [
-        setup.record(
+        provenance.record(
             config, source, metric=name.replace(" ", "_"), unit="%", value=share, low=share, high=share, n=len(shift),
             iterations=0,
         )
@@ -107,7 +107,7 @@ def _shift(gamma: Tensor, beta: Tensor) -> Tensor:
 
 def _units(config: Config) -> list[tuple[Tensor, Tensor]]:
     """Vectors gamma and beta of every unit, from the first to the last."""
-    network = setup.model(setup.exact(config), REFERENCE)
-    setup.load_weights(network, Path(str(config.task.checkpoint)))
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    model = network.build(network.exact(config), REFERENCE)
+    network.load_weights(model, Path(str(config.task.checkpoint)))
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     return [(norm.weight.detach(), norm.bias.detach()) for norm in norms]

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from blpa import kernels
-from runners import data, records
+from runners import data, provenance, records
 from runners.config import Config
 from runners.records import GROUP, Record
 from runners.reporting import paper
-from runners.training import loop, setup
+from runners.training import loop, network
 from runners.training.turns import Turns
 
 
@@ -56,25 +56,26 @@ class _Begun(NamedTuple):
 
 
 def _begin(config: Config) -> _Begun:
-    run_dir = setup.run_folder(config)
-    device = setup.device(config)
-    elements = setup.encoded_elements(config, steps=config.dataset.iterations)
+    run_dir = network.run_folder(config)
+    device = network.device(config)
+    elements = network.encoded_elements(config, steps=config.dataset.iterations)
     chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
     if device.type == "cpu" and config.gpu.name not in ("auto", "cpu"):
         print(f"gpu={config.gpu.name}: torch finds no CUDA device here; training on the CPU", file=sys.stderr)
     if config.gpu.kernels == "auto" and config.mode.layers == "coded":
         print(f"kernels: {chosen.name}\n", end="", file=sys.stderr)
-    gpu = setup.used(config.gpu, device)
+    gpu = network.used(config.gpu, device)
     if gpu.precision != config.gpu.precision:
         print(f"precision: {gpu.precision}\n", end="", file=sys.stderr)
     used = replace(config, gpu=replace(gpu, device=device.type, kernels=chosen.name))
     images = data.load(config.dataset, device)
-    return _Begun(run_dir, device, used, images, setup.model(config, chosen))
+    return _Begun(run_dir, device, used, images, network.build(config, chosen))
 
 
 def _end(config: Config, begun: _Begun, outcome: loop.Outcome) -> list[Record]:
     """Record what the training came to."""
-    source = setup.source(config, begun.device, begun.used.gpu.kernels) | records.of_parts(outcome.parts)
+    source = provenance.source(config, begun.device, begun.used.gpu.kernels)
+    source |= provenance.merge_provenance(outcome.parts)
     measured = _records(config, outcome, source, begun.run_dir)
     records.write(measured, begun.run_dir)
     records.forget_failure(begun.run_dir)
@@ -94,7 +95,7 @@ def _records(config: Config, outcome: loop.Outcome, source: dict[str, Any], run_
             return [replace(record, experiment=config.experiment, command=source["command"]) for record in before]
 
     error, *others = (
-        setup.record(
+        provenance.record(
             config, source, metric=metric, unit=unit, value=value, low=value, high=value, n=1,
             iterations=outcome.iterations,
         )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from runners import records
+from runners import provenance, records
 from runners.config import Config, DatasetConfig
 from runners.data import ImageData
 from runners.errors import Deferred, Diverged, Interrupted, OutOfTime
@@ -77,7 +77,7 @@ class Progress:
     rows: list[list[float]] = field(default_factory=list)
     """The rows of metrics.csv."""
     parts: list[dict[str, Any]] = field(default_factory=list)
-    """The device and the versions of each process that trained this run: records.provenance without the date."""
+    """The device and the versions of each process that trained this run: provenance.provenance without the date."""
 
 
 class Stopping:
@@ -291,7 +291,7 @@ def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, ite
 
 def _note_part(progress: Progress, device: torch.device) -> None:
     """Note on what the run goes on, unless it is what it was before."""
-    part = {name: value for name, value in records.provenance(device).items() if name != "date"}
+    part = {name: value for name, value in provenance.provenance(device).items() if name != "date"}
     if progress.parts[-1:] != [part]:
         progress.parts.append(part)
 

@@ -8,7 +8,7 @@ import torch
 from test_sweeps import GRADIENTS, TINY
 from test_training import assert_same_end
 
-from runners import cli, records, sweep
+from runners import cli, provenance, records, sweep
 from runners.config import Config
 from runners.errors import OutOfTime
 from runners.training import budget
@@ -92,9 +92,9 @@ def test_a_budget_is_above_zero(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_run_in_parts_names_every_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     alone = [argument for argument in TRAINING if argument != "-m"]
     assert cli.main([*alone, "budget_minutes=0.01"]) == OutOfTime.exit_code
-    here = records.provenance(torch.device("cpu"))["device"]
-    monkeypatch.setattr(records, "_cpu_name", lambda: "another")
+    here = provenance.provenance(torch.device("cpu"))["device"]
+    monkeypatch.setattr(provenance, "_cpu_name", lambda: "another")
     assert cli.main([*alone, "budget_minutes=0.01"]) == OutOfTime.exit_code
     assert cli.main(alone) == 0
-    there = records.provenance(torch.device("cpu"))["device"]
+    there = provenance.provenance(torch.device("cpu"))["device"]
     assert {record.device for record in records.collect(Path("results"))} == {f"{here}; {there}"}

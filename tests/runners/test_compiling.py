@@ -16,7 +16,7 @@ from blpa import compiling, memory
 from blpa.models.preact_resnet import Bottleneck, PreActResNet
 from blpa.modes import Mode
 from runners import cli
-from runners.training import setup
+from runners.training import network
 
 META = torch.device("meta")
 GetMode = Callable[[str], Mode]
@@ -57,7 +57,7 @@ def test_every_run_of_a_process_begins_without_the_graphs_of_the_others(
     monkeypatch.setattr(compiling, "VARIANTS", 6)  # those of one batch size at this depth are five
     (config,) = composed(["mode=compiled", f"results={tmp_path}"])
     for batch in (2, 3, 4):
-        setup.run_folder(config)
+        network.run_folder(config)
         step(mode("compiled"), batch)
     with pytest.raises(FailOnRecompileLimitHit):
         step(mode("compiled"), 5)

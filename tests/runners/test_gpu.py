@@ -22,7 +22,7 @@ from blpa.offloading import Offload
 from runners import cli, errors, fresh, records, streams, sweep
 from runners.config import Config, GpuConfig, mode
 from runners.data import ImageData, Split
-from runners.training import loop, segments, setup, steps
+from runners.training import loop, network, segments, steps
 from runners.training.steps import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -67,12 +67,12 @@ def random_images() -> ImageData:
     return ImageData(Split(images[:42], labels[:42]), Split(images[42:], labels[42:]))
 
 
-def network(config: Config) -> nn.Module:
-    return setup.model(config, kernels.choose(config.gpu.kernels, CUDA))
+def built(config: Config) -> nn.Module:
+    return network.build(config, kernels.choose(config.gpu.kernels, CUDA))
 
 
 def train(config: Config, run_dir: Path) -> loop.Outcome:
-    return loop.train(network(config), random_images(), config, device=CUDA, run_dir=run_dir)
+    return loop.train(built(config), random_images(), config, device=CUDA, run_dir=run_dir)
 
 
 # ---- captured steps --------------------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def make_step(config: Config) -> Callable[[], Tensor]:
     """Training steps of random images, each with other draws and another rate."""
     train, recipe = random_images().train, replace(config.dataset, iterations=1000)
     steps.configure_torch(config.gpu)
-    model = network(config).to(CUDA).train()
+    model = built(config).to(CUDA).train()
     optimiser = steps.make_optimiser(model, recipe)
     step = TrainingStep(model, optimiser, lambda draws: train.batch(draws, recipe), gpu=config.gpu, device=CUDA)
     drawn = train.draws(recipe, seed=0)
@@ -173,7 +173,7 @@ def test_the_rate_of_a_captured_step_can_be_changed() -> None:
     config = config_of("4bit", cuda_graph=True)
     train, recipe = random_images().train, config.dataset
     steps.configure_torch(config.gpu)
-    model = network(config).to(CUDA).train()
+    model = built(config).to(CUDA).train()
     optimiser = steps.make_optimiser(model, recipe)
     step = TrainingStep(model, optimiser, lambda draws: train.batch(draws, recipe), gpu=config.gpu, device=CUDA)
     _, draws = next(train.draws(recipe, seed=0))
@@ -192,7 +192,7 @@ def test_activations_and_their_gradients_are_channels_last_throughout(name: str,
     """Else cudnn copies them, or our kernels do."""
     config = config_of(name, precision=precision)
     steps.configure_torch(config.gpu)
-    model = network(config).to(CUDA).train()
+    model = built(config).to(CUDA).train()
     odd: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
@@ -247,9 +247,9 @@ def test_a_step_takes_the_memory_that_was_counted(name: str, capsys: pytest.Capt
     batch = 1024
     config = config_of(name, depth=56, batch=batch)
     steps.configure_torch(config.gpu)
-    counted = setup.training_bytes(config, batch).total_bytes
+    counted = network.training_bytes(config, batch).total_bytes
     before = torch.cuda.memory_allocated()
-    step = setup.training_step(config, batch, kernels.choose("auto", CUDA), CUDA)
+    step = network.training_step(config, batch, kernels.choose("auto", CUDA), CUDA)
     step()
     torch.cuda.reset_peak_memory_stats()
     step()

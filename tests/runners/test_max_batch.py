@@ -16,7 +16,7 @@ from runners.failures import judge
 from runners.records import Record
 from runners.reporting import paper
 from runners.tasks import max_batch
-from runners.training import segments, setup
+from runners.training import network, segments
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "mode=4bit", "gpu.device=cpu"]
 
@@ -50,7 +50,7 @@ def cells(arguments: list[str]) -> list[Config]:
 
 
 def training_total(config: Config, batch: int) -> int:
-    return setup.training_bytes(config, batch).total_bytes
+    return network.training_bytes(config, batch).total_bytes
 
 
 def test_a_network_that_does_not_fit_is_recorded_as_such(capsys: pytest.CaptureFixture[str]) -> None:
@@ -262,7 +262,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     monkeypatch.setattr(cuda, "max_memory_reserved", lambda: 77)
     monkeypatch.setattr(max_batch.segments, "use", seen.kinds.append)
     monkeypatch.setattr(max_batch.kernels, "choose", lambda *_: None)
-    monkeypatch.setattr(max_batch.setup, "training_step", training_step)
+    monkeypatch.setattr(max_batch.network, "training_step", training_step)
     return seen
 
 
@@ -389,7 +389,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, free: int, total: int, answer: Ca
             limits.append(limit)
         return answer
 
-    monkeypatch.setattr(max_batch.setup, "device", lambda *_: max_batch.torch.device("cuda"))
+    monkeypatch.setattr(max_batch.network, "device", lambda *_: max_batch.torch.device("cuda"))
     monkeypatch.setattr(max_batch.fresh, "call", lambda function: (free, total))
     monkeypatch.setattr(max_batch, "_probe_on", probe_on)
     monkeypatch.setattr(max_batch.torch.cuda, "get_device_name", lambda device: "a card")

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_cells import composed
-from test_preact_resnet import gradients, images, network
+from test_preact_resnet import gradients, images
+from test_preact_resnet import network as stock_network
 from torch import Tensor
 
 from blpa import offloading
@@ -18,20 +19,20 @@ from blpa.offloading import Offload, host_bytes_left
 from runners import cli
 from runners.failures import judge
 from runners.tasks import max_batch
-from runners.training import setup
+from runners.training import network
 
 GetMode = Callable[..., Mode]
 NETWORK = ["dataset=digits", "depth=11", "width=0.25", "gpu=cpu", "mode=offload", "run=a"]
 
 
 def moving_all(mode: GetMode) -> PreActResNet:
-    model = network(mode("offload"))
+    model = stock_network(mode("offload"))
     model.offload.smallest_bytes = 0
     return model
 
 
 def test_gradients_are_exact_to_the_bit_step_after_step(mode: GetMode) -> None:
-    model, stock = moving_all(mode), network(mode("exact"))
+    model, stock = moving_all(mode), stock_network(mode("exact"))
     for _ in range(3):
         model.zero_grad()
         stock.zero_grad()
@@ -53,7 +54,7 @@ def test_the_host_s_memory_is_made_once(mode: GetMode, monkeypatch: pytest.Monke
 
 
 def test_two_forward_passes_before_a_backward_pass_do_not_mix(mode: GetMode) -> None:
-    model, stock = moving_all(mode), network(mode("exact"))
+    model, stock = moving_all(mode), stock_network(mode("exact"))
 
     def of_both(model: PreActResNet) -> list[Tensor]:
         first, second = (model(images() * scale).square().mean() for scale in (1, 2))
@@ -182,7 +183,7 @@ def test_without_a_gpu_its_memory_is_predicted(
 
 def test_a_batch_that_the_host_cannot_hold_is_not_begun_with(monkeypatch: pytest.MonkeyPatch) -> None:
     (config,) = composed(["task=max-batch", "mode=offload", "depth=11", "gpu=gtx1080ti"])
-    bytes_of_64 = setup.training_bytes(config, 64).host_bytes
+    bytes_of_64 = network.training_bytes(config, 64).host_bytes
     monkeypatch.setattr(max_batch, "host_bytes_left", lambda: 20 * bytes_of_64)
     assert max_batch._host_batch(config) == 640
     (config,) = composed(["task=max-batch", "mode=exact", "gpu=gtx1080ti"])

@@ -10,7 +10,7 @@ import torch
 
 from runners import cli, config, records
 from runners.config import GpuConfig
-from runners.training import checkpoints, setup, steps
+from runners.training import checkpoints, network, steps
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "gpu=cpu", "gpu.kernels=torch", "dataset.batch_size=4", "run=a"]
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
@@ -28,12 +28,12 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("auto", CUDA, (8, 0), "tf32"),
         ("auto", CUDA, (7, 5), "fp32"),
         ("auto", CPU, None, "fp32"),
-        ("auto", setup.META, None, "fp32"),
+        ("auto", network.META, None, "fp32"),
         ("tf32", CUDA, (9, 0), "tf32"),
         ("tf32", CUDA, (7, 5), "fp32"),
         ("tf32", CPU, None, "fp32"),
-        ("tf32", setup.META, None, "fp32"),
-        *((name, device, (7, 5), name) for name in ("fp32", "bf16") for device in (CUDA, CPU, setup.META)),
+        ("tf32", network.META, None, "fp32"),
+        *((name, device, (7, 5), name) for name in ("fp32", "bf16") for device in (CUDA, CPU, network.META)),
     ],
 )
 def test_auto_is_pytorch_s_default_for_convolutions(
@@ -43,8 +43,8 @@ def test_auto_is_pytorch_s_default_for_convolutions(
     if device.type == "cuda":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     gpu = GpuConfig(name="auto", precision=asked)
-    assert setup.precision(gpu, device) == used
-    assert setup.used(gpu, device) == dataclasses.replace(gpu, precision=used)
+    assert network.precision(gpu, device) == used
+    assert network.used(gpu, device) == dataclasses.replace(gpu, precision=used)
 
 
 def test_pytorch_s_default_is_what_auto_takes_it_for() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from runners import records
-from runners.records import COLUMNS, Record, collect, provenance, read, write
+from runners import provenance, records
+from runners.records import COLUMNS, Record, collect, read, write
 
 RECORD = Record(
     experiment="single",
@@ -155,7 +155,7 @@ def test_a_reader_sees_whole_files_while_others_write(tmp_path: Path) -> None:
 
 
 def test_provenance_fills_the_fields_that_tell_where_and_when() -> None:
-    source = provenance(torch.device("cpu"))
+    source = provenance.provenance(torch.device("cpu"))
     assert set(source) == {"device", "torch", "triton", "cuda", "commit", "is_dirty", "date"}
     assert source["torch"] == torch.__version__
     assert source["cuda"] is None
@@ -170,35 +170,35 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 def test_commit_and_changes_are_those_of_the_source(tmp_path: Path) -> None:
-    assert records._commit(tmp_path) == (None, None)  # no checkout
+    assert provenance._commit(tmp_path) == (None, None)  # no checkout
     git(tmp_path, "init")
-    for folder in records.SOURCES:
+    for folder in provenance.SOURCES:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "file").write_text("")
         # A checkout that does not track it all, as around a virtual environment.
-        assert records._commit(tmp_path) == (None, None)
+        assert provenance._commit(tmp_path) == (None, None)
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "-m", "first")
     commit = git(tmp_path, "rev-parse", "HEAD")
-    assert records._commit(tmp_path) == (commit, False)
+    assert provenance._commit(tmp_path) == (commit, False)
     (tmp_path / "results.csv").write_text("generated")
-    assert records._commit(tmp_path) == (commit, False)
-    for folder in records.SOURCES:
+    assert provenance._commit(tmp_path) == (commit, False)
+    for folder in provenance.SOURCES:
         (tmp_path / folder / "file").write_text("changed")
-        assert records._commit(tmp_path) == (commit, True)
+        assert provenance._commit(tmp_path) == (commit, True)
         (tmp_path / folder / "file").write_text("")
-    assert records._commit(tmp_path) == (commit, False)
+    assert provenance._commit(tmp_path) == (commit, False)
 
 
 def test_without_git_there_is_no_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert records._commit(Path(records.__file__).parent.parent) == (None, None)
+    assert provenance._commit(Path(records.__file__).parent.parent) == (None, None)
 
 
 def test_what_was_made_in_parts_names_every_machine_once() -> None:
     one = {"device": "a", "torch": "2.11", "triton": None, "cuda": None, "commit": "c", "is_dirty": False, "date": "1"}
     other = {**one, "device": "b", "cuda": "13.0", "is_dirty": True, "date": "2"}
-    assert records.of_parts([one, other, one]) == {
+    assert provenance.merge_provenance([one, other, one]) == {
         "device": "a; b", "torch": "2.11", "triton": None, "cuda": "13.0", "commit": "c", "is_dirty": True
     }  # fmt: skip
-    assert records.of_parts([{**one, "commit": None, "is_dirty": None}])["is_dirty"] is None
+    assert provenance.merge_provenance([{**one, "commit": None, "is_dirty": None}])["is_dirty"] is None

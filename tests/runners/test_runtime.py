@@ -43,7 +43,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def timed(monkeypatch: pytest.MonkeyPatch, clock: Clock, *arguments: str) -> dict[str, Record]:
-    monkeypatch.setattr(runtime.setup, "training_step", clock.training_step)
+    monkeypatch.setattr(runtime.network, "training_step", clock.training_step)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     assert cli.main([*TINY, *arguments]) == 0
     (file,) = Path("results/runs").glob("a-runtime-*/records.json")
@@ -75,7 +75,7 @@ def test_exact_is_timed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_more_modes_take_their_turns_and_each_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(exact=[9, 9, 10, 20, 40], _4bit=[9, 9, 5, 30, 8], _2bit=[9, 9, 2, 2, 2])
-    monkeypatch.setattr(runtime.setup, "training_step", clock.training_step)
+    monkeypatch.setattr(runtime.network, "training_step", clock.training_step)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
     assert cli.main([*TINY, "mode=4bit", "task.modes=[exact,4bit,2bit]"]) == 0
     (file,) = Path("results/runs").glob("a-runtime-*/records.json")
@@ -109,7 +109,7 @@ def test_where_exact_does_not_fit_the_mode_is_timed_alone(
 
 
 def test_a_mode_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(runtime.setup, "training_step", Clock(exact=[1], _4bit=[-1]).training_step)
+    monkeypatch.setattr(runtime.network, "training_step", Clock(exact=[1], _4bit=[-1]).training_step)
     assert cli.main([*TINY, "mode=4bit"]) == 1
     assert capsys.readouterr().err.endswith("blpa-run: error: does not fit: CUDA out of memory\n")
 
@@ -166,7 +166,7 @@ def test_a_mode_that_fits_at_no_batch_is_recorded_as_such(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     found_batches({"exact": 2, "4bit": 0, "8bit": 5})
-    monkeypatch.setattr(runtime.setup, "training_step", Clock(exact=[1] * 9, _8bit=[1] * 9).training_step)
+    monkeypatch.setattr(runtime.network, "training_step", Clock(exact=[1] * 9, _8bit=[1] * 9).training_step)
     sweep = [argument for argument in TINY if argument != "run=a"]
     assert cli.main([*sweep, *AT_LARGEST, "mode=4bit,8bit", "-m"]) == 1
     (failed,) = [record for record in records.merged(Path("results")) if record.failure]

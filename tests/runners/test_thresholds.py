@@ -11,7 +11,7 @@ from blpa.codec import Code
 from blpa.kernels.reference import REFERENCE
 from runners import cli, records
 from runners.tasks import thresholds
-from runners.training.setup import model
+from runners.training.network import build as model
 
 ARGUMENTS = ["task=thresholds", "dataset=digits", "mode=4bit", "depth=11", "width=0.25"]
 

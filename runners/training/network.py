@@ -1,11 +1,10 @@
-"""What the tasks that run a network share: the folder, the device, the model, the record."""
+"""The configured network: its device, its weights, a training step of it, and the bytes of that step."""
 
 import gc
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +12,9 @@ from torch import nn
 from blpa import kernels, memory, modes
 from blpa.kernels import Kernels
 from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS, PreActResNet
-from runners import records
-from runners.cells import departures, folder_name, overrides
+from runners.cells import folder_name
 from runners.config import Config, GpuConfig, ModeConfig
 from runners.errors import UserError
-from runners.records import Record
 from runners.training import steps
 
 META = torch.device("meta")
@@ -90,7 +87,7 @@ def used(gpu: GpuConfig, device: torch.device) -> GpuConfig:
     return replace(gpu, precision=precision(gpu, device))
 
 
-def model(config: Config, kernels: Kernels) -> PreActResNet:
+def build(config: Config, kernels: Kernels) -> PreActResNet:
     """The configured network, its weights drawn from the seed, channels last, on the CPU."""
     torch.manual_seed(config.seed)
     network = PreActResNet(
@@ -153,7 +150,7 @@ def training_step(config: Config, batch: int, chosen: Kernels, device: torch.dev
     size, channels = config.dataset.image_size, config.dataset.image_channels
     images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(config.dataset.classes, (batch,), device=device)
-    network = model(config, chosen).to(device)
+    network = build(config, chosen).to(device)
     optimiser = steps.make_optimiser(network, config.dataset)
     gpu = used(config.gpu, device)
     step = steps.TrainingStep(network, optimiser, lambda _: (images, labels), gpu=gpu, device=device)
@@ -165,7 +162,7 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
     size, channels = config.dataset.image_size, config.dataset.image_channels
     _forget_graphs(config)
     with META:
-        network = model(config, kernels.choose(config.gpu.kernels, META))
+        network = build(config, kernels.choose(config.gpu.kernels, META))
         images = torch.empty(batch, channels, size, size).to(memory_format=torch.channels_last)
         labels = torch.empty(batch, dtype=torch.int64)
         parts = {f"block {number}": block for number, block in enumerate(network.blocks, start=1)}
@@ -195,97 +192,3 @@ def on_card(config: Config, card_bytes: int) -> Config:
     if not card_bytes:
         raise UserError("gpu.memory_gib=null: here is no GPU to take it from; name a card, gpu=gtx1080ti, or its GiB")
     return replace(config, gpu=replace(config.gpu, memory_gib=round(card_bytes / memory.GIB, 2)))
-
-
-def kernels_used(config: Config, back_end: str) -> str:
-    """The back end as a record names it: layers that are not ours have none."""
-    return back_end if config.mode.layers == "coded" else "stock"
-
-
-def source(config: Config, device: torch.device, back_end: str) -> dict[str, Any]:
-    """The fields of a record that tell by what it was made.
-
-    Args:
-        config: the run, as it was composed.
-        device: what it really computed on.
-        back_end: name of the one that was really used.
-    """
-    return records.provenance(device) | {
-        "kernels": kernels_used(config, back_end),
-        "precision": precision(config.gpu, device),
-        "command": command(config),
-    }
-
-
-def command(config: Config) -> str:
-    """What a record names as the command that made it."""
-    return records.as_text(overrides(config))
-
-
-def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:
-    """One measured number.
-
-    Args:
-        config: the run.
-        source: what `source` returns.
-        measured: the fields that neither of them tells (metric, unit, value, low, high, n, iterations), and those that
-            are otherwise than they tell.
-    """
-    told = {
-        "experiment": config.experiment,
-        "task": config.task.name,
-        "dataset": config.dataset.name,
-        "mode": config.mode.name,
-        "bits": config.mode.bits,
-        "depth": config.depth,
-        "width": config.width,
-        "seed": config.seed,
-        "batch_size": config.dataset.batch_size,
-        "predicted": False,
-        "paper_value": None,
-        "note": note(config),
-    }
-    return Record(**(told | source | measured))
-
-
-def note(config: Config, *, task: str | None = None) -> str:
-    """What a reader of a record must know that no other column tells.
-
-    Args:
-        config: the run.
-        task: what measures; None is the configured one.
-    """
-    gpu, at = config.gpu, config.task.checkpoint
-    card = f"{gpu.memory_gib:g} GiB less {gpu.allowance_mib} MiB" if gpu.memory_gib else "the whole card"
-    kernels = f"gpu.kernels={gpu.kernels}" if gpu.kernels != "auto" and config.mode.layers == "coded" else ""
-    graph = "" if gpu.cuda_graph is None else f"gpu.cuda_graph={gpu.cuda_graph}".lower()
-    convolutions = "" if gpu.deterministic else "gpu.deterministic=false"
-    seed = f"seed={config.seed}" if config.seed else ""
-    particular = {
-        "max-batch": [card, graph],
-        "runtime": [f"largest batch in {card}" if config.task.largest_batch else "", kernels, graph, convolutions],
-        "gradient-error": [f"at {Path(at).stem}" if at else "at initialisation", seed],
-        "thresholds": [f"at {Path(at).stem}" if at else ""],
-    }
-    return " ".join(filter(None, [*particular.get(task or config.task.name, []), departures(config)]))
-
-
-def record_failure(config: Config, reason: str, seconds: float) -> None:
-    """Leave a record of a cell that failed.
-
-    Args:
-        config: the run.
-        reason: one line.
-        seconds: how long it ran.
-    """
-    iterations = config.dataset.iterations if config.task.name == "train" else 0
-    on = torch.device("cuda" if config.gpu.device != "cpu" and torch.cuda.is_available() else "cpu")
-    run_dir = Path(config.results) / "runs" / str(folder_name(config))
-    told = source(config, on, config.gpu.kernels)
-    if on.type == "cuda":
-        config = on_card(config, torch.cuda.get_device_properties(on).total_memory)
-    failed = record(
-        config, told, metric="failed", unit="s", value=seconds, low=seconds,
-        high=seconds, n=1, iterations=iterations, failure=reason,
-    )  # fmt: skip
-    records.write_failure(failed, run_dir)
