@@ -72,6 +72,8 @@ def _answer(arguments: list[str]) -> int:
     try:
         asked = _parse(arguments)
         overrides = [*asked.overrides]
+        if any(text.startswith("config_dir=") for text in overrides):
+            raise UserError("config_dir= is not allowed: give the folder by --config-dir")
         if asked.config_dir is not None:
             overrides.append(f"config_dir='{os.path.abspath(asked.config_dir)}'")
         with compose.session(asked.config_dir) as hydra:

@@ -48,6 +48,8 @@ def _entries(prefix: str, meanings: dict[str, str], values: DictConfig) -> list[
     """A line or two for each value: the key, its default, and the meaning in a column of its own."""
     lines = []
     for name, meaning in meanings.items():
+        if name in ("task", "config_dir"):  # the first is shown by its own values, the second is a flag
+            continue
         key = f"{prefix}{name}={_shown('???' if OmegaConf.is_missing(values, name) else values[name])}"
         indent = " " * 36
         wrapped = textwrap.wrap(" ".join(meaning.split()), width=120, initial_indent=indent, subsequent_indent=indent)

@@ -12,7 +12,7 @@ import pytest
 from runners import CONF
 
 CHECKOUT = CONF.parent
-OURS = {path.relative_to(CHECKOUT) for folder in ("blpa", "runners", "conf") for path in CHECKOUT.glob(f"{folder}/**/*")}
+OURS = {file.relative_to(CHECKOUT) for room in ("blpa", "runners", "conf") for file in CHECKOUT.glob(f"{room}/**/*")}
 
 
 def run(*command: str | Path, folder: Path, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -54,7 +54,8 @@ def test_the_installed_command_finds_its_configuration_in_an_empty_folder(wheel:
     empty.mkdir()
     install = ["-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", site, wheel]
     assert run(sys.executable, *install, folder=tmp_path).returncode == 0
-    done = run(sys.executable, site / "bin" / "blpa-run", "mode=exact", "depth=1001", "-c", "job", folder=empty, path=site)
+    command = [sys.executable, site / "bin" / "blpa-run", "mode=exact", "depth=1001", "--cfg", "job"]
+    done = run(*command, folder=empty, path=site)
     assert "run: cifar10-exact-depth1001-width1-seed0" in done.stdout, done.stderr
     where = "import runners, blpa; print(runners.CONF, blpa.__file__)"
     done = run(sys.executable, "-c", where, folder=empty, path=site)
