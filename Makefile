@@ -10,7 +10,9 @@ RUN := .venv/bin/blpa-run
 PROFILE ?= demo
 EXPERIMENTS_demo := demo,demo-batches,demo-times,demo-gradients
 EXPERIMENTS_paper := table2,table2-fp32,table3,table3-fp32,gradients,table1
-EXPERIMENTS = $(or $(EXPERIMENTS_$(PROFILE)),$(error PROFILE=$(PROFILE) is not allowed: choose demo or paper))
+ifndef EXPERIMENTS_$(PROFILE)
+$(error PROFILE=$(PROFILE) is not allowed: choose demo or paper)
+endif
 
 # On a GPU, in the order of their worth, strict fp32 last.
 BENCHES := bench-kernels,bench-times,bench-training,bench-batches,bench-largest,bench-card,bench-kernels-others
@@ -37,7 +39,7 @@ demo: $(STAMP)  ## five modes on real digits, memory and largest batches, in min
 	$(RUN) task=tables "task.tables=[batches,errors]" results=results/demo
 
 reproduce-tables: $(STAMP)  ## every table and figure in a small form, on a CPU; PROFILE=paper is the paper's, on a GPU
-	$(RUN) experiment=$(EXPERIMENTS) -m; code=$$?; $(RUN) task=tables && $(RUN) task=report && exit $$code
+	$(RUN) experiment=$(EXPERIMENTS_$(PROFILE)) -m; code=$$?; $(RUN) task=tables && $(RUN) task=report && exit $$code
 
 test: $(STAMP)  ## run the tests
 	.venv/bin/python -m pytest

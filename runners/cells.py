@@ -123,6 +123,8 @@ def _changed(config: Config, group: str, name: str, experiment: str = "single") 
     values = getattr(config, group)
     of_option = option(group, name, config.config_dir)
     of_experiment = option("experiment", experiment, config.config_dir).get(group, {})
+    names = {value.name for value in fields(values)}  # an experiment's values may be for another task
+    of_experiment = {name: value for name, value in of_experiment.items() if name in names}
     base: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(type(values)), of_option, of_experiment))
     for value in fields(values):
         key, given = f"{group}.{value.name}", getattr(values, value.name)

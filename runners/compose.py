@@ -30,6 +30,9 @@ from runners.cells import folder_name, run_name, task_module, task_settings
 from runners.config import Config, check
 from runners.errors import UserError
 
+HYDRA_KEYS = ("hydra.launcher.", "hydra.sweep.", "hydra.job.env_set", "hydra.searchpath")
+"""Beginnings of those of Hydra's own keys that change something here, besides the group hydra/launcher."""
+
 ConfigStore.instance().store(name="schema", node=Config)
 
 
@@ -116,7 +119,7 @@ def _check(run: DictConfig) -> None:
     extra = set(run) - {field.name for field in fields(Config)}
     if extra:
         allowed = OmegaConf.masked_copy(run, [str(key) for key in run if key not in extra])
-        raise UserError(f"unknown key {min(map(str, extra))!r}{_allowed('', allowed)}")
+        raise UserError(f"unknown key {(key := min(map(str, extra)))!r}{_allowed(key, allowed)}")
     try:
         if OmegaConf.is_missing(run, "run"):
             run.run = run_name(cast(Config, run))
@@ -163,24 +166,37 @@ def is_launchers(key: str) -> bool:
 
 def _parse(overrides: list[str]) -> list[Override]:
     """Parse overrides one by one, so that a mistake is told by its own text."""
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    loader = GlobalHydra.instance().config_loader()
+    parser, groups = OverridesParser.create(loader), loader.list_groups("")
     parsed = []
     for text in overrides:
         try:
-            parsed += parser.parse_overrides([text])
+            (override,) = parser.parse_overrides([text])
+            if not (key := override.get_key_element()):
+                raise OverrideParseException(text, "no key")
         except OverrideParseException as error:
             raise UserError(f"cannot read {text!r}: write key=value, with quotes around special characters") from error
+        if key in groups and not override.is_sweep_override() and not isinstance(override.value(), str | list):
+            name, names = override.get_value_element_as_str(), loader.get_group_options(key)
+            raise UserError(f"{key}={name} is not allowed{hint(name, names)}; choose one of {', '.join(names)}")
+        if key.startswith("hydra.") and not key.startswith(HYDRA_KEYS):
+            raise UserError(f"{text} is not allowed: of Hydra's own keys blpa-run heeds {', '.join(HYDRA_KEYS)}")
+        parsed.append(override)
     return parsed
 
 
 def _product(overrides: list[Override]) -> list[list[str]]:
-    for override in overrides:
-        if override.is_sweep_override() and override.get_key_element().startswith("hydra"):
+    """Every combination of the values of the overrides."""
+    for override in filter(Override.is_sweep_override, overrides):
+        if is_launchers(override.get_key_element()):
             raise UserError(f"{override.input_line} is not allowed: one launcher runs the whole of a sweep")
-    try:
-        (texts,) = BasicSweeper.split_arguments(overrides, None)
-    except (HydraException, ValueError) as error:
-        raise UserError(f"{' '.join(str(o.input_line) for o in overrides)}: {_reason(error)}") from error
+        try:
+            (values,) = BasicSweeper.split_arguments([override], None)
+        except (HydraException, ValueError) as error:
+            raise UserError(f"{override.input_line}: {_reason(error)}") from error
+        if not values:
+            raise UserError(f"{override.input_line} names no value at all")
+    (texts,) = BasicSweeper.split_arguments(overrides, None)
     return texts
 
 

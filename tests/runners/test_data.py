@@ -180,7 +180,7 @@ def test_digits_are_split_once_and_for_all() -> None:
 
 
 def test_digits_are_in_equal_parts_in_both_sets() -> None:
-    (_, train), (_, test) = digits.read()
+    (_, train), (_, test) = digits.read(DIGITS)
     expected = (train.bincount() + test.bincount()) * 500 / 1797
     assert (test.bincount() - expected).abs().max() < 1
 
