@@ -26,8 +26,8 @@ LIBRARY = (
 
 FRONT = {
     "runners", "runners.cli", "runners.__main__", "runners.help", "runners.config", "runners.compose", "runners.cells",
-    "runners.sweep", "runners.errors", "runners.records", "runners.launch", "runners.side_by_side", "runners.streams",
-    "runners.fresh", "runners.locks", "runners.failures", "runners.training", "runners.training.budget",
+    "runners.sweep", "runners.run", "runners.errors", "runners.records", "runners.streams", "runners.fresh",
+    "runners.failures", "runners.training", "runners.training.budget",
     "runners.training.signals", "runners.training.turns",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run: a mistake is answered at once."""
@@ -35,7 +35,7 @@ FRONT = {
 HEAVY = {"torch", "blpa", "torchvision", "sklearn", "pandas", "matplotlib", "jinja2"}
 ONLY_IN = {
     "triton": ("blpa.kernels.triton_ops",),
-    "hydra": ("runners.compose", "runners.launch"),
+    "hydra": ("runners.compose", "runners.sweep"),
     "sklearn": ("runners.data",),
     "torchvision": ("runners.data",),
     "pandas": ("runners.reporting",),
