@@ -92,7 +92,7 @@ def test_cells_side_by_side_end_with_the_bits_of_cells_alone(
         steps.append((self, current[-1]))
         return call(self, draws, rate=rate)
 
-    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
+    monkeypatch.setattr(streams, "is_on_cuda", lambda config: True)
     monkeypatch.setattr(torch.cuda, "Stream", make)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(TrainingStep, "__call__", noted)
@@ -242,8 +242,8 @@ def test_what_fails_after_the_first_failure_is_none_of_its_own(
 @pytest.fixture
 def believes_in_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process does; those that it has its cells run in do not."""
-    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
-    monkeypatch.setattr(cli, "is_on_cuda", lambda config: True)
+    for module in (sweep, run_module, streams):
+        monkeypatch.setattr(module, "is_on_cuda", lambda config: True)
 
 
 @pytest.mark.usefixtures("believes_in_a_gpu")
@@ -386,9 +386,10 @@ def test_other_tasks_have_a_gpu_to_themselves(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sweep, "run_cell_of_sweep", run_alone)
     for module in (sweep, run_module):
         monkeypatch.setattr(module, "is_on_cuda", lambda config: True)
-    assert cli.main([*CELLS, "task=runtime,train", "seed=0,1", "-m"]) == 0
+    cells = [*(text for text in CELLS if not text.startswith("task.")), "task=runtime,train", "seed=0,1", "-m"]
+    assert cli.main(cells) == 0
     assert groups == [["runtime"], ["runtime"], ["train", "train"]]
-    assert cli.main([*CELLS, "task=runtime,train", "seed=0,1", "jobs=1", "-m"]) == 0
+    assert cli.main([*cells, "jobs=1"]) == 0
     assert groups[3:] == [["runtime"], ["runtime"], ["train"], ["train"]]
 
 
