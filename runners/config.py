@@ -60,7 +60,7 @@ class DatasetConfig:
 
 @dataclass
 class ModeConfig:
-    """What is kept of each activation for the backward pass (see modes.py for what each combination means)."""
+    """What is kept of each activation for the backward pass (training/network.py has a table of the modes)."""
 
     name: str = MISSING
     """The mode's name in tables and file names."""

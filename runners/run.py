@@ -20,7 +20,7 @@ from runners import fresh, records
 from runners.cells import folder_name, overrides, task_module
 from runners.config import Config
 from runners.errors import Busy, Deferred, Diverged, Interrupted, OutOfTime, Stopped, UserError
-from runners.failures import judge
+from runners.failures import cannot_run_here, judge
 from runners.training import budget, signals, turns
 from runners.training.turns import Turns
 
@@ -194,7 +194,9 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
 
 def _is_its_own(error: Exception, stopping: "Stopping") -> bool:
     """Whether an exception says something of its run, whatever else its process trains."""
-    return isinstance(error, OutOfTime | Interrupted if stopping.has_failure else UserError | Stopped)
+    if stopping.has_failure:
+        return isinstance(error, OutOfTime | Interrupted)
+    return isinstance(error, UserError | Stopped) or cannot_run_here(error)
 
 
 def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") -> None:

@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from blpa import kernels, memory
 from blpa.memory import GIB, MIB, TrainingBytes
-from blpa.offloading import host_bytes_left
 from runners import fresh, provenance, records
 from runners.cells import card_name
 from runners.config import Config
@@ -34,6 +33,7 @@ from runners.records import Record
 from runners.reporting import paper
 from runners.training import network, segments, steps
 from runners.training.network import META
+from runners.training.offloading import host_bytes_left
 from runners.training.steps import EAGER_STEPS
 
 STEPS = EAGER_STEPS + 2

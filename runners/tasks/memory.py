@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from blpa import kernels, modes
-from blpa.kernels.reference import REFERENCE
+from blpa import kernels
 from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
 from runners import provenance, records
 from runners.cells import batch_name
@@ -141,7 +140,7 @@ def _formula(config: Config, part: PartBytes) -> int | None:
     """Bytes that a block's three units keep: the first reads the block's input, the others a quarter of its output."""
     if config.mode.layers != "coded":
         return None
-    code = modes.from_config(config.mode, REFERENCE).code
+    code = network.code(config.mode)
     rows_in, rows_out = (shape.numel() // shape[1] for shape in (part.input_shape, part.output_shape))
     element_bytes = 2 if network.precision(config.gpu, META) == "bf16" else 4
     first = kept_bytes(rows_in, part.input_shape[1], code, element_bytes=element_bytes)

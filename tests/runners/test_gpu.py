@@ -18,12 +18,12 @@ from test_training import assert_same_end, tiny_config
 from torch import Tensor, nn
 
 from blpa import kernels
-from blpa.offloading import Offload
 from runners import cli, errors, fresh, records, streams
 from runners.config import Config, GpuConfig, mode
 from runners.data import ImageData, Split
 from runners.run import run_cell
 from runners.training import loop, network, segments, steps
+from runners.training.offloading import Offload
 from runners.training.steps import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
