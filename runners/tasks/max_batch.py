@@ -27,8 +27,7 @@ from blpa.memory import GIB, MIB, TrainingBytes
 from runners import fresh, provenance, records
 from runners.cells import card_name
 from runners.config import Config
-from runners.errors import Stopped, UserError
-from runners.failures import first_line, is_out_of_memory, may_be_out_of_memory
+from runners.errors import Stopped, UserError, first_line, is_out_of_memory, may_be_out_of_memory
 from runners.records import Record
 from runners.reporting import paper
 from runners.training import network, segments, steps

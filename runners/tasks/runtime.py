@@ -19,8 +19,7 @@ from blpa.kernels import Kernels
 from runners import provenance, records
 from runners.cells import batch_name, card_name, overrides, task_settings
 from runners.config import Config, at_least, mode, one_of, options
-from runners.errors import Stopped, UserError
-from runners.failures import judge
+from runners.errors import Stopped, UserError, classify
 from runners.records import Record
 from runners.reporting import paper
 from runners.timing import Call, calls_per_turn, low_median_high, take_turns
@@ -99,7 +98,7 @@ def run(config: Config) -> list[Record]:
         try:
             timed.append(_timed(cell, chosen, device))
         except (RuntimeError, UserError) as error:
-            exit_code, reason = judge(error)
+            exit_code, reason = classify(error)
             if not timed or exit_code is None:
                 raise
             print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)

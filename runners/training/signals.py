@@ -28,7 +28,7 @@ class Stop:
 
 
 @contextmanager
-def noted() -> Iterator[Stop]:
+def deferred() -> Iterator[Stop]:
     """Note the first SIGINT or SIGTERM instead of obeying it; one more than SAME_SECONDS later has its usual effect."""
     stop = Stop()
 
@@ -44,7 +44,7 @@ def noted() -> Iterator[Stop]:
 
 
 @contextmanager
-def handed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
+def passed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
     """Pass every SIGINT or SIGTERM on instead of obeying it.
 
     Args:

@@ -12,7 +12,7 @@ import torch
 
 from runners import cli, compose, fresh, records
 from runners.config import Config
-from runners.failures import judge
+from runners.errors import classify
 from runners.records import Record
 from runners.reporting import paper
 from runners.tasks import max_batch
@@ -305,7 +305,7 @@ def test_what_is_said_for_other_reasons_too_is_no_answer_yet(gpu: SimpleNamespac
     with pytest.raises(max_batch.Unclear) as raised:
         max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL)
     assert str(raised.value) == said
-    exit_code, line = judge(gpu.error)
+    exit_code, line = classify(gpu.error)
     assert (exit_code, line) == (1, f"does not run, for want of memory or for the size of its tensors: {said}")
 
 
@@ -315,7 +315,7 @@ def test_what_is_never_said_for_want_of_memory_is_a_bug(gpu: SimpleNamespace, sa
     gpu.error = RuntimeError(said)
     with pytest.raises(RuntimeError, match=said):
         max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL)
-    assert judge(gpu.error) == (None, f"RuntimeError: {said}")
+    assert classify(gpu.error) == (None, f"RuntimeError: {said}")
 
 
 def probed(monkeypatch: pytest.MonkeyPatch, config: Config, batch: int, answers: dict[int, int | None]) -> bool:
@@ -355,7 +355,7 @@ def test_an_unclear_failure_is_a_failure_otherwise(
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti"])
     with pytest.raises(max_batch.NotMemory, match=reason) as raised:
         probed(monkeypatch, config, batch, answers)
-    assert judge(raised.value) == (1, str(raised.value))
+    assert classify(raised.value) == (1, str(raised.value))
 
 
 def test_a_batch_just_below_two_to_the_31_elements_may_want_memory(monkeypatch: pytest.MonkeyPatch) -> None:
