@@ -29,7 +29,7 @@ class Stop:
 
 @contextmanager
 def deferred() -> Iterator[Stop]:
-    """Note the first SIGINT or SIGTERM instead of obeying it; one more than SAME_SECONDS later has its usual effect."""
+    """Remember the first SIGINT or SIGTERM, so that a loop can stop cleanly; a second one, later, acts at once."""
     stop = Stop()
 
     def note(number: int, frame: FrameType | None) -> None:
