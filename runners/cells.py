@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from runners.config import Config, GpuConfig, option, options
 
-NOT_DECIDING = {"dataset.root", "dataset.download", "task.checkpoint_every", "task.keep_every"}
-"""Where a run reads and what it writes on its way, not what it is."""
+IGNORED = {"dataset.root", "dataset.download", "task.checkpoint_every", "task.keep_every"}
+"""Settings that do not affect the result."""
 
 
 def run_name(config: Config) -> str:
@@ -128,7 +128,7 @@ def _changed(config: Config, group: str, name: str, experiment: str = "single") 
     base: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(type(values)), of_option, of_experiment))
     for value in fields(values):
         key, given = f"{group}.{value.name}", getattr(values, value.name)
-        if key not in NOT_DECIDING and given != base[value.name]:
+        if key not in IGNORED and given != base[value.name]:
             yield key, given
 
 

@@ -1,8 +1,8 @@
-"""What a run can be told: one dataclass per configuration group, a docstring and a check per field.
+"""Schema of the configuration: a dataclass for each group, with a docstring and a check for each field.
 
-The values live in conf/ as plain YAML, one file per option. Hydra composes them and this schema types them: a
-misspelt key or a value of the wrong type never gets past it. `check` then refuses what a type cannot, one line per
-mistake. Nothing here imports torch, so a mistake is answered at once.
+The values are plain YAML, a file for each option (conf/). Hydra composes them, and this schema types them: a misspelt
+key or a value of the wrong type is refused. `check` then refuses what a type cannot, in one line. Nothing here imports
+torch, so a mistake is answered at once. The settings of a task are in its own file (runners/tasks).
 """
 
 import math
@@ -47,7 +47,7 @@ class DatasetConfig:
     weight_decay: float = 2e-4
     """L2 penalty on convolution and classifier weights; batch norm and biases have none."""
     augmentation: str = "per-image"
-    """How crop and flip are drawn: per-image (the field's habit), per-batch (the authors' code) or none."""
+    """How crop and flip are drawn: per-image (usual), per-batch (as the authors' code) or none."""
     crop_padding: int = 4
     """Zero pixels added on each side before a random crop of the original size."""
     flip: bool = True
@@ -65,10 +65,10 @@ class ModeConfig:
     name: str = MISSING
     """The mode's name in tables and file names."""
     layers: str = MISSING
-    """stock (PyTorch's own layers), coded (ours), checkpoint (stock layers, recomputed in the backward pass), offload
-    (stock layers whose activations wait in the host's memory) or compiled (stock layers through torch.compile)."""
+    """stock: PyTorch's own layers. coded: ours. checkpoint: stock layers, recomputed in the backward pass. offload: stock
+    layers whose activations wait in the host's memory. compiled: stock layers through torch.compile."""
     bits: int | None = None
-    """Bits a code: 8, 4 or 2; null keeps one full-precision tensor a unit. Coded layers only."""
+    """Bits per element: 8, 4 or 2; null saves one full-precision tensor per BN-ReLU-conv. Coded layers only."""
     clip: float = 3.0
     """Half-width of the code's range, in standard deviations of the channel."""
     forward_from_code: bool = False
@@ -76,11 +76,11 @@ class ModeConfig:
     width_factor: float = 1.0
     """Factor on every channel count, on top of `width`."""
     segments: int | None = None
-    """Checkpointed segments of the network; null takes the root of the number of blocks. Checkpoint layers only."""
+    """Checkpointed segments of the network; null is the square root of the number of blocks. Checkpoint layers only."""
     activation_memory_budget: float = 1.0
-    """Part of the kept bytes that torch.compile is to keep, 0 to 1; the rest is recomputed. Compiled layers only."""
+    """Part of the saved bytes that torch.compile may save, 0 to 1; it recomputes the rest. Compiled layers only."""
     fp8: bool = False
-    """Keep what torch.compile keeps in 8-bit floats. Compiled layers only."""
+    """Save what torch.compile saves as 8-bit floats. Compiled layers only."""
 
 
 @dataclass
@@ -95,15 +95,15 @@ class GpuConfig:
     """tf32 (tensor cores round the factors of float32 products), bf16 (autocast), fp32 (strict), or auto: PyTorch's
     default for convolutions, which is tf32 on a CUDA GPU of compute capability 8.0 or later and fp32 elsewhere."""
     kernels: str = "auto"
-    """Back end of the kernel functions: auto, torch, inductor or triton (CUDA only)."""
+    """Backend of the kernel functions: auto, torch, inductor or triton (CUDA only)."""
     cuda_graph: bool | None = None
-    """Record a training step once and replay it, launches and all; null does so on every CUDA device."""
+    """Capture a training step as a CUDA graph and replay it; null does so on every CUDA device."""
     deterministic: bool = True
     """Refuse operations whose result can differ between runs."""
     memory_gib: float | None = None
     """Memory that training may take, in GiB: the budget of max-batch; null is the whole card."""
     allowance_mib: int = 512
-    """Part of it that no count sees, in MiB: the CUDA context and the workspace of convolutions."""
+    """Part of it that no count sees, in MiB: the CUDA context and the workspaces of convolutions."""
 
 
 @dataclass
@@ -128,9 +128,8 @@ class Config:
     experiment: str = "single"
     """The group of table cells this run belongs to."""
     budget_minutes: float | None = None
-    """Minutes that the command may take: a training run stops in time, its checkpoint written, and a sweep begins no
-    other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
-    begins until the last minute. A launcher's jobs have them each."""
+    """Time limit of the command in minutes. Training stops in time and writes a checkpoint. A sweep starts no further cell
+    that may not finish. With a launcher the limit holds per job."""
     jobs: int = 1
     """Training runs of a sweep that share one GPU, all in one process; elsewhere cells run one by one."""
     config_dir: str | None = None
