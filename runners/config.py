@@ -65,8 +65,8 @@ class ModeConfig:
     name: str = MISSING
     """The mode's name in tables and file names."""
     layers: str = MISSING
-    """stock: PyTorch's own layers. coded: ours. checkpoint: stock layers, recomputed in the backward pass. offload: stock
-    layers whose activations wait in the host's memory. compiled: stock layers through torch.compile."""
+    """stock: PyTorch's own layers. coded: ours. checkpoint: stock layers, recomputed in the backward pass. offload:
+    stock layers whose activations wait in the host's memory. compiled: stock layers through torch.compile."""
     bits: int | None = None
     """Bits per element: 8, 4 or 2; null saves one full-precision tensor per BN-ReLU-conv. Coded layers only."""
     clip: float = 3.0
@@ -128,8 +128,8 @@ class Config:
     experiment: str = "single"
     """The group of table cells this run belongs to."""
     budget_minutes: float | None = None
-    """Time limit of the command in minutes. Training stops in time and writes a checkpoint. A sweep starts no further cell
-    that may not finish. With a launcher the limit holds per job."""
+    """Time limit of the command in minutes. Training stops in time and writes a checkpoint. A sweep starts no further
+    cell that may not finish. With a launcher the limit holds per job."""
     jobs: int = 1
     """Training runs of a sweep that share one GPU, all in one process; elsewhere cells run one by one."""
     config_dir: str | None = None

@@ -31,7 +31,7 @@ def test_readme_s_steps_add_a_mode_without_touching_the_package(capsys: pytest.C
     assert cli.main([*train, *TINY]) == 0
     assert cli.main(tables) == 0
     (label,) = re.findall(r"label: (.*)", text)
-    assert re.search(rf"^\| {re.escape(label)} .*\(n=|^\| {re.escape(label)} +\|.*\d\.\d", capsys.readouterr().out, re.M)
+    assert re.search(rf"^\| {re.escape(label)} +\|.* \d+\.\d\d \(n=1\)", capsys.readouterr().out, re.MULTILINE)
     # The command that a record holds repeats the run.
     (run_dir,) = Path("results/runs").iterdir()
     command = shlex.split(records.read(run_dir / "records.json")[0].command)
