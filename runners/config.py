@@ -23,6 +23,8 @@ class DatasetConfig:
 
     name: str = MISSING
     """Which data set: cifar10, cifar100 or digits."""
+    label: str = field(default="", compare=False)
+    """The data set's name in tables and figures; empty shows `name`."""
     classes: int = MISSING
     """Number of classes."""
     image_size: int = MISSING
@@ -78,6 +80,22 @@ class ModeConfig:
     """Part of the kept bytes that torch.compile is to keep, 0 to 1; the rest is recomputed. Compiled layers only."""
     fp8: bool = False
     """Keep what torch.compile keeps in 8-bit floats. Compiled layers only."""
+    label: str = field(default="", compare=False)
+    """The mode's name in tables and figures; empty shows `name`."""
+    alpha: str = field(default="-", compare=False)
+    """Saved bits per activation over 32, as the paper counts them, for the table of errors."""
+    colour: str = field(default="#666666", compare=False)
+    """Colour of the mode's lines in figures."""
+    order: int = field(default=1000, compare=False)
+    """Position of the mode in tables and figures, the smallest first."""
+    in_every_error_table: bool = field(default=False, compare=False)
+    """Show the mode's row in the table of errors even where it was not run."""
+    beside_paper: bool = field(default=False, compare=False)
+    """Show the mode's row even where it was not run, in tables that also hold the paper's figures."""
+
+
+MODE_LABELS = ("label", "alpha", "colour", "order", "in_every_error_table", "beside_paper")
+"""Fields of ModeConfig that say how tables and figures show a mode. They affect no result and no comparison."""
 
 
 @dataclass

@@ -8,12 +8,14 @@ torch is imported after every cell of the sweep has been checked.
 
 import importlib
 import itertools
+import shlex
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from runners import fresh, records
@@ -127,8 +129,8 @@ def is_finished(config: Config) -> bool:
     folder = folder_name(config)
     if folder is None or not config.resume:
         return False
-    run_dir, command = Path(config.results) / "runs" / folder, records.as_text(overrides(config))
-    found = [r for r in (*records.known(run_dir), *records.diverged(run_dir)) if r.command == command]
+    run_dir, command = Path(config.results) / "runs" / folder, shlex.join(overrides(config))
+    found = [r for r in (*records.read_run(run_dir), *records.read_divergence(run_dir)) if r.command == command]
     if not found:
         return False
     return any(record.cuda for record in found) or not is_on_cuda(config)
@@ -222,7 +224,7 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
     """As cell_in_turns, while the run is locked; its failure is recorded before the lock is released."""
     began = time.monotonic()
     try:
-        task = importlib.import_module(f"runners.tasks.{config.task.name.replace('-', '_')}")
+        task = _task_module(config)
         if stopping is None:
             task.run(config)
         else:
@@ -263,9 +265,14 @@ def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") 
     print(f"{folder_name(config)}: {line}", file=sys.stderr)
 
 
+def _task_module(config: Config) -> ModuleType:
+    return importlib.import_module(f"runners.tasks.{config.task.name.replace('-', '_')}")
+
+
 def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
-        importlib.import_module("runners.provenance").record_failure(config, reason, seconds)
+        provenance, task = importlib.import_module("runners.provenance"), _task_module(config)
+        provenance.record_failure(config, reason, seconds, settings_of=getattr(task, "settings_of", None))
     except (OSError, RuntimeError) as error:  # a full disk, or a GPU that fails, which may be why the cell failed
         refuse(f"the failure could not be recorded: {judge(error)[1]}", 1)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from runners import records
 from runners.config import Config
+from runners.files import write_whole
 from runners.records import Record
 from runners.reporting.pages import aligned
 from runners.training import checkpoints
@@ -43,14 +44,14 @@ def run(config: Config) -> list[Record]:
         return []
     print(aligned(rows))
     for name, files in (("carry.txt", carried), ("keep.txt", kept)):
-        records.write_atomically(results / name, "".join(f"{file.relative_to(results)}\n" for file in files))
+        write_whole(results / name, "".join(f"{file.relative_to(results)}\n" for file in files))
         print(f"{results / name}: {len(files)} files, {_mib(files):.1f} MiB")
     return []
 
 
 def _diverged(run_dir: Path) -> tuple[list[str], list[Path]] | None:
     """The same four things as _finished of a run that diverged."""
-    for record in records.diverged(run_dir):
+    for record in records.read_divergence(run_dir):
         files = _existing(run_dir, "failure.json", "records.json", "metrics.csv")
         return ["diverged", f"{record.iterations:,}", "-"], files
     return None
@@ -58,7 +59,7 @@ def _diverged(run_dir: Path) -> tuple[list[str], list[Path]] | None:
 
 def _finished(run_dir: Path) -> tuple[list[str], list[Path]] | None:
     """Iterations, of how many, test error, and the files of a run that has its records."""
-    for record in records.known(run_dir):
+    for record in records.read_run(run_dir):
         if record.metric == "test_error_percent":
             cells = [f"{record.iterations:,}", f"{record.iterations:,}", f"{record.value:.2f}"]
             return cells, _existing(run_dir, "records.json", "metrics.csv")
@@ -72,7 +73,7 @@ def _under_way(run_dir: Path) -> tuple[list[str], list[Path]] | None:
         return None
     file, state = found
     progress, iterations = state["progress"], state["configuration"]["dataset.iterations"]
-    if progress["iteration"] == iterations and records.known(run_dir):
+    if progress["iteration"] == iterations and records.read_run(run_dir):
         return None
     error = f"{progress['rows'][-1][-1]:.2f}" if progress["rows"] else "-"
     return [f"{progress['iteration']:,}", f"{iterations:,}", error], [file]
