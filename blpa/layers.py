@@ -6,8 +6,11 @@ A batch norm and ReLU gives an Activation, a convolution takes one, so a model i
     out = conv(activation)
 
 and conv.after(batch_norm_relu, x) is both, for an activation that nothing else reads.
+
+A network takes its layers from a factory, StockLayers or CodedLayers. `from_stock` makes a layer of one that exists.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -21,6 +24,8 @@ from blpa.convolution import Convolution, Pair
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 from blpa.saved import Kept
+
+FOUR_BITS = Code(bits=4)
 
 
 class Activation(NamedTuple):
@@ -73,9 +78,12 @@ def _made(x: Tensor | ResidualSum) -> Tensor:
 class BatchNormReLU(nn.BatchNorm2d):
     """Batch norm and ReLU that keeps a code of its activation (ops.batch_norm_relu).
 
+    It is an nn.BatchNorm2d so that weights of stock networks load, and so that whatever looks for batch norms in a
+    network (weight decay, initialisation, freezing of statistics) finds it. Its defaults are the stock layer's.
+
     Args:
         num_features: channels C.
-        eps: added to the variance.
+        eps: added to the variance; the paper's is 1e-3.
         momentum: weight of the new value in the running averages; None averages over all steps.
         code: the code to keep; None keeps one full-precision tensor.
         forward_from_code: a is decoded from the codes in the forward pass too.
@@ -86,9 +94,9 @@ class BatchNormReLU(nn.BatchNorm2d):
         self,
         num_features: int,
         *,
-        eps: float = 1e-3,
+        eps: float = 1e-5,
         momentum: float | None = 0.1,
-        code: Code | None,
+        code: Code | None = FOUR_BITS,
         forward_from_code: bool = False,
         kernels: Kernels = REFERENCE,
     ) -> None:
@@ -97,6 +105,34 @@ class BatchNormReLU(nn.BatchNorm2d):
         self.forward_from_code = forward_from_code
         self.kernels = kernels
         self._counter = torch.zeros(num_features, dtype=torch.int32)
+
+    @classmethod
+    def from_stock(
+        cls, bn: nn.BatchNorm2d, *, code: Code | None = FOUR_BITS, kernels: Kernels = REFERENCE
+    ) -> "BatchNormReLU":
+        """Make the layer that stands for a stock batch norm and the ReLU that reads it.
+
+        Args:
+            bn: its parameters and buffers become the new layer's too, so optimisers that hold them go on. Epsilon,
+                momentum and the training flag are copied.
+            code: as for the class.
+            kernels: as for the class.
+
+        Raises:
+            ValueError: a subclass, hooks, no gamma and beta, or statistics that are tracked in part.
+        """
+        _check_is_stock(bn, nn.BatchNorm2d)
+        if bn.weight is None or bn.bias is None:
+            raise ValueError(f"affine = {bn.affine}: the batch norm must have gamma and beta")
+        has_averages = {average is not None for average in (bn.running_mean, bn.running_var)}
+        if has_averages != {bn.track_running_stats}:
+            raise ValueError(f"track_running_stats = {bn.track_running_stats}: must say whether there are averages")
+        ours = cls(bn.num_features, eps=bn.eps, momentum=bn.momentum, code=code, kernels=kernels)
+        ours.track_running_stats = bn.track_running_stats
+        ours.weight, ours.bias = bn.weight, bn.bias
+        ours.running_mean, ours.running_var = bn.running_mean, bn.running_var
+        ours.num_batches_tracked = bn.num_batches_tracked
+        return ours.train(bn.training)
 
     def forward(self, x: Tensor | ResidualSum, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """A [N, C, H, W] of x; it may take the place of x if `overwrite_x` says that x is not read again."""
@@ -141,20 +177,50 @@ class BatchNormReLU(nn.BatchNorm2d):
 class Conv2d(nn.Conv2d):
     """Convolution without bias that reads an Activation and does not keep it (ops.conv2d).
 
-    Args: as nn.Conv2d's.
+    Args: as nn.Conv2d's, but that bias is False by default.
 
     Raises:
         ValueError: a bias, or padding other than a number of zeros.
     """
 
     def __init__(
-        self, in_channels: int, out_channels: int, kernel_size: int, *, bias: bool = False, **others: Any
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        *,
+        bias: bool = False,
+        **others: Any,
     ) -> None:
         super().__init__(in_channels, out_channels, kernel_size, bias=bias, **others)
         if bias or self.padding_mode != "zeros" or isinstance(self.padding, str):
             raise ValueError(
                 f"bias = {bias}, padding = {self.padding!r} ({self.padding_mode}): must be False, a number of zeros"
             )
+
+    @classmethod
+    def from_stock(cls, conv: nn.Conv2d) -> "Conv2d":
+        """Make the layer that stands for a stock convolution.
+
+        Args:
+            conv: its weight becomes the new layer's too, so optimisers that hold it go on. Its options and the
+                training flag are copied.
+
+        Raises:
+            ValueError: a subclass, hooks, a bias, or padding other than a number of zeros.
+        """
+        _check_is_stock(conv, nn.Conv2d)
+        options = {name: getattr(conv, name) for name in ("stride", "padding", "dilation", "groups", "padding_mode")}
+        ours = cls(
+            conv.in_channels,
+            conv.out_channels,
+            cast(Pair, conv.kernel_size),
+            bias=conv.bias is not None,
+            device="meta",  # its own weight takes no memory and no random numbers
+            **options,
+        )
+        ours.weight = conv.weight
+        return ours.train(conv.training)
 
     def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]
         """Out [N, C_out, H_out, W_out].
@@ -238,3 +304,73 @@ def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
     own_hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
     has_own_forward = type(module).forward is not layer.forward or "forward" in vars(module)
     return not (has_own_forward or any(own_hooks) or _has_any_global_hook())
+
+
+def _check_is_stock(module: nn.Module, layer: type[nn.Module]) -> None:
+    """Raise ValueError unless a module is a stock layer that does nothing but its own forward pass."""
+    if type(module) is not layer:
+        raise ValueError(f"layer is a {type(module).__name__}: must be a {layer.__name__}, and no subclass of it")
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    if any(hooks) or "forward" in vars(module):
+        raise ValueError(f"{layer.__name__} has hooks or a forward of its own: remove them first")
+
+
+@dataclass(frozen=True)
+class StockLayers:
+    """Make PyTorch's own layers, which save batch norm's input and ReLU's output for the backward pass.
+
+    Args:
+        eps: added to the variance; the paper's is 1e-3.
+    """
+
+    eps: float = 1e-5
+
+    def batch_norm_relu(self, channels: int) -> StockBatchNormReLU:
+        """Make a batch norm and ReLU: x -> Activation."""
+        return StockBatchNormReLU(channels, eps=self.eps)
+
+    def last_batch_norm_relu(self, channels: int) -> StockBatchNormReLU:
+        """Make the network's last one, which no convolution reads: x -> Activation."""
+        return self.batch_norm_relu(channels)
+
+    def conv2d(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> StockConv2d:
+        """Make a convolution, padded by half its kernel: Activation -> out."""
+        return StockConv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2, bias=False)
+
+
+@dataclass(frozen=True)
+class CodedLayers:
+    """Make layers that save a code of each activation, which batch norm and the convolutions share.
+
+    Args:
+        code: the code to save; None saves one full-precision tensor.
+        forward_from_code: feed the decoded activation forward too, the paper's naive baseline.
+        kernels: the backend.
+        eps: added to the variance; the paper's is 1e-3.
+    """
+
+    code: Code | None = FOUR_BITS
+    forward_from_code: bool = False
+    kernels: Kernels = REFERENCE
+    eps: float = 1e-5
+
+    def batch_norm_relu(self, channels: int) -> BatchNormReLU:
+        """Make a batch norm and ReLU: x -> Activation."""
+        return BatchNormReLU(
+            channels, eps=self.eps, code=self.code, forward_from_code=self.forward_from_code, kernels=self.kernels
+        )
+
+    def last_batch_norm_relu(self, channels: int) -> BatchNormReLU:
+        """Make the network's last one, which no convolution reads: x -> Activation.
+
+        Its backward pass is the first to run, so a code would be made only to be decoded at once: it saves its input.
+        """
+        return replace(self, code=self.code if self.forward_from_code else None).batch_norm_relu(channels)
+
+    def conv2d(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:
+        """Make a convolution, padded by half its kernel: Activation -> out."""
+        return Conv2d(in_channels, out_channels, kernel_size, stride=stride, padding=kernel_size // 2)
+
+
+Layers = StockLayers | CodedLayers
+"""What a network takes its layers from."""

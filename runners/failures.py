@@ -40,6 +40,13 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), "")
 
 
+def cannot_run_here(error: BaseException) -> bool:
+    """Whether a kernel backend was asked for that this machine does not have."""
+    from blpa.kernels import NotAvailable  # the command line answers without it
+
+    return isinstance(error, NotAvailable)
+
+
 def judge(error: Exception) -> tuple[int | None, str]:
     """Distinguish errors that a user can cause or meet from bugs.
 
@@ -51,6 +58,8 @@ def judge(error: Exception) -> tuple[int | None, str]:
     if isinstance(error, UserError | Stopped):
         return error.exit_code, f"{Diverged.PREFIX if isinstance(error, Diverged) else ''}{error}"
     message = first_line(error)
+    if cannot_run_here(error):
+        return 1, message
     if is_out_of_memory(error):
         return 1, f"does not fit: {message}"
     if may_be_out_of_memory(error):

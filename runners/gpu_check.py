@@ -34,13 +34,13 @@ from blpa.codec import Code
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 from blpa.memory import GIB, MIB
-from blpa.modes import EPS
 from runners import CONF, compose, fresh, provenance
 from runners.config import Config
 from runners.reporting.pages import aligned
 from runners.tasks import max_batch, runtime
 from runners.timing import take_turns
 from runners.training import network, segments, steps
+from runners.training.network import EPS
 
 MODEL_MS = {
     ("tf32", "exact"): 14.3, ("tf32", "compiled"): 12.2, ("tf32", "4bit"): 10.9,

@@ -16,9 +16,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
+from filelock import FileLock
+
 from runners.errors import Diverged, UserError
 from runners.files import write_csv, write_whole
-from runners.locks import held
 
 Settings = Mapping[str, Any]
 """What decides a number besides the columns of its record, by name; values are those of JSON."""
@@ -209,7 +210,7 @@ def collect(results: Path) -> list[Record]:
     """
     if not merge(results):
         return []
-    with held(results / ".lock", wait=True):  # two processes that read and then write would lose each other's rows
+    with FileLock(results / ".lock"):  # two processes that read and then write would lose each other's rows
         found = merge(results)
         write_csv(results / "records.csv", list(map(as_row, found)))
     return found

@@ -16,18 +16,21 @@ from torch.profiler import ProfilerActivity, profile
 
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
-from blpa.modes import Mode, from_config
+from blpa.models.preact_resnet import PreActResNet
 from runners import config
+from runners.training import network
 
 
 @pytest.fixture
-def mode() -> Callable[..., Mode]:
-    """How to get a mode by the name of its file."""
+def build() -> Callable[..., PreActResNet]:
+    """How to build the network of a mode for ten classes, by the name of the mode's file."""
 
-    def from_file(name: str, kernels: Kernels = REFERENCE) -> Mode:
-        return from_config(config.mode(name), kernels)
+    def of_mode(name: str, depth: int, *, width: float = 1.0, kernels: Kernels = REFERENCE) -> PreActResNet:
+        dataset = config.DatasetConfig(classes=10, image_channels=3)
+        cell = config.Config(mode=config.mode(name), dataset=dataset, depth=depth, width=width)
+        return network.build(cell, kernels)
 
-    return from_file
+    return of_mode
 
 
 @pytest.fixture

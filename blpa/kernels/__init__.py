@@ -25,7 +25,6 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Code, Grid
-from runners.errors import UserError
 
 
 class Norm(NamedTuple):
@@ -148,8 +147,12 @@ _COMPILE_SECONDS = 40.0
 _SAVED_SECONDS_PER_ELEMENT = 25e-9
 
 
+class NotAvailable(RuntimeError):
+    """The backend that was asked for cannot run on this machine or device."""
+
+
 def choose(name: str, device: torch.device, *, elements: float = float("inf")) -> Kernels:
-    """The back end of a run.
+    """Choose the backend of a run.
 
     Args:
         name: torch, inductor, triton, or auto: triton on a GPU that it supports; on a CPU inductor, but torch for work
@@ -158,17 +161,18 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
         elements: activation elements that the run will encode in all; auto weighs them against the compiling.
 
     Raises:
-        UserError: the name is unknown, or the back end asked for cannot run on this machine.
+        ValueError: the name is unknown.
+        NotAvailable: the backend asked for cannot run on this machine or device.
     """
     if name not in ("auto", "torch", "inductor", "triton"):
-        raise UserError(f"kernels = {name}: must be auto, torch, inductor or triton")
+        raise ValueError(f"kernels = {name}: must be auto, torch, inductor or triton")
     missing = {"torch": "", "inductor": _missing_for_inductor(device), "triton": _missing_for_triton(device)}
     if name == "auto":
         pays = elements * _SAVED_SECONDS_PER_ELEMENT > _COMPILE_SECONDS
         fastest_first = ("triton",) if device.type == "cuda" else ("inductor",) if pays else ()
         name = next((back_end for back_end in fastest_first if not missing[back_end]), "torch")
     if missing[name]:
-        raise UserError(f"kernels = {name}: {missing[name]}; ask for kernels auto or torch")
+        raise NotAvailable(f"kernels = {name}: {missing[name]}; ask for kernels auto or torch")
     if name == "torch":
         from blpa.kernels.reference import REFERENCE
 

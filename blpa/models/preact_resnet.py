@@ -11,17 +11,12 @@ The first block's shortcut starts from the stem's batch norm and ReLU, later one
 """
 
 import math
-from contextlib import nullcontext
 from typing import cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint_sequential
 
-from blpa.layers import Activation, ResidualSum
-from blpa.modes import Mode
-from blpa.offloading import Offload
+from blpa.layers import Activation, Layers, ResidualSum
 from blpa.ops import average_pool
 
 STEM_CHANNELS = 16
@@ -36,20 +31,20 @@ class Bottleneck(nn.Module):
         in_channels: channels of x.
         channels: channels c inside; the output has 4 c.
         stride: of the first convolution and the shortcut.
-        mode: which layers.
+        layers: makes the layers.
         shortcut_from_activation: the shortcut starts after the first batch norm and ReLU, not at x.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, mode: Mode, *, shortcut_from_activation: bool = False
+        self, in_channels: int, channels: int, stride: int, layers: Layers, *, shortcut_from_activation: bool = False
     ) -> None:
         super().__init__()
-        self.bn1 = mode.batch_norm_relu(in_channels)
-        self.conv1 = mode.conv2d(in_channels, channels, 1, stride=stride)
-        self.bn2 = mode.batch_norm_relu(channels)
-        self.conv2 = mode.conv2d(channels, channels, 3)
-        self.bn3 = mode.batch_norm_relu(channels)
-        self.conv3 = mode.conv2d(channels, EXPANSION * channels, 1)
+        self.bn1 = layers.batch_norm_relu(in_channels)
+        self.conv1 = layers.conv2d(in_channels, channels, 1, stride=stride)
+        self.bn2 = layers.batch_norm_relu(channels)
+        self.conv2 = layers.conv2d(channels, channels, 3)
+        self.bn3 = layers.batch_norm_relu(channels)
+        self.conv3 = layers.conv2d(channels, EXPANSION * channels, 1)
         self.stride = stride
         self.added_channels = EXPANSION * channels - in_channels
         self.shortcut_from_activation = shortcut_from_activation
@@ -84,7 +79,7 @@ class PreActResNet(nn.Module):
 
     Args:
         depth: 9 n + 2 layers.
-        mode: which layers, which code, and a factor on the width.
+        layers: makes the layers: blpa.StockLayers or blpa.CodedLayers, with eps=1e-3 as in the paper.
         classes: number of classes.
         image_channels: channels of an image.
         width: factor on every channel count.
@@ -95,33 +90,28 @@ class PreActResNet(nn.Module):
     Source: Chakrabarti and Moseley, section 4; their code for the shortcuts and the initialisation.
     """
 
-    def __init__(self, depth: int, *, mode: Mode, classes: int, image_channels: int = 3, width: float = 1.0) -> None:
+    def __init__(
+        self, depth: int, *, layers: Layers, classes: int, image_channels: int = 3, width: float = 1.0
+    ) -> None:
         super().__init__()
         blocks_per_group, rest = divmod(depth - 2, 9)
         if rest or blocks_per_group < 1:
             raise ValueError(f"depth = {depth}: must be 9 n + 2 with n >= 1 (11, 20, 29, ..., 164, ...)")
-        factor = width * mode.width_factor
-        if round(STEM_CHANNELS * factor) < 1:
-            raise ValueError(f"width = {factor:g}: {STEM_CHANNELS} channels times that is less than one")
+        if round(STEM_CHANNELS * width) < 1:
+            raise ValueError(f"width = {width:g}: {STEM_CHANNELS} channels times that is less than one")
 
-        in_channels = round(STEM_CHANNELS * factor)
+        in_channels = round(STEM_CHANNELS * width)
         self.stem = nn.Conv2d(image_channels, in_channels, 3, padding=1, bias=False)
         blocks: list[nn.Module] = []
         for group, base_channels in enumerate(GROUP_CHANNELS):
-            channels = round(base_channels * factor)
+            channels = round(base_channels * width)
             for index in range(blocks_per_group):
                 stride = 2 if group > 0 and index == 0 else 1
-                blocks.append(Bottleneck(in_channels, channels, stride, mode, shortcut_from_activation=not blocks))
+                blocks.append(Bottleneck(in_channels, channels, stride, layers, shortcut_from_activation=not blocks))
                 in_channels = EXPANSION * channels
-        if mode.compiler:
-            for block in blocks:
-                mode.compiler.compile(block)
         self.blocks = nn.Sequential(*blocks)
-        self.bn = mode.last_batch_norm_relu(in_channels)
+        self.bn = layers.last_batch_norm_relu(in_channels)
         self.classifier = nn.Linear(in_channels, classes)
-        segments = mode.segments or round(math.sqrt(len(blocks)))
-        self.checkpoint_segments = segments if mode.layers == "checkpoint" else None
-        self.offload = Offload() if mode.layers == "offload" else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -137,18 +127,7 @@ class PreActResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Images [N, image_channels, H, W], H and W multiples of 4 -> logits [N, classes]."""
-        with self.offload.hooks() if self.offload else nullcontext():
-            return self._logits(images)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        x = self.stem(images)
-        if self.checkpoint_segments and torch.is_grad_enabled():
-            # Nothing in a block is random, and a CUDA graph could not record the saving of a generator's state.
-            x = checkpoint_sequential(
-                self.blocks, self.checkpoint_segments, x, use_reentrant=False, preserve_rng_state=False
-            )
-        else:
-            x = self.blocks(x)
+        x = self.blocks(self.stem(images))
         activation = self.bn(x, overwrite_x=True).value
         # Averaged as [N, H, W, C], so that the gradient is channels-last from the start.
         return cast(Tensor, self.classifier(activation.permute(0, 2, 3, 1).mean((1, 2))))

@@ -3,15 +3,11 @@
 A mode's label, alpha, colour and order stand in its YAML file, a data set's label in its own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
-from runners import CONF
-from runners.config import MODE_LABELS, ModeConfig
+from runners.config import MODE_LABELS, ModeConfig, option, options
 from runners.records import Settings
 from runners.reporting.paper import IMAGENET, IMAGENET_LABEL
 
@@ -42,29 +38,23 @@ class Labels:
         return self.datasets.get(dataset) or dataset
 
 
-def read_labels(extra_folders: Sequence[Path] = ()) -> Labels:
+def read_labels(config_dir: str | None = None) -> Labels:
     """Read the labels from the YAML files of modes and data sets.
 
     Args:
-        extra_folders: the user's own folders of options, each with mode/ or dataset/ in it; their files replace the
-            package's files of the same name.
+        config_dir: the user's own folder of options; its files replace the package's files of the same name.
     """
-    modes = {
-        name: ModeConfig(name=name, **{field: values[field] for field in MODE_LABELS if field in values})
-        for name, values in _options("mode", extra_folders).items()
-    }
-    datasets = {name: values.get("label", "") for name, values in _options("dataset", extra_folders).items()}
+    modes = {}
+    for name, values in _options("mode", config_dir).items():
+        modes[name] = ModeConfig(name=name, **{field: values[field] for field in MODE_LABELS if field in values})
+    datasets = {name: values.get("label", "") for name, values in _options("dataset", config_dir).items()}
     return Labels(modes, {IMAGENET.dataset: IMAGENET_LABEL} | datasets)
 
 
-def _options(group: str, extra_folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+def _options(group: str, config_dir: str | None) -> dict[str, Any]:
     """Read the YAML files of one group, by the name that each gives itself."""
-    found = {}
-    for folder in (CONF, *extra_folders):
-        for file in sorted((folder / group).glob("*.yaml")):
-            values: Any = OmegaConf.to_container(OmegaConf.load(file))
-            found[values.get("name", file.stem)] = values
-    return found
+    found = (option(group, name, config_dir) for name in options(group, config_dir))
+    return {values["name"]: values for values in found}
 
 
 def settings_text(settings: Settings) -> str:

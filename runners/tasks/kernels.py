@@ -16,22 +16,22 @@ is a CUDA graph of several, so that the host's launching is not in the time.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from blpa import kernels, modes
+from blpa import kernels
 from blpa.kernels import Kernels
 from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS
-from blpa.modes import EPS
 from runners import provenance, records
-from runners.config import Config, mode
+from runners.config import Config, at_least, mode
 from runners.errors import UserError
 from runners.records import Record
 from runners.timing import low_median_high, take_turns
 from runners.training import network, steps
+from runners.training.network import EPS
 
 Call = Callable[[], Tensor]
 Source = dict[str, Any]
@@ -44,6 +44,28 @@ UNITS: tuple[Unit, ...] = ((64, 16, 1), (16, 16, 3), (16, 64, 1))
 """Those of the paper's blocks of the first group, which have the largest activations."""
 CALLS = 10
 """Calls in a CUDA graph: it takes some 10 us to begin, a tenth of one call of the fastest function."""
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+    steps: int
+    """Turns that are timed."""
+    elements: int
+    """Elements of an activation that no cache holds, besides those of the network."""
+
+
+def check(config: Config) -> None:
+    """Refuse no steps at all, and an activation of less than two elements."""
+    at_least("task.steps", config.task.steps, 1)
+    at_least("task.elements", config.task.elements, 2)
+
+
+def folder(config: Config) -> str:
+    """The run's name and the back end."""
+    return f"{config.run}-kernels-{config.gpu.kernels}"
 
 
 def run(config: Config) -> list[Record]:
@@ -101,7 +123,7 @@ def _functions(
     """The four functions on one activation of a batch, beside a copy of it; 0 is one of no network."""
     dtype = torch.bfloat16 if config.gpu.precision == "bf16" else torch.float32
     x, grad = torch.randn(2, rows, channels, device=device, dtype=dtype)
-    code = modes.from_config(config.mode, back_ends[0]).code
+    code = network.code(config.mode)
     e, k = dtype.itemsize, code.bits / 8 if code else dtype.itemsize
     moved = {
         "copy": 2 * e,
@@ -129,7 +151,7 @@ def _functions(
 
 def _calls(back_end: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Config) -> dict[str, Call]:
     """Each function of a back end, on the same activation; `out` is never its input, so that repeats do the same."""
-    code = modes.from_config(config.mode, back_end).code
+    code = network.code(config.mode)
     gamma, beta = torch.linspace(-2, 2, 2 * x.shape[1], device=x.device).view(2, -1)
     vectors = back_end.channel_stats(x, gamma, beta, eps=EPS, code=code)
     codes = back_end.normalise_rectify_encode(x, vectors, code=code, out=out)
@@ -174,7 +196,7 @@ def _units(config: Config, back_end: Kernels, unit: Unit, device: torch.device, 
 def _unit(cell: Config, back_end: Kernels, unit: Unit, batch: int, device: torch.device) -> Call:
     """Forward and backward pass of batch norm, ReLU and convolution, on its own x and gradient."""
     in_channels, out_channels, kernel_size = unit
-    made = modes.from_config(cell.mode, back_end)
+    made = network.layers(cell.mode, back_end)
     bn = made.batch_norm_relu(in_channels).to(device)
     conv = made.conv2d(in_channels, out_channels, kernel_size).to(device).to(memory_format=torch.channels_last)
     size = cell.dataset.image_size
@@ -186,7 +208,7 @@ def _unit(cell: Config, back_end: Kernels, unit: Unit, batch: int, device: torch
     def forward(x: Tensor) -> Tensor:
         return conv.after(bn, x)
 
-    compiled = torch.compile(forward, dynamic=False, fullgraph=True) if made.compiler else forward
+    compiled = torch.compile(forward, dynamic=False, fullgraph=True) if cell.mode.layers == "compiled" else forward
 
     def call() -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=cell.gpu.precision == "bf16"):

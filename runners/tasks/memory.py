@@ -7,16 +7,17 @@ Counted on the meta device (blpa.memory), so any network and batch takes seconds
     results/runs/<run>/blocks.csv, records.json
 """
 
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from blpa import kernels, modes
-from blpa.kernels.reference import REFERENCE
+from blpa import kernels
 from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
 from runners import provenance, records
+from runners.cells import batch_name
 from runners.config import Config
 from runners.files import write_csv
 from runners.records import Record
@@ -30,6 +31,22 @@ Row = dict[str, Any]
 
 POINTS = 600
 """Points of a line in the picture; each stands for the most that was alive around it."""
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+
+
+COUNTS = True
+"""It needs no GPU where there is one."""
+
+
+def folder(config: Config) -> str:
+    """The run's name, the batch and the back end."""
+    return f"{config.run}-memory-{batch_name(config)}-{config.gpu.kernels}"
 
 
 def run(config: Config) -> list[Record]:
@@ -58,7 +75,7 @@ def run(config: Config) -> list[Record]:
         print(f"kept by the blocks: {kept} bytes counted, {formula} by blpa.memory.kept_bytes")
     lines = [point for mode, total in counted.items() for point in timeline(mode, total, batch)]
     write_csv(results / "memory" / f"{name}.csv", lines)
-    print(figures.draw_memory(results, name, read_labels()))
+    print(figures.draw_memory(results, name, read_labels(config.config_dir)))
     measured = [
         provenance.record(
             cell, provenance.source(cell, META, kernels.choose(config.gpu.kernels, META).name), metric="step_peak_mib",
@@ -125,7 +142,7 @@ def _formula(config: Config, part: PartBytes) -> int | None:
     """Bytes that a block's three units keep: the first reads the block's input, the others a quarter of its output."""
     if config.mode.layers != "coded":
         return None
-    code = modes.from_config(config.mode, REFERENCE).code
+    code = network.code(config.mode)
     rows_in, rows_out = (shape.numel() // shape[1] for shape in (part.input_shape, part.output_shape))
     element_bytes = 2 if network.precision(config.gpu, META) == "bf16" else 4
     first = kept_bytes(rows_in, part.input_shape[1], code, element_bytes=element_bytes)

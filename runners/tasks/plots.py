@@ -1,5 +1,6 @@
 """Every figure, from curves.csv, records.csv and the tables of single runs: a fresh clone draws them again."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from runners import records
@@ -11,6 +12,13 @@ from runners.reporting.labels import read_labels
 from runners.reporting.networks import TABLES
 
 
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+
+
 def run(config: Config) -> list[Record]:
     """Gather curves and records, and draw every figure.
 
@@ -20,7 +28,7 @@ def run(config: Config) -> list[Record]:
     Returns:
         Nothing new is measured: an empty list.
     """
-    results, labels = Path(config.results), read_labels()
+    results, labels = Path(config.results), read_labels(config.config_dir)
     curves = gather(results)
     found = records.collect(results)
     if not found:

@@ -1,5 +1,6 @@
 """One page with every table, figure and record, to send to a colleague: results/report.html."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from runners import records
@@ -9,6 +10,13 @@ from runners.records import Record
 from runners.reporting import report
 from runners.reporting.labels import read_labels
 from runners.tasks import plots
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
 
 
 def run(config: Config) -> list[Record]:
@@ -24,6 +32,6 @@ def run(config: Config) -> list[Record]:
     found = records.collect(results)
     plots.run(config)
     file = results / "report.html"
-    write_whole(file, report.render(found, sorted((results / "figures").glob("*.png")), read_labels()))
+    write_whole(file, report.render(found, sorted((results / "figures").glob("*.png")), read_labels(config.config_dir)))
     print(file)
     return found

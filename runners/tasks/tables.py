@@ -3,16 +3,32 @@
 results/tables/<name>.md are for reading; <name>.csv holds the same cells in one row each.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from runners import records
-from runners.config import Config
+from runners.config import Config, one_of
 from runners.files import write_csv, write_whole
 from runners.records import COLUMNS, Record, as_row
 from runners.reporting import errors, kernels, networks
 from runners.reporting.labels import read_labels
 from runners.reporting.networks import TABLES
 from runners.reporting.pages import markdown
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+    tables: list[str]
+    """Tables that are printed, of batches, times, gradients, kernels and errors; an empty list is all."""
+
+
+def check(config: Config) -> None:
+    """Refuse tables that there are not."""
+    for name in config.task.tables:
+        one_of("task.tables", name, ("batches", "times", "gradients", "kernels", "errors"))
 
 
 def run(config: Config) -> list[Record]:
@@ -24,7 +40,7 @@ def run(config: Config) -> list[Record]:
     Returns:
         Every record.
     """
-    folder, labels = Path(config.results) / "tables", read_labels()
+    folder, labels = Path(config.results) / "tables", read_labels(config.config_dir)
     found = records.collect(Path(config.results))
     texts = {}
     for table in TABLES:

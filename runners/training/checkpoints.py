@@ -43,7 +43,7 @@ def deciding_fields(config: Config) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The folder of one run, used by one process at a time (locks.alone_in).
+    """The folder of one run, used by one process at a time (run.locked).
 
     Args:
         path: created where it does not exist; what a killed process left half-written in it is removed.

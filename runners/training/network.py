@@ -1,4 +1,21 @@
-"""The configured network: its device, its weights, a training step of it, and the bytes of that step."""
+"""The configured network: its device, its weights, a training step of it, and the bytes of that step.
+
+A mode says which layers a network is made of, what they save for the backward pass, and how wide they are:
+
+    mode            layers      saved by a batch norm, ReLU and convolution     width
+    exact           stock       batch norm's input and ReLU's output            1
+    fewer-features  stock       the same                                        1/4
+    naive-8bit      coded       8-bit codes, fed forward as well                1
+    8bit 4bit 2bit  coded       the codes                                       1
+    exact-one-copy  coded       one full-precision tensor                       1
+    checkpoint      checkpoint  nothing inside a segment of blocks              1
+    offload         offload     the same as exact, in the host's memory         1
+    compiled        compiled    what torch.compile chooses                      1
+    compiled-...    compiled    the same within a budget, or in 8 bits          1
+
+The names and their values are the files of conf/mode. The last four are baselines: stock layers, and what baselines.py
+and offloading.py do to the network made of them.
+"""
 
 import gc
 import pickle
@@ -9,16 +26,20 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from blpa import kernels, memory, modes
+from blpa import kernels, memory
+from blpa.codec import Code
 from blpa.kernels import Kernels
+from blpa.layers import CodedLayers, Layers, StockLayers
 from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS, PreActResNet
 from runners.cells import folder_name
 from runners.config import Config, GpuConfig, ModeConfig
 from runners.errors import UserError
-from runners.training import steps
+from runners.training import baselines, offloading, steps
 
 META = torch.device("meta")
 NO_DRAWS = torch.zeros(1)
+EPS = 1e-3
+"""Added to the variance of every batch norm, as in the paper."""
 
 
 def run_folder(config: Config) -> Path:
@@ -87,16 +108,47 @@ def used(gpu: GpuConfig, device: torch.device) -> GpuConfig:
     return replace(gpu, precision=precision(gpu, device))
 
 
+def code(mode: ModeConfig) -> Code | None:
+    """The code that a mode saves; None where it saves full precision.
+
+    Raises:
+        ValueError: bits or clip for which there is no code.
+    """
+    return None if mode.bits is None else Code(mode.bits, mode.clip)
+
+
+def layers(mode: ModeConfig, kernels: Kernels) -> Layers:
+    """What a mode's network takes its layers from.
+
+    Args:
+        mode: the mode.
+        kernels: backend of coded layers.
+
+    Raises:
+        ValueError: as `code`.
+    """
+    if mode.layers != "coded":
+        return StockLayers(eps=EPS)
+    return CodedLayers(code=code(mode), forward_from_code=mode.forward_from_code, kernels=kernels, eps=EPS)
+
+
 def build(config: Config, kernels: Kernels) -> PreActResNet:
     """The configured network, its weights drawn from the seed, channels last, on the CPU."""
+    mode = config.mode
     torch.manual_seed(config.seed)
     network = PreActResNet(
         config.depth,
-        mode=modes.from_config(config.mode, kernels),
+        layers=layers(mode, kernels),
         classes=config.dataset.classes,
         image_channels=config.dataset.image_channels,
-        width=config.width,
+        width=config.width * mode.width_factor,
     )
+    if mode.layers == "compiled":
+        baselines.compile_blocks(network.blocks, activation_memory_budget=mode.activation_memory_budget, fp8=mode.fp8)
+    elif mode.layers == "checkpoint":
+        network.blocks = baselines.CheckpointedBlocks(network.blocks, mode.segments)
+    elif mode.layers == "offload":
+        offloading.offload(network)
     return network.to(memory_format=torch.channels_last)
 
 
@@ -168,7 +220,7 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
         parts = {f"block {number}": block for number, block in enumerate(network.blocks, start=1)}
         is_bf16 = precision(config.gpu, META) == "bf16"
         counted = memory.training_bytes(network, images, labels, bf16=is_bf16, parts=parts)
-    return replace(counted, host_bytes=network.offload.peak_bytes) if network.offload else counted
+    return replace(counted, host_bytes=offloading.peak_bytes(network))
 
 
 def exact(config: Config) -> Config:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Code
-from blpa.kernels import Kernels, Norm, choose, compute_dtype
+from blpa.kernels import Kernels, Norm, NotAvailable, choose, compute_dtype
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE
 
@@ -319,7 +319,9 @@ def test_a_gpu_gets_the_kernels_in_triton(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_triton_is_refused_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match=r"kernels = triton: it is for CUDA GPUs, and the run is on the cpu; ask for"):
+    with pytest.raises(
+        NotAvailable, match=r"kernels = triton: it is for CUDA GPUs, and the run is on the cpu; ask for"
+    ):
         choose("triton", CPU)
 
 
@@ -335,7 +337,7 @@ def test_unknown_back_end_is_refused() -> None:
 def test_missing_compiler_is_an_error_only_for_who_asked_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name: None)
     assert choose("auto", CPU) is REFERENCE
-    with pytest.raises(ValueError, match=r"kernels = inductor: no C\+\+ compiler found"):
+    with pytest.raises(NotAvailable, match=r"kernels = inductor: no C\+\+ compiler found"):
         choose("inductor", CPU)
 
 
@@ -344,5 +346,5 @@ def test_missing_triton_is_an_error_only_for_who_asked_for_it(monkeypatch: pytes
     cuda = torch.device("cuda")
     assert choose("auto", cuda) is REFERENCE
     for name in ("inductor", "triton"):
-        with pytest.raises(ValueError, match=rf"kernels = {name}: triton is missing"):
+        with pytest.raises(NotAvailable, match=rf"kernels = {name}: triton is missing"):
             choose(name, cuda)

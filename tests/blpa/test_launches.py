@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from blpa.codec import Code
+from blpa.layers import CodedLayers
 from blpa.models.preact_resnet import PreActResNet
-from blpa.modes import Mode
 from runners.config import DatasetConfig, GpuConfig
 from runners.data import Split
 from runners.training import steps
@@ -59,7 +58,7 @@ def launches_of_a_step(monkeypatch: pytest.MonkeyPatch, *, depth: int, precision
     monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(conv=SimpleNamespace(fp32_precision="tf32")))
     recipe = DatasetConfig(name="cifar10", batch_size=4, momentum=0.9)
     split = Split(torch.zeros(4, 3, 8, 8, dtype=torch.uint8).to(memory_format=torch.channels_last), torch.arange(4))
-    model = PreActResNet(depth, mode=Mode("coded", Code(4), kernels=TRITON), classes=10)
+    model = PreActResNet(depth, layers=CodedLayers(kernels=TRITON, eps=1e-3), classes=10)
     gpu = GpuConfig(name="cpu", precision=precision)
     model = model.to(memory_format=torch.channels_last)
     step = steps.TrainingStep(

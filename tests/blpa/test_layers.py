@@ -9,7 +9,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blpa.codec import Code
-from blpa.layers import Activation, BatchNormReLU, Conv2d, ResidualSum, StockBatchNormReLU, StockConv2d
+from blpa.kernels.compiled import COMPILED
+from blpa.layers import (
+    Activation,
+    BatchNormReLU,
+    CodedLayers,
+    Conv2d,
+    Layers,
+    ResidualSum,
+    StockBatchNormReLU,
+    StockConv2d,
+    StockLayers,
+)
 
 BATCH_NORMS: dict[str, Callable[..., nn.BatchNorm2d]] = {
     "coded": lambda channels, **others: BatchNormReLU(channels, code=Code(4), **others),
@@ -201,3 +212,132 @@ def test_a_batch_norm_counts_from_zero_wherever_it_is_moved_to() -> None:
     again = counter(bn)
     assert again is not None
     assert not again.any()
+
+
+# ---- of stock layers ------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_stock_layers() -> None:
+    stock, ours = nn.BatchNorm2d(4), BatchNormReLU(4)
+    assert (ours.eps, ours.momentum, ours.code) == (stock.eps, stock.momentum, Code(4))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("tracks", [True, False])
+def test_from_a_stock_batch_norm_it_is_the_same_one(training: bool, tracks: bool) -> None:
+    stock = nn.BatchNorm2d(4, eps=0.1, momentum=0.3, track_running_stats=tracks, dtype=torch.float64).train(training)
+    nn.init.normal_(stock.weight)
+    stock.bias.requires_grad_(False)
+    ours = BatchNormReLU.from_stock(stock, code=None)
+    assert type(ours) is BatchNormReLU
+    assert (ours.eps, ours.momentum, ours.training, ours.code) == (0.1, 0.3, training, None)
+    shared = list(stock.named_parameters()) + list(stock.named_buffers())
+    assert shared == list(ours.named_parameters()) + list(ours.named_buffers())
+    assert not ours.bias.requires_grad
+    twin = nn.BatchNorm2d(4, eps=0.1, momentum=0.3, track_running_stats=tracks, dtype=torch.float64).train(training)
+    twin.load_state_dict(stock.state_dict())
+    for step in range(2):
+        expected = F.relu(twin(images(step)))
+        torch.testing.assert_close(ours(images(step)).value, expected, rtol=0, atol=1e-12)  # float64, values of 1
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(stock.state_dict()[name], value, rtol=1e-12, atol=1e-12)
+
+
+def test_from_a_stock_batch_norm_takes_a_code_and_a_back_end() -> None:
+    stock = nn.BatchNorm2d(4)
+    assert BatchNormReLU.from_stock(stock).code == Code(4)
+    ours = BatchNormReLU.from_stock(stock, code=Code(8), kernels=COMPILED)
+    assert (ours.code, ours.kernels) == (Code(8), COMPILED)
+
+
+@pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "groups": 2}], ids=str)
+def test_from_a_stock_convolution_it_is_the_same_one(options: dict[str, int]) -> None:
+    stock = nn.Conv2d(4, 2, (3, 2), bias=False, dtype=torch.float64, **options).eval()
+    state = torch.get_rng_state()
+    ours = Conv2d.from_stock(stock)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(ours) is Conv2d
+    assert list(ours.parameters()) == [stock.weight]
+    assert not ours.training
+    activation = BatchNormReLU(4).double()(images())
+    assert torch.equal(ours(activation), stock(activation.value))
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_layers_of_stock_layers_stay_on_their_device(device: str) -> None:
+    bn, conv = nn.BatchNorm2d(4, device=device), nn.Conv2d(4, 2, 3, bias=False, device=device)
+    out = Conv2d.from_stock(conv).after(BatchNormReLU.from_stock(bn), torch.empty(2, 4, 5, 5, device=device))
+    assert out.device.type == device
+
+
+def hooked() -> nn.BatchNorm2d:
+    bn = nn.BatchNorm2d(4)
+    bn.register_forward_hook(lambda *_: None)
+    return bn
+
+
+def without_averages() -> nn.BatchNorm2d:
+    bn = nn.BatchNorm2d(4)
+    bn.track_running_stats = False
+    return bn
+
+
+@pytest.mark.parametrize(
+    ("bn", "message"),
+    [
+        (nn.BatchNorm2d(4, affine=False), r"^affine = False: the batch norm must have gamma and beta$"),
+        (StockBatchNormReLU(4), r"^layer is a StockBatchNormReLU: must be a BatchNorm2d, and no subclass of it$"),
+        (nn.BatchNorm1d(4), r"^layer is a BatchNorm1d: must be a BatchNorm2d, and no subclass of it$"),
+        (hooked(), r"^BatchNorm2d has hooks or a forward of its own: remove them first$"),
+        (without_averages(), r"^track_running_stats = False: must say whether there are averages$"),
+    ],
+)
+def test_stock_batch_norm_that_ours_does_not_stand_for_is_refused(bn: nn.BatchNorm2d, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        BatchNormReLU.from_stock(bn)
+
+
+@pytest.mark.parametrize(
+    ("conv", "message"),
+    [
+        (nn.Conv2d(4, 2, 3), r"^bias = True, padding = \(0, 0\) \(zeros\): must be False, a number of zeros$"),
+        (nn.Conv2d(4, 2, 3, bias=False, padding="same"), r"^bias = False, padding = 'same' \(zeros\): must be"),
+        (nn.Conv2d(4, 2, 3, bias=False, padding=1, padding_mode="circular"), r"\(circular\): must be"),
+        (StockConv2d(4, 2, 3), r"^layer is a StockConv2d: must be a Conv2d, and no subclass of it$"),
+    ],
+)
+def test_stock_convolution_that_ours_does_not_stand_for_is_refused(conv: nn.Conv2d, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Conv2d.from_stock(conv)
+
+
+# ---- factories ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "layers", [StockLayers(eps=0.1), CodedLayers(eps=0.1)], ids=lambda layers: type(layers).__name__
+)
+def test_factories_make_layers_of_their_kind(layers: Layers) -> None:
+    coded = isinstance(layers, CodedLayers)
+    for bn in (layers.batch_norm_relu(8), layers.last_batch_norm_relu(8)):
+        assert type(bn) is (BatchNormReLU if coded else StockBatchNormReLU)
+        assert (bn.num_features, bn.eps, bn.momentum) == (8, 0.1, 0.1)
+    conv = layers.conv2d(8, 4, 3, stride=2)
+    assert type(conv) is (Conv2d if coded else StockConv2d)
+    assert (conv.in_channels, conv.out_channels, conv.stride, conv.padding) == (8, 4, (2, 2), (1, 1))
+    assert conv.bias is None
+
+
+@pytest.mark.parametrize("code", [Code(8), Code(2, clip=1.7), None], ids=str)
+def test_last_batch_norm_saves_no_code(code: Code | None) -> None:
+    """No convolution reads its activation: its code would be made only to be decoded at once."""
+    layers = CodedLayers(code=code, kernels=COMPILED)
+    assert layers.batch_norm_relu(8).code == code
+    assert layers.last_batch_norm_relu(8).code is None
+    assert layers.batch_norm_relu(8).kernels is layers.last_batch_norm_relu(8).kernels is COMPILED
+
+
+def test_last_batch_norm_of_the_naive_baseline_is_naive_too() -> None:
+    last = CodedLayers(code=Code(8), forward_from_code=True).last_batch_norm_relu(8)
+    assert last.code == Code(8)
+    assert last.forward_from_code

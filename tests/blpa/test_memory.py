@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from blpa.codec import Code
+from blpa.kernels import Kernels
 from blpa.kernels.compiled import COMPILED
+from blpa.kernels.reference import REFERENCE
 from blpa.memory import (
     CODES,
     FULL_PRECISION,
@@ -22,21 +24,30 @@ from blpa.memory import (
     training_bytes,
 )
 from blpa.models.preact_resnet import PreActResNet
-from blpa.modes import Mode
+from runners import config
+from runners.training.network import code
 
-GetMode = Callable[..., Mode]
+Network = Callable[..., tuple[PreActResNet, Tensor, Tensor]]
 AllocatorPeak = Callable[[Callable[[], object]], int]
 META, CPU = torch.device("meta"), torch.device("cpu")
 
 
-def network(
-    mode: Mode, depth: int, batch: int, *, device: torch.device = META, size: int = 32
-) -> tuple[PreActResNet, Tensor, Tensor]:
-    """A network, images and labels, channels-last: what step_bytes takes."""
-    with device:
-        model = PreActResNet(depth, mode=mode, classes=10).to(memory_format=torch.channels_last)
-        images = torch.zeros(batch, 3, size, size).contiguous(memory_format=torch.channels_last)
-        return model, images, torch.zeros(batch, dtype=torch.int64)
+@pytest.fixture
+def network(build: Callable[..., PreActResNet]) -> Network:
+    """How to get a mode's network, images and labels, channels-last: what step_bytes takes."""
+
+    def of_mode(
+        name: str, depth: int, batch: int, kernels: Kernels = REFERENCE, *, device: torch.device = META
+    ) -> tuple[PreActResNet, Tensor, Tensor]:
+        with device:
+            images = torch.zeros(batch, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+            return build(name, depth, kernels=kernels), images, torch.zeros(batch, dtype=torch.int64)
+
+    return of_mode
+
+
+def code_of(mode: str) -> Code | None:
+    return code(config.mode(mode))
 
 
 # ---- the counter ----------------------------------------------------------------------------------------------------
@@ -103,21 +114,22 @@ def units(depth: int, batch: int) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "2bit"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_networks_keep_what_the_formula_says_to_the_byte(name: str, batch: int, mode: GetMode) -> None:
+def test_networks_keep_what_the_formula_says_to_the_byte(name: str, batch: int, network: Network) -> None:
     """All else that is alive after the forward pass is alike in both modes, so their difference is the formula's."""
-    coded, one_copy = mode(name, COMPILED), mode("exact-one-copy", COMPILED)
-    with_codes, with_x = (step_bytes(*network(which, 29, batch)).forward_bytes for which in (coded, one_copy))
-    saved = sum(kept_bytes(*unit, None) - kept_bytes(*unit, coded.code) for unit in units(29, batch))
+    with_codes, with_x = (
+        step_bytes(*network(which, 29, batch, COMPILED)).forward_bytes for which in (name, "exact-one-copy")
+    )
+    saved = sum(kept_bytes(*unit, None) - kept_bytes(*unit, code_of(name)) for unit in units(29, batch))
     assert with_x - with_codes == saved
 
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
-def test_little_else_is_alive_after_the_forward_pass(name: str, mode: GetMode) -> None:
+def test_little_else_is_alive_after_the_forward_pass(name: str, network: Network) -> None:
     """The last unit's x and vectors; its activation's mean; the logits' log-softmax, the loss and its divisor."""
     batch = 4
-    codes = sum(kept_bytes(*unit, mode(name).code) for unit in units(20, batch))
+    codes = sum(kept_bytes(*unit, code_of(name)) for unit in units(20, batch))
     head = kept_bytes(64 * batch, 256, None) + 4 * batch * (256 + 10) + 4 + 4
-    assert step_bytes(*network(mode(name, COMPILED), 20, batch)).forward_bytes == codes + head
+    assert step_bytes(*network(name, 20, batch, COMPILED)).forward_bytes == codes + head
 
 
 @pytest.mark.parametrize(
@@ -132,23 +144,23 @@ def test_quantised_elements_a_sample(depth: int, elements: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["exact", "checkpoint"])
-def test_a_real_step_counts_as_on_the_meta_device(name: str, mode: GetMode) -> None:
+def test_a_real_step_counts_as_on_the_meta_device(name: str, network: Network) -> None:
     """But for the way there: PyTorch 2.11's batch norm is of other operations on the meta device."""
-    on_meta, real = (step_bytes(*network(mode(name), 11, 2, device=device)) for device in (META, CPU))
+    on_meta, real = (step_bytes(*network(name, 11, 2, device=device)) for device in (META, CPU))
     assert replace(on_meta, timeline=[]) == replace(real, timeline=[])
 
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "exact-one-copy"])
-def test_meta_device_counts_copies_that_a_real_step_of_coded_layers_saves(name: str, mode: GetMode) -> None:
+def test_meta_device_counts_copies_that_a_real_step_of_coded_layers_saves(name: str, network: Network) -> None:
     """There convolutions put out no channels-last: the copy of the largest output may count, never anything less."""
-    on_meta, real = (step_bytes(*network(mode(name), 11, 2, device=device)) for device in (META, CPU))
+    on_meta, real = (step_bytes(*network(name, 11, 2, device=device)) for device in (META, CPU))
     assert on_meta.forward_bytes == real.forward_bytes
     assert real.peak_bytes <= on_meta.peak_bytes <= real.peak_bytes + 4 * 2 * 64 * 32 * 32
 
 
 @pytest.mark.parametrize("name", ["exact", "exact-one-copy", "4bit"])
-def test_count_of_a_real_step_is_the_allocators(name: str, mode: GetMode, allocator_peak: AllocatorPeak) -> None:
-    model, images, labels = network(mode(name), 11, 2, device=CPU)
+def test_count_of_a_real_step_is_the_allocators(name: str, network: Network, allocator_peak: AllocatorPeak) -> None:
+    model, images, labels = network(name, 11, 2, device=CPU)
     counted = step_bytes(model, images, labels).peak_bytes
     model.zero_grad()
     measured = allocator_peak(lambda: F.cross_entropy(model(images), labels).backward())
@@ -160,11 +172,11 @@ BF16_MODES = ["exact", "checkpoint", "exact-one-copy", "8bit", "4bit", "2bit", "
 
 @pytest.mark.parametrize("name", BF16_MODES)
 def test_a_step_in_bf16_counts_on_the_meta_device_as_autocast_makes_it(
-    name: str, mode: GetMode, allocator_peak: AllocatorPeak
+    name: str, network: Network, allocator_peak: AllocatorPeak
 ) -> None:
     """To the byte but for the copies of weights in bf16 that coded layers make, which the meta device does not."""
-    on_meta = step_bytes(*network(mode(name), 11, 16), bf16=True)
-    model, images, labels = network(mode(name), 11, 16, device=CPU)
+    on_meta = step_bytes(*network(name, 11, 16), bf16=True)
+    model, images, labels = network(name, 11, 16, device=CPU)
     real = step_bytes(model, images, labels, bf16=True)
     model.zero_grad()
 
@@ -177,35 +189,34 @@ def test_a_step_in_bf16_counts_on_the_meta_device_as_autocast_makes_it(
     assert on_meta.peak_bytes == pytest.approx(real.peak_bytes, abs=weights_in_bf16)
     # An operation's own temporaries are not counted; where layers are recomputed the peak lies inside one (4.6 %).
     assert real.peak_bytes <= allocator_peak(step) <= 1.05 * real.peak_bytes
-    assert on_meta.peak_bytes < step_bytes(*network(mode(name), 11, 16)).peak_bytes
+    assert on_meta.peak_bytes < step_bytes(*network(name, 11, 16)).peak_bytes
 
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
-def test_bf16_keeps_codes_of_the_same_bytes_and_x_of_half(name: str, mode: GetMode) -> None:
-    which = mode(name, COMPILED)
-    model, images, labels = network(which, 11, 2)
+def test_bf16_keeps_codes_of_the_same_bytes_and_x_of_half(name: str, network: Network) -> None:
+    model, images, labels = network(name, 11, 2, COMPILED)
     kept = step_bytes(model, images, labels, bf16=True, parts={"blocks": model.blocks}).kept_by_part["blocks"]
-    formula = sum(kept_bytes(*unit, which.code, element_bytes=2) for unit in units(11, 2))
+    formula = sum(kept_bytes(*unit, code_of(name), element_bytes=2) for unit in units(11, 2))
     assert sum(kept.kinds.values()) == formula
 
 
 @pytest.mark.parametrize(("depth", "promised_mib"), [(164, 2.10), (1001, 9.80)])
-def test_peak_of_a_step_at_4_bits_is_within_the_promise(depth: int, promised_mib: float, mode: GetMode) -> None:
+def test_peak_of_a_step_at_4_bits_is_within_the_promise(depth: int, promised_mib: float, network: Network) -> None:
     """MiB a sample, batch 256, 32x32 input, float32, on the back end that makes no temporaries."""
-    assert step_bytes(*network(mode("4bit", COMPILED), depth, 256)).peak_bytes / 256 / MIB <= promised_mib
+    assert step_bytes(*network("4bit", depth, 256, COMPILED)).peak_bytes / 256 / MIB <= promised_mib
 
 
-def test_peak_of_stock_layers(mode: GetMode) -> None:
+def test_peak_of_stock_layers(network: Network) -> None:
     """METHOD, section 7, rounded there to 0.1 MiB a sample."""
-    assert step_bytes(*network(mode("exact"), 164, 256)).peak_bytes / 256 / MIB == pytest.approx(23.9, abs=0.05)
+    assert step_bytes(*network("exact", 164, 256)).peak_bytes / 256 / MIB == pytest.approx(23.9, abs=0.05)
 
 
 # ---- where the bytes go ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["exact", "4bit", "exact-one-copy", "checkpoint"])
-def test_kinds_at_the_peak_add_up_to_it(name: str, mode: GetMode) -> None:
-    step = step_bytes(*network(mode(name, COMPILED), 29, 8))
+def test_kinds_at_the_peak_add_up_to_it(name: str, network: Network) -> None:
+    step = step_bytes(*network(name, 29, 8, COMPILED))
     assert sum(step.kinds_at_peak.values()) == step.peak_bytes
     assert max(step.timeline) <= step.peak_bytes  # what an operation makes and frees at once is in the peak alone
     logits = 4 * 8 * 10  # which the loss's own operation still held
@@ -213,30 +224,30 @@ def test_kinds_at_the_peak_add_up_to_it(name: str, mode: GetMode) -> None:
 
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
-def test_every_block_keeps_what_the_formula_says_and_what_it_is(name: str, mode: GetMode) -> None:
-    batch, which = 3, mode(name, COMPILED)
-    model, images, labels = network(which, 29, batch)
+def test_every_block_keeps_what_the_formula_says_and_what_it_is(name: str, network: Network) -> None:
+    batch = 3
+    model, images, labels = network(name, 29, batch, COMPILED)
     parts = {str(number): block for number, block in enumerate(model.blocks)}
     kept = step_bytes(model, images, labels, parts=parts).kept_by_part
     assert list(kept) == list(parts)
     of_units = list(units(29, batch))
     for number, part in enumerate(kept.values()):
         three = of_units[3 * number : 3 * number + 3]
-        assert sum(part.kinds.values()) == sum(kept_bytes(*unit, which.code) for unit in three)
+        assert sum(part.kinds.values()) == sum(kept_bytes(*unit, code_of(name)) for unit in three)
         assert part.kinds[VECTORS] == sum(9 * 4 * channels for _, channels in three)
-        assert (part.kinds[CODES] > 0) == (which.code is not None)
-        assert (part.kinds[FULL_PRECISION] > 0) == (which.code is None)
+        assert (part.kinds[CODES] > 0) == (code_of(name) is not None)
+        assert (part.kinds[FULL_PRECISION] > 0) == (code_of(name) is None)
 
 
-def test_activations_of_nine_images_are_no_vectors(mode: GetMode) -> None:
+def test_activations_of_nine_images_are_no_vectors(network: Network) -> None:
     """They have nine rows where they are matrices, as the vectors have."""
-    assert VECTORS not in step_bytes(*network(mode("exact"), 11, 9)).kinds_at_peak
-    at_eight, at_nine = (step_bytes(*network(mode("4bit", COMPILED), 11, batch)) for batch in (8, 9))
+    assert VECTORS not in step_bytes(*network("exact", 11, 9)).kinds_at_peak
+    at_eight, at_nine = (step_bytes(*network("4bit", 11, batch, COMPILED)) for batch in (8, 9))
     assert at_nine.kinds_at_peak[VECTORS] == at_eight.kinds_at_peak[VECTORS]
 
 
-def test_counting_leaves_no_hook_behind(mode: GetMode) -> None:
-    model, images, labels = network(mode("4bit", COMPILED), 11, 2)
+def test_counting_leaves_no_hook_behind(network: Network) -> None:
+    model, images, labels = network("4bit", 11, 2, COMPILED)
     first = step_bytes(model, images, labels, parts={"blocks": model.blocks})
     model.zero_grad()
     second = step_bytes(model, images, labels)
@@ -245,8 +256,8 @@ def test_counting_leaves_no_hook_behind(mode: GetMode) -> None:
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
-def test_training_takes_weights_momentum_and_images_besides_a_step(mode: GetMode) -> None:
-    model, images, labels = network(mode("exact"), 11, 2)
+def test_training_takes_weights_momentum_and_images_besides_a_step(network: Network) -> None:
+    model, images, labels = network("exact", 11, 2)
     counted = training_bytes(model, images, labels)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     buffers = sum(buffer.nbytes for buffer in model.buffers())

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blpa.kernels.compiled import COMPILED
-from blpa.layers import Activation
+from blpa.layers import Activation, CodedLayers, StockLayers
 from blpa.models.preact_resnet import Bottleneck, PreActResNet
-from blpa.modes import Mode
 from runners.config import options
 
 MODES = options("mode")
@@ -20,15 +19,20 @@ RUN = [name for name in FULL_WIDTH if not name.startswith("compiled-")]  # one c
 EXACT_FORWARD = [name for name in RUN if name != "naive-8bit"]
 CODED = ["8bit", "4bit", "2bit", "exact-one-copy"]
 
-GetMode = Callable[..., Mode]
+Build = Callable[..., PreActResNet]
+Network = Callable[..., PreActResNet]
 
 
-def network(mode: Mode, depth: int = 20, *, width: float = 0.5) -> PreActResNet:
-    """A small one in float64; the same weights in every mode of the same width."""
-    torch.manual_seed(0)
-    model = PreActResNet(depth, mode=mode, classes=10, width=width)
+@pytest.fixture
+def network(build: Build) -> Network:
+    """How to get a mode's small network in float64; the same weights in every mode of the same width."""
+    return lambda name: prepared(build(name, 20, width=0.5))
+
+
+def prepared(model: PreActResNet) -> PreActResNet:
+    """In float64, without the ones and zeros that would hide a mistake."""
     for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):  # not the ones and zeros that would hide a mistake
+        if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.weight)
             nn.init.normal_(module.bias, std=0.5)
     return model.double()
@@ -57,11 +61,11 @@ def parameter_count(depth: int, classes: int) -> int:
 @pytest.mark.parametrize("depth", [164, 254])
 def test_parameter_count(depth: int, classes: int) -> None:
     with torch.device("meta"):
-        model = PreActResNet(depth, mode=Mode(), classes=classes)
+        model = PreActResNet(depth, layers=StockLayers(), classes=classes)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(depth, classes)
 
 
-def test_quantised_elements_a_sample(mode: GetMode) -> None:
+def test_quantised_elements_a_sample(build: Build) -> None:
     """METHOD, section 4, at depth 164. At 8 bits an element is a byte; besides, a unit keeps nine vectors."""
     kept_bytes = []
 
@@ -69,7 +73,7 @@ def test_quantised_elements_a_sample(mode: GetMode) -> None:
         kept_bytes.append(activation.kept.nbytes - 9 * 4 * unit.num_features)
 
     with torch.device("meta"):
-        model = PreActResNet(164, mode=mode("8bit", COMPILED), classes=10)
+        model = build("8bit", 164, kernels=COMPILED)
         for block in model.blocks:
             for unit in (block.bn1, block.bn2, block.bn3):
                 unit.register_forward_hook(count)
@@ -79,18 +83,18 @@ def test_quantised_elements_a_sample(mode: GetMode) -> None:
 
 
 @pytest.mark.parametrize("name", [*RUN, "fewer-features"])
-def test_every_mode_trains_every_parameter(name: str, mode: GetMode) -> None:
+def test_every_mode_trains_every_parameter(name: str, network: Network) -> None:
     """The stem's convolution too (departure 4: the authors' backward loop never reaches it)."""
-    model = network(mode(name))
+    model = network(name)
     assert model(images()).shape == (4, 10)
     assert all(gradient.isfinite().all() and gradient.count_nonzero() for gradient in gradients(model))
 
 
 @pytest.mark.parametrize("source", FULL_WIDTH)
-def test_weights_of_every_mode_load_into_every_other(source: str, mode: GetMode) -> None:
-    state = network(mode(source)).state_dict()
+def test_weights_of_every_mode_load_into_every_other(source: str, network: Network) -> None:
+    state = network(source).state_dict()
     for target in FULL_WIDTH:
-        PreActResNet(20, mode=mode(target), classes=10, width=0.5).load_state_dict(state, strict=True)
+        network(target).load_state_dict(state, strict=True)
 
 
 def functional(state: dict[str, Tensor], x: Tensor, blocks_per_group: int) -> Tensor:
@@ -114,40 +118,34 @@ def functional(state: dict[str, Tensor], x: Tensor, blocks_per_group: int) -> Te
 
 
 @pytest.mark.parametrize("name", EXACT_FORWARD)
-def test_logits_are_those_of_plain_pytorch(name: str, mode: GetMode) -> None:
-    model = network(mode(name))
+def test_logits_are_those_of_plain_pytorch(name: str, network: Network) -> None:
+    model = network(name)
     expected = functional(model.state_dict(), images(), blocks_per_group=2)
     # 20 layers in float64, each losing a few units of 1e-16.
     torch.testing.assert_close(model(images()), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_coded_logits_are_equal_to_the_bit(training: bool, mode: GetMode) -> None:
-    expected, *others = (network(mode(name)).float().train(training)(images().float()) for name in CODED)
+def test_coded_logits_are_equal_to_the_bit(training: bool, network: Network) -> None:
+    expected, *others = (network(name).float().train(training)(images().float()) for name in CODED)
     assert all(torch.equal(logits, expected) for logits in others)
 
 
-def test_naive_logits_are_not_exact(mode: GetMode) -> None:
-    naive, exact = (network(mode(name))(images()) for name in ("naive-8bit", "exact"))
+def test_naive_logits_are_not_exact(network: Network) -> None:
+    naive, exact = (network(name)(images()) for name in ("naive-8bit", "exact"))
     assert not torch.allclose(naive, exact, rtol=1e-4)
 
 
-def test_gradients_of_one_copy_are_those_of_stock_layers(mode: GetMode) -> None:
-    ours, stock = (gradients(network(mode(name))) for name in ("exact-one-copy", "exact"))
+def test_gradients_of_one_copy_are_those_of_stock_layers(network: Network) -> None:
+    ours, stock = (gradients(network(name)) for name in ("exact-one-copy", "exact"))
     # Both float64 through 20 layers; gradients of size 1 and less.
     torch.testing.assert_close(ours, stock, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("segments", [None, 1, 2, 6])
-def test_gradients_under_checkpoint_equal_the_exact_ones_to_the_bit(segments: int | None, mode: GetMode) -> None:
-    recomputed = gradients(network(Mode("checkpoint", segments=segments)))
-    assert all(map(torch.equal, recomputed, gradients(network(mode("exact")))))
-
-
 @pytest.mark.parametrize("name", RUN)
-def test_evaluation_uses_the_running_averages(name: str, mode: GetMode) -> None:
+def test_evaluation_uses_the_running_averages(name: str, network: Network) -> None:
     """Departure 5: the authors' code normalises by the statistics of the test batch."""
-    model = network(mode(name))
+    model = network(name)
     model(images())
     model.eval()
     with torch.no_grad():
@@ -155,8 +153,8 @@ def test_evaluation_uses_the_running_averages(name: str, mode: GetMode) -> None:
 
 
 @pytest.mark.parametrize("name", RUN)
-def test_zero_initialised_gamma_is_trained(name: str, mode: GetMode) -> None:
-    model = network(mode(name))
+def test_zero_initialised_gamma_is_trained(name: str, network: Network) -> None:
+    model = network(name)
     zeroed = [block.bn3 for block in model.blocks]
     for unit in zeroed:
         nn.init.zeros_(unit.weight)
@@ -170,21 +168,21 @@ def test_zero_initialised_gamma_is_trained(name: str, mode: GetMode) -> None:
 )
 def test_width_is_a_factor_on_every_channel_count(width: float, channels: list[int]) -> None:
     with torch.device("meta"):
-        model = PreActResNet(11, mode=Mode(), classes=10, width=width)
+        model = PreActResNet(11, layers=StockLayers(), classes=10, width=width)
     assert [unit.bn1.num_features for unit in model.blocks] + [model.bn.num_features] == channels
 
 
-def test_fewer_features_is_a_quarter_of_the_width(mode: GetMode) -> None:
+def test_fewer_features_is_a_quarter_of_the_width(build: Build) -> None:
     with torch.device("meta"):
-        narrow = PreActResNet(11, mode=mode("fewer-features"), classes=10)
-        quarter = PreActResNet(11, mode=Mode(), classes=10, width=0.25)
+        narrow = build("fewer-features", 11)
+        quarter = PreActResNet(11, layers=StockLayers(), classes=10, width=0.25)
     assert [p.shape for p in narrow.parameters()] == [p.shape for p in quarter.parameters()]
 
 
 def test_initial_weights() -> None:
     """Convolutions N(0, 2 / (k k C_in)), classifier N(0, 1 / C_in), gamma 1, biases 0."""
     torch.manual_seed(0)
-    model = PreActResNet(29, mode=Mode(), classes=100)
+    model = PreActResNet(29, layers=StockLayers(), classes=100)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             assert (module.weight == 1).all()
@@ -200,23 +198,23 @@ def test_initial_weights() -> None:
 @pytest.mark.parametrize("depth", [-7, 0, 2, 3, 10, 12, 111, 1000])
 def test_depth_that_is_not_nine_n_plus_two_is_refused(depth: int) -> None:
     with pytest.raises(ValueError, match=rf"depth = {depth}: must be 9 n \+ 2"):
-        PreActResNet(depth, mode=Mode(), classes=10)
+        PreActResNet(depth, layers=StockLayers(), classes=10)
 
 
 def test_width_without_channels_is_refused() -> None:
     with pytest.raises(ValueError, match=r"width = 0.03: 16 channels times that is less than one"):
-        PreActResNet(11, mode=Mode(), classes=10, width=0.03)
+        PreActResNet(11, layers=StockLayers(), classes=10, width=0.03)
 
 
 @pytest.mark.parametrize("size", [(8, 6), (7, 8)], ids=str)
 def test_image_size_that_is_no_multiple_of_four_is_refused(size: tuple[int, int]) -> None:
-    model = PreActResNet(11, mode=Mode(), classes=10, width=0.25)
+    model = PreActResNet(11, layers=StockLayers(), classes=10, width=0.25)
     with pytest.raises(ValueError, match=r"height and width must be multiples of 2"):
         model(torch.zeros(2, 3, *size))
 
 
-def test_block_leaves_its_input_alone(mode: GetMode) -> None:
-    block = Bottleneck(8, 2, 1, mode("4bit")).double()
+def test_block_leaves_its_input_alone() -> None:
+    block = Bottleneck(8, 2, 1, CodedLayers()).double()
     x = torch.randn(2, 8, 4, 4, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
     before = x.clone()
     block(x)

@@ -12,8 +12,8 @@ from blpa import memory
 from blpa.codec import Code
 from blpa.kernels import Averages
 from blpa.kernels.reference import REFERENCE
+from blpa.layers import CodedLayers
 from blpa.models.preact_resnet import PreActResNet
-from blpa.modes import Mode
 
 triton = pytest.importorskip("triton", reason="Triton comes with torch for CUDA: it is not installed")
 tl = pytest.importorskip("triton.language")
@@ -349,7 +349,7 @@ def test_the_meta_device_counts_what_it_counts_of_the_reference() -> None:
     counted = []
     for kernels in (TRITON, REFERENCE):
         with torch.device("meta"):
-            model = PreActResNet(11, mode=Mode("coded", Code(4), kernels=kernels), classes=10)
+            model = PreActResNet(11, layers=CodedLayers(kernels=kernels, eps=EPS), classes=10)
             images, labels = torch.empty(8, 3, 32, 32), torch.empty(8, dtype=torch.int64)
             counted.append(memory.step_bytes(model, images, labels))
     assert counted[0].forward_bytes == counted[1].forward_bytes
@@ -362,7 +362,7 @@ def test_a_network_s_gradients_are_the_references() -> None:
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for kernels in (TRITON, REFERENCE):
         torch.manual_seed(0)
-        model = PreActResNet(11, mode=Mode("coded", Code(4), kernels=kernels), classes=10)
+        model = PreActResNet(11, layers=CodedLayers(kernels=kernels, eps=EPS), classes=10)
         model = model.to(DEVICE, memory_format=torch.channels_last)
         model(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

@@ -8,7 +8,8 @@ import torch
 from test_sweeps import GRADIENTS, TINY
 from test_training import assert_same_end
 
-from runners import cli, provenance, records, sweep
+from runners import cli, provenance, records
+from runners import run as run_module
 from runners.config import Config
 from runners.errors import OutOfTime
 from runners.training import budget
@@ -74,7 +75,7 @@ def test_a_sweep_begins_no_cell_that_might_not_end_in_time(
 
     monkeypatch.setattr(budget, "BEGAN", 0)
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(sweep, "run_cell", run_cell)
+    monkeypatch.setattr(run_module, "run_cell", run_cell)
     assert cli.main([*GRADIENTS, "mode=exact,8bit,4bit,2bit", "budget_minutes=4.5"]) == OutOfTime.exit_code
     err = capsys.readouterr().err
     assert "4 cells: 2 done, 0 finished before" in err

@@ -1,14 +1,12 @@
 """runners/cells.py: the name of a run, and the command line that composes it again."""
 
-from dataclasses import replace
-
 import pytest
 from omegaconf import OmegaConf
 from test_config import make
 
-from runners import CONF, compose
+from runners import compose
 from runners.cells import folder_name, overrides, recipe_changes, run_name
-from runners.config import USED_BY, Config, TaskConfig, options
+from runners.config import Config, option, options
 from runners.training.checkpoints import deciding_fields
 
 
@@ -43,14 +41,8 @@ def test_cells_of_an_experiment_are_composed_again_by_their_overrides(experiment
         named = set(overrides(config))
         if named - seen:
             (again,) = composed(overrides(config))
-            assert as_its_task_sees_it(again) == as_its_task_sees_it(config)
+            assert again == config
         seen |= named
-
-
-def as_its_task_sees_it(config: Config) -> Config:
-    """Without what an experiment sets for its other tasks."""
-    unused = {key: getattr(TaskConfig(), key) for key in USED_BY if config.task.name not in USED_BY[key]}
-    return replace(config, task=replace(config.task, **unused))
 
 
 def test_overrides_say_what_a_run_is_and_not_where_it_lies() -> None:
@@ -76,7 +68,7 @@ def test_no_two_precisions_share_a_folder(task: str) -> None:
 @pytest.mark.parametrize("experiment", sorted({*options("experiment")} - {"single"}))
 def test_every_experiment_names_its_precisions(experiment: str) -> None:
     """So that its runs and its records do."""
-    told = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
+    told = option("experiment", experiment)
     named = str(OmegaConf.select(told, "gpu.precision") or told.hydra.sweeper.params["gpu.precision"]).split(",")
     assert set(named) <= {"tf32", "bf16", "fp32"}
 
@@ -108,8 +100,8 @@ def test_labels_and_colours_decide_nothing() -> None:
 
 def test_a_task_s_folder_tells_apart_what_its_cells_may_differ_in() -> None:
     assert folder_name(make()) == "a-run"
-    assert folder_name(make(task__name="tables")) is None
-    timed = make(task__name="runtime")
+    assert folder_name(make(task="tables")) is None
+    timed = make(task="runtime")
     assert folder_name(timed) == "a-run-runtime-batch64-auto"
     changes = ({"dataset__batch_size": 8}, {"gpu__kernels": "torch"})
-    assert len({folder_name(make(task__name="runtime", **change)) for change in changes} | {folder_name(timed)}) == 3
+    assert len({folder_name(make(task="runtime", **change)) for change in changes} | {folder_name(timed)}) == 3

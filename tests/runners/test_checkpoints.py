@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from runners import CONF
-from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
+from runners.cells import task_settings
+from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig
 from runners.errors import Busy, CannotWrite
-from runners.locks import alone_in
+from runners.run import locked
 from runners.training.checkpoints import RunFolder, deciding_fields
 
 CONFIGURATION = {"seed": 0, "dataset.schedule": [[0.5, 0.1], [1.0, 0.01]], "mode.bits": None}
@@ -192,8 +193,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     script = (
-        "import sys, pathlib; from runners.locks import alone_in\n"
-        "with alone_in(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
+        "import sys, pathlib; from runners.run import locked\n"
+        "with locked(pathlib.Path(sys.argv[1])): print('in', flush=True); sys.stdin.read()"
     )
     environment = {**os.environ, "PYTHONPATH": str(CONF.parent)}
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -201,13 +202,13 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
         message = rf"^another process is at {tmp_path}: name another folder by run=$"
-        with pytest.raises(Busy, match=message), alone_in(tmp_path):
+        with pytest.raises(Busy, match=message), locked(tmp_path):
             pass
         other.kill()
         other.wait()
-        with alone_in(tmp_path):
+        with locked(tmp_path):
             assert names(tmp_path) == {"lock"}
-    with alone_in(tmp_path):  # and one that has left
+    with locked(tmp_path):  # and one that has left
         pass
 
 
@@ -218,7 +219,7 @@ def test_every_field_that_decides_the_result_is_listed_and_no_other() -> None:
         ),
         mode=ModeConfig(name="4bit", layers="coded", bits=4),
         gpu=GpuConfig(name="cpu", kernels="torch"),
-        task=TaskConfig(name="train"),
+        task=task_settings("train"),
     )
     fields = deciding_fields(config)
     assert fields["dataset.schedule"] == [[1.0, 0.1]]

@@ -5,20 +5,22 @@ Most call `main` in this process; the ones that ask what a fresh process imports
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from blpa.codec import Code
-from runners import CONF, cli, compose, records
-from runners.cells import recipe_changes
-from runners.config import Config, check, options
+from runners import CONF, cli, records
+from runners.cells import recipe_changes, task_module
+from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig, check, options
 from runners.errors import Busy, Stopped
-from runners.locks import alone_in
+from runners.run import locked
+from runners.tasks import train
 
 TINY = ["dataset=digits", "gpu=cpu", "depth=11", "dataset.iterations=2", "dataset.batch_size=4", "width=0.25"]
 
@@ -43,9 +45,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
     """Stands in for the train task: the configurations it was given, in order."""
     given: list[Config] = []
-    task = ModuleType("runners.tasks.train")
-    task.run = given.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "runners.tasks.train", task)
+    monkeypatch.setattr(train, "run", given.append)
     return given
 
 
@@ -55,15 +55,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("dpeth=20", "unknown key 'dpeth', did you mean depth?; allowed: dataset, "),
-        ("dataset.itertions=5", "unknown key 'dataset.itertions', did you mean dataset.iterations?; allowed in"),
-        ("iterations=5", "unknown key 'iterations', did you mean dataset.iterations?"),
-        ("mode.Bits=4", "unknown key 'mode.Bits', did you mean mode.bits?; allowed in mode: name, layers, bits, "),
-        ("nothing.like.it=1", "unknown key 'nothing.like.it'; allowed: dataset, experiment, gpu, mode, task, depth, "),
-        ("+depht=20", "unknown key '+depht'"),
-        ("~depth", "unknown key '~depth'"),
-        ("hydra.run.dir=x", "unknown key 'hydra.run.dir'"),
-        ("dataset@mode=digits", "unknown key 'dataset@mode'"),
+        ("dpeth=20", "unknown key 'dpeth', did you mean depth?; allowed: budget_minutes, "),
+        ("dataset.itertions=5", "unknown key 'dataset.itertions', did you mean iterations?; allowed in dataset: "),
+        ("iterations=5", "unknown key 'iterations'; allowed: budget_minutes, "),
+        ("mode.Bits=4", "unknown key 'mode.Bits', did you mean bits?; allowed in mode: activation_memory_budget, "),
+        ("nothing.like.it=1", "unknown key 'nothing'; allowed: budget_minutes, config_dir, dataset, depth, "),
+        ("+depht=20", "unknown key 'depht', did you mean depth?; allowed: "),
+        ("~depth", "unknown key 'depth'"),
+        ("dataset@mode=digits", "Could not override 'dataset@mode'."),
         ("dataset=cifr10", "dataset=cifr10 is not allowed, did you mean cifar10?; choose one of cifar10, "),
         ("mode=16bit", "mode=16bit is not allowed"),
         ("mode=", "mode= is not allowed; choose one of 2bit, 4bit, 8bit, "),
@@ -72,7 +71,8 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
             "task=trian",
             "task=trian is not allowed, did you mean train?; choose one of gradient-error, kernels, max-batch, ",
         ),
-        ("gpu=[cpu]", "gpu=[cpu] is not allowed"),
+        ("network=1001", "network=1001 is not allowed; choose one of resnet"),
+        ("hydra.run.dir=x", "hydra.run.dir=x is not allowed: of Hydra's own keys blpa-run heeds hydra.launcher., "),
         ("experiment=tabel1", "experiment=tabel1 is not allowed, did you mean table1?"),
         ("depth=deep", "depth: Value 'deep' of type 'str' could not be converted to Integer"),
         ("depth=", "depth: Value '' of type 'str' could not be converted to Integer"),
@@ -96,14 +96,14 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         ("depth", "cannot read 'depth': write key=value"),
         ("depth=(", "cannot read 'depth=(': write key=value"),
         ("", "cannot read '': write key=value"),
-        ("=5", "unknown key ''"),
+        ("=5", "cannot read '=5': write key=value"),
         ("mode=glob([48]bit)", "cannot read 'mode=glob([48]bit)': write key=value"),
         ("depth=20 seed=1", "cannot read 'depth=20 seed=1'"),
-        ("-x", "unknown flag -x; allowed: -m, --multirun, "),
+        ("-x", "unknown flag -x; allowed: -h, --help, -m, --multirun, "),
         ("--multrun", "unknown flag --multrun, did you mean --multirun?"),
         ("seed=0,1", "seed=0,1 names several values: add -m to run each of them"),
         ("mode=exact,4bit", "mode=exact,4bit names several values: add -m"),
-        ("task.steps=3", "task.steps is not for task=train: it is for runtime, kernels, gradient-error"),
+        ("task.steps=3", "unknown key 'task.steps'; allowed in task: checkpoint_every, evaluate_every, "),
         ("dataset.image_size=10", "dataset.image_size=10 is not allowed: it is a multiple of 4, at least 8"),
         ("dataset.image_size=4", "dataset.image_size=4 is not allowed: it is a multiple of 4, at least 8"),
     ],
@@ -126,7 +126,7 @@ def test_a_mistake_is_one_line_that_names_it(
         (["task=runtime", "task.steps=1,2"], "two cells of this sweep would share the folder cifar10-4bit-"),
         (["seed=glob(*)"], "seed=glob(*) names no value at all"),
         (["mode=glob(x*)"], "mode=glob(x*) names no value at all"),
-        (["seed=interval(0,3)"], "seed=interval(0,3) has no list of values"),
+        (["seed=interval(0,3)"], "seed=interval(0,3): BasicSweeper does not support sweep type : INTERVAL_SWEEP"),
         (["seed=range(1,10,0)"], "seed=range(1,10,0): range() arg 3 must not be zero"),
         (["experiment=table1", "depth=165"], "depth=165 is not 9n + 2"),
     ],
@@ -153,7 +153,7 @@ def test_the_users_own_example(ran: list[Config]) -> None:
 def test_every_option_composes_and_bears_its_files_name(capsys: pytest.CaptureFixture[str], group: str) -> None:
     for option in options(group):
         needed = {"max-batch": ["gpu.memory_gib=11"], "thresholds": ["task.checkpoint=weights.pt"]}.get(option, [])
-        assert cli.main(["-c", f"{group}={option}", *needed]) == 0
+        assert cli.main(["-c", "job", f"{group}={option}", *needed]) == 0
         assert f"{group}:\n  name: {option}\n" in capsys.readouterr().out
 
 
@@ -203,12 +203,9 @@ def test_table1_runs_the_papers_cells_and_2_bits_in_the_order_of_value(ran: list
         assert group == (config.dataset.name, 64000, 128, {})  # so that the paper's figures stand beside them
 
 
-def test_a_quarter_of_table1_is_six_cells_side_by_side(monkeypatch: pytest.MonkeyPatch, ran: list[Config]) -> None:
-    jobs: list[int] = []
-    monkeypatch.setattr(cli.side_by_side, "run", lambda arguments, count: jobs.append(count) or 0)
+def test_a_quarter_of_table1_is_six_cells_side_by_side(ran: list[Config]) -> None:
     assert cli.main(["experiment=table1-quarter", "-m"]) == 0
-    assert jobs == [6]
-    assert cli.main(["experiment=table1-quarter", "-m", "jobs=1"]) == 0
+    assert {config.jobs for config in ran} == {6}
     assert [config.mode.name for config in ran] == ["2bit", "4bit", "exact", "naive-8bit", "8bit", "fewer-features"]
     told = {(c.dataset.name, c.dataset.iterations, c.gpu.precision, c.seed, c.depth) for c in ran}
     assert told == {("cifar10", 16000, "bf16", 0, 164)}
@@ -237,7 +234,7 @@ def test_an_experiment_without_m_is_one_run_in_its_group(ran: list[Config]) -> N
 
 
 def test_cfg_prints_and_runs_nothing(capsys: pytest.CaptureFixture[str], ran: list[Config]) -> None:
-    assert cli.main(["--cfg", "mode=exact,2bit", "-m"]) == 0
+    assert cli.main(["--cfg", "job", "mode=exact,2bit", "-m"]) == 0
     out = capsys.readouterr().out
     assert out.count("---\n") == 1
     assert "run: cifar10-exact-" in out and "run: cifar10-2bit-" in out
@@ -250,9 +247,11 @@ def test_help_shows_every_option_and_every_value_with_its_meaning(capsys: pytest
     for group in ("dataset", "mode", "gpu", "task", "experiment"):
         (line,) = [line for line in text.splitlines() if line.startswith(f"  {group:12}")]
         assert set(line.replace("[", "").replace("]", "").split()[1:]) == set(options(group))
-    groups, plain = compose._keys()
-    for key in set(plain) - set(groups):
-        assert f"\n  {key}=" in text
+    shown = set(re.findall(r"^  ([\w.]+)=", text, re.MULTILINE))
+    for values, prefix in ((Config, ""), (DatasetConfig, "dataset."), (ModeConfig, "mode."), (GpuConfig, "gpu.")):
+        assert {f"{prefix}{field.name}" for field in fields(values)} - shown <= {"dataset", "mode", "gpu"}
+    for task in options("task"):
+        assert {f"task.{field.name}" for field in fields(task_module(task).Settings)} - shown <= {"task.name"}
     assert "Training steps in all." in text
 
 
@@ -274,7 +273,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, failures: dict[int, BaseException])
         if config.seed in failures:
             raise failures[config.seed]
 
-    monkeypatch.setitem(sys.modules, "runners.tasks.train", SimpleNamespace(run=run))
+    monkeypatch.setattr(train, "run", run)
     return seeds
 
 
@@ -308,7 +307,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, bug: Excepti
 
 
 def test_what_the_library_refuses_is_a_bug_of_the_runner_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "runners.tasks.train", SimpleNamespace(run=lambda config: Code(bits=3)))
+    monkeypatch.setattr(train, "run", lambda config: Code(bits=3))
     with pytest.raises(ValueError, match=r"^bits = 3: must be 8, 4 or 2$"):
         cli.main([])
 
@@ -318,7 +317,7 @@ def test_a_user_error_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         config.depth = 12
         check(config)
 
-    monkeypatch.setitem(sys.modules, "runners.tasks.train", SimpleNamespace(run=run))
+    monkeypatch.setattr(train, "run", run)
     assert cli.main([]) == 1
     assert capsys.readouterr().err == (
         "blpa-run: error: depth=12 is not 9n + 2 for any n of at least 1: the nearest are 11 and 20\n"
@@ -374,10 +373,10 @@ def test_runtimes_of_several_batch_sizes_keep_their_records() -> None:
 
 def test_a_run_that_another_process_is_at_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     Path("results/runs/a").mkdir(parents=True)
-    with alone_in(Path("results/runs/a")):  # another opening of the file, as another process has
+    with locked(Path("results/runs/a")):  # another opening of the file, as another process has
         assert cli.main([*TINY, "run=a"]) == Busy.exit_code
     assert capsys.readouterr().err.endswith(
-        "blpa-run: error: another process is at results/runs/a: name another folder by run=\n"
+        "blpa-run: error: another process is working on results/runs/a: name another folder by run=\n"
     )
     assert [path.name for path in Path("results/runs/a").iterdir()] == ["lock"]
 
@@ -412,7 +411,7 @@ def fresh_process(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["depth=165"], ["dpeth=20"], ["--cfg"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["depth=165"], ["dpeth=20"], ["--cfg", "job"]])
 def test_help_and_mistakes_are_answered_without_torch(arguments: list[str]) -> None:
     script = "import sys; from runners import cli; cli.main(sys.argv[1:]); print('torch' in sys.modules)"
     done = fresh_process("-c", script, *arguments)
@@ -438,4 +437,6 @@ def test_a_reader_that_leaves_gets_no_traceback() -> None:
 
 
 def test_the_configuration_is_plain_yaml_inside_the_package() -> None:
-    assert {path.name for path in CONF.iterdir()} == {"config.yaml", "dataset", "experiment", "gpu", "mode", "task"}
+    assert {path.name for path in CONF.iterdir()} == {
+        "config.yaml", "dataset", "experiment", "gpu", "mode", "network", "task",
+    }  # fmt: skip

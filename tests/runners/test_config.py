@@ -1,28 +1,27 @@
 """runners/config.py: every option is a valid configuration, and every mistake is one line that names the value."""
 
 from contextlib import nullcontext
-from dataclasses import fields
 
 import pytest
 
 from blpa.models.preact_resnet import STEM_CHANNELS
-from runners.config import (
-    USED_BY,
-    Config,
-    DatasetConfig,
-    GpuConfig,
-    ModeConfig,
-    TaskConfig,
-    check,
-    options,
-)
+from runners import config as schema
+from runners.cells import task_module, task_settings
+from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig, options
 
 
-def make(**values: object) -> Config:
+def check(config: Config) -> None:
+    """All that the command line checks of a typed configuration."""
+    schema.check(config)
+    getattr(task_module(config.task.name), "check", lambda config: None)(config)
+
+
+def make(*, task: str = "train", **values: object) -> Config:
     """A valid configuration; `dataset__batch_size=0` sets a value of a group."""
     config = Config(
         dataset=DatasetConfig(
             name="digits",
+            reader="runners.data.digits",
             classes=10,
             image_size=8,
             image_channels=1,
@@ -35,7 +34,7 @@ def make(**values: object) -> Config:
         ),
         mode=ModeConfig(name="4bit", layers="coded", bits=4),
         gpu=GpuConfig(name="cpu", device="cpu"),
-        task=TaskConfig(name="train"),
+        task=task_settings(task),
         depth=29,
         run="a-run",
     )
@@ -108,10 +107,6 @@ def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
         ("gpu__device", "auto, cpu, cuda"),
         ("gpu__precision", "auto, tf32, bf16, fp32"),
         ("gpu__kernels", "auto, torch, inductor, triton"),
-        (
-            "task__name",
-            "gradient-error, kernels, max-batch, memory, plots, progress, report, runtime, tables, thresholds, train",
-        ),
     ],
 )
 def test_an_unknown_name_is_refused_with_the_known_ones(key: str, allowed: str) -> None:
@@ -215,14 +210,31 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "thresholds", "train",
     ]  # fmt: skip
     assert options("experiment") == [
-        "bench-batches", "bench-batches-fp32", "bench-batches-wide", "bench-card", "bench-kernels",
-        "bench-kernels-others", "bench-largest", "bench-largest-fp32", "bench-largest-wide", "bench-times",
-        "bench-times-fp32", "bench-times-wide", "bench-training", "demo", "demo-batches", "demo-gradients",
-        "demo-times", "gradients", "single", "table1", "table1-quarter", "table2", "table2-fp32", "table2-wide",
-        "table3", "table3-fp32", "table3-wide",
+        "bench-batches", "bench-batches-fp32", "bench-card", "bench-kernels", "bench-kernels-others", "bench-largest",
+        "bench-largest-fp32", "bench-times", "bench-times-fp32", "bench-training", "demo", "demo-batches",
+        "demo-gradients", "demo-times", "gradients", "single", "table1", "table1-quarter", "table2", "table2-fp32",
+        "table3", "table3-fp32",
     ]  # fmt: skip
 
 
-def test_every_value_of_a_task_is_for_a_task() -> None:
-    assert set(USED_BY) == {value.name for value in fields(TaskConfig)} - {"name"}
-    assert {task for tasks in USED_BY.values() for task in tasks} <= set(options("task"))
+@pytest.mark.parametrize("task", options("task"))
+def test_a_task_s_file_sets_all_of_its_settings(task: str) -> None:
+    assert task_settings(task).name == task
+    assert task_settings(task, {**schema.option("task", task)}) == task_settings(task)
+
+
+@pytest.mark.parametrize(
+    ("task", "values", "message"),
+    [
+        ("runtime", {"steps": 0}, "task.steps=0 is not allowed: it is a whole number, at least 1"),
+        ("runtime", {"modes": ["4bits"]}, "task.modes=4bits is not allowed: choose one of 2bit, "),
+        ("kernels", {"elements": 1}, "task.elements=1 is not allowed"),
+        ("gradient-error", {"checkpoint": ""}, "task.checkpoint= is empty"),
+        ("thresholds", {}, "task=thresholds looks at trained weights"),
+        ("tables", {"tables": ["error"]}, "task.tables=error is not allowed: choose one of batches, "),
+        ("max-batch", {"resolution": 1.0}, "task.resolution=1.0 is not allowed"),
+    ],
+)
+def test_a_task_checks_its_own_settings(task: str, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check(make(task=task, **{f"task__{key}": value for key, value in values.items()}))

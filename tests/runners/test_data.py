@@ -24,6 +24,7 @@ from runners.data import Split, cifar, crop, digits, draw_crops, load, normalise
 CPU = torch.device("cpu")
 DIGITS = DatasetConfig(
     name="digits",
+    reader="runners.data.digits",
     classes=10,
     image_size=8,
     image_channels=1,
@@ -180,7 +181,7 @@ def test_digits_are_split_once_and_for_all() -> None:
 
 
 def test_digits_are_in_equal_parts_in_both_sets() -> None:
-    (_, train), (_, test) = digits.read()
+    (_, train), (_, test) = digits.read(DIGITS)
     expected = (train.bincount() + test.bincount()) * 500 / 1797
     assert (test.bincount() - expected).abs().max() < 1
 
@@ -199,9 +200,9 @@ def test_a_batch_larger_than_the_training_set_is_refused() -> None:
         load(replace(DIGITS, batch_size=1298), CPU)
 
 
-def test_an_unknown_data_set_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"dataset\.name=mnist: .* cifar10, cifar100, digits"):
-        load(replace(DIGITS, name="mnist"), CPU)
+def test_a_reader_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"dataset\.reader=no_such_module: cannot be imported \(No module named "):
+        load(replace(DIGITS, reader="no_such_module"), CPU)
 
 
 # Older releases of torchvision unpack an archive (whose md5 they have checked) without naming tarfile's filter.
@@ -263,7 +264,14 @@ def config(
     }
     monkeypatch.setitem(cifar.SOURCES, request.param, type("Small", (original,), attributes))
     return replace(
-        DIGITS, name=request.param, root=str(root), download=False, image_size=32, image_channels=3, classes=10
+        DIGITS,
+        name=request.param,
+        reader="runners.data.cifar",
+        root=str(root),
+        download=False,
+        image_size=32,
+        image_channels=3,
+        classes=10,
     )
 
 

@@ -18,11 +18,12 @@ from test_training import assert_same_end, tiny_config
 from torch import Tensor, nn
 
 from blpa import kernels
-from blpa.offloading import Offload
-from runners import cli, errors, fresh, records, streams, sweep
+from runners import cli, errors, fresh, records, streams
 from runners.config import Config, GpuConfig, mode
 from runners.data import ImageData, Split
+from runners.run import run_cell
 from runners.training import loop, network, segments, steps
+from runners.training.offloading import Offload
 from runners.training.steps import TrainingStep
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -112,7 +113,7 @@ def test_runs_on_streams_side_by_side_end_with_the_bits_of_runs_alone(
         "task.checkpoint_every=15", "jobs=3", "mode=exact,4bit", "seed=0,1",
     ]  # fmt: skip
     configs = composed(cells, multirun=True)
-    assert all(sweep.run_cell(replace(config, results="alone")) == 0 for config in configs)
+    assert all(run_cell(replace(config, results="alone")) == 0 for config in configs)
     assert streams.train(configs, [0, 1, 2, 3]) == (dict.fromkeys(range(4), 0), None)
     for config in configs:
         assert_same_end(Path("results/runs") / config.run, Path("alone/runs") / config.run)

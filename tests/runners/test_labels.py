@@ -30,7 +30,7 @@ def test_a_folder_of_the_users_own_adds_labels_and_replaces_those_of_the_package
     (tmp_path / "mode" / "mine.yaml").write_text("name: mine\nlayers: coded\nbits: 4\nlabel: My mode\norder: 5\n")
     (tmp_path / "mode" / "4bit.yaml").write_text("name: 4bit\nlabel: four bits\n")
     (tmp_path / "dataset" / "cats.yaml").write_text("name: cats\nlabel: Cats\n")
-    labels = read_labels([tmp_path])
+    labels = read_labels(str(tmp_path))
     assert labels.label("mine") == "My mode"
     assert sorted(labels.modes, key=labels.order)[0] == "mine"
     assert (labels.label("4bit"), labels.label("8bit")) == ("four bits", "proposed 8-bit")

@@ -35,7 +35,7 @@ def test_every_cell_leaves_its_records_and_finished_ones_are_left_out(launcher: 
     assert [path.name for path in Path.cwd().iterdir()] == ["results"]
     before = {file: file.stat().st_mtime_ns for file in results.glob("runs/*/records.json")}
     again = launch("mode=exact,4bit", *chosen)
-    assert (again.returncode, again.stderr) == (0, "2 cells, 2 finished before\n")
+    assert again.returncode == 0 and again.stderr.startswith("2 cells, 2 finished before\n2 cells: 0 done, ")
     assert before == {file: file.stat().st_mtime_ns for file in results.glob("runs/*/records.json")}
 
 
@@ -44,7 +44,7 @@ def test_a_budget_stops_the_runs_of_every_job_and_they_go_on() -> None:
     stopped = launch(*cells, "budget_minutes=0.3")
     assert stopped.returncode == OutOfTime.exit_code, stopped.stderr
     assert stopped.stderr.count("budget_minutes=0.3 are over at iteration") == 2
-    assert "2 cells: 0 done, 0 failed, 2 left when budget_minutes were over" in stopped.stderr
+    assert "2 cells: 0 done, 0 finished before (resume=false does them again), 0 failed, 2 left when " in stopped.stderr
     again = launch(*cells, "budget_minutes=0.3")
     assert again.stderr.count("going on from") == 2
     assert not list(Path("results").glob("runs/*/*.json"))
@@ -63,7 +63,7 @@ def test_a_cell_that_fails_is_recorded_and_does_not_stop_the_rest() -> None:
     ("arguments", "message"),
     [
         (["hydra/launcher=jobib"], "hydra/launcher=jobib is not allowed, did you mean joblib?; choose one of basic, "),
-        (["hydra/launcher=joblib", "hydra.launcher.n_jbos=2"], "hydra.launcher.n_jbos: Key 'n_jbos' not in"),
+        (["hydra/launcher=joblib", "hydra.launcher.n_jbos=2"], "unknown key 'hydra.launcher.n_jbos', did you mean n_"),
         (["hydra/launcher=joblib", "hydra.launcher.n_jobs=many"], "hydra.launcher.n_jobs: Value 'many'"),
         (["hydra/launcher=joblib,basic"], "hydra/launcher=joblib,basic is not allowed: one launcher runs the whole"),
         (["hydra/launcher=joblib", "seed=0,-1"], "seed=-1 is not allowed"),

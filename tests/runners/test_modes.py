@@ -1,81 +1,54 @@
-"""Each mode's file means what METHOD's table says, and gives the layers that do it."""
-
-from collections.abc import Callable
+"""Each mode's file means what the table of training/network.py says, and gives the layers that do it."""
 
 import pytest
 
 from blpa.codec import Code
-from blpa.compiling import Compiler
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE
-from blpa.layers import BatchNormReLU, Conv2d, StockBatchNormReLU, StockConv2d
-from blpa.modes import EPS, Mode, from_config
-from runners.config import ModeConfig, options
+from blpa.layers import CodedLayers, Layers, StockLayers
+from runners.config import ModeConfig, mode, options
+from runners.training import network
+from runners.training.network import EPS
 
-MODES = {
-    "exact": Mode(),
-    "fewer-features": Mode(width_factor=0.25),
-    "naive-8bit": Mode("coded", Code(8), forward_from_code=True),
-    "8bit": Mode("coded", Code(8)),
-    "4bit": Mode("coded", Code(4)),
-    "2bit": Mode("coded", Code(2, clip=1.7)),
-    "exact-one-copy": Mode("coded", None),
-    "checkpoint": Mode("checkpoint"),
-    "offload": Mode("offload"),
-    "compiled": Mode("compiled", compiler=Compiler()),
-    "compiled-budget-0.5": Mode("compiled", compiler=Compiler(activation_memory_budget=0.5)),
-    "compiled-budget-0.2": Mode("compiled", compiler=Compiler(activation_memory_budget=0.2)),
-    "compiled-fp8": Mode("compiled", compiler=Compiler(fp8=True)),
+STOCK = StockLayers(eps=EPS)
+MODES: dict[str, tuple[ModeConfig, Layers]] = {
+    "exact": (ModeConfig(layers="stock"), STOCK),
+    "fewer-features": (ModeConfig(layers="stock", width_factor=0.25), STOCK),
+    "naive-8bit": (
+        ModeConfig(layers="coded", bits=8, forward_from_code=True),
+        CodedLayers(code=Code(8), forward_from_code=True, eps=EPS),
+    ),
+    "8bit": (ModeConfig(layers="coded", bits=8), CodedLayers(code=Code(8), eps=EPS)),
+    "4bit": (ModeConfig(layers="coded", bits=4), CodedLayers(code=Code(4), eps=EPS)),
+    "2bit": (ModeConfig(layers="coded", bits=2, clip=1.7), CodedLayers(code=Code(2, clip=1.7), eps=EPS)),
+    "exact-one-copy": (ModeConfig(layers="coded"), CodedLayers(code=None, eps=EPS)),
+    "checkpoint": (ModeConfig(layers="checkpoint"), STOCK),
+    "offload": (ModeConfig(layers="offload"), STOCK),
+    "compiled": (ModeConfig(layers="compiled"), STOCK),
+    "compiled-budget-0.5": (ModeConfig(layers="compiled", activation_memory_budget=0.5), STOCK),
+    "compiled-budget-0.2": (ModeConfig(layers="compiled", activation_memory_budget=0.2), STOCK),
+    "compiled-fp8": (ModeConfig(layers="compiled", fp8=True), STOCK),
 }
-all_modes = pytest.mark.parametrize("name", MODES)
 
 
 def test_these_are_all_modes() -> None:
     assert sorted(MODES) == options("mode")
 
 
-@all_modes
-def test_file_describes_the_mode(name: str, mode: Callable[[str], Mode]) -> None:
-    assert mode(name) == MODES[name]
+@pytest.mark.parametrize("name", MODES)
+def test_file_describes_the_mode_and_its_layers(name: str) -> None:
+    described, layers = MODES[name]
+    described.name = name
+    assert mode(name) == described
+    assert network.layers(described, REFERENCE) == layers
 
 
-@all_modes
-def test_layers_are_of_the_modes_kind(name: str) -> None:
-    mode = MODES[name]
-    coded = mode.layers == "coded"
-    for unit in (mode.batch_norm_relu(8), mode.last_batch_norm_relu(8)):
-        assert type(unit) is (BatchNormReLU if coded else StockBatchNormReLU)
-        assert (unit.num_features, unit.eps, unit.momentum) == (8, EPS, 0.1)
-    conv = mode.conv2d(8, 4, 3, stride=2)
-    assert type(conv) is (Conv2d if coded else StockConv2d)
-    assert (conv.in_channels, conv.out_channels, conv.stride, conv.padding) == (8, 4, (2, 2), (1, 1))
-    assert conv.bias is None
-
-
-@pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
-def test_last_unit_keeps_no_code(name: str) -> None:
-    """No convolution reads it: its code would be made only to be decoded at once."""
-    assert MODES[name].batch_norm_relu(8).code == MODES[name].code
-    assert MODES[name].last_batch_norm_relu(8).code is None
-
-
-def test_last_unit_of_the_naive_mode_is_naive_too() -> None:
-    unit = MODES["naive-8bit"].last_batch_norm_relu(8)
-    assert unit.code == Code(8)
-    assert unit.forward_from_code
-
-
-@pytest.mark.parametrize("kernels", [REFERENCE, COMPILED], ids=lambda kernels: kernels.name)
-def test_units_run_on_the_back_end_that_was_chosen(kernels: object, mode: Callable[..., Mode]) -> None:
-    four_bits = mode("4bit", kernels)
-    assert four_bits.batch_norm_relu(8).kernels is four_bits.last_batch_norm_relu(8).kernels is kernels
-
-
-def test_segments_are_handed_on() -> None:
-    assert from_config(ModeConfig(name="mine", layers="checkpoint", segments=5), REFERENCE).segments == 5
+def test_layers_compute_on_the_back_end_that_was_chosen() -> None:
+    layers = network.layers(mode("4bit"), COMPILED)
+    assert layers.batch_norm_relu(8).kernels is layers.last_batch_norm_relu(8).kernels is COMPILED
 
 
 @pytest.mark.parametrize(("bits", "clip"), [(3, 3.0), (4, 0.0)])
 def test_code_that_does_not_exist_is_refused(bits: int, clip: float) -> None:
     with pytest.raises(ValueError, match=r"must be"):
-        from_config(ModeConfig(name="mine", layers="coded", bits=bits, clip=clip), REFERENCE)
+        network.layers(ModeConfig(name="mine", layers="coded", bits=bits, clip=clip), REFERENCE)

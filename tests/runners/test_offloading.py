@@ -1,5 +1,6 @@
-"""blpa/offloading.py: gradients, what is moved and what stays, and the host's memory; a GPU is not needed for it."""
+"""Offloading: gradients, what is moved and what stays, and the host's memory; a GPU is not needed for it."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,42 +8,57 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_cells import composed
-from test_preact_resnet import gradients, images
-from test_preact_resnet import network as stock_network
+from test_preact_resnet import gradients, images, prepared
 from torch import Tensor
 
-from blpa import offloading
 from blpa.memory import GRADIENTS, MIB, step_bytes
 from blpa.models.preact_resnet import PreActResNet
-from blpa.modes import Mode
-from blpa.offloading import Offload, host_bytes_left
 from runners import cli
 from runners.failures import judge
 from runners.tasks import max_batch
-from runners.training import network
+from runners.training import network, offloading
+from runners.training.offloading import Offload, host_bytes_left
 
-GetMode = Callable[..., Mode]
+Build = Callable[..., PreActResNet]
 NETWORK = ["dataset=digits", "depth=11", "width=0.25", "gpu=cpu", "mode=offload", "run=a"]
 
 
-def moving_all(mode: GetMode) -> PreActResNet:
-    model = stock_network(mode("offload"))
-    model.offload.smallest_bytes = 0
-    return model
+def stock(build: Build) -> PreActResNet:
+    return prepared(build("exact", 20, width=0.5))
 
 
-def test_gradients_are_exact_to_the_bit_step_after_step(mode: GetMode) -> None:
-    model, stock = moving_all(mode), stock_network(mode("exact"))
+def moving_all(build: Build) -> tuple[PreActResNet, Offload]:
+    """The same network, and what moves all that it saves."""
+    model = stock(build)
+    offload = offloading.offload(model)
+    offload.smallest_bytes = 0
+    return model, offload
+
+
+def test_gradients_are_exact_to_the_bit_step_after_step(build: Build) -> None:
+    (model, offload), exact = moving_all(build), stock(build)
     for _ in range(3):
         model.zero_grad()
-        stock.zero_grad()
-        assert all(map(torch.equal, gradients(model), gradients(stock)))
-    assert model.offload.bytes == 0
+        exact.zero_grad()
+        assert all(map(torch.equal, gradients(model), gradients(exact)))
+    assert offload.bytes == 0
+    assert offload.peak_bytes > 0
 
 
-def test_the_host_s_memory_is_made_once(mode: GetMode, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_stay_and_a_copy_moves_its_own_activations(build: Build) -> None:
+    model, exact = build("offload", 11), build("exact", 11)
+    assert list(model.state_dict()) == list(exact.state_dict())
+    copied = copy.deepcopy(model)
+    copied.stem.weight.data.zero_()
+    copied(torch.ones(64, 3, 8, 8))
+    assert offloading.peak_bytes(copied) > offloading.peak_bytes(model) == offloading.peak_bytes(exact) == 0
+    assert model.stem.weight.count_nonzero()
+    assert torch.equal(model.eval()(torch.ones(1, 3, 8, 8)), exact.eval()(torch.ones(1, 3, 8, 8)))
+
+
+def test_the_host_s_memory_is_made_once(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CUDA graph could record none that is made later."""
-    model = moving_all(mode)
+    model, _ = moving_all(build)
     first = [gradient.clone() for gradient in gradients(model)]
     model.zero_grad()
 
@@ -53,8 +69,8 @@ def test_the_host_s_memory_is_made_once(mode: GetMode, monkeypatch: pytest.Monke
     assert all(map(torch.equal, first, gradients(model)))
 
 
-def test_two_forward_passes_before_a_backward_pass_do_not_mix(mode: GetMode) -> None:
-    model, stock = moving_all(mode), stock_network(mode("exact"))
+def test_two_forward_passes_before_a_backward_pass_do_not_mix(build: Build) -> None:
+    (model, _), exact = moving_all(build), stock(build)
 
     def of_both(model: PreActResNet) -> list[Tensor]:
         first, second = (model(images() * scale).square().mean() for scale in (1, 2))
@@ -63,7 +79,7 @@ def test_two_forward_passes_before_a_backward_pass_do_not_mix(mode: GetMode) -> 
         first.backward()
         return [parameter.grad for parameter in model.parameters()]
 
-    assert all(map(torch.equal, of_both(model), of_both(stock)))
+    assert all(map(torch.equal, of_both(model), of_both(exact)))
 
 
 def test_parameters_and_what_is_small_stay_and_layouts_are_kept() -> None:
@@ -87,35 +103,35 @@ def test_parameters_and_what_is_small_stay_and_layouts_are_kept() -> None:
     assert out.grad_fn._saved_weight.data_ptr() == weight.data_ptr()
 
 
-def test_no_gradient_no_move(mode: GetMode) -> None:
-    model = moving_all(mode)
+def test_no_gradient_no_move(build: Build) -> None:
+    model, offload = moving_all(build)
     with torch.no_grad():
         model(images())
-    assert model.offload.peak_bytes == 0
+    assert offload.peak_bytes == 0
 
 
-def counted(name: str, depth: int, device: str, mode: GetMode) -> tuple[float, float]:
+def counted(name: str, depth: int, device: str, build: Build) -> tuple[float, float]:
     """MiB per sample at the peak of a step on the device, less the gradients of the weights, and on the host."""
     with torch.device(device):
-        model = PreActResNet(depth, mode=mode(name), classes=10).to(memory_format=torch.channels_last)
+        model = build(name, depth)
         batch = torch.zeros(64, 3, 32, 32).contiguous(memory_format=torch.channels_last)
         labels = torch.zeros(64, dtype=torch.int64)
     step = step_bytes(model, batch, labels)
     on_device = step.peak_bytes - step.kinds_at_peak.get(GRADIENTS, 0)
-    return on_device / 64 / MIB, (model.offload.peak_bytes if model.offload else 0) / 64 / MIB
+    return on_device / 64 / MIB, offloading.peak_bytes(model) / 64 / MIB
 
 
-def test_what_leaves_the_device_is_not_counted_there_and_depth_costs_nothing(mode: GetMode) -> None:
+def test_what_leaves_the_device_is_not_counted_there_and_depth_costs_nothing(build: Build) -> None:
     """METHOD's 3,096,576 elements per sample at depth 164, once as x and twice as ReLU's output."""
-    deep, shallow = (counted("offload", depth, "meta", mode) for depth in (164, 29))
+    deep, shallow = (counted("offload", depth, "meta", build) for depth in (164, 29))
     assert deep[0] == pytest.approx(1.0, abs=0.005)  # four activations of 64 channels
     assert shallow[0] == pytest.approx(1.0, abs=0.005)
     units_mib = 3_096_576 * 4 / MIB
     assert deep[1] == pytest.approx(3 * units_mib, rel=0.01)
 
 
-def test_the_meta_device_counts_what_a_real_step_moves(mode: GetMode) -> None:
-    on_meta, real = (counted("offload", 11, device, mode)[1] for device in ("meta", "cpu"))
+def test_the_meta_device_counts_what_a_real_step_moves(build: Build) -> None:
+    on_meta, real = (counted("offload", 11, device, build)[1] for device in ("meta", "cpu"))
     assert on_meta == real
 
 

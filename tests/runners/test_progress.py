@@ -1,4 +1,4 @@
-"""runners/tasks/progress.py: how far runs are, and what another machine needs to go on with them."""
+"""runners/tasks/progress.py: how far runs are, and that they can be moved."""
 
 import shutil
 import subprocess
@@ -22,8 +22,7 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(budget, "BEGAN", time.monotonic())
 
 
-def test_what_is_listed_is_all_that_another_machine_needs(capsys: pytest.CaptureFixture[str]) -> None:
-    """A finished run and one under way are carried; the queue goes on as if it had never moved."""
+def test_runs_carried_elsewhere_go_on_as_if_they_had_never_moved(capsys: pytest.CaptureFixture[str]) -> None:
     queue = [*CELLS, "mode=4bit,exact", "task.evaluate_every=2"]
     assert cli.main([*CELLS, "mode=4bit", "seed=0", "task.evaluate_every=2"]) == 0
     for _ in range(3):
@@ -35,19 +34,12 @@ def test_what_is_listed_is_all_that_another_machine_needs(capsys: pytest.Capture
     finished, under_way = (line.split() for line in out.splitlines()[2:4])
     assert finished[1:6] == ["digits-4bit-depth11-width0.25-seed0", "|", "4", "|", "4"]
     assert under_way[1:6] == ["digits-exact-depth11-width0.25-seed0", "|", "3", "|", "4"]
-    listed = Path("results/carry.txt").read_text().split()
-    assert len(listed) == 3
-    assert "results/carry.txt: 3 files, " in out
-    for name in listed:
-        Path("carried", name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(Path("results", name), Path("carried", name))
-
-    before = Path("carried", listed[0]).stat().st_mtime_ns
+    assert Path(under_way[-2]).name.startswith("checkpoint-3-")
+    shutil.copytree("results", "carried")
     assert cli.main([*queue, "results=carried"]) == 0
     err = capsys.readouterr().err
     assert "2 cells: 1 done, 1 finished before" in err
     assert "going on from carried/runs/digits-exact-depth11-width0.25-seed0/checkpoint-3-" in err
-    assert Path("carried", listed[0]).stat().st_mtime_ns == before
     assert cli.main([*queue, "mode=exact", "results=whole"]) == 0
     name = "runs/digits-exact-depth11-width0.25-seed0"
     assert_same_end(Path("carried", name), Path("whole", name))
@@ -57,31 +49,22 @@ def test_a_run_begun_anew_is_under_way_though_it_was_finished_before(capsys: pyt
     run = [argument for argument in CELLS if argument != "-m"]
     assert cli.main([*run, "task.keep_every=2"]) == 0
     (run_dir,) = Path("results/runs").iterdir()
-    assert cli.main(["task=progress"]) == 0
-    assert {Path(name).name for name in Path("results/carry.txt").read_text().split()} == {
-        "records.json",
-        "metrics.csv",
-    }
-    kept = [checkpoints.iteration_of(Path(name)) for name in Path("results/keep.txt").read_text().split()]
-    assert kept == [2, 4]
     assert cli.main([*run, "resume=false", "budget_minutes=0.01"]) == OutOfTime.exit_code
     capsys.readouterr()
     assert cli.main(["task=progress"]) == 0
     assert f"| {run_dir.name} | 1          | 4  | -" in capsys.readouterr().out
-    (name,) = Path("results/carry.txt").read_text().split()
-    assert checkpoints.iteration_of(Path(name)) == 1
 
 
-def test_a_damaged_checkpoint_is_not_carried(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_checkpoint_is_not_the_newest(capsys: pytest.CaptureFixture[str]) -> None:
     run = [*(argument for argument in CELLS if argument != "-m"), "budget_minutes=0.01"]
     for _ in range(2):
         assert cli.main(run) == OutOfTime.exit_code
     (run_dir,) = Path("results/runs").iterdir()
     before, newest = checkpoints.checkpoints(run_dir)
     newest.write_bytes(newest.read_bytes()[:-1])
+    capsys.readouterr()
     assert cli.main(["task=progress"]) == 0
-    assert Path("results/carry.txt").read_text() == f"{before.relative_to('results')}\n"
-    assert f"{newest} is damaged" in capsys.readouterr().err
+    assert f" {before} |" in capsys.readouterr().out
 
 
 def test_no_run_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -101,15 +84,15 @@ def test_checkpoints_to_be_kept_are_no_later_one_s_to_replace() -> None:
 
 
 def test_make_train_table_goes_on_call_by_call(tmp_path: Path) -> None:
-    """Each call ends well and in time, until nothing is left."""
+    """Each call ends in time, until nothing is left."""
     cells = "dataset=digits depth=11 width=0.25 dataset.iterations=2 seed=0 mode=4bit gpu=cpu gpu.kernels=torch"
     command = ["make", "train-table", f"PYTHON={sys.executable}", f"OUT={tmp_path}/queue", f"CELLS={cells}"]
     said = []
-    for _ in range(2):
+    for is_last in (False, True):
         done = subprocess.run([*command, "BUDGET_MINUTES=0.01"], cwd=CONF.parent, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        assert (done.returncode == 0) == is_last, done.stderr
         said.append(done)
+    assert f"Error {OutOfTime.exit_code}" in said[0].stderr
     assert "budget_minutes=0.01 are over at iteration 1 of 2" in said[0].stderr
     assert "| table1-digits-4bit-depth11-width0.25-tf32-seed0 | 1 " in said[0].stdout
-    assert "| proposed 4-bit        | 1/8   | not run " in said[0].stdout
-    assert (tmp_path / "queue/carry.txt").read_text().endswith("-seed0/metrics.csv\n")
+    assert "(n=1)" not in said[0].stdout and "(n=1)" in said[1].stdout

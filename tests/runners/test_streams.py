@@ -19,10 +19,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from runners import cli, records, streams, sweep
+from runners import run as run_module
 from runners.config import Config, DatasetConfig
 from runners.data import Split
 from runners.errors import Busy, Diverged, OutOfTime
-from runners.locks import alone_in
+from runners.run import locked
 from runners.training import budget, loop, signals, turns
 from runners.training.checkpoints import checkpoints
 from runners.training.steps import TrainingStep
@@ -91,7 +92,7 @@ def test_cells_side_by_side_end_with_the_bits_of_cells_alone(
         steps.append((self, current[-1]))
         return call(self, draws, rate=rate)
 
-    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
+    monkeypatch.setattr(streams, "is_on_cuda", lambda config: True)
     monkeypatch.setattr(torch.cuda, "Stream", make)
     monkeypatch.setattr(torch.cuda, "stream", stream)
     monkeypatch.setattr(TrainingStep, "__call__", noted)
@@ -164,7 +165,7 @@ def test_a_failed_run_beside_these_is_no_end_of_the_budget(
         stopping = loop.Stopping(signals.Stop(), minutes)
         stopping.has_failure = True
         config = replace(configs[0], budget_minutes=minutes)
-        assert turns.alone(sweep.cell_in_turns(config, records_failure=True, stopping=stopping)) == code
+        assert turns.alone(run_module.cell_in_turns(config, records_failure=True, stopping=stopping)) == code
         assert reason in capsys.readouterr().err
 
 
@@ -182,9 +183,9 @@ def test_the_first_that_fails_stops_the_others_and_leaves_them_their_checkpoints
     (refused,) = composed([*CELLS, "mode=4bit", "dataset.weight_decay=0.1", "run=refused"])
     (fails,) = composed([*CELLS, "mode=4bit", "dataset.iterations=5", "run=fails"])
     (other,) = composed([*CELLS, "mode=4bit", "dataset.weight_decay=0.2", "run=refused"])
-    assert sweep.run_cell(other) == 0  # whose checkpoints another configuration cannot go on from
+    assert run_module.run_cell(other) == 0  # whose checkpoints another configuration cannot go on from
     capsys.readouterr()
-    with alone_in(Path("results/runs/busy")):
+    with locked(Path("results/runs/busy")):
         (busy,) = composed([*CELLS, "mode=4bit", "run=busy"])
         codes, failed = streams.train([diverges, refused, busy, fails, *configs], list(range(8)))
     assert codes == {0: Diverged.exit_code, 1: 1, 2: Busy.exit_code}
@@ -241,8 +242,8 @@ def test_what_fails_after_the_first_failure_is_none_of_its_own(
 @pytest.fixture
 def believes_in_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """This process does; those that it has its cells run in do not."""
-    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
-    monkeypatch.setattr(cli, "is_on_cuda", lambda config: True)
+    for module in (sweep, run_module, streams):
+        monkeypatch.setattr(module, "is_on_cuda", lambda config: True)
 
 
 @pytest.mark.usefixtures("believes_in_a_gpu")
@@ -303,7 +304,7 @@ def dies(configs: list[Config], waiting: list[int]) -> None:
 def dies_of_the_first(config: Config) -> int:
     if (config.mode.name, config.seed) == ("exact", 0):
         os.kill(os.getpid(), signal.SIGKILL)
-    return sweep.run_cell(config, records_failure=True)
+    return run_module.run_cell(config, records_failure=True)
 
 
 @pytest.mark.usefixtures("believes_in_a_gpu")
@@ -311,7 +312,7 @@ def test_after_a_process_that_dies_its_cells_run_one_by_one(
     alone: Path, configs: list[Config], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(streams, "train", dies)
-    monkeypatch.setattr(sweep, "_run_recording", dies_of_the_first)
+    monkeypatch.setattr(run_module, "_run_recording", dies_of_the_first)
     assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m"]) == 1
     err = capfd.readouterr().err
     assert "a process ended without an answer, by exit code -9; its runs go on one by one" in err
@@ -325,11 +326,11 @@ def test_after_a_process_that_dies_its_cells_run_one_by_one(
 @pytest.mark.parametrize(
     ("answers", "has_time", "begun", "codes"),
     [
-        ([({0: 0, 3: 0}, 2), ({1: 0}, None)], True, [[0, 1, 2, 3], [1], [2]], [0, 0, 0, 0]),  # a single one alone
-        ([({0: 0}, 3), ({1: 0}, 2)], True, [[0, 1, 2, 3], [1, 2], [3], [2]], [0, 0, 0, 0]),
-        ([RuntimeError("CUDA error")], True, [[0, 1, 2, 3], [0], [1], [2], [3]], [0, 0, 0, 0]),
-        ([({0: 0}, 3)], False, [[0, 1, 2, 3]], [0]),
-        ([({0: 0, 1: OutOfTime.exit_code}, None)], True, [[0, 1, 2, 3]], [0, OutOfTime.exit_code]),
+        ([({0: 0, 3: 0}, 2), ({1: 0}, None)], True, [[0, 1, 2, 3], [1], [2]], dict.fromkeys(range(4), 0)),
+        ([({0: 0}, 3), ({1: 0}, 2)], True, [[0, 1, 2, 3], [1, 2], [3], [2]], dict.fromkeys(range(4), 0)),
+        ([RuntimeError("CUDA error")], True, [[0, 1, 2, 3], [0], [1], [2], [3]], dict.fromkeys(range(4), 0)),
+        ([({0: 0}, 3)], False, [[0, 1, 2, 3]], {0: 0}),
+        ([({0: 0, 1: OutOfTime.exit_code}, None)], True, [[0, 1, 2, 3]], {0: 0, 1: OutOfTime.exit_code}),
     ],
 )
 def test_which_process_trains_what(
@@ -338,7 +339,7 @@ def test_which_process_trains_what(
     answers: list[Any],
     has_time: bool,
     begun: list[list[int]],
-    codes: list[int],
+    codes: dict[int, int],
 ) -> None:
     processes: list[list[int]] = []
 
@@ -350,8 +351,8 @@ def test_which_process_trains_what(
         return answer
 
     monkeypatch.setattr(streams.fresh, "call", call)
-    monkeypatch.setattr(sweep, "has_time_for", lambda config, seconds: has_time)
-    monkeypatch.setattr(sweep, "run_cell_of_sweep", lambda config: processes.append([configs.index(config)]) or 0)
+    monkeypatch.setattr(streams, "has_time_for", lambda config, seconds: has_time)
+    monkeypatch.setattr(streams, "run_cell_of_sweep", lambda config: processes.append([configs.index(config)]) or 0)
     assert streams.run(configs, [0, 1, 2, 3]) == codes
     assert processes == begun
 
@@ -371,10 +372,25 @@ def test_a_signal_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_other_tasks_have_a_gpu_to_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
-    configs = composed([*CELLS, "task=runtime,train", "seed=0,1"], multirun=True)
-    assert list(sweep._taken_together(configs)) == [[0], [1], [2, 3]]
-    assert list(sweep._taken_together([replace(config, jobs=1) for config in configs])) == [[0], [1], [2], [3]]
+    groups: list[list[str]] = []
+
+    def run(configs: list[Config], waiting: list[int]) -> dict[int, int]:
+        groups.append([config.task.name for config in configs])
+        return dict.fromkeys(waiting, 0)
+
+    def run_alone(config: Config) -> int:
+        groups.append([config.task.name])
+        return 0
+
+    monkeypatch.setattr(streams, "run", run)
+    monkeypatch.setattr(sweep, "run_cell_of_sweep", run_alone)
+    for module in (sweep, run_module):
+        monkeypatch.setattr(module, "is_on_cuda", lambda config: True)
+    cells = [*(text for text in CELLS if not text.startswith("task.")), "task=runtime,train", "seed=0,1", "-m"]
+    assert cli.main(cells) == 0
+    assert groups == [["runtime"], ["runtime"], ["train", "train"]]
+    assert cli.main([*cells, "jobs=1"]) == 0
+    assert groups[3:] == [["runtime"], ["runtime"], ["train"], ["train"]]
 
 
 @pytest.mark.parametrize(

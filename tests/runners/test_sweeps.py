@@ -19,10 +19,11 @@ from test_cells import composed
 from test_records import RECORD
 
 from runners import CONF, cli, records, sweep
+from runners import run as run_module
 from runners.cells import overrides
 from runners.config import Config
 from runners.errors import Busy, Diverged, OutOfTime
-from runners.locks import alone_in
+from runners.run import locked
 from runners.tasks import train
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "dataset.iterations=1", "gpu=cpu", "-m"]
@@ -46,7 +47,7 @@ def test_finished_cells_are_skipped_and_resume_false_does_them_again(capsys: pyt
     assert {name: record_files()[name] for name in first} == first
     assert len(record_files()) == 3
     err = capsys.readouterr().err
-    assert "[3/3] digits-8bit-depth11-width0.25-seed0 (2 finished before" in err
+    assert "[1/1] digits-8bit-depth11-width0.25-seed0 (0 s done)" in err
     assert "3 cells: 1 done, 2 finished before (resume=false does them again), 0 failed" in err
     assert cli.main([*TINY, "mode=exact,4bit,8bit", "resume=false"]) == 0
     assert all(record_files()[name] > first[name] for name in first)
@@ -67,7 +68,7 @@ def test_a_sweep_of_one_cell_skips_it_too_whatever_was_asked_of_its_checkpoints(
 
 
 def test_values_from_the_command_line_keep_the_experiment_s_order(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["experiment=table1", "mode=exact,4bit", "seed=1,0", "width=1,2", "-m", "--cfg"]) == 0
+    assert cli.main(["experiment=table1", "mode=exact,4bit", "seed=1,0", "width=1,2", "-m", "--cfg=job"]) == 0
     cells = yaml.safe_load_all(capsys.readouterr().out)
     order = [(cell["width"], cell["seed"], cell["dataset"]["name"], cell["mode"]["name"]) for cell in cells]
     assert order == [
@@ -136,13 +137,11 @@ def test_a_run_that_diverged_is_finished_until_it_is_begun_anew(capsys: pytest.C
     assert "1 cells: 0 done, 1 finished before (resume=false does them again), 0 failed" in capsys.readouterr().err
     assert cli.main(["task=progress"]) == 0
     assert "| digits-exact-depth11-width0.25-seed0 | diverged   | 4  | -  " in capsys.readouterr().out
-    carried = [Path(name).name for name in Path("results/carry.txt").read_text().split()]
-    assert carried == ["failure.json", "metrics.csv"]
     alone = [argument for argument in HOPELESS if argument != "-m"]
     assert cli.main(alone) == Diverged.exit_code  # by itself it is tried again, and told again
-    assert records.diverged(run_dir)
+    assert records.read_divergence(run_dir)
     assert cli.main([*HOPELESS, "resume=false", "budget_minutes=0.001"]) == OutOfTime.exit_code
-    assert not records.diverged(run_dir)
+    assert not records.read_divergence(run_dir)
 
 
 def test_another_command_in_the_folder_of_a_run_that_diverged_is_not_finished_and_takes_nothing_away() -> None:
@@ -150,22 +149,22 @@ def test_another_command_in_the_folder_of_a_run_that_diverged_is_not_finished_an
     assert cli.main(HOPELESS) == 0
     hopeful = [*HOPELESS, "dataset.schedule=[[1.0,0.1]]"]
     assert cli.main(hopeful) == 1  # its checkpoint is another's
-    assert records.diverged(run_dir)
+    assert records.read_divergence(run_dir)
     for checkpoint in run_dir.glob("checkpoint-*"):
         checkpoint.unlink()
     assert cli.main(hopeful) == 0
-    assert not records.diverged(run_dir)
-    assert records.known(run_dir)
+    assert not records.read_divergence(run_dir)
+    assert records.read_run(run_dir)
 
 
 def test_a_failure_is_recorded_before_another_process_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
     def record_failure(*_: object) -> None:
-        with pytest.raises(Busy), alone_in(Path("results/runs", RUN.format("exact"))):
+        with pytest.raises(Busy), locked(Path("results/runs", RUN.format("exact"))):
             pass
         recorded.append(True)
 
     recorded: list[bool] = []
-    monkeypatch.setattr(sweep, "_record_failure", record_failure)
+    monkeypatch.setattr(run_module, "_record_failure", record_failure)
     assert cli.main(HOPELESS) == 0
     assert recorded == [True]
 
@@ -222,11 +221,11 @@ def test_what_was_measured_without_a_gpu_is_not_finished_where_there_is_one(monk
     run_dir = Path("results/runs") / config.run
     made_by = replace(RECORD, command=shlex.join(overrides(config)), cuda=None)
     records.write([made_by], run_dir)
-    assert sweep.is_finished(config)
+    assert run_module.is_finished(config)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    assert not sweep.is_finished(config)
+    assert not run_module.is_finished(config)
     records.write([replace(made_by, cuda="13.0")], run_dir)
-    assert sweep.is_finished(config)
+    assert run_module.is_finished(config)
 
 
 def test_time_left_is_that_of_the_cells_that_ran(
@@ -239,7 +238,7 @@ def test_time_left_is_that_of_the_cells_that_ran(
         return 0
 
     monkeypatch.setattr(sweep.time, "monotonic", lambda: 120.0 * len(cells))  # two minutes a cell
-    monkeypatch.setattr(sweep, "run_cell", run_cell)
+    monkeypatch.setattr(run_module, "run_cell", run_cell)
     assert cli.main([*TINY, "mode=exact,4bit,8bit,2bit"]) == 0
     told = re.findall(r"^\[\d/4\] .*\((.*)\)$", capsys.readouterr().err, re.MULTILINE)
     assert told == [
@@ -255,15 +254,15 @@ def die_or_run(config: Config) -> int:
         caller = multiprocessing.parent_process()
         assert caller is not None and caller.pid is not None
         os.kill(caller.pid, signal.SIGTERM)
-    return sweep.run_cell(config, records_failure=True)
+    return run_module.run_cell(config, records_failure=True)
 
 
 def test_on_a_gpu_a_cell_has_a_process_of_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """This process believes in a GPU; the cell's own, which finds none, runs on the CPU."""
-    monkeypatch.setattr(sweep, "is_on_cuda", lambda config: True)
-    monkeypatch.setattr(sweep, "_run_recording", die_or_run)
+    monkeypatch.setattr(run_module, "is_on_cuda", lambda config: True)
+    monkeypatch.setattr(run_module, "_run_recording", die_or_run)
     cells = [*TINY, "gpu.kernels=torch", "dataset.iterations=3"]
     assert cli.main([*cells, "mode=exact,4bit"]) == 1
     err = capsys.readouterr().err

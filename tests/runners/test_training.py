@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runners import errors
-from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig, TaskConfig
+from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig
 from runners.data import ImageData, Split, load, normalise
+from runners.tasks import train as train_task
 from runners.training import loop, steps
 from runners.training.evaluation import Evaluation
 from runners.training.turns import Turns
@@ -42,7 +43,7 @@ def tiny_config(**recipe: Any) -> Config:
         dataset=DatasetConfig(**{**values, **recipe}),
         mode=ModeConfig(name="exact", layers="stock"),
         gpu=GpuConfig(name="cpu", kernels="torch", precision="fp32"),
-        task=TaskConfig(name="train", evaluate_every=3, checkpoint_every=4),
+        task=train_task.Settings("train", evaluate_every=3, checkpoint_every=4, keep_every=None),
         run="tiny",
     )
 
