@@ -24,6 +24,8 @@ class DatasetConfig:
 
     name: str = MISSING
     """Which data set."""
+    label: str = field(default="", compare=False)
+    """The data set's name in tables and figures; empty shows `name`."""
     reader: str = MISSING
     """Module whose read(config) returns it: one of runners.data, or of your own beside your options."""
     classes: int = MISSING
@@ -81,6 +83,22 @@ class ModeConfig:
     """Part of the saved bytes that torch.compile may save, 0 to 1; it recomputes the rest. Compiled layers only."""
     fp8: bool = False
     """Save what torch.compile saves as 8-bit floats. Compiled layers only."""
+    label: str = field(default="", compare=False)
+    """The mode's name in tables and figures; empty shows `name`."""
+    alpha: str = field(default="-", compare=False)
+    """Saved bits per activation over 32, as the paper counts them, for the table of errors."""
+    colour: str = field(default="#666666", compare=False)
+    """Colour of the mode's lines in figures."""
+    order: int = field(default=1000, compare=False)
+    """Position of the mode in tables and figures, the smallest first."""
+    in_every_error_table: bool = field(default=False, compare=False)
+    """Show the mode's row in the table of errors even where it was not run."""
+    beside_paper: bool = field(default=False, compare=False)
+    """Show the mode's row even where it was not run, in tables that also hold the paper's figures."""
+
+
+MODE_LABELS = ("label", "alpha", "colour", "order", "in_every_error_table", "beside_paper")
+"""Fields of ModeConfig that say how tables and figures show a mode. They affect no result and no comparison."""
 
 
 @dataclass

@@ -5,6 +5,7 @@ for the rest of its process.
 """
 
 import importlib
+import shlex
 import sys
 import tempfile
 import time
@@ -88,8 +89,8 @@ def is_finished(config: Config) -> bool:
     folder = folder_name(config)
     if folder is None or not config.resume:
         return False
-    run_dir, command = Path(config.results) / "runs" / folder, records.as_text(overrides(config))
-    found = [r for r in (*records.known(run_dir), *records.diverged(run_dir)) if r.command == command]
+    run_dir, command = Path(config.results) / "runs" / folder, shlex.join(overrides(config))
+    found = [r for r in (*records.read_run(run_dir), *records.read_divergence(run_dir)) if r.command == command]
     if not found:
         return False
     return any(record.cuda for record in found) or not is_on_cuda(config)
@@ -224,7 +225,8 @@ def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") 
 
 def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
-        importlib.import_module("runners.provenance").record_failure(config, reason, seconds)
+        settings_of = getattr(task_module(config.task.name), "settings_of", None)
+        importlib.import_module("runners.provenance").record_failure(config, reason, seconds, settings_of=settings_of)
     except (OSError, RuntimeError) as error:  # a full disk, or a GPU that fails, which may be why the cell failed
         report_error(f"the failure could not be recorded: {classify(error)[1]}", 1)
 
