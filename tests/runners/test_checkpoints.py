@@ -201,7 +201,7 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(tmp_path: Path) -> None:
     with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"in\n"
-        message = rf"^another process is at {tmp_path}: name another folder by run=$"
+        message = rf"^another process is working on {tmp_path}: name another folder by run=$"
         with pytest.raises(Busy, match=message), locked(tmp_path):
             pass
         other.kill()
