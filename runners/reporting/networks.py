@@ -219,7 +219,27 @@ def _gradient_text(cell: dict[str, Record]) -> str:
     return f"{cell['gradient_error'].value:.3g} (cosine {cell['gradient_cosine'].value:.4f})"
 
 
+def _memory_text(cell: dict[str, Record]) -> str:
+    return f"{cell['predicted'].value:.2f}"
+
+
 TABLES = (
+    Table(
+        name="memory",
+        task="memory",
+        title="Memory of a training step (MiB per sample)",
+        opening="""\
+The most bytes that one training step allocates at once, beyond weights and optimiser state, for networks of several
+depths. Counted on the meta device. `exact` is PyTorch's own layers. Written by `blpa-run task=tables`.
+""",
+        empty="blpa-run task=memory",
+        images="{}-size images",
+        columns=("dataset", "precision", "batch_size", "settings"),
+        text=_memory_text,
+        metric="step_peak_mib",
+        papers={},
+        unit=" MiB",
+    ),
     Table(
         name="batches",
         task="max-batch",
