@@ -22,13 +22,13 @@ class Settings:
 
     name: str
     tables: list[str]
-    """Tables that are printed, of batches, times, gradients, kernels and errors; an empty list is all."""
+    """Tables that are printed, of memory, batches, times, gradients, kernels and errors; an empty list is all."""
 
 
 def check(config: Config) -> None:
     """Refuse tables that there are not."""
     for name in config.task.tables:
-        one_of("task.tables", name, ("batches", "times", "gradients", "kernels", "errors"))
+        one_of("task.tables", name, ("memory", "batches", "times", "gradients", "kernels", "errors"))
 
 
 def run(config: Config) -> list[Record]:
