@@ -11,7 +11,7 @@ from runners.reporting.labels import read_labels
 from runners.reporting.networks import TABLES, Table, cells, page
 from runners.reporting.pages import markdown
 
-BATCHES, TIMES, GRADIENTS = TABLES
+MEMORY, BATCHES, TIMES, GRADIENTS = TABLES
 LABELS = read_labels()
 CARD = {"memory_gib": 11.0, "allowance_mib": 512}
 OTHER_CARD = {"memory_gib": 80.0, "allowance_mib": 512}
@@ -171,3 +171,11 @@ def test_the_newest_run_tells_the_spread() -> None:
     newer = [replace(r, mode="8bit", value=2.0, date="2027-01-01T00:00:00+00:00") for r in older]
     rows = rows_of(read(GRADIENTS, newer + older), "digits, fp32, batch 64, at initialisation")
     assert rows["exact, from batch to batch"] == ["2.00"]
+
+
+def test_memory_is_per_sample_with_a_row_per_mode() -> None:
+    step = replace(BATCH, task="memory", metric="step_peak_mib", batch_size=128, settings={}, value=2.345)
+    rows = rows_of(
+        read(MEMORY, [step, replace(step, mode="exact", value=10.0)]), "CIFAR-10-size images, fp32, batch 128"
+    )
+    assert (rows["exact"], rows["proposed 4-bit"]) == (["10.00"], ["2.35"])

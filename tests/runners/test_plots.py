@@ -162,7 +162,7 @@ def test_nothing_to_draw_says_so(
 
 
 def test_over_depth_a_line_takes_what_was_measured_and_circles_are_the_papers() -> None:
-    table = TABLES[0]
+    table = next(table for table in TABLES if table.name == "batches")
     batch = replace(
         RECORD,
         task="max-batch",

@@ -174,11 +174,18 @@ def test_the_task_writes_its_files_and_prints_the_readable_ones(
     records.write([replace(DIGITS, value=2.5, seed=1)], Path("results/runs/b"))
     assert cli.main(["task=tables"]) == 0
     text = Path("results/tables/errors.md").read_text(encoding="utf-8")
-    names = ("batches", "times", "gradients", "kernels", "errors")  # errors last, where the reader of a demo looks
+    names = (
+        "memory",
+        "batches",
+        "times",
+        "gradients",
+        "kernels",
+        "errors",
+    )  # errors last, where the reader of a demo looks
     texts = [Path(f"results/tables/{name}.md").read_text(encoding="utf-8") for name in names]
     assert capsys.readouterr().out == "\n".join(texts)
     assert cli.main(["task=tables", "task.tables=[errors,times]"]) == 0
-    assert capsys.readouterr().out == "\n".join([texts[-1], texts[1]])
+    assert capsys.readouterr().out == "\n".join([texts[-1], texts[2]])
     assert texts[-1] == text
     with Path("results/tables/errors.csv").open(newline="") as file:
         rows = {(row["dataset"], row["mode"]): row for row in csv.DictReader(file)}
