@@ -1,7 +1,7 @@
 """Tables whose columns are networks and whose rows are modes: largest batch, time per sample, gradient error.
 
 A table holds the newest record of each cell. There is one table for each set of conditions that cells share. The
-paper's figures of a mode stand below its row; a cell that failed says how.
+paper's figures of a mode stand below its row; a failed cell shows how it failed.
 """
 
 import json
@@ -70,7 +70,7 @@ class Table:
             values["batch_size"] = None  # each mode and network has its own
         return Conditions(**values)
 
-    def papers_under(self, conditions: Conditions) -> Mapping[tuple[int, float], Mapping[str, float]]:
+    def papers_for(self, conditions: Conditions) -> Mapping[tuple[int, float], Mapping[str, float]]:
         """Return the paper's figures, where they belong to these conditions: CIFAR-size images, the paper's card."""
         settings = json.loads(conditions.settings)
         is_same = conditions.dataset in ("cifar10", "cifar100") and paper.matches_card(settings)
@@ -106,8 +106,8 @@ def cells(table: Table, found: list[Record], labels: Labels) -> list[Record]:
             by_cell.setdefault((cell, record.predicted, record.failure), []).append(record)
     measured = {cell for cell, _, failed in by_cell if not failed}
     # A failure is shown where nothing was measured under the same conditions.
-    kept = [runs for (cell, _, failed), runs in by_cell.items() if not failed or cell not in measured]
-    shown = [record for runs in kept for record in _newest_run(runs)]
+    selected = [runs for (cell, _, failed), runs in by_cell.items() if not failed or cell not in measured]
+    shown = [record for runs in selected for record in _newest_run(runs)]
     return sorted(shown, key=lambda r: (
         table.heading(table.conditions(r), labels), -r.width, -r.depth, labels.order(r.mode), r.metric
     ))  # fmt: skip
@@ -166,7 +166,7 @@ def rows(table: Table, conditions: Conditions, group: list[Record], labels: Labe
     for record in group:
         metric = "predicted" if record.predicted else record.metric
         by_cell.setdefault(((record.width, record.depth), record.mode), {})[metric] = record
-    papers = {(width, depth): figures for (depth, width), figures in table.papers_under(conditions).items()}
+    papers = {(width, depth): figures for (depth, width), figures in table.papers_for(conditions).items()}
     networks = sorted({network for network, _ in by_cell} | set(papers), reverse=True)
     modes = {mode for _, mode in by_cell}
     if papers:
@@ -226,7 +226,7 @@ TABLES = (
         title="Largest batch",
         opening="""\
 Largest number of samples per training step that fits the memory, for networks of several depths. `exact` is PyTorch's
-own layers; `exact, one copy a unit` is what the paper calls exact. Predicted: counted on the meta device, with an
+own layers; `exact, one saved copy` is what the paper calls exact. Predicted: counted on the meta device, with an
 allowance for the CUDA context and workspaces taken off the memory. Measured with both kinds of segments that PyTorch's
 allocator has; "expandable" marks where those fit more. Written by `blpa-run task=tables`.
 """,
@@ -262,7 +262,7 @@ consecutive turns of the mode and of exact. The paper's figures are from its own
         title="Error of the gradient",
         opening="""\
 |g - g_exact| / |g_exact| over all weights of convolutions and classifier, and the cosine between the two, on the same
-weights and batches; medians over n batches. `exact, one copy a unit` differs from `exact` by rounding alone, and its
+weights and batches; medians over n batches. `exact, one saved copy` differs from `exact` by rounding alone, and its
 row shows that error. The last row is the spread of the exact gradient between batches: the distance of a batch's
 gradient from the mean gradient over batches, relative to that mean. Written by `blpa-run task=tables`.
 """,
