@@ -219,14 +219,34 @@ def _gradient_text(cell: dict[str, Record]) -> str:
     return f"{cell['gradient_error'].value:.3g} (cosine {cell['gradient_cosine'].value:.4f})"
 
 
+def _memory_text(cell: dict[str, Record]) -> str:
+    return f"{cell['predicted'].value:.2f}"
+
+
 TABLES = (
+    Table(
+        name="memory",
+        task="memory",
+        title="Memory of a training step (MiB per sample)",
+        opening="""\
+The most bytes that one training step allocates at once, beyond weights and optimiser state, for networks of several
+depths. Counted on the meta device. `exact` is PyTorch's own layers. Written by `blpa-run task=tables`.
+""",
+        empty="blpa-run task=memory",
+        images="{}-size images",
+        columns=("dataset", "precision", "batch_size", "settings"),
+        text=_memory_text,
+        metric="step_peak_mib",
+        papers={},
+        unit=" MiB",
+    ),
     Table(
         name="batches",
         task="max-batch",
         title="Largest batch",
         opening="""\
 Largest number of samples per training step that fits the memory, for networks of several depths. `exact` is PyTorch's
-own layers; `exact, one saved copy` is what the paper calls exact. Predicted: counted on the meta device, with an
+own layers; `exact, one copy` is what the paper calls exact. Predicted: counted on the meta device, with an
 allowance for the CUDA context and workspaces taken off the memory. Measured with both kinds of segments that PyTorch's
 allocator has; "expandable" marks where those fit more. Written by `blpa-run task=tables`.
 """,
@@ -262,7 +282,7 @@ consecutive turns of the mode and of exact. The paper's figures are from its own
         title="Error of the gradient",
         opening="""\
 |g - g_exact| / |g_exact| over all weights of convolutions and classifier, and the cosine between the two, on the same
-weights and batches; medians over n batches. `exact, one saved copy` differs from `exact` by rounding alone, and its
+weights and batches; medians over n batches. `exact, one copy` differs from `exact` by rounding alone, and its
 row shows that error. The last row is the spread of the exact gradient between batches: the distance of a batch's
 gradient from the mean gradient over batches, relative to that mean. Written by `blpa-run task=tables`.
 """,

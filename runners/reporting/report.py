@@ -20,7 +20,7 @@ from runners.reporting.labels import Labels
 from runners.reporting.networks import TABLES
 from runners.reporting.pages import commits
 
-FIGURES = ("error-", "batches-", "times-", "gradients-")
+FIGURES = ("error-", "memory-", "batches-", "times-", "gradients-")
 """Prefixes of the figures that belong to a table, in the order of the page; figures of single runs follow."""
 
 

@@ -22,13 +22,13 @@ class Settings:
 
     name: str
     tables: list[str]
-    """Tables to print, of batches, times, gradients, kernels and errors; an empty list prints all."""
+    """Tables to print, of memory, batches, times, gradients, kernels and errors; an empty list prints all."""
 
 
 def check(config: Config) -> None:
     """Check that the tables exist."""
     for name in config.task.tables:
-        one_of("task.tables", name, ("batches", "times", "gradients", "kernels", "errors"))
+        one_of("task.tables", name, ("memory", "batches", "times", "gradients", "kernels", "errors"))
 
 
 def run(config: Config) -> list[Record]:
