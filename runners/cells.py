@@ -1,4 +1,4 @@
-"""A cell of a table: what its run is called, and the command line that repeats it."""
+"""A cell of a table: the name of its run, and the command line that repeats it."""
 
 import importlib
 import re
@@ -15,11 +15,11 @@ IGNORED = {
     "dataset.root", "dataset.download", "dataset.label", "task.checkpoint_every", "task.keep_every",
     *(f"mode.{name}" for name in MODE_LABELS),
 }  # fmt: skip
-"""Settings that do not affect the result: where a run reads, what it writes on its way, and how tables call it."""
+"""Settings that do not affect the result: folders, checkpoints, and labels in tables."""
 
 
 def run_name(config: Config) -> str:
-    """The folder of a run, from the values that tell runs apart: table1-cifar10-4bit-depth164-width1-tf32-seed0.
+    """Name the folder of a run by the values that distinguish runs: table1-cifar10-4bit-depth164-width1-tf32-seed0.
 
     Args:
         config: the run; its experiment leads the name unless it is `single`, and its precision is in it unless it is
@@ -32,13 +32,13 @@ def run_name(config: Config) -> str:
 
 
 def folder_name(config: Config) -> str | None:
-    """The folder under results/runs that the task writes, which no two cells of a sweep may share.
+    """Return the folder in results/runs that the task writes; no two cells of a sweep may share it.
 
     Args:
         config: the run, named.
 
     Returns:
-        The run's name, with what else decides the figure of another task than train; nothing where the task has no
+        The run's name, extended for tasks other than train by what else decides the number; None where the task has no
         folder.
     """
     folder = getattr(task_module(config.task.name), "folder", None)
@@ -46,16 +46,16 @@ def folder_name(config: Config) -> str | None:
 
 
 def task_module(name: str) -> Any:
-    """The module of a task (runners/tasks)."""
+    """Import the module of a task (runners/tasks)."""
     return importlib.import_module(f"runners.tasks.{name.replace('-', '_')}")
 
 
 def task_settings(name: str, values: Any = None) -> Any:
-    """The settings of a task, typed.
+    """Return the settings of a task, typed.
 
     Args:
-        name: of the task.
-        values: of its YAML file, with what was changed; None takes the file's own.
+        name: name of the task.
+        values: the values of its YAML file, with overrides; None takes the file's own.
 
     Raises:
         OmegaConfBaseException: a value is of another type, or is missing.
@@ -66,32 +66,32 @@ def task_settings(name: str, values: Any = None) -> Any:
 
 
 def card_name(gpu: GpuConfig) -> str:
-    """A card by its memory, as a part of a folder's name."""
+    """Name a card by its memory, as a part of a folder's name."""
     return f"{gpu.memory_gib:g}gib" if gpu.memory_gib else "whole-card"
 
 
 def batch_name(config: Config) -> str:
-    """The batch size as a part of a folder's name."""
+    """Name the batch size, as a part of a folder's name."""
     return f"batch{config.dataset.batch_size}"
 
 
 def checkpoint_name(config: Config) -> str:
-    """The file of weights as the last part of a folder's name; nothing for freshly initialised ones."""
+    """Name the file of weights, as the last part of a folder's name; empty for freshly initialised weights."""
     return f"-{Path(config.task.checkpoint).stem}" if config.task.checkpoint else ""
 
 
 def recipe_changes(config: Config) -> dict[str, Any]:
-    """Recipe and mode settings that differ from their YAML file and have no column of their own in a record.
+    """Return the recipe and mode settings that differ from their YAML file and have no column of a record.
 
     Args:
-        config: the run. A mode of the user's own name has no file: what differs from the schema's defaults is named.
+        config: the run. A mode without a file is compared with the schema's defaults.
 
     Returns:
         By key on the command line: {"dataset.schedule": [[1.0, 0.1]], "mode.clip": 2.0}.
     """
     have_columns = {"dataset.name", "dataset.iterations", "dataset.batch_size", "mode.name"}
     if config.dataset.eval_statistics == "running":
-        have_columns.add("dataset.eval_batch_size")  # it decides nothing where statistics are not those of the batch
+        have_columns.add("dataset.eval_batch_size")  # with running statistics it affects nothing
     return {
         key: value
         for group in ("dataset", "mode")
@@ -101,13 +101,13 @@ def recipe_changes(config: Config) -> dict[str, Any]:
 
 
 def overrides(config: Config) -> list[str]:
-    """The arguments of blpa-run that compose this run again, wherever its data and its results lie.
+    """Return the arguments of blpa-run that compose this run again, without the folders of data and results.
 
     Args:
         config: the run, composed.
 
     Returns:
-        experiment=table2 task=max-batch mode=4bit ..., each of which a shell may need quoted.
+        experiment=table2 task=max-batch mode=4bit ..., not quoted for a shell.
     """
     own = config.config_dir
     given = [f"--config-dir={own}"] if own else []
@@ -122,7 +122,7 @@ def overrides(config: Config) -> list[str]:
 
 
 def _changed(config: Config, group: str, name: str, experiment: str = "single") -> Iterator[tuple[str, Any]]:
-    """The values of a group that are not those of the option's file, or of the schema where it has none."""
+    """List the values of a group that differ from the option's file, or from the schema where there is no file."""
     values = getattr(config, group)
     of_option = option(group, name, config.config_dir)
     of_experiment = option("experiment", experiment, config.config_dir).get(group, {})
@@ -136,7 +136,7 @@ def _changed(config: Config, group: str, name: str, experiment: str = "single") 
 
 
 def _text(value: object) -> str:
-    """A value in Hydra's grammar."""
+    """Write a value in Hydra's grammar."""
     if value is None:
         return "null"
     if isinstance(value, str):

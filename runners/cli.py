@@ -49,7 +49,7 @@ INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run what the command line asks for.
+    """Run the command line.
 
     Args:
         arguments: the command line after the program's name; None takes the process's own.
@@ -62,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return report_error("interrupted", 130)
-    except BrokenPipeError:  # whoever read the output has left, as `| head` does; what is left of it goes nowhere
+    except BrokenPipeError:  # the reader has gone, as with `| head`: discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, which ends other programs here
     return exit_code
@@ -70,34 +70,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _answer(arguments: list[str]) -> int:
     try:
-        asked = _parse(arguments)
-        overrides = [*asked.overrides]
+        given = _parse(arguments)
+        overrides = [*given.overrides]
         if any(text.startswith("config_dir=") for text in overrides):
             raise UserError("config_dir= is not allowed: give the folder by --config-dir")
-        if asked.config_dir is not None:
-            overrides.append(f"config_dir='{os.path.abspath(asked.config_dir)}'")
-        with compose.session(asked.config_dir) as hydra:
-            if asked.help:
-                print(help.text(__doc__ or "", compose.composed(overrides[len(asked.overrides) :])))
-            elif asked.shell_completion:
-                hydra.shell_completion("config", asked.overrides)
-            elif asked.info:
-                hydra.show_info(asked.info, "config", overrides)
-            elif asked.cfg and asked.cfg != "job":
-                hydra.show_cfg("config", overrides, asked.cfg, package=None)
-            elif asked.cfg:
-                runs = compose.runs(overrides, multirun=asked.multirun)
+        if given.config_dir is not None:
+            overrides.append(f"config_dir='{os.path.abspath(given.config_dir)}'")
+        with compose.session(given.config_dir) as hydra:
+            if given.help:
+                print(help.text(__doc__ or "", compose.composed(overrides[len(given.overrides) :])))
+            elif given.shell_completion:
+                hydra.shell_completion("config", given.overrides)
+            elif given.info:
+                hydra.show_info(given.info, "config", overrides)
+            elif given.cfg and given.cfg != "job":
+                hydra.show_cfg("config", overrides, given.cfg, package=None)
+            elif given.cfg:
+                runs = compose.runs(overrides, multirun=given.multirun)
                 print("---\n".join(OmegaConf.to_yaml(run) for _, run in runs), end="")
             else:
-                cells = compose.cells(overrides, multirun=asked.multirun)
-                return sweep.run_all(cells) if asked.multirun else run_cell(cells[0].config)
+                cells = compose.cells(overrides, multirun=given.multirun)
+                return sweep.run_all(cells) if given.multirun else run_cell(cells[0].config)
     except UserError as mistake:
         return report_error(mistake, 2)
     return 0
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
-    """Tell flags, which are Hydra's, from overrides; they may come in any order."""
+    """Separate flags, which are Hydra's, from overrides, in any order."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("-h", "--help", action="store_true")
     parser.add_argument("-m", "--multirun", action="store_true")

@@ -1,7 +1,7 @@
 """Compose and check the runs that a command line asks for.
 
-Hydra parses, composes and splits sweeps, by its own classes and not by hydra.main: all cells are checked before the
-first one runs, a mistake is one line, and finished cells are left out before a launcher is given the rest.
+Hydra's classes parse, compose and split sweeps, without hydra.main: so all cells are checked before the first one runs,
+a mistake becomes one line, and a launcher gets only unfinished cells.
 """
 
 import difflib
@@ -31,7 +31,7 @@ from runners.config import Config, check
 from runners.errors import UserError
 
 HYDRA_KEYS = ("hydra.launcher.", "hydra.sweep.", "hydra.job.env_set", "hydra.searchpath")
-"""Beginnings of those of Hydra's own keys that change something here, besides the group hydra/launcher."""
+"""Prefixes of Hydra's own keys that have an effect here, besides the group hydra/launcher."""
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -40,17 +40,17 @@ class Cell(NamedTuple):
     """One run of a sweep."""
 
     overrides: list[str]
-    """What it was composed from."""
+    """The overrides that it was composed from."""
     config: Config
 
 
 @contextmanager
 def session(config_dir: str | None = None) -> Iterator[Hydra]:
-    """What everything else here must be called in.
+    """Make the context in which the other functions of this file must be called.
 
     Args:
-        config_dir: a folder of the user's own options, which come before those of conf; modules that its data sets name
-            as their readers may lie there too.
+        config_dir: folder of the user's own options, which take precedence over those of conf. It may also hold the
+            modules that its data sets name as readers.
 
     Raises:
         UserError: there is no such folder.
@@ -69,7 +69,7 @@ def session(config_dir: str | None = None) -> Iterator[Hydra]:
 
 
 def runs(overrides: list[str], *, multirun: bool) -> list[tuple[list[str], DictConfig]]:
-    """As `cells`, but for what a task says of its own settings, for which torch would be imported."""
+    """Compose runs as `cells` does, without the checks of a task's settings, which import torch."""
     found = [(texts, composed(texts)) for texts in _split(overrides, multirun=multirun)]
     for _, run in found:
         _check(run)
@@ -77,13 +77,13 @@ def runs(overrides: list[str], *, multirun: bool) -> list[tuple[list[str], DictC
 
 
 def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
-    """Every run that the overrides ask for, composed and checked.
+    """Compose and check every run that the overrides describe.
 
-    With `multirun`, what an experiment lists under hydra.sweeper.params is swept too, in its order; values that the
-    command line gives take the place of those listed.
+    With `multirun`, the values in an experiment's hydra.sweeper.params are swept too, in its order. Values on the
+    command line replace those of the experiment.
 
     Args:
-        overrides: key=value and group=option texts.
+        overrides: texts key=value and group=option.
         multirun: whether a key may have several values.
 
     Raises:
@@ -101,7 +101,7 @@ def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
 
 
 def composed(overrides: Iterable[str] = (), *, return_hydra_config: bool = False) -> DictConfig:
-    """Compose one run; what Hydra or OmegaConf have against it becomes one line of a UserError."""
+    """Compose one run; an error of Hydra or OmegaConf becomes a UserError of one line."""
     try:
         return compose("config", list(overrides), return_hydra_config=return_hydra_config)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -109,13 +109,13 @@ def composed(overrides: Iterable[str] = (), *, return_hydra_config: bool = False
 
 
 def checked(run: DictConfig) -> Config:
-    """A composed run, named, typed and checked; a UserError has the first mistake."""
+    """Name, type and check a composed run; raise a UserError for the first mistake."""
     _check(run)
     return _typed(run)
 
 
 def _check(run: DictConfig) -> None:
-    """Name a run, and check all but the settings of its task, for which torch would be imported."""
+    """Name a run, and check all but the settings of its task, which import torch."""
     extra = set(run) - {field.name for field in fields(Config)}
     if extra:
         allowed = OmegaConf.masked_copy(run, [str(key) for key in run if key not in extra])
@@ -140,7 +140,7 @@ def _typed(run: DictConfig) -> Config:
 
 
 def _split(overrides: list[str], *, multirun: bool) -> Iterator[list[str]]:
-    """The overrides of each cell."""
+    """Split overrides into those of each cell."""
     given = {override.get_key_element(): override for override in _parse(overrides)}
     if not multirun:
         if launcher := next((text for key, text in given.items() if is_launchers(key)), None):
@@ -152,20 +152,20 @@ def _split(overrides: list[str], *, multirun: bool) -> Iterator[list[str]]:
         listed = composed(named, return_hydra_config=True).hydra.sweeper.params or {}
         swept = {override.get_key_element(): override for override in _parse([f"{k}={v}" for k, v in listed.items()])}
         if given.keys() & {"depth", "width"} and "network" not in given:
-            swept.pop("network", None)  # which is depth and width in one
-        # The values are the command line's where it has any; their order is the experiment's, which may be of value.
+            swept.pop("network", None)  # a network sets depth and width
+        # Values of the command line replace the experiment's; the order of the keys stays the experiment's.
         others = [override for key, override in given.items() if key not in swept]
         for texts in _product([*others, *(given.get(key, override) for key, override in swept.items())]):
             yield [*named, *texts]
 
 
 def is_launchers(key: str) -> bool:
-    """Whether a key chooses one of Hydra's launchers or sets a value of the chosen one."""
+    """Return whether a key chooses one of Hydra's launchers or sets a value of it."""
     return key.startswith(("hydra/launcher", "hydra.launcher."))
 
 
 def _parse(overrides: list[str]) -> list[Override]:
-    """Parse overrides one by one, so that a mistake is told by its own text."""
+    """Parse overrides one by one, so that an error names the override at fault."""
     loader = GlobalHydra.instance().config_loader()
     parser, groups = OverridesParser.create(loader), loader.list_groups("")
     parsed = []
@@ -186,7 +186,7 @@ def _parse(overrides: list[str]) -> list[Override]:
 
 
 def _product(overrides: list[Override]) -> list[list[str]]:
-    """Every combination of the values of the overrides."""
+    """List every combination of the values of the overrides."""
     for override in filter(Override.is_sweep_override, overrides):
         if is_launchers(override.get_key_element()):
             raise UserError(f"{override.input_line} is not allowed: one launcher runs the whole of a sweep")
@@ -201,7 +201,7 @@ def _product(overrides: list[Override]) -> list[list[str]]:
 
 
 def _reason(error: BaseException) -> str:
-    """The root cause in one line, led by the key that it is about, with what may have been meant."""
+    """Write the root cause in one line: its key, the message, and a suggestion."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).splitlines() or [""]
@@ -225,13 +225,13 @@ def _reason(error: BaseException) -> str:
 
 
 def _allowed(key: str, parent: DictConfig) -> str:
-    """What may stand in place of an unknown key."""
+    """List the keys allowed in place of an unknown one, with a suggestion."""
     names = sorted(str(name) for name in parent if name != "hydra")
     group, _, name = key.rpartition(".")
     return f"{hint(name, names)}; allowed{f' in {group}' if group else ''}: {', '.join(names)}"
 
 
 def hint(wrong: str, right: Iterable[str]) -> str:
-    """A few words that name what may have been meant, if anything."""
+    """Suggest the closest allowed name, if any."""
     close = difflib.get_close_matches(wrong, list(right), n=1)
     return f", did you mean {close[0]}?" if close else ""

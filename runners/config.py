@@ -23,11 +23,11 @@ class DatasetConfig:
     """A data set and the recipe it is trained by; a data set's recipe lives with the data set."""
 
     name: str = MISSING
-    """Which data set."""
+    """The data set's name."""
     label: str = field(default="", compare=False)
     """The data set's name in tables and figures; empty shows `name`."""
     reader: str = MISSING
-    """Module whose read(config) returns it: one of runners.data, or of your own beside your options."""
+    """Module whose read(config) returns the data set: one of runners.data, or your own in your folder of options."""
     classes: int = MISSING
     """Number of classes."""
     image_size: int = MISSING
@@ -35,13 +35,13 @@ class DatasetConfig:
     image_channels: int = MISSING
     """Channels of an image."""
     root: str = "data"
-    """Folder that holds the data set, or is to hold it after the download."""
+    """Folder of the data set; a download goes there."""
     download: bool = True
     """Fetch the data set when `root` does not hold it."""
     iterations: int = MISSING
-    """Training steps in all."""
+    """Number of training steps."""
     batch_size: int = MISSING
-    """Images in a training step."""
+    """Images per training step."""
     schedule: list[list[float]] = MISSING
     """Learning rate as [end, rate] pairs: `rate` holds up to the fraction `end` of the iterations, the last 1.0."""
     momentum: float = 0.9
@@ -55,24 +55,24 @@ class DatasetConfig:
     flip: bool = True
     """Whether half of the images are mirrored (not for digits: a mirrored 2 is no digit)."""
     eval_batch_size: int = 500
-    """Images in an evaluation step."""
+    """Images per evaluation step."""
     eval_statistics: str = "running"
     """Batch norm statistics in evaluation: running averages, or batch (the authors' code)."""
 
 
 @dataclass
 class ModeConfig:
-    """What is kept of each activation for the backward pass (training/network.py has a table of the modes)."""
+    """What is saved of each activation for the backward pass (training/network.py has a table of the modes)."""
 
     name: str = MISSING
     """The mode's name in tables and file names."""
     layers: str = MISSING
     """stock: PyTorch's own layers. coded: ours. checkpoint: stock layers, recomputed in the backward pass. offload:
-    stock layers whose activations wait in the host's memory. compiled: stock layers through torch.compile."""
+    stock layers that save activations in host memory. compiled: stock layers through torch.compile."""
     bits: int | None = None
     """Bits per element: 8, 4 or 2; null saves one full-precision tensor per BN-ReLU-conv. Coded layers only."""
     clip: float = 3.0
-    """Half-width of the code's range, in standard deviations of the channel."""
+    """Half-width of the codec's range, in standard deviations of the channel."""
     forward_from_code: bool = False
     """Feed the decoded activation forward as well (the paper's naive baseline)."""
     width_factor: float = 1.0
@@ -80,9 +80,9 @@ class ModeConfig:
     segments: int | None = None
     """Checkpointed segments of the network; null is the square root of the number of blocks. Checkpoint layers only."""
     activation_memory_budget: float = 1.0
-    """Part of the saved bytes that torch.compile may save, 0 to 1; it recomputes the rest. Compiled layers only."""
+    """Fraction of the bytes that torch.compile saves, 0 to 1; it recomputes the rest. Compiled layers only."""
     fp8: bool = False
-    """Save what torch.compile saves as 8-bit floats. Compiled layers only."""
+    """Save activations as 8-bit floats. Compiled layers only."""
     label: str = field(default="", compare=False)
     """The mode's name in tables and figures; empty shows `name`."""
     alpha: str = field(default="-", compare=False)
@@ -98,7 +98,7 @@ class ModeConfig:
 
 
 MODE_LABELS = ("label", "alpha", "colour", "order", "in_every_error_table", "beside_paper")
-"""Fields of ModeConfig that say how tables and figures show a mode. They affect no result and no comparison."""
+"""Fields of ModeConfig for tables and figures. They affect no result and no comparison."""
 
 
 @dataclass
@@ -121,7 +121,7 @@ class GpuConfig:
     memory_gib: float | None = None
     """Memory that training may take, in GiB: the budget of max-batch; null is the whole card."""
     allowance_mib: int = 512
-    """Part of it that no count sees, in MiB: the CUDA context and the workspaces of convolutions."""
+    """Part of that memory that is not counted, in MiB: the CUDA context and the workspaces of convolutions."""
 
 
 @dataclass
@@ -132,15 +132,15 @@ class Config:
     mode: ModeConfig = field(default_factory=ModeConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
     task: Any = MISSING
-    """What to do, and its own settings: the Settings of a module of runners/tasks."""
+    """The task and its settings: the Settings of a module of runners/tasks."""
     depth: int = 164
-    """Layers of the network, 9 n + 2 for n blocks a group: 164, 254, 488 and 1001 are the paper's."""
+    """Layers of the network, 9 n + 2 for n blocks per group: 164, 254, 488 and 1001 are the paper's."""
     width: float = 1.0
     """Factor on every channel count: 4 is the paper's "4x"."""
     seed: int = 0
     """Seeds the weights, the order of the images and their augmentation."""
     resume: bool = True
-    """Go on from the run's last good checkpoint; false starts anew and removes the old ones."""
+    """Continue from the run's last good checkpoint; false starts anew and removes the old ones."""
     results: str = "results"
     """Folder for runs, records, tables and figures."""
     experiment: str = "single"
@@ -151,13 +151,13 @@ class Config:
     jobs: int = 1
     """Training runs of a sweep that share one GPU, all in one process; elsewhere cells run one by one."""
     config_dir: str | None = None
-    """Folder of options of your own beside those of conf, as --config-dir gives it: mode/mine.yaml."""
+    """Your own folder of options, in addition to conf, as --config-dir gives it: mode/mine.yaml."""
     run: str = MISSING
-    """Folder of this run under results/runs; composed from the values that tell runs apart."""
+    """Folder of this run in results/runs; composed from the values that distinguish runs."""
 
 
 def options(group: str, config_dir: str | None = None) -> list[str]:
-    """The options of a configuration group: its files' names.
+    """List the options of a configuration group, by the names of its files.
 
     Args:
         group: a folder of conf, such as mode.
@@ -167,11 +167,11 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
 
 
 def option(group: str, name: str, config_dir: str | None = None) -> Any:
-    """What the file of an option says, with the options that it starts from; an empty mapping where there is none.
+    """Read the file of an option, merged over the options it starts from; an empty mapping where there is no file.
 
     Args:
         group: a folder of conf, such as mode.
-        name: of the option.
+        name: name of the option.
         config_dir: a folder with more options, whose files come first.
     """
     files = (folder / group / f"{name}.yaml" for folder in _folders(config_dir))
@@ -181,7 +181,7 @@ def option(group: str, name: str, config_dir: str | None = None) -> Any:
 
 
 def mode(name: str, config_dir: str | None = None) -> ModeConfig:
-    """The mode that a file of the group mode describes."""
+    """Read a mode from its file."""
     values = OmegaConf.merge(OmegaConf.structured(ModeConfig), option("mode", name, config_dir))
     return cast(ModeConfig, OmegaConf.to_object(values))
 
@@ -191,7 +191,7 @@ def _folders(config_dir: str | None) -> list[Path]:
 
 
 def check(config: Config) -> None:
-    """Refuse a configuration that cannot be run.
+    """Check that a configuration can be run.
 
     Args:
         config: the run, composed and typed.
@@ -262,7 +262,7 @@ def _check_mode(mode: ModeConfig) -> None:
 
 
 def _check_schedule(schedule: list[list[float]]) -> None:
-    """Pairs [end, rate]: the ends increase from above 0 to exactly 1, the rates are above 0."""
+    """Check pairs [end, rate]: the ends increase from above 0 to exactly 1, the rates are above 0."""
     if not schedule or any(len(pair) != 2 for pair in schedule):
         raise UserError(f"dataset.schedule={schedule} is not allowed: it is a list of [end, rate] pairs")
     previous = 0.0
@@ -285,7 +285,7 @@ def _check_depth(depth: int) -> None:
 
 
 def _check_size(config: Config) -> None:
-    """What the network can be: halved twice, a channel in its first convolution, a block in each segment."""
+    """Check sizes: images can be halved twice, the first convolution has a channel, each segment a block."""
     mode, size = config.mode, config.dataset.image_size
     if size % 4 or size < 8:
         raise UserError(f"dataset.image_size={size} is not allowed: it is a multiple of 4, at least 8")
@@ -300,24 +300,24 @@ def _check_size(config: Config) -> None:
 
 
 def one_of(key: str, value: str, allowed: Collection[str]) -> None:
-    """Refuse a value that is none of those allowed."""
+    """Check that a value is one of those allowed."""
     if value not in allowed:
         raise UserError(f"{key}={value} is not allowed: choose one of {', '.join(allowed)}")
 
 
 def at_least(key: str, value: int, smallest: int) -> None:
-    """Refuse a whole number below the smallest that is allowed."""
+    """Check that a whole number is not below the smallest allowed."""
     if value < smallest:
         raise UserError(f"{key}={value} is not allowed: it is a whole number, at least {smallest}")
 
 
 def above_zero(key: str, value: float) -> None:
-    """Refuse a number that is not positive, or not finite."""
+    """Check that a number is positive and finite."""
     if not (value > 0 and math.isfinite(value)):
         raise UserError(f"{key}={value} is not allowed: it is a number above 0")
 
 
 def _plain_name(key: str, value: str) -> None:
-    """Letters, digits and . _ + -, led by a letter or digit: a file name on every system, and no path."""
+    """Check that a name is a file name on every system: letters, digits and . _ + -, led by a letter or digit."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", value):
         raise UserError(f"{key}={value} is not allowed: letters, digits and . _ + -, led by a letter or a digit")

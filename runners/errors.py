@@ -1,12 +1,12 @@
-"""Exceptions that end a command, their exit codes, and what any exception means to the user who started the run.
+"""Exceptions that end a command, their exit codes, and the classification of any exception for the user.
 
-    1          UserError, Stopped, and what a user can meet: a full disk, too little memory
+    1          UserError, Stopped, and errors of the machine: a full disk, too little memory
     3          OutOfTime
     4          Busy
     5          Diverged
     128 + n    Interrupted, by signal n
 
-Whatever else is raised is a bug, and keeps its traceback.
+Any other exception is a bug, and keeps its traceback.
 """
 
 
@@ -14,28 +14,27 @@ class UserError(ValueError):
     """The request cannot be met; the message names the value that was given and what is allowed."""
 
     exit_code = 1
-    """What the process is to exit with."""
+    """Exit code of the process."""
 
 
 class Stopped(RuntimeError):
-    """A run came to a stop before its end, for the reason the message gives."""
+    """A run stopped before its end; the message gives the reason."""
 
     exit_code = 1
-    """As above."""
 
 
 class CannotWrite(Stopped):
-    """A file of the run could not be written; what was there before is untouched."""
+    """A file of the run could not be written; existing files are untouched."""
 
 
 class OutOfTime(Stopped):
-    """The command's time was up before the last step; there is a checkpoint."""
+    """The time limit came before the last step; there is a checkpoint."""
 
     exit_code = 3
 
 
 class Deferred(Stopped):
-    """Another run in the same process failed; there is a checkpoint, and the run goes on in a new process."""
+    """Another run in the same process failed; there is a checkpoint, and the run continues in a new process."""
 
 
 class Busy(Stopped):
@@ -49,7 +48,7 @@ class Diverged(Stopped):
 
     exit_code = 5
     PREFIX = "diverged: "
-    """How its record begins."""
+    """Prefix of the failure in its record."""
 
 
 class Interrupted(Stopped):
@@ -61,7 +60,7 @@ class Interrupted(Stopped):
         self.exit_code = 128 + number
 
     def __reduce__(self) -> tuple[type["Interrupted"], tuple[str, int]]:
-        """Its arguments, by which another process makes it again."""
+        """Return class and arguments, for pickling."""
         return Interrupted, (str(self), self.number)
 
 
@@ -77,17 +76,17 @@ PERHAPS_OUT_OF_MEMORY = (
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether the message of an exception, or of one that led to it, names a lack of memory."""
+    """Return whether the message of an exception, or of one that led to it, names a lack of memory."""
     return _has_words(error, OUT_OF_MEMORY)
 
 
 def may_be_out_of_memory(error: BaseException | None) -> bool:
-    """Whether lack of memory may be the cause, although no message names it."""
+    """Return whether lack of memory may be the cause, although no message names it."""
     return _has_words(error, PERHAPS_OUT_OF_MEMORY)
 
 
 def _has_words(error: BaseException | None, words: tuple[str, ...]) -> bool:
-    """Whether the message of an exception, or of one of its causes and contexts, has one of these words.
+    """Return whether the message of an exception, or of one of its causes and contexts, has one of these words.
 
     When a CUDA graph runs out of memory during its capture, the last exception is that the capture cannot be ended.
     """
@@ -99,19 +98,19 @@ def _has_words(error: BaseException | None, words: tuple[str, ...]) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
+    """Return the first line of an exception's message."""
     return next(iter(str(error).strip().splitlines()), "")
 
 
 def cannot_run_here(error: BaseException) -> bool:
-    """Whether a kernel backend was asked for that this machine does not have."""
-    from blpa.kernels import NotAvailable  # the command line answers without it
+    """Return whether the error is a requested kernel backend that this machine does not have."""
+    from blpa.kernels import NotAvailable  # imported here: the command line does not need blpa
 
     return isinstance(error, NotAvailable)
 
 
 def classify(error: Exception) -> tuple[int | None, str]:
-    """Distinguish errors that a user can cause or meet from bugs.
+    """Distinguish errors of the user or the machine from bugs.
 
     Returns:
         The exit code, None for a bug; and one line.

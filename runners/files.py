@@ -1,4 +1,4 @@
-"""Files that are whole or absent: a reader, a crash or a full disk finds the old content or the new one."""
+"""Write files atomically: readers see the old or the new content, also after a crash or on a full disk."""
 
 import csv
 import io
@@ -12,11 +12,11 @@ from typing import Any
 def write_whole(file: Path, content: str | bytes | memoryview) -> None:
     """Replace a file by a new one that is complete and on the disk.
 
-    The content goes to <name>.<random>.part in the same folder, which is forced to the disk and then renamed. A killed
-    process may leave that file behind. Several processes may write the same file: the last rename counts.
+    The content goes to <name>.<random>.part in the same folder, which is synced to disk and then renamed. A killed
+    process may leave that file behind. Several processes may write the same file: the last rename wins.
 
     Args:
-        file: the file; its folder is created where it is missing.
+        file: the file; its folder is created if missing.
         content: the whole content; text is encoded as UTF-8.
 
     Raises:
@@ -35,7 +35,7 @@ def write_whole(file: Path, content: str | bytes | memoryview) -> None:
     except BaseException:
         os.unlink(part)
         raise
-    if os.name == "posix":  # force the rename to the disk too; elsewhere a folder cannot be opened
+    if os.name == "posix":  # sync the rename too; elsewhere a folder cannot be opened
         folder = os.open(file.parent, os.O_RDONLY)
         try:
             os.fsync(folder)

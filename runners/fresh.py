@@ -1,7 +1,7 @@
-"""Call a function in a process of its own, where nothing is on the GPU yet.
+"""Call a function in a fresh process, which has not used the GPU.
 
-What a process does with CUDA stays with it: its context takes memory, its allocator keeps blocks, and after a kernel or
-a capture that fails CUDA can be unusable. The process that calls makes no CUDA context.
+A process that has used CUDA does not return to its first state: its context takes memory, its allocator caches blocks,
+and a failed kernel or capture can make CUDA unusable. The calling process makes no CUDA context.
 
 Processes are forked from a server that has imported torch and computed nothing.
 """
@@ -22,24 +22,24 @@ from runners.errors import Stopped, UserError
 from runners.training import budget, signals
 
 IMPORTED_AHEAD = ["runners.cli", "runners.training.network", "runners.training.loop"]
-"""Modules that the server imports, once; none of them asks for a GPU."""
+"""Modules that the server imports once; none of them touches a GPU."""
 
 
 def call(function: Callable[..., Any], *arguments: object) -> Any:
     """Call a function in a fresh process and wait for it.
 
-    A signal received meanwhile is passed on to that process, and takes effect here when it has ended. If this process
-    ends first, the other one receives SIGTERM.
+    A signal received in the meantime is passed on to that process, and takes effect here once it has ended. If this
+    process ends first, the other one receives SIGTERM.
 
     Args:
-        function: importable by its name, as are the types of the arguments. It may use `call` itself.
+        function: importable by name, like the types of its arguments. It may use `call` itself.
         arguments: its arguments.
 
     Returns:
-        What it returned.
+        The function's result.
 
     Raises:
-        Exception: what it raised, or a RuntimeError that names it where it cannot be pickled.
+        Exception: the function's exception, or a RuntimeError that names it if it cannot be pickled.
         Stopped: the process died without an answer.
     """
     context = get_context("forkserver")
@@ -50,7 +50,7 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
 
     def send(number: int) -> None:
         if has_begun and process.pid is not None:
-            with suppress(ProcessLookupError):  # it has just ended
+            with suppress(ProcessLookupError):  # the process has just ended
                 os.kill(process.pid, number)
 
     sys.stdout.flush()
@@ -58,7 +58,7 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
         process.start()
         sending.close()
         answer = _received(receiving)
-        if answer is not None:  # it has begun
+        if answer is not None:  # the process has begun
             has_begun = True
             for number in received:
                 send(number)
@@ -75,7 +75,7 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
 
 
 def _received(receiving: Connection) -> tuple[Any, Exception | None] | None:
-    """What was sent; None where the process that could send has ended."""
+    """Return the next object sent; None where the sending process has ended."""
     try:
         answer: tuple[Any, Exception | None] = receiving.recv()
     except EOFError:
@@ -84,8 +84,8 @@ def _received(receiving: Connection) -> tuple[Any, Exception | None] | None:
 
 
 def _answer(sending: Connection, began: float, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
-    """Call the function and send what it returned or raised."""
-    os.setsid()  # the terminal's Ctrl-C comes by way of the caller alone
+    """Call the function and send its result or exception."""
+    os.setsid()  # so that Ctrl-C reaches this process only through the caller
     threading.Thread(target=_end_with_the_caller, daemon=True).start()
     budget.BEGAN = began
     returned, error = None, None
@@ -96,7 +96,7 @@ def _answer(sending: Connection, began: float, function: Callable[..., Any], arg
         sys.exit(128 + signal.SIGINT)
     except Exception as raised:
         if not isinstance(raised, UserError | Stopped):
-            traceback.print_exc()  # the pipe carries the exception without it
+            traceback.print_exc()  # the pipe does not carry the traceback
         error = _portable(raised)
     with suppress(BrokenPipeError):  # the caller has ended
         sending.send((returned, error))
@@ -110,7 +110,7 @@ def _end_with_the_caller() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """An exception that can be pickled: where its class needs more than its arguments, one that names it."""
+    """Return the exception if it can be pickled, else a RuntimeError that names it."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:

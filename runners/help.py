@@ -14,10 +14,10 @@ SOURCES = Path(__file__).parent
 
 
 def text(opening: str, defaults: DictConfig) -> str:
-    """The whole text.
+    """Write the whole text.
 
     Args:
-        opening: what the command is and how it is called.
+        opening: description and usage of the command.
         defaults: the configuration of a command line without overrides.
     """
     lines = [opening, "Groups, group=option (the default in brackets):"]
@@ -45,10 +45,10 @@ def _values_of(task: str) -> DictConfig:
 
 
 def _entries(prefix: str, meanings: dict[str, str], values: DictConfig) -> list[str]:
-    """A line or two for each value: the key, its default, and the meaning in a column of its own."""
+    """Write a line or two per value: the key, its default, and the meaning in a second column."""
     lines = []
     for name, meaning in meanings.items():
-        if name in ("task", "config_dir"):  # the first is shown by its own values, the second is a flag
+        if name in ("task", "config_dir"):  # task is listed by its values, and config_dir is a flag
             continue
         key = f"{prefix}{name}={_shown('???' if OmegaConf.is_missing(values, name) else values[name])}"
         indent = " " * 36
@@ -61,14 +61,14 @@ def _entries(prefix: str, meanings: dict[str, str], values: DictConfig) -> list[
 
 
 def _shown(value: object) -> str:
-    """A value as the command line takes it."""
+    """Write a value as on the command line."""
     if value is None:
         return "null"
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
 def _docstrings(source: Path) -> dict[str, dict[str, str]]:
-    """The string below each field of a source's classes, which only the source has: class -> field -> text."""
+    """Read the string below each field of a source's classes: class -> field -> text."""
     found: dict[str, dict[str, str]] = {}
     for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):

@@ -1,4 +1,4 @@
-"""The records that a run makes: what was measured, in which configuration, on which machine, by which commit."""
+"""Make the records of a run: the number, its configuration, its machine and its commit."""
 
 import importlib.metadata
 import platform

@@ -89,8 +89,8 @@ class Record:
     failure: str = ""
     """Why there is no value: then metric is "failed", and value is how long the cell ran, in seconds."""
     segments: str = ""
-    """Kind of the GPU allocator's segments that the value belongs to, usual or expandable; empty where none was asked
-    for."""
+    """Kind of the GPU allocator's segments that the value belongs to, usual or expandable; empty where none was
+    chosen."""
 
 
 COLUMNS = tuple(column.name for column in fields(Record))

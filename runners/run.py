@@ -1,7 +1,7 @@
-"""One run: under its lock, with its failure recorded; an error that a user can cause becomes one line.
+"""Run one cell under its lock, and record its failure; an error that a user can cause becomes one line.
 
-On a GPU each cell of a sweep has a process of its own, since a capture or a kernel that fails can make CUDA unusable
-for the rest of its process.
+On a GPU each cell of a sweep has its own process, since a failed capture or kernel can make CUDA unusable for the rest
+of its process.
 """
 
 import importlib
@@ -39,20 +39,20 @@ if TYPE_CHECKING:
 
 
 BEGINNING_SECONDS = 60.0
-"""No training run is begun in the last minute of a budget, which data, compiling and recording would take, or in the
-last tenth of a small one."""
+"""Start no training run in the last minute of a budget, or the last tenth of a small one: reading data, compiling and
+writing records take that long."""
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keep every other process away from a run; however this process ends, the system lets go of the lock.
+    """Lock a run against other processes; the system releases the lock however this process ends.
 
     Args:
-        run_dir: the run's folder, made where it is missing.
+        run_dir: the run's folder, created if missing.
 
     Raises:
-        Busy: another process has it.
-        UserError: nothing can be written there.
+        Busy: another process holds the lock.
+        UserError: the folder is not writable.
     """
     lock = FileLock(run_dir / "lock")
     try:
@@ -70,19 +70,19 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def is_failure(code: int) -> bool:
-    """Whether an exit code is a failure: not a result, not a locked cell, not one that goes on later."""
+    """Return whether an exit code is a failure: not success, divergence, a locked cell, or the end of the budget."""
     return code not in (0, Diverged.exit_code, Busy.exit_code, OutOfTime.exit_code)
 
 
 def has_time_for(config: Config, seconds: float) -> bool:
-    """Whether the budget has time for a cell that takes that long; a training run can stop, once it has begun."""
+    """Return whether the budget has time for a cell that takes so long; a training run can stop once it has begun."""
     if config.budget_minutes is not None and config.task.name == "train":
         seconds = min(BEGINNING_SECONDS, 0.1 * 60 * config.budget_minutes)
     return budget.seconds_left(config.budget_minutes) > seconds
 
 
 def is_finished(config: Config) -> bool:
-    """Whether a cell's own folder holds its records, and resume=false does not ask for new ones.
+    """Return whether a cell's own folder holds its records; never with resume=false.
 
     A training run that diverged is finished. Where there is a GPU, a cell predicted or measured without one is not.
     """
@@ -97,7 +97,7 @@ def is_finished(config: Config) -> bool:
 
 
 def is_on_cuda(config: Config) -> bool:
-    """Whether a cell computes on a GPU; finding out makes no CUDA context."""
+    """Return whether a cell computes on a GPU, without making a CUDA context."""
     if folder_name(config) is None or hasattr(task_module(config.task.name), "COUNTS") or config.gpu.device == "cpu":
         return False
     return bool(importlib.import_module("torch").cuda.is_available())
@@ -108,7 +108,7 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
 
     Args:
         config: checked.
-        records_failure: whether a failure leaves a record; then a bug is not raised either.
+        records_failure: whether a failure is recorded; then a bug is not raised either.
 
     Returns:
         The exit code.
@@ -119,7 +119,7 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
 
 
 def run_cell_of_sweep(config: Config) -> int:
-    """Run one of several cells, on a GPU in a process of its own; a failure or a dead process leaves a record.
+    """Run one of several cells, on a GPU in its own process; a failure or a dead process is recorded.
 
     Args:
         config: checked.
@@ -149,22 +149,22 @@ def _run_recording(config: Config) -> int:
 
 
 def cell_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping | None" = None) -> Turns[int | None]:
-    """As run_cell; with `stopping` other runs have their turns between the steps of this one (training.in_turns).
+    """Run one cell as run_cell does; with `stopping`, yield to other runs after each step (loop.in_turns).
 
     Args:
-        config: checked; with `stopping` a training run.
+        config: checked; a training run if `stopping` is given.
         records_failure: as in run_cell.
-        stopping: shared by all runs that take turns. The first of them that fails, other than by UserError or Stopped,
-            sets its `has_failure`.
+        stopping: shared by all runs that take turns. The first one that fails, other than by UserError or Stopped, sets
+            its `has_failure`.
 
     Returns:
-        The exit code; None where the cell failed beside others, or because of another one: such a failure may not be
-        its own, so that it leaves no record, and the cell must be run again in a new process.
+        The exit code; None where the cell failed beside others or stopped because another failed. Such a failure may
+        have another cause, so it is not recorded, and the cell must be run again in a new process.
     """
     folder = folder_name(config)
     try:
         with locked(Path(config.results) / "runs" / folder) if folder else nullcontext():
-            if records_failure and is_finished(config):  # since it was looked at, by another process
+            if records_failure and is_finished(config):  # another process has finished it in the meantime
                 return 0
             return (yield from _alone_in_turns(config, records_failure=records_failure, stopping=stopping))
     except Busy as error:
@@ -177,7 +177,7 @@ def cell_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping 
 
 
 def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping | None") -> Turns[int | None]:
-    """As cell_in_turns, while the run is locked; its failure is recorded before the lock is released."""
+    """Run the cell under its lock, as cell_in_turns; a failure is recorded before the lock is released."""
     began = time.monotonic()
     try:
         task = task_module(config.task.name)
@@ -203,14 +203,14 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
 
 
 def _is_its_own(error: Exception, stopping: "Stopping") -> bool:
-    """Whether an exception says something of its run, whatever else its process trains."""
+    """Return whether an exception is the run's own, whatever else its process trains."""
     if stopping.has_failure:
         return isinstance(error, OutOfTime | Interrupted)
     return isinstance(error, UserError | Stopped) or cannot_run_here(error)
 
 
 def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") -> None:
-    """Print why a cell is to be run again in a new process, and have the others of this process stop."""
+    """Print why a cell must be run again in a new process, and make the other runs of this process stop."""
     if isinstance(error, Deferred):
         line = reason
     elif stopping.has_failure:
@@ -227,11 +227,11 @@ def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
         settings_of = getattr(task_module(config.task.name), "settings_of", None)
         importlib.import_module("runners.provenance").record_failure(config, reason, seconds, settings_of=settings_of)
-    except (OSError, RuntimeError) as error:  # a full disk, or a GPU that fails, which may be why the cell failed
+    except (OSError, RuntimeError) as error:  # a full disk or a failing GPU, perhaps the cause of the failure
         report_error(f"the failure could not be recorded: {classify(error)[1]}", 1)
 
 
 def report_error(message: object, exit_code: int) -> int:
-    """Print on one line of stderr why something was not done, and return the exit code."""
+    """Print an error on one line of stderr, and return the exit code."""
     print("blpa-run: error:", " ".join(str(message).split()), file=sys.stderr)
     return exit_code

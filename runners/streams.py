@@ -1,17 +1,17 @@
 """A sweep of training runs side by side on one GPU, each on a CUDA stream of its own: jobs=2.
 
-Processes take turns on a GPU, and a small run leaves most of it idle. The streams of one process should fill it better:
-by a model, not measured yet. The runs take turns at launching a step, and the device works on the steps of all of them.
+Processes take turns on a GPU, and a small run leaves most of it idle. By a model, not yet measured, several streams of
+one process use it better. The runs take turns at launching a step, and the device executes the steps of all of them.
 
-With gpu.deterministic=true a run ends with the bits that it has alone. With false cuDNN chooses its convolutions by
-trial runs, which may end otherwise beside other work.
+With gpu.deterministic=true a run ends with the same bits as alone. With false cuDNN picks its convolutions by timing
+them, and work on other streams can change its choice.
 
-A run that fails can make CUDA unusable for the others of its process, or lack the memory that they hold. So the first
-failure stops them all, and what fails beside others counts as no failure:
+A run that fails can make CUDA unusable for the other runs of its process, or can fail only because they use the memory.
+So the first failure stops them all and is not recorded:
 
-    runs side by side, one fails -> the others go on side by side, in a new process
-                                    the one that failed goes on last, in a process of its own, where a failure counts
-    the process dies             -> all go on one by one, in a process each
+    one run of several fails -> the others continue side by side, in a new process
+                                the failed run continues last, in its own process, where a failure is recorded
+    the process dies         -> all runs continue one by one, each in its own process
 """
 
 import sys
@@ -34,11 +34,11 @@ def run(configs: list[Config], waiting: list[int]) -> dict[int, int]:
     """Train cells of a sweep, at most `jobs` at a time.
 
     Args:
-        configs: checked. Before `budget_minutes` are over all running cells write checkpoints.
-        waiting: numbers of the cells to train, on a GPU, not finished yet. Locked ones are passed over.
+        configs: the cells of the sweep, checked. All running cells write checkpoints before `budget_minutes` are over.
+        waiting: numbers of the unfinished cells to train on a GPU. Locked cells are skipped.
 
     Returns:
-        The exit codes of the cells that were begun, by number.
+        Exit codes of the cells that were started, by number.
 
     Raises:
         SystemExit: a signal stopped them.
@@ -51,7 +51,7 @@ def run(configs: list[Config], waiting: list[int]) -> dict[int, int]:
         with signals.deferred() as stop:  # fresh.call passes them on
             try:
                 ended, failed = fresh.call(train, configs, waiting)
-            except RuntimeError as error:  # it died, or CUDA failed outside of a run
+            except RuntimeError as error:  # the process died, or CUDA failed outside of a run
                 if stop.received is None:
                     print(f"{error}; its runs go on one by one", file=sys.stderr)
                 ended, failed = {}, None
@@ -83,15 +83,15 @@ class _Run:
 
 
 def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], int | None]:
-    """Train cells side by side in this process, until all have ended, one fails, a signal comes or the budget ends.
+    """Train cells side by side in this process, until all have ended, one fails, a signal arrives or the budget ends.
 
     Args:
-        configs: of the whole sweep.
+        configs: the cells of the whole sweep.
         waiting: numbers of the cells to train, the most valuable first.
 
     Returns:
-        The exit codes of the cells that ended, by number; and the number of the first that failed. The cells that
-        stopped because of it have no exit code.
+        Exit codes of the cells that ended, by number; and the number of the first cell that failed. Cells that stopped
+        because of it have no exit code.
     """
     import torch
 
@@ -99,7 +99,7 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], in
 
     first = configs[waiting[0]]
     on_cuda = is_on_cuda(first)
-    # One for each place, used by all its cells: PyTorch has 32 streams, which it hands out again and again.
+    # One stream per place, reused by its cells: PyTorch has only 32 streams and repeats them.
     free = [torch.cuda.Stream() if on_cuda else None for _ in range(first.jobs)]
     waiting, running = list(waiting), list[_Run]()
     codes: dict[int, int] = {}
@@ -120,7 +120,7 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], in
             if not running:
                 return codes, failed
             for run in list(running):
-                # All that a turn launches, a capture too, ends within it: no other cell launches anything meanwhile.
+                # A turn launches all its work, captures included, before it ends: no other cell launches in between.
                 with torch.cuda.stream(run.stream):
                     try:
                         next(run.turns)
@@ -132,11 +132,11 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], in
                         elif failed is None:
                             failed = run.number
                         if run.stream and failed is None:
-                            run.stream.synchronize()  # reason_to_wait assumes that its steps ended with it
+                            run.stream.synchronize()  # reason_to_wait assumes that its steps have ended
 
 
 def _next(configs: list[Config], waiting: list[int], running: list[Config], printed: set[str]) -> int | None:
-    """The first that may run beside those running; prints why an earlier one may not, each reason once."""
+    """Return the first waiting cell that may run beside those running; print why earlier ones may not, once each."""
     for number in waiting:
         reasons = {reason for other in running if (reason := reason_to_wait(configs[number], other))}
         if not reasons:
@@ -148,7 +148,7 @@ def _next(configs: list[Config], waiting: list[int], running: list[Config], prin
 
 
 def reason_to_wait(config: Config, other: Config) -> str:
-    """Why a cell may not run beside another; empty where it may."""
+    """Return why a cell may not run beside another; empty where it may."""
     gpu, others = config.gpu, other.gpu
     if (gpu.precision, gpu.deterministic) != (others.precision, others.deterministic):
         return "precision and determinism are settings of the whole process, and another cell has others"
@@ -160,14 +160,14 @@ def reason_to_wait(config: Config, other: Config) -> str:
 
 
 def _waits_for_its_blocks(config: Config) -> bool:
-    """Whether its batch norm is cuDNN's persistent kernel, whose blocks wait for each other.
+    """Return whether a cell's batch norm is cuDNN's persistent kernel, whose blocks wait for each other.
 
-    Each of two such kernels could hold cores that the other's last blocks need, and both would wait forever. Kernels
-    whose blocks do not wait may run beside one. In bf16 PyTorch takes a kernel of its own.
+    Two such kernels could deadlock: each occupies multiprocessors that the other's last blocks need. Kernels without
+    such waits may run beside one. In bf16 PyTorch uses its own kernel.
     """
     return config.mode.layers != "coded" and config.gpu.precision != "bf16"
 
 
 def _compiles(config: Config) -> bool:
-    """Whether torch.compile is used: a cell of compiled layers that begins discards all that was compiled before."""
+    """Return whether a cell uses torch.compile; a cell of compiled layers drops everything compiled before it."""
     return config.mode.layers == "compiled" or config.gpu.kernels == "inductor"

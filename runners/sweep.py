@@ -3,9 +3,9 @@
     blpa-run experiment=table1 -m hydra/launcher=joblib hydra.launcher.n_jobs=4
     blpa-run experiment=table1 -m hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
 
-The launcher is given the cells that are not finished, composes each again and calls a `_Sweep` with it. A cell that
-fails leaves a record, and the next one runs. Several commands may work on the same sweep: each passes over the cells
-that another has locked.
+The launcher gets the unfinished cells, composes each again and calls a `_Sweep` with it. If a cell fails, the failure
+is recorded and the next cell runs. Several commands may work on the same sweep: each skips the cells that another one
+has locked.
 """
 
 import importlib
@@ -15,7 +15,7 @@ import sys
 import time
 from types import FrameType
 
-from hydra._internal.callbacks import Callbacks  # HydraContext asks for one, and only hydra.main makes it
+from hydra._internal.callbacks import Callbacks  # HydraContext needs one, and only hydra.main makes it
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
@@ -35,22 +35,22 @@ from runners.run import has_time_for, is_failure, is_finished, is_on_cuda, repor
 def run_all(cells: list[Cell]) -> int:
     """Run the cells that are not finished.
 
-    Without a launcher of the user's choice they run one after the other, but consecutive training runs on a GPU side by
-    side, at most `jobs` at a time.
+    With Hydra's basic launcher they run one after the other, but consecutive training runs on a GPU run side by side,
+    at most `jobs` at a time.
 
     Args:
-        cells: of one sweep, checked. `budget_minutes` ends it, by the cell under way where that can go on from a
-            checkpoint, else before the first that might not end in time.
+        cells: the cells of one sweep, checked. At the end of `budget_minutes` a training run stops with a checkpoint;
+            no cell starts that may not finish in time.
 
     Returns:
-        The exit code: that of the last cell that failed, or else OutOfTime's where cells are left.
+        The exit code of the last cell that failed, else that of OutOfTime if cells are left, else 0.
     """
     hydra = compose.composed(cells[0].overrides, return_hydra_config=True)
     is_local = hydra.hydra.runtime.choices["hydra/launcher"] == "basic"
     waiting = [cell for cell in cells if not is_finished(cell.config)]
     sweep = _Sweep(waiting=len(waiting), is_local=is_local)
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before", file=sys.stderr)
-    before = signal.signal(signal.SIGTERM, _terminated)  # else the workers of joblib would outlive this process
+    before = signal.signal(signal.SIGTERM, _terminated)  # else joblib's workers outlive this process
     codes: list[int] = []
     try:
         launcher = _launcher(hydra, sweep)
@@ -66,9 +66,9 @@ def run_all(cells: list[Cell]) -> int:
                 codes += [job.return_value for job in returned]
     except KeyboardInterrupt as error:
         return report_error(str(error) or "interrupted", 143 if str(error) else 130)
-    except SystemExit as end:  # a signal that the cell under way has obeyed
+    except SystemExit as end:  # the cell under way stopped at a signal
         return int(str(end.code))
-    except (HydraException, RuntimeError, ValueError) as error:  # no Slurm here, or a job that was killed
+    except (HydraException, RuntimeError, ValueError) as error:  # there is no Slurm, or a job was killed
         return report_error(error, 1)
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -76,11 +76,11 @@ def run_all(cells: list[Cell]) -> int:
 
 
 class _Sweep:
-    """What a launcher calls with each composed cell; in a launcher's own process it is a copy.
+    """The function that a launcher calls with each composed cell; a launcher's own process gets a copy.
 
     Args:
-        waiting: cells that are not finished.
-        is_local: whether all run in this process.
+        waiting: number of unfinished cells.
+        is_local: whether all cells run in this process.
     """
 
     def __init__(self, waiting: int, *, is_local: bool) -> None:
@@ -97,7 +97,7 @@ class _Sweep:
         if OutOfTime.exit_code in self.codes or (has_begun and not has_time_for(config, self.longest_seconds)):
             code = OutOfTime.exit_code
         else:
-            print(f"{self._place(config)}\n", end="", file=sys.stderr)  # in one piece, for others write there too
+            print(f"{self._place(config)}\n", end="", file=sys.stderr)  # in one write, as others write there too
             began = time.monotonic()
             code = run_cell_of_sweep(config)
             self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
@@ -107,7 +107,7 @@ class _Sweep:
         return code
 
     def _place(self, config: Config) -> str:
-        """Which cell begins, how many failed, and how long the others will take at this pace."""
+        """Write which cell begins, how many failed, and the estimated time left."""
         name = folder_name(config) or config.task.name
         if not self.is_local:
             return f"[{HydraConfig.get().job.num + 1}/{self.waiting}] {name}"
@@ -127,7 +127,7 @@ def _launcher(hydra: DictConfig, sweep: _Sweep) -> Launcher:
 
 
 def _summarise(cells: list[Cell], waiting: list[Cell], codes: list[int], seconds: float) -> int:
-    """Print what became of the cells, and return the exit code of the sweep."""
+    """Print how many cells finished, failed or are left, and return the exit code of the sweep."""
     failed = [(cell, code) for cell, code in zip(waiting, codes, strict=True) if is_failure(code)]
     left, busy, diverged = (codes.count(error.exit_code) for error in (OutOfTime, Busy, Diverged))
     parts = [
@@ -154,5 +154,5 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 
 
 def minutes(seconds: float) -> str:
-    """A duration for people."""
+    """Write a duration for people."""
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"

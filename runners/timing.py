@@ -1,10 +1,10 @@
-"""Seconds of several calls, which take turns in one process, so that the machine's drift meets them all alike.
+"""Time several calls in turn in one process, so that machine drift affects all alike.
 
-In every other turn the order is reversed, since what runs before leaves caches and heap to what runs after.
+Every other turn reverses the order, since a call finds the caches and the heap that the previous one left.
 
-On a GPU a turn is several calls between two events of the device's clock, enqueued without waiting in between, after
-one more that is not timed: the host's work for a call, such as launching a graph, is hidden behind the call before it,
-as it is in training.
+On a GPU a turn is several calls between two events on the device's clock. They are enqueued without waiting, after one
+untimed call, so the host's work for a call, such as launching a graph, overlaps the previous call, as it does in
+training.
 """
 
 import time
@@ -21,7 +21,7 @@ CALLS_PER_TURN = 5
 
 
 def calls_per_turn(device: torch.device) -> int:
-    """How many calls the seconds of a turn are the mean of: one on a CPU, which does a call before the next begins."""
+    """Return the number of calls that a turn averages: one on a CPU, where nothing overlaps."""
     return CALLS_PER_TURN if device.type == "cuda" else 1
 
 
@@ -30,12 +30,12 @@ def take_turns(calls: Sequence[Call], turns: int, *, title: str, device: torch.d
 
     Args:
         calls: warmed up; on a GPU they do not wait for the device.
-        turns: how often.
-        title: of the progress bar.
-        device: what they run on.
+        turns: number of turns.
+        title: title of the progress bar.
+        device: where the calls run.
 
     Returns:
-        Seconds of one call, float64 [turns, calls]: on a GPU the mean of those that a turn enqueued.
+        Seconds per call, float64 [turns, calls]: on a GPU the mean over the calls of a turn.
     """
     seconds = torch.zeros(turns, len(calls), dtype=torch.float64)
     for turn in tqdm(range(turns), title):
@@ -45,17 +45,17 @@ def take_turns(calls: Sequence[Call], turns: int, *, title: str, device: torch.d
 
 
 def low_median_high(values: Tensor) -> tuple[float, float, float]:
-    """The median of values [n], between their 20 and 80 % quantiles."""
+    """Return the 20 % quantile, the median and the 80 % quantile of values [n]."""
     low, median, high = values.quantile(torch.tensor([0.2, 0.5, 0.8], dtype=values.dtype)).tolist()
     return low, median, high
 
 
 def _seconds_of(call: Call, device: torch.device) -> float:
-    """One call by the device's own clock: the mean over a turn's."""
+    """Measure the seconds per call over one turn, on the device's clock."""
     count = calls_per_turn(device)
     if device.type == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        call()  # keeps the device busy while the host enqueues those that are timed
+        call()  # keeps the device busy while the host enqueues the timed calls
         start.record()
         for _ in range(count):
             call()

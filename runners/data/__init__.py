@@ -1,19 +1,19 @@
-"""Images held on the training device as bytes, and augmented there in whole batches.
+"""Data sets: images stored on the training device as bytes, and augmented there in whole batches.
 
-A data set is small enough to live where it is used (CIFAR is 180 MB as uint8), so there are no worker processes: a
-batch is an index into a tensor. What the network is given of an image x is, as METHOD.md section 5 says,
+A data set fits the memory of the training device (CIFAR is 180 MB as uint8), so there are no worker processes: a batch
+is an index into a tensor. The network's input for an image x is (Chakrabarti and Moseley 2019, section 4)
 
     x / 255 - mean(x / 255)        the mean over all pixels and channels of that image
 
-then, in training, padded with zeros (the image's own mean, that is), cropped to its size again and mirrored or not.
-Crop and mirroring are nothing but a choice of rows and of columns, so a whole batch takes one gather.
+In training it is then padded with zeros (the image's own mean), cropped to its original size and mirrored or not. Crop
+and mirroring select rows and columns, so a whole batch takes one gather.
 
-All that is random about a batch is a table of four whole numbers an image: which, from which row and column, mirrored
-or not. The host draws it, and the device makes the batch of it, so the same draws give the same batch wherever it is
-made. No generator lives longer than it is used: the order of the images is a function of (seed, epoch), their
-augmentation one of (seed, iteration), so that a run can start at any iteration.
+The only random part of a batch is a table of four integers per image: its number, first row, first column, and whether
+it is mirrored. The host draws the table and the device makes the batch from it, so equal draws give equal batches on
+every device. No generator state persists: the order of the images is a function of (seed, epoch), their augmentation
+one of (seed, iteration), so a run can start at any iteration.
 
-To add a data set: a module with a `read` like those here, and a YAML file that names it.
+To add a data set, write a module with a `read` like those here, and a YAML file that names it.
 """
 
 import hashlib
@@ -39,19 +39,19 @@ class Split:
     """int64 [N], on the training device."""
 
     def draws(self, config: DatasetConfig, *, seed: int, start: int = 1) -> Iterator[tuple[int, Tensor]]:
-        """Go through the images in a random order, epoch after epoch; the last, partial batch of each is dropped.
+        """Draw the images in a random order, epoch after epoch; the last, partial batch of each epoch is dropped.
 
         Args:
-            config: the recipe; there are at least `config.batch_size` images.
-            seed: of the order and of the augmentation.
-            start: the iteration to begin at; the first of all is 1.
+            config: the recipe; `config.batch_size` is at most the number of images.
+            seed: seed of order and augmentation.
+            start: the iteration to begin at; the first one is 1.
 
         Yields:
-            Iteration, up to and with `config.iterations`, and its draws, int64 [batch, 4] on the CPU: a row is the
-            number of the image and what draw_crops draws for it.
+            Iteration, up to and including `config.iterations`, and its draws, int64 [batch, 4] on the CPU. A row is the
+            number of an image and its row from draw_crops.
 
         Raises:
-            UserError: no such augmentation.
+            UserError: the augmentation is unknown.
         """
         batches_per_epoch = len(self.labels) // config.batch_size
         order = torch.empty(0)
@@ -67,7 +67,7 @@ class Split:
         """Make a batch from its draws, without waiting for the device.
 
         Args:
-            draws: what `draws` yields, on the training device.
+            draws: as `draws` yields them, on the training device.
             config: the recipe.
 
         Returns:
@@ -86,15 +86,15 @@ class ImageData:
 
 
 def load(config: DatasetConfig, device: torch.device) -> ImageData:
-    """Read a data set and put it on the training device.
+    """Read a data set and copy it to the training device.
 
     Args:
-        config: which one, where it lies, and what it is expected to look like.
-        device: where the images are to be held.
+        config: the reader, the folder, and the expected number and size of images and classes.
+        device: the training device.
 
     Raises:
-        UserError: no such reader; a folder that lacks the data set, or holds it damaged; images other than `config`
-            says, or fewer than a batch.
+        UserError: there is no such reader; the data set is missing or damaged; its images do not match `config`, or
+            are fewer than a batch.
     """
     try:
         reader = importlib.import_module(config.reader)
@@ -116,13 +116,13 @@ def _on(device: torch.device, images: Tensor, labels: Tensor) -> Split:
 
 
 def _generator(purpose: str, seed: int, index: int) -> torch.Generator:
-    """Seed a generator by the first 8 bytes of the sha256 of "purpose seed index", so that no two are related."""
+    """Make a generator seeded by the first 8 bytes of the sha256 of "purpose seed index": independent of all others."""
     digest = hashlib.sha256(f"{purpose} {seed} {index}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits: below 2 ** 63
 
 
 def normalise(images: Tensor) -> Tensor:
-    """Bytes to what the network is given: x / 255, less the mean of each image.
+    """Normalise bytes to the network's input: x / 255, minus the mean of each image.
 
     Args:
         images: uint8 [N, C, H, W].
@@ -135,22 +135,22 @@ def normalise(images: Tensor) -> Tensor:
 
 
 def draw_crops(count: int, config: DatasetConfig, *, generator: torch.Generator) -> Tensor:
-    """Draw where each image is cropped out of its zero-padded self, and whether it is mirrored.
+    """Draw the crop of each zero-padded image, and whether it is mirrored.
 
     Args:
-        count: images.
-        config: `augmentation` per-image draws for each image; per-batch, as the authors' code does, draws one crop for
-            the whole batch and mirrors its first half, always; none takes every image as it is. `crop_padding` is in
-            pixels; `flip` false never mirrors.
-        generator: a CPU generator, so that the draws are the same whatever the device.
+        count: number of images.
+        config: `augmentation` per-image draws for each image; per-batch, as in the authors' code, draws one crop for
+            the whole batch and always mirrors its first half; none changes no image. `crop_padding` is in pixels;
+            `flip` false never mirrors.
+        generator: a CPU generator, so that the draws do not depend on the device.
 
     Returns:
         int64 [count, 3]: first row and column in the padded image, and 1 where it is mirrored.
 
     Raises:
-        UserError: no such augmentation.
+        UserError: the augmentation is unknown.
 
-    Source: METHOD.md section 5; He et al. 2016 for the padding and the crop.
+    Source: Chakrabarti and Moseley 2019, section 4; He et al. 2016 for the padding and the crop.
     """
     corners = 2 * config.crop_padding + 1
     if config.augmentation == "none":
@@ -167,11 +167,11 @@ def draw_crops(count: int, config: DatasetConfig, *, generator: torch.Generator)
 
 
 def crop(images: Tensor, crops: Tensor, config: DatasetConfig) -> Tensor:
-    """Crop each image out of its zero-padded self to its size again, and mirror some.
+    """Pad each image with zeros, crop it to its original size, and mirror some.
 
     Args:
         images: float32 [N, C, H, W], normalised.
-        crops: what draw_crops drew for them, on their device.
+        crops: their rows from draw_crops, on the same device.
         config: `crop_padding`, in pixels.
 
     Returns:

@@ -1,7 +1,7 @@
 """CIFAR-10 and CIFAR-100 (Krizhevsky 2009), read and downloaded by torchvision, which checks the md5 of every file.
 
-torchvision has one sentence for every bad folder, and a traceback for a missing network; here the folder is looked
-through first, so that the message names the file and what to do.
+torchvision has one message for every bad folder, and a traceback without a network. Here the folder is checked first,
+so that the message names the file and the remedy.
 """
 
 import os
@@ -22,17 +22,17 @@ SOURCES = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 
 
 def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Read one of the two, downloading it first where that is needed and allowed; a good folder needs no network.
+    """Read CIFAR-10 or CIFAR-100, after a download if needed and allowed; a good folder needs no network.
 
     Args:
-        config: `name` is cifar10 or cifar100; `root` the folder that holds cifar-10-batches-py or cifar-100-python, or
-            is to hold it; `download` whether a missing or damaged file may be fetched.
+        config: `name` is cifar10 or cifar100; `root` is the folder of cifar-10-batches-py or cifar-100-python;
+            `download` allows fetching missing or damaged files.
 
     Returns:
         Training (50,000) and test set (10,000): images uint8 [N, 3, 32, 32], labels int64 [N]; CIFAR-100's fine labels.
 
     Raises:
-        UserError: the folder is missing, incomplete or damaged and could not be, or was not to be, downloaded.
+        UserError: the folder is missing, incomplete or damaged, and the download failed or was not allowed.
     """
     name, root = config.name, config.root
     source = SOURCES[name]
@@ -44,7 +44,7 @@ def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     if problem:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.parent / f".{name}.lock"):  # one of the runs of a sweep fetches it for all
+            with FileLock(folder.parent / f".{name}.lock"):  # one run of a sweep downloads for all
                 if find_problem(source, folder):
                     download_and_extract_archive(
                         source.url, str(folder.parent), filename=source.filename, md5=source.tgz_md5
@@ -63,14 +63,14 @@ def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
 
 
 def find_problem(source: type[datasets.CIFAR10], folder: Path) -> str | None:
-    """Look through a folder for what is wrong with it.
+    """Check a folder for missing and damaged files.
 
     Args:
-        source: torchvision's class, which knows the files' names and md5s.
-        folder: the one that holds the files themselves.
+        source: torchvision's class, which has the names and md5s of the files.
+        folder: the folder of the files.
 
     Returns:
-        The first thing that is wrong, naming the folder or the file; None where the folder is good.
+        The first problem, naming the folder or the file; None where the folder is good.
     """
     if not os.path.isdir(folder):
         return f"there is no folder {folder}"

@@ -1,7 +1,7 @@
 """scikit-learn's 1,797 handwritten digits of 8 x 8 pixels: real data that needs no download.
 
-The images are those of 13 writers, in the order they were collected. They are split once and for all, in equal parts of
-every digit, 1,297 to train on and 500 to test on: both parts see every writer, as in the tables of the field.
+The images are in the order in which they were collected from 13 writers. The split is fixed and stratified by digit:
+1,297 images for training and 500 for testing. Both parts contain every writer, as is usual for this data set.
 """
 
 import torch
@@ -13,14 +13,14 @@ from runners.config import DatasetConfig
 
 TEST_IMAGES = 500
 INK_LEVELS = 16
-"""An image counts the inked pixels in 4 x 4 blocks: 0 to 16."""
+"""A pixel of an image is the number of inked pixels in a 4 x 4 block: 0 to 16."""
 
 
 def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Read the digits.
 
     Args:
-        config: not looked at, for there is nothing to choose.
+        config: not used; the data set has no options.
 
     Returns:
         Training (1,297) and test set (500): images uint8 [N, 1, 8, 8] from 0 to 255, labels int64 [N].
@@ -28,6 +28,6 @@ def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     digits = load_digits()
     images = torch.from_numpy(digits.images * (255 / INK_LEVELS)).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(digits.target).to(torch.int64)
-    # A split for good: the seed of a run moves its weights, not the images it is tested on.
+    # A fixed split: the seed of a run does not change its test images.
     train, test = train_test_split(range(len(labels)), test_size=TEST_IMAGES, stratify=labels, random_state=0)
     return (images[train], labels[train]), (images[test], labels[test])

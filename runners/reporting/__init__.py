@@ -1,1 +1,1 @@
-"""From records to tables, figures and pages."""
+"""Turn records into tables, figures and pages."""

@@ -1,7 +1,7 @@
 """The curves of finished runs: test error at every evaluation.
 
-A run's metrics.csv lives in results/runs, which is not committed. They are gathered in results/curves.csv, which is, so
-that a fresh clone draws the same figures. As in the tables, of two runs of the same cell and seed the newer counts.
+A run's metrics.csv is in results/runs, which is not committed. All are gathered in results/curves.csv, which is, so a
+fresh clone draws the same figures. As in the tables, the newer of two runs of the same cell and seed counts.
 """
 
 from pathlib import Path
@@ -43,7 +43,7 @@ def gather(results: Path) -> pd.DataFrame:
 
 
 def _curve(record: Record, metrics: Path) -> pd.DataFrame:
-    """A run's evaluations; none where the metrics are not those of the record (the run has been started anew)."""
+    """Return a run's evaluations; none where its metrics are newer than the record, as the run was started anew."""
     if not metrics.exists():
         return pd.DataFrame()
     rows = _read(metrics)
@@ -56,5 +56,5 @@ def _curve(record: Record, metrics: Path) -> pd.DataFrame:
 
 
 def _read(file: Path) -> pd.DataFrame:
-    """Read a file of curves, numbers to the last bit, which pandas' own reading does not promise."""
+    """Read a file of curves with numbers exact to the last bit, which pandas' own parser does not guarantee."""
     return pd.read_csv(file, keep_default_na=False, converters=dict.fromkeys(FLOATS, float))

@@ -1,8 +1,8 @@
 """The table of test errors, beside the paper's.
 
-An error is a mean over seeds, with its standard deviation. A table belongs to a group of records that differ by mode
-and seed alone. The paper's own cells come first, in every precision they were run in, and are shown before anything has
-been run. Where a cell was run twice with the same seed, for example on two machines, the newer run counts.
+An error is a mean over seeds, with its standard deviation. A table belongs to a group of records that differ only by
+mode and seed. The paper's own cells come first, in every precision that was run, and are shown even before any run.
+Where a cell was run twice with the same seed, for example on two machines, the newer run counts.
 """
 
 import json
@@ -107,7 +107,7 @@ def _commits(runs: pd.DataFrame) -> list[str]:
     return [
         f"{commit[:9]}{' with changes' if is_dirty else ''}"
         for commits, is_dirty in zip(runs["commit"], runs["is_dirty"], strict=True)
-        if isinstance(commits, str)  # pandas has None as NaN where other rows have one
+        if isinstance(commits, str)  # pandas turns None into NaN in a column of strings
         for commit in commits.split("; ")  # a run trained in parts has one per part
     ]
 

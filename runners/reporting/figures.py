@@ -1,8 +1,8 @@
 """Every figure, from curves.csv, records.csv and the tables of single runs alone: a fresh clone draws them again.
 
-Test error over the iterations, a line per mode; the network tables over depth; memory over one step; the error of each
-layer's gradient; where the ReLU's thresholds lie. The colours of modes, in their YAML files, are mostly Okabe and Ito's
-palette, which colour-blind readers can tell apart.
+They are test error over iterations, a line per mode; the network tables over depth; memory over one step; the error of
+each layer's gradient; and the positions of the ReLU's thresholds. The colours of modes, in their YAML files, are mostly
+Okabe and Ito's palette, which colour-blind readers can distinguish.
 """
 
 import json
@@ -24,7 +24,7 @@ THIRDS = ("#56B4E9", "#0072B2", "#003355")
 """Colours of the thirds of a network: the deeper, the darker."""
 
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
-"""The error axis is logarithmic and lies between two of these; an error of 0 is drawn at the smallest."""
+"""Ticks of the logarithmic error axis, which begins and ends at one; an error of 0 is drawn at the smallest."""
 
 
 def draw(curves: pd.DataFrame, labels: Labels) -> Figure:
@@ -73,7 +73,7 @@ def draw_over_depth(table: Table, conditions: Conditions, group: list[Record], l
         labels: names, colours and order of modes and data sets.
     """
     figure, axes = _canvas()
-    papers = table.papers_under(conditions)
+    papers = table.papers_for(conditions)
     ends = {}
     for mode in sorted({record.mode for record in group}, key=labels.order):
         line = {  # measured counts before predicted
@@ -84,7 +84,7 @@ def draw_over_depth(table: Table, conditions: Conditions, group: list[Record], l
         colour = labels.mode(mode).colour
         if line:
             values = [table.scale * record.value for record in line.values()]
-            style = "--" if mode.startswith("compiled") else "-"  # what lies below shows through
+            style = "--" if mode.startswith("compiled") else "-"  # lines below show through
             axes.plot(list(line), values, color=colour, linewidth=1.8, linestyle=style, marker="o", markersize=4)
             ends[mode] = values[-1]
         theirs = {depth: figures[mode] for (depth, width), figures in papers.items() if width == 1 and mode in figures}
@@ -114,7 +114,7 @@ def draw_memory(results: Path, name: str, labels: Labels) -> Path:
         labels: names and colours of modes.
 
     Returns:
-        The picture, results/figures/<name>.png.
+        The figure, results/figures/<name>.png.
     """
     figure, axes = _canvas()
     lines = pd.read_csv(results / "memory" / f"{name}.csv")
@@ -128,7 +128,7 @@ def draw_memory(results: Path, name: str, labels: Labels) -> Path:
     axes.set_ylim(0, None)
     axes.set_xticks([0.25, 0.75], ["forward pass", "backward pass"])
     axes.tick_params(axis="x", length=0)
-    axes.set_title(f"Memory of a training step, MiB a sample\n{name}", loc="left", fontsize=9)
+    axes.set_title(f"Memory of a training step, MiB per sample\n{name}", loc="left", fontsize=9)
     axes.legend(title="most at once", frameon=False, loc="upper left")
     return save(figure, results, name)
 
@@ -142,7 +142,7 @@ def draw_gradients(results: Path, name: str, labels: Labels) -> Path:
         labels: names and colours of modes.
 
     Returns:
-        The picture, results/figures/<name>.png.
+        The figure, results/figures/<name>.png.
     """
     figure, axes = _canvas()
     layers = pd.read_csv(results / "gradients" / f"{name}.csv")
@@ -166,14 +166,14 @@ def draw_gradients(results: Path, name: str, labels: Labels) -> Path:
 
 
 def draw_thresholds(results: Path, name: str) -> Path:
-    """Draw how many channels have their ReLU's threshold where.
+    """Draw the histogram of the ReLU's thresholds over channels.
 
     Args:
         results: the folder that holds thresholds/<name>.csv: part of the network, low, high, percent.
         name: the run's name.
 
     Returns:
-        The picture, results/figures/<name>.png.
+        The figure, results/figures/<name>.png.
     """
     figure, axes = _canvas()
     bins = pd.read_csv(results / "thresholds" / f"{name}.csv")
@@ -206,8 +206,8 @@ def save(figure: Figure, results: Path, name: str) -> Path:
 def _name_lines(
     axes: Any, ends: dict[str, float], labels: Labels, text: Callable[[float], str], *, lowest: float = 0.0
 ) -> None:
-    """Name each line at its right end, in its colour, the names moved apart where lines end together."""
-    gap = 0.062  # of the axis: a line of text at this size
+    """Name each line at its right end, in its colour; names move apart where lines end together."""
+    gap = 0.062  # height of a line of text, as a fraction of the axis
     to_axis = axes.transData + axes.transAxes.inverted()
     order = sorted(ends, key=ends.__getitem__)
     wanted = [float(to_axis.transform((1, max(ends[mode], lowest)))[1]) for mode in order]
@@ -219,13 +219,13 @@ def _name_lines(
 
 
 def spread(wanted: list[float], gap: float) -> list[float]:
-    """Positions at least `gap` apart, in the order given and as near to the wanted ones as can be.
+    """Place labels at least `gap` apart, in the given order and as near to the wanted positions as possible.
 
     Args:
         wanted: increasing positions.
         gap: least distance between neighbours.
     """
-    # Less the gaps, the positions need only not decrease: the nearest such sequence averages every run that decreases.
+    # Minus the gaps, positions only must not decrease: the nearest such sequence averages each decreasing stretch.
     blocks: list[list[float]] = []
     for index, position in enumerate(wanted):
         blocks.append([position - gap * index])
@@ -246,12 +246,12 @@ def _title(curves: pd.DataFrame, labels: Labels) -> str:
 
 
 def group_slug(group: tuple[Any, ...]) -> str:
-    """Make a file name of a group: digits-depth29-width1-300x64-fp32."""
+    """Make a file name from a group: digits-depth29-width1-300x64-fp32."""
     dataset, depth, width, iterations, batch_size, precision, settings = group
     name = f"{dataset}-depth{depth}-width{width:g}-{iterations}x{batch_size}-{precision}"
     return slug(f"{name} {settings_text(json.loads(settings))}")
 
 
 def slug(text: str) -> str:
-    """Make a part of a file name of a text."""
+    """Make a part of a file name from a text."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")

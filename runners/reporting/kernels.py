@@ -1,20 +1,17 @@
-"""The table of kernels: the bandwidth of each function relative to a copy, and the time of one unit relative to exact.
-
-A unit is batch norm, ReLU and convolution.
-"""
+"""The table of kernels: bandwidth of each function relative to a copy, and time of a BN-ReLU-conv relative to exact."""
 
 from runners.records import Record, canonical
 from runners.reporting.labels import Labels, settings_text
 from runners.reporting.pages import Page, Section, commits, listed
 
 SHARE = "_share_of_copy"
-UNIT = ("kernel_size", "in_channels", "out_channels")
-"""Settings that name a unit."""
+SHAPE = ("kernel_size", "in_channels", "out_channels")
+"""Settings that name a BN-ReLU-conv."""
 OPENING = """\
 Functions: time, and bandwidth as a percentage of the bandwidth of a copy of the same activation, counting every element
 that must be read or written once. Measured on the activations of the network's own blocks, which fit the cache of a
-large GPU, and on one that fits no cache. Units: forward and backward time of batch norm, ReLU and convolution, in
-milliseconds and relative to exact. Medians over n turns. Written by `blpa-run task=tables`.
+large GPU, and on one that fits no cache. BN-ReLU-conv: forward and backward time of batch norm, ReLU and convolution,
+in milliseconds and relative to exact. Medians over n turns. Written by `blpa-run task=tables`.
 """
 
 
@@ -60,7 +57,7 @@ def page(shown: list[Record], labels: Labels) -> Page:
             on = f"functions at batch {batch}" if batch else "functions beyond any cache"
             at_batch = [record for record in functions if record.batch_size == batch]
             sections.append(Section(f"{mode}, {title}: {on}", _functions(at_batch), [notes]))
-        sections.append(Section(f"{mode}, {title}: units", _units(group, labels), []))
+        sections.append(Section(f"{mode}, {title}: BN-ReLU-conv", _bn_relu_convs(group, labels), []))
     return Page("Kernels", OPENING, sections, "blpa-run task=kernels mode=4bit")
 
 
@@ -86,20 +83,20 @@ def _time(seconds: Record | None, share: float | None) -> str:
     return f"{1e3 * seconds.value:.3g} ms" + (f" ({100 * share:.0f} %)" if share else "")
 
 
-def _units(group: list[Record], labels: Labels) -> list[list[str]]:
-    """Lay out a row per mode, a column per unit."""
+def _bn_relu_convs(group: list[Record], labels: Labels) -> list[list[str]]:
+    """Lay out a row per mode, a column per BN-ReLU-conv."""
     found = {
-        (r.mode, settings_text({name: r.settings[name] for name in UNIT}), r.metric): r.value
+        (r.mode, settings_text({name: r.settings[name] for name in SHAPE}), r.metric): r.value
         for r in group
         if r.metric.startswith("unit_")
     }
-    units = list(dict.fromkeys(unit for _, unit, metric in found if metric == "unit_seconds"))
+    shapes = list(dict.fromkeys(shape for _, shape, metric in found if metric == "unit_seconds"))
     modes = list(dict.fromkeys(mode for mode, _, metric in found if metric == "unit_seconds"))
-    rows = [["", *units]]
+    rows = [["", *shapes]]
     for mode in sorted(modes, key=labels.order):
         times = [
-            f"{1e3 * found[mode, unit, 'unit_seconds']:.3g} ms ({found[mode, unit, 'unit_ratio_to_exact']:.2f})"
-            for unit in units
+            f"{1e3 * found[mode, shape, 'unit_seconds']:.3g} ms ({found[mode, shape, 'unit_ratio_to_exact']:.2f})"
+            for shape in shapes
         ]
         rows.append([labels.label(mode), *times])
     return rows

@@ -72,7 +72,7 @@ def settings_text(settings: Settings) -> str:
         parts.append(f"{rest.pop('rows')} rows of {rest.pop('channels')} channels")
     if "kernel_size" in rest:
         size = rest.pop("kernel_size")
-        parts.append(f"unit {size}x{size} {rest.pop('in_channels')} to {rest.pop('out_channels')}")
+        parts.append(f"BN-ReLU-conv {size}x{size} {rest.pop('in_channels')} to {rest.pop('out_channels')}")
     for name, value in sorted(rest.items()):
         parts.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
     return " ".join(parts)

@@ -1,7 +1,7 @@
 """Tables whose columns are networks and whose rows are modes: largest batch, time per sample, gradient error.
 
 A table holds the newest record of each cell. There is one table for each set of conditions that cells share. The
-paper's figures of a mode stand below its row; a cell that failed says how.
+paper's figures of a mode stand below its row; a failed cell shows how it failed.
 """
 
 import json
@@ -70,7 +70,7 @@ class Table:
             values["batch_size"] = None  # each mode and network has its own
         return Conditions(**values)
 
-    def papers_under(self, conditions: Conditions) -> Mapping[tuple[int, float], Mapping[str, float]]:
+    def papers_for(self, conditions: Conditions) -> Mapping[tuple[int, float], Mapping[str, float]]:
         """Return the paper's figures, where they belong to these conditions: CIFAR-size images, the paper's card."""
         settings = json.loads(conditions.settings)
         is_same = conditions.dataset in ("cifar10", "cifar100") and paper.matches_card(settings)
@@ -106,8 +106,8 @@ def cells(table: Table, found: list[Record], labels: Labels) -> list[Record]:
             by_cell.setdefault((cell, record.predicted, record.failure), []).append(record)
     measured = {cell for cell, _, failed in by_cell if not failed}
     # A failure is shown where nothing was measured under the same conditions.
-    kept = [runs for (cell, _, failed), runs in by_cell.items() if not failed or cell not in measured]
-    shown = [record for runs in kept for record in _newest_run(runs)]
+    selected = [runs for (cell, _, failed), runs in by_cell.items() if not failed or cell not in measured]
+    shown = [record for runs in selected for record in _newest_run(runs)]
     return sorted(shown, key=lambda r: (
         table.heading(table.conditions(r), labels), -r.width, -r.depth, labels.order(r.mode), r.metric
     ))  # fmt: skip
@@ -166,7 +166,7 @@ def rows(table: Table, conditions: Conditions, group: list[Record], labels: Labe
     for record in group:
         metric = "predicted" if record.predicted else record.metric
         by_cell.setdefault(((record.width, record.depth), record.mode), {})[metric] = record
-    papers = {(width, depth): figures for (depth, width), figures in table.papers_under(conditions).items()}
+    papers = {(width, depth): figures for (depth, width), figures in table.papers_for(conditions).items()}
     networks = sorted({network for network, _ in by_cell} | set(papers), reverse=True)
     modes = {mode for _, mode in by_cell}
     if papers:

@@ -1,4 +1,4 @@
-"""A page of tables, and how it reads as Markdown; report.html.j2 is how it reads in a browser."""
+"""A page of tables, and its Markdown; report.html.j2 is its HTML."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

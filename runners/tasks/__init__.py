@@ -1,15 +1,15 @@
-"""Tasks: a module for each option of task=, max_batch.py for task=max-batch, with a YAML file of its settings.
+"""Tasks: one module and one YAML file of settings per option of task=, for example max_batch.py for task=max-batch.
 
 A task's module has
 
-    Settings            a dataclass: name, and what conf/task/<name>.yaml sets
-    run(config)         does it and returns the records it made
+    Settings            dataclass of its settings: name, and the keys of conf/task/<name>.yaml
+    run(config)         run the task and return the records it made
 
-and, where it has a use for them,
+and, if needed,
 
-    check(config)       raise a UserError for settings that cannot be
-    folder(config)      the folder under results/runs that it writes; one without has no records of its own
-    settings_of(config) what else decides its number, for the column `settings` of its records
-    COUNTS = True       it needs no GPU where there is one
-    in_turns(config, stopping)   as run, while other runs have turns between the steps of this one
+    check(config)       raise a UserError for settings that are not allowed
+    folder(config)      folder under results/runs that the task writes; a task without one makes no records of its own
+    settings_of(config) settings that decide its numbers and have no column of a record
+    COUNTS = True       the task counts and needs no GPU
+    in_turns(config, stopping)   run, but yield to other runs after each step
 """

@@ -1,13 +1,13 @@
-"""How far a mode's gradient is from exact's, on the same weights and the same batches, layer by layer and in whole.
+"""Error of a mode's gradient relative to the baseline's, on the same weights and batches, per layer and in total.
 
     error  = |g - g_exact| / |g_exact|
     cosine = <g, g_exact> / (|g| |g_exact|)
 
-Beside them stands what training lives with anyway, the spread of exact's own gradient between batches:
+For comparison, the spread of the exact gradient between batches, which training tolerates anyway:
 
     spread = |g_exact - mean g_exact| / |mean g_exact|
 
-each over training batches with their augmentation. Written are results/gradients/<run>.csv, a row per layer, and
+All are over augmented training batches. The task writes results/gradients/<run>.csv, a row per layer, and
 results/figures/<run>.png, which task=plots draws again from the file.
 """
 
@@ -32,47 +32,47 @@ from runners.timing import low_median_high
 from runners.training import network, steps
 
 Gradients = dict[str, Tensor]
-"""The gradient of each layer with a weight of two dimensions or more, by the layer's name."""
+"""Gradients of the weights with two dimensions or more, by layer name."""
 
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
     steps: int
-    """Batches that are compared."""
+    """Number of batches to compare."""
     checkpoint: str | None
-    """File of weights to compare at, of any mode; null takes freshly initialised ones."""
+    """File of the weights, of any mode; null takes freshly initialised weights."""
 
 
 def check(config: Config) -> None:
-    """Refuse no batches at all, and a checkpoint without a name."""
+    """Check that there is at least one batch, and that a checkpoint has a name."""
     at_least("task.steps", config.task.steps, 1)
     if config.task.checkpoint == "":
         raise UserError("task.checkpoint= is empty: give a file of weights, or null for freshly initialised ones")
 
 
 def folder(config: Config) -> str:
-    """The run's name, the batch and the weights."""
+    """Name the folder by the run, the batch size and the weights."""
     return f"{config.run}-gradient-error-{batch_name(config)}{checkpoint_name(config)}"
 
 
 def run(config: Config) -> list[Record]:
-    """Compare the configured mode's gradients with exact's, print a summary and record it.
+    """Compare the configured mode's gradients with the baseline's; print a summary and record it.
 
     Args:
         config: one run, checked; task.steps is the number of batches.
 
     Returns:
-        Error, cosine and spread of the gradient in whole, each the median over batches with 20 and 80 % quantiles.
+        Error, cosine and spread of the total gradient: medians over batches with 20 and 80 % quantiles.
 
     Raises:
-        UserError: the mode has another width than exact, the checkpoint is not of this network, or the machine or the
-            data cannot do what the configuration asks for.
+        UserError: the mode's width differs from the baseline's, the checkpoint is not of this network, or the machine
+            or the data do not support the configuration.
     """
     if config.mode.width_factor != 1:
-        raise UserError(f"mode={config.mode.name}: its layers are of another width than exact's, and so its gradients")
+        raise UserError(f"mode={config.mode.name}: its layers and gradients have another width than exact")
     results, run_dir = Path(config.results), network.run_folder(config)
     name = run_dir.name
     device = network.device(config)
@@ -117,13 +117,13 @@ def settings_of(config: Config) -> dict[str, str | None]:
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor, gpu: GpuConfig) -> Gradients:
-    """The gradient of the mean loss, in float64 on the CPU, of every convolution and of the classifier.
+    """Compute the gradients of the mean loss for all convolutions and the classifier, as float64 on the CPU.
 
     Args:
-        model: in training.
+        model: in training mode.
         images: [N, C, H, W].
         labels: class indices [N].
-        gpu: its precision.
+        gpu: its `precision`.
     """
     model.zero_grad()
     F.cross_entropy(steps.forward(model, images, gpu), labels).backward()
@@ -135,10 +135,10 @@ def gradients(model: nn.Module, images: Tensor, labels: Tensor, gpu: GpuConfig) 
 
 
 def compare(pairs: list[tuple[Gradients, Gradients]]) -> list[dict[str, float | str]]:
-    """Error, cosine and spread of each layer: medians over batches, with 20 and 80 % quantiles.
+    """Compute error, cosine and spread of each layer: medians over batches, with 20 and 80 % quantiles.
 
     Args:
-        pairs: exact's gradients and the mode's, one pair a batch.
+        pairs: the baseline's gradients and the mode's, one pair per batch.
     """
     rows = []
     for layer in pairs[0][0]:

@@ -3,13 +3,12 @@
     weights + optimiser + images + peak of a step <= budget - allowance
 
 Predicted: the left side is counted on the meta device (blpa.memory). Measured: whole training steps run in a fresh
-process whose allocator may take the right side and no more, so that a large card tells what fits a smaller one. The
-prediction is where the search begins, and a handful of processes is enough. The allowance stands for what neither
-sees: the CUDA context, and in the prediction the workspace of convolutions and blocks that are rounded up.
+process whose allocator is limited to the right side, so a large card can measure what fits a smaller one. The search
+starts at the prediction and needs a handful of processes. The allowance stands for memory that is not counted: the CUDA
+context, and for the prediction also convolution workspaces and rounded-up blocks.
 
-What the allocator takes is more than what is alive in it, by an amount that depends on the kind of its segments
-(segments.py). Every mode is searched with both kinds, the second from the first one's answer on, and the larger batch
-is the answer.
+The allocator reserves more memory than is in use, by an amount that depends on the kind of its segments (segments.py).
+Every mode is searched with both kinds, the second starting from the first one's result. The larger batch counts.
 """
 
 import functools
@@ -36,14 +35,14 @@ from runners.training.offloading import host_bytes_left
 from runners.training.steps import EAGER_STEPS
 
 STEPS = EAGER_STEPS + 2
-"""Training steps of a probe: those before a CUDA graph is recorded, the one that records it, and one more."""
+"""Training steps of a probe: the warm-up steps before a CUDA graph is captured, the captured one, and one more."""
 STRIDE = 1 / 40
-"""First stride of the search, as a part of the batch; each further one is twice as long."""
+"""First stride of the search, as a fraction of the batch; each further stride is twice as long."""
 VERIFYING_STEPS = 20
-"""Training steps that the answer must stand."""
+"""Training steps that must fit at the largest batch."""
 
 LARGEST_INDEX = 2**31
-"""Elements of a tensor from which on libraries that count in 32 bits refuse it."""
+"""Elements of a tensor from which on libraries with 32-bit indices fail."""
 
 Probe = Callable[[int, int], bool]
 """(batch, steps) -> whether that many training steps fit."""
@@ -51,21 +50,21 @@ Probe = Callable[[int, int], bool]
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
     resolution: float
-    """Relative tolerance of the measured search: a batch larger by this part does not fit."""
+    """Relative tolerance of the measured search: a batch larger by this fraction does not fit."""
 
 
 def check(config: Config) -> None:
-    """Refuse a resolution that is no part of a batch."""
+    """Check that the resolution is a fraction of a batch."""
     if not 0 < config.task.resolution < 1:
         raise UserError(f"task.resolution={config.task.resolution} is not allowed: it is above 0 and less than 1")
 
 
 def folder(config: Config) -> str:
-    """The run's name, the card and the back end."""
+    """Name the folder by the run, the memory budget and the backend."""
     return f"{config.run}-max-batch-{card_name(config.gpu)}-{config.gpu.kernels}"
 
 
@@ -76,15 +75,13 @@ def run(config: Config) -> list[Record]:
         config: one run, checked; dataset.batch_size does not matter.
 
     Returns:
-        The predicted batch, and the measured one where there is a GPU with that much memory; 0 where not even one
-        sample fits. Where there is a GPU, a prediction that the results hold already is not counted again: its record
-        keeps its date and commit.
+        The predicted batch, and the measured one on a GPU with enough memory; 0 where not even one sample fits. On a
+        GPU, an earlier prediction in the results is not counted again: its record keeps its date and commit.
 
     Raises:
-        UserError: no budget is given and there is no GPU whose memory it could be, or the results folder cannot be
-            written.
-        CardIsTaken: others hold so much of the GPU's memory that the budget cannot be reached.
-        NotMemory: a step failed, and not for want of memory.
+        UserError: there is neither a memory budget nor a GPU, or the results folder cannot be written.
+        CardIsTaken: other processes use so much of the GPU's memory that the budget cannot be reached.
+        NotMemory: a step failed for another reason than lack of memory.
     """
     run_dir = network.run_folder(config)
     device = network.device(config)
@@ -95,14 +92,14 @@ def run(config: Config) -> list[Record]:
     assert cell.gpu.memory_gib is not None
     limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
 
-    prediction = prediction_of_before(config, cell) if is_cuda and config.resume else None
+    prediction = earlier_prediction(config, cell) if is_cuda and config.resume else None
     if prediction is None:
         prediction = predict(config, cell, limit)
     found = [prediction]
     if is_cuda and limit > card:
         print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
     elif is_cuda:
-        _refuse_taken(free, limit, cell)
+        _check_free(free, limit, cell)
         kind, fits, fails = segments.KINDS[0], 0, 1
         if limit > 0:
             probes = {kind: _probe_on(cell, limit, kind) for kind in segments.KINDS}
@@ -118,7 +115,7 @@ def run(config: Config) -> list[Record]:
 
 
 def _record(config: Config, fits: int, high: int, source: dict[str, object], *, segments: str = "") -> Record:
-    """The answer; where it is measured, it may be up to `high`."""
+    """Make the record of a largest batch; a measured one may be up to `high`."""
     return provenance.record(
         config, source, metric="largest_batch", unit="samples", value=fits, low=fits, high=high, n=1, iterations=0,
         predicted=source["device"] == "none", batch_size=0, seed=0, segments=segments, settings=settings_of(config),
@@ -129,7 +126,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Return what decides the largest batch and has no column of a record: the memory budget, and CUDA graphs if set.
 
     Args:
-        config: a run of any task, with its budget in numbers where it is known.
+        config: a run of any task, with its budget as a number where it is known.
     """
     gpu = config.gpu
     budget = {"memory_gib": gpu.memory_gib, "allowance_mib": gpu.allowance_mib}
@@ -137,12 +134,12 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def predict(config: Config, cell: Config, limit: int) -> Record:
-    """The prediction, counted and printed.
+    """Count and print the prediction, and return its record.
 
     Args:
         config: the run.
-        cell: the same, with its budget in numbers.
-        limit: bytes that there are.
+        cell: the same run, with its budget as a number.
+        limit: available bytes.
     """
     with tqdm(desc="counting a training step", unit=" counts") as progress:
 
@@ -159,9 +156,9 @@ def predict(config: Config, cell: Config, limit: int) -> Record:
 
 
 def _host_batch(cell: Config) -> int:
-    """The batch whose activations the host's memory holds, where they are moved there; no limit elsewhere.
+    """Return the largest batch whose offloaded activations fit host memory; no limit for other modes.
 
-    PyTorch pins powers of two, so up to twice what is moved.
+    PyTorch rounds pinned memory up to powers of two, so it takes up to twice the bytes moved.
     """
     if cell.mode.layers != "offload":
         return sys.maxsize
@@ -169,8 +166,13 @@ def _host_batch(cell: Config) -> int:
     return batch * host_bytes_left() // (2 * network.training_bytes(cell, batch).host_bytes)
 
 
-def prediction_of_before(config: Config, cell: Config) -> Record | None:
-    """The newest prediction that the results hold of this network, budget, backend and settings, if any; see above."""
+def earlier_prediction(config: Config, cell: Config) -> Record | None:
+    """Return the newest prediction in the results for this network, budget, backend and settings, if any.
+
+    Args:
+        config: the run.
+        cell: the same run, with its budget as a number.
+    """
     used = provenance.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
     precision = network.precision(cell.gpu, META)
     columns = "dataset", "mode", "depth", "width", "precision", "kernels"
@@ -194,35 +196,35 @@ def prediction_of_before(config: Config, cell: Config) -> Record | None:
 
 
 def better(probes: dict[str, Probe], predicted: int, resolution: float) -> tuple[str, int, int]:
-    """Search with one kind of segments after the other, each from the answer of the one before on.
+    """Search with one kind of segments after the other, each starting from the result of the previous one.
 
     Args:
-        probes: by kind.
+        probes: probe by kind of segments.
         predicted: where the first search begins.
-        resolution: as search.
+        resolution: as for search.
 
     Returns:
-        The kind with the largest batch, the first one where the others are no better; and what search returned.
+        The kind with the largest batch, the first of equal ones; and the result of its search.
     """
     (first, probe), *others = probes.items()
     best = first, *search(probe, predicted, resolution)
     for kind, probe in others:
         remembering = functools.cache(probe)
-        if remembering(best[2], STEPS):  # where the best one so far fails
+        if remembering(best[2], STEPS):  # the smallest batch that does not fit with the best kind so far
             best = max(best, (kind, *search(remembering, best[2], resolution)), key=lambda found: found[1])
     return best
 
 
 def search(probe: Probe, predicted: int, resolution: float = 0.01) -> tuple[int, int]:
-    """Find the largest batch that fits, beginning at the prediction, and see that it stands and that 5 % more fail.
+    """Find the largest batch that fits, verify it over more steps, and check that 5 % more does not fit.
 
     Args:
-        probe: of one kind of segments.
+        probe: the probe of one kind of segments.
         predicted: where to begin.
-        resolution: how near, as a part of the answer, the smallest batch seen to fail must be; or they are neighbours.
+        resolution: relative tolerance; the search ends where the smallest failing batch is this close, or is the next.
 
     Returns:
-        The largest batch seen to fit, over VERIFYING_STEPS, or 0; and the smallest seen not to.
+        The largest batch that fits over VERIFYING_STEPS, or 0; and the smallest batch that does not fit.
     """
     fits, fails = 0, sys.maxsize
     guess = max(1, predicted)
@@ -246,11 +248,11 @@ def search(probe: Probe, predicted: int, resolution: float = 0.01) -> tuple[int,
         beyond = max(fails, math.ceil(1.05 * fits))
         if not fits or beyond == fails or not probe(beyond, STEPS):
             return fits, fails
-        fits, fails, guess = beyond, sys.maxsize, beyond + stride  # memory was not what failed before
+        fits, fails, guess = beyond, sys.maxsize, beyond + stride  # the earlier failure was not for lack of memory
 
 
 def _probe_on(config: Config, limit: int, kind: str) -> Probe:
-    """A probe in a fresh process each, which says on stderr what it found."""
+    """Make the probe of one kind of segments: it runs in a fresh process and prints its result on stderr."""
 
     def run_steps(batch: int, steps: int) -> int | None:
         reserved: int | None = fresh.call(fits_in, config, batch, steps, limit, kind)
@@ -260,7 +262,7 @@ def _probe_on(config: Config, limit: int, kind: str) -> Probe:
         try:
             reserved = run_steps(batch, steps)
         except Unclear as error:
-            _refuse_what_is_not_memory(config, batch, error, lambda half: run_steps(half, STEPS))
+            _check_memory_failed(config, batch, error, lambda half: run_steps(half, STEPS))
             reserved = None
         outcome = "does not fit" if reserved is None else f"fits, {reserved / GIB:.2f} of {limit / GIB:.2f} GiB taken"
         print(f"batch {batch}, {steps} steps, {kind} segments: {outcome}", file=sys.stderr)
@@ -270,23 +272,21 @@ def _probe_on(config: Config, limit: int, kind: str) -> Probe:
 
 
 class Unclear(Stopped):
-    """A step failed for want of memory or for another reason: what was said is said of both."""
+    """A step failed with an error that may or may not be lack of memory."""
 
 
 class NotMemory(Stopped):
-    """A step failed, and not for want of memory."""
+    """A step failed for another reason than lack of memory."""
 
 
-def _refuse_what_is_not_memory(
-    config: Config, batch: int, error: Unclear, run_steps: Callable[[int], int | None]
-) -> None:
-    """Raise NotMemory unless it is memory that a batch has too little of: then half of it runs, or is short of it too.
+def _check_memory_failed(config: Config, batch: int, error: Unclear, run_steps: Callable[[int], int | None]) -> None:
+    """Raise NotMemory unless a batch failed for lack of memory: then half of it fits, or clearly lacks memory too.
 
     Args:
         config: the run.
-        batch: that failed.
-        error: how.
-        run_steps: what fits_in returns for a batch.
+        batch: the batch that failed.
+        error: its error.
+        run_steps: fits_in as a function of the batch.
     """
     elements = network.largest_activation(config, batch)
     if elements >= LARGEST_INDEX:
@@ -306,35 +306,35 @@ def _refuse_what_is_not_memory(
 
 
 class CardIsTaken(Stopped):
-    """Somebody else's processes fill the GPU."""
+    """Other processes use too much of the GPU's memory."""
 
 
-def _refuse_taken(free: int, limit: int, config: Config) -> None:
-    """Raise if a limit cannot be reached; a process has its context there before it can ask, hence the allowance."""
+def _check_free(free: int, limit: int, config: Config) -> None:
+    """Raise CardIsTaken if a limit cannot be reached; the allowance covers the CUDA context of this process."""
     if free < limit - config.gpu.allowance_mib * MIB:
         raise CardIsTaken(f"{free / GIB:.4g} GiB of the GPU are free: too little to measure {limit / GIB:.4g}")
 
 
 def fits_in(config: Config, batch: int, count: int, limit: int, kind: str) -> int | None:
-    """Run training steps on the GPU under a limit of memory, in a process that has not used the GPU yet.
+    """Run training steps on the GPU within a memory limit, in a process that has not used the GPU yet.
 
     Args:
         config: the run.
-        batch: samples a step.
-        count: how many.
-        limit: bytes that the allocator may take.
-        kind: of its segments.
+        batch: samples per step.
+        count: number of steps.
+        limit: bytes that the allocator may reserve.
+        kind: kind of its segments.
 
     Returns:
-        The most bytes it took; None where they were not enough.
+        The most bytes reserved; None where the limit was too small.
 
     Raises:
-        CardIsTaken: others hold so much memory that the limit cannot be reached.
-        Unclear: a step failed, perhaps for want of memory.
+        CardIsTaken: other processes use so much memory that the limit cannot be reached.
+        Unclear: a step failed, perhaps for lack of memory.
     """
     segments.use(kind)
     device = torch.device("cuda")
-    _refuse_taken(torch.cuda.mem_get_info()[0], limit, config)
+    _check_free(torch.cuda.mem_get_info()[0], limit, config)
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     steps.configure_torch(network.used(config.gpu, device))
     try:
@@ -352,13 +352,13 @@ def fits_in(config: Config, batch: int, count: int, limit: int, kind: str) -> in
 
 
 def describe(config: Config, batch: int, limit: int, counted: TrainingBytes) -> str:
-    """The prediction, and what it is made of.
+    """Describe the prediction and its parts.
 
     Args:
         config: the run.
         batch: the largest batch, or 0.
-        limit: bytes there are, the allowance taken off.
-        counted: at that batch, or at 1.
+        limit: available bytes, without the allowance.
+        counted: the bytes of training at that batch, or at batch 1.
     """
     allowance = config.gpu.allowance_mib * MIB
     budget = f"{(limit + allowance) / GIB:.4g} GiB"

@@ -1,9 +1,9 @@
-"""Where the bytes of a training step go: by kind, by block and over time, the mode beside exact.
+"""Memory of a training step by kind, by block and over time, for the mode and the baseline.
 
-Counted on the meta device (blpa.memory), so any network and batch takes seconds on any machine. Written are
+It is counted on the meta device (blpa.memory), so any network and batch takes seconds on any machine. The task writes
 
-    results/memory/<run>.csv    bytes alive after each operation of both steps, thinned to what a picture shows
-    results/figures/<run>.png   the picture of it, which task=plots draws again from the file
+    results/memory/<run>.csv    memory in use after each operation of both steps, thinned for a figure
+    results/figures/<run>.png   the figure, which task=plots draws again from the file
     results/runs/<run>/blocks.csv, records.json
 """
 
@@ -30,33 +30,33 @@ from runners.training.network import META
 Row = dict[str, Any]
 
 POINTS = 600
-"""Points of a line in the picture; each stands for the most that was alive around it."""
+"""Points per line of the figure; each is the maximum over its neighbourhood."""
 
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
 
 
 COUNTS = True
-"""It needs no GPU where there is one."""
+"""It counts, and needs no GPU."""
 
 
 def folder(config: Config) -> str:
-    """The run's name, the batch and the back end."""
+    """Name the folder by the run, the batch size and the backend."""
     return f"{config.run}-memory-{batch_name(config)}-{config.gpu.kernels}"
 
 
 def run(config: Config) -> list[Record]:
-    """Count a step of exact and of the configured mode, print the tables, draw the picture and record the peaks.
+    """Count a step of the configured mode and of the baseline; print tables, draw the figure and record the peaks.
 
     Args:
         config: one run, checked; dataset.batch_size is the batch.
 
     Returns:
-        The peak of a step of each, in MiB a sample, marked as predicted.
+        The peak of a step of each, in MiB per sample, marked as predicted.
 
     Raises:
         UserError: the results folder cannot be written.
@@ -71,8 +71,8 @@ def run(config: Config) -> list[Record]:
     write_csv(run_dir / "blocks.csv", blocks)
     print(by_size(counted[config.mode.name], batch))
     if config.mode.layers == "coded":
-        kept, formula = (sum(block[column] for block in blocks) for column in ("kept", "formula"))
-        print(f"kept by the blocks: {kept} bytes counted, {formula} by blpa.memory.kept_bytes")
+        saved, formula = (sum(block[column] for block in blocks) for column in ("saved", "formula"))
+        print(f"saved by the blocks: {saved} bytes counted, {formula} by blpa.memory.kept_bytes")
     lines = [point for mode, total in counted.items() for point in timeline(mode, total, batch)]
     write_csv(results / "memory" / f"{name}.csv", lines)
     print(figures.draw_memory(results, name, read_labels(config.config_dir)))
@@ -89,11 +89,11 @@ def run(config: Config) -> list[Record]:
 
 
 def by_kind(counted: dict[str, TrainingBytes], batch: int) -> str:
-    """The table of what is alive at the peak of a step, in MiB a sample, and what training holds besides, in MiB.
+    """Write the table of memory by kind: at the peak of a step in MiB per sample, and of all training in MiB.
 
     Args:
-        counted: by mode.
-        batch: samples.
+        counted: the bytes of training, by mode.
+        batch: samples per step.
     """
     rows = [
         [kind, *(f"{total.step.kinds_at_peak.get(kind, 0) / batch / MIB:.3f}" for total in counted.values())]
@@ -111,18 +111,18 @@ def by_kind(counted: dict[str, TrainingBytes], batch: int) -> str:
         )
         if field != "host_bytes" or any(total.host_bytes for total in counted.values())
     ]
-    return aligned([[f"MiB a sample at the peak, batch {batch}", *counted], *rows])
+    return aligned([[f"MiB per sample at the peak, batch {batch}", *counted], *rows])
 
 
 def by_block(config: Config, counted: TrainingBytes) -> list[Row]:
-    """What each block's forward pass left for the backward pass, beside the formula; bytes.
+    """List the bytes that each block saves for backward, counted and by the formula.
 
     Args:
         config: the run.
-        counted: its mode's, with the blocks as parts.
+        counted: the bytes of its mode, with the blocks as parts.
 
     Returns:
-        A row per block: block, channels, height, kept codes, vectors and full precision, kept (their sum), formula
+        A row per block: block, channels, height, saved codes, vectors and full precision, saved (their sum), formula
         (None where layers are not coded).
     """
     return [
@@ -131,7 +131,7 @@ def by_block(config: Config, counted: TrainingBytes) -> list[Row]:
             "channels": part.output_shape[1],
             "height": part.output_shape[2],
             **{kind: part.kinds[kind] for kind in KEPT},
-            "kept": sum(part.kinds.values()),
+            "saved": sum(part.kinds.values()),
             "formula": _formula(config, part),
         }
         for name, part in counted.step.kept_by_part.items()
@@ -139,10 +139,10 @@ def by_block(config: Config, counted: TrainingBytes) -> list[Row]:
 
 
 def _formula(config: Config, part: PartBytes) -> int | None:
-    """Bytes that a block's three units keep: the first reads the block's input, the others a quarter of its output."""
+    """Compute the bytes that a block saves: its three BN-ReLU-convs read the input, and 1/4 of the output twice."""
     if config.mode.layers != "coded":
         return None
-    code = network.code(config.mode)
+    code = network.codec(config.mode)
     rows_in, rows_out = (shape.numel() // shape[1] for shape in (part.input_shape, part.output_shape))
     element_bytes = 2 if network.precision(config.gpu, META) == "bf16" else 4
     first = kept_bytes(rows_in, part.input_shape[1], code, element_bytes=element_bytes)
@@ -150,33 +150,33 @@ def _formula(config: Config, part: PartBytes) -> int | None:
 
 
 def by_size(counted: TrainingBytes, batch: int) -> str:
-    """The table of what blocks of one size keep, in MiB a sample.
+    """Write the table of memory saved by blocks of one size, in MiB per sample.
 
     Args:
-        counted: with the blocks as parts, those of one size one after the other.
-        batch: samples.
+        counted: the bytes of training with the blocks as parts; blocks of one size are consecutive.
+        batch: samples per step.
     """
-    rows = [["blocks", "output", *KEPT, "kept, MiB a sample"]]
+    rows = [["blocks", "output", *KEPT, "saved, MiB per sample"]]
     for (_, channels, height, width), alike in groupby(
         counted.step.kept_by_part.values(), key=lambda part: part.output_shape
     ):
         blocks = list(alike)
-        kept = [sum(part.kinds[kind] for part in blocks) for kind in KEPT]
-        cells = [f"{value / batch / MIB:.3f}" for value in (*kept, sum(kept))]
+        saved = [sum(part.kinds[kind] for part in blocks) for kind in KEPT]
+        cells = [f"{value / batch / MIB:.3f}" for value in (*saved, sum(saved))]
         rows.append([str(len(blocks)), f"{channels} x {height} x {width}", *cells])
     return aligned(rows)
 
 
 def timeline(mode: str, counted: TrainingBytes, batch: int) -> list[Row]:
-    """The line of one mode in the picture.
+    """Compute the line of one mode in the figure.
 
     Args:
-        mode: its name.
-        counted: its step.
-        batch: samples.
+        mode: the mode's name.
+        counted: its bytes of training.
+        batch: samples per step.
 
     Returns:
-        Rows of mode, part of the step's operations that are done (the forward pass ends at 0.5), MiB a sample alive.
+        Rows of mode, fraction of the step done (the forward pass ends at 0.5), and MiB per sample in use.
     """
     forward = counted.step.forward_operations
     halves = counted.step.timeline[:forward], counted.step.timeline[forward:]

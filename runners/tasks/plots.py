@@ -1,4 +1,4 @@
-"""Every figure, from curves.csv, records.csv and the tables of single runs: a fresh clone draws them again."""
+"""Draw every figure from curves.csv, records.csv and the tables of single runs, all of them committed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from runners.reporting.networks import TABLES
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
 
@@ -26,7 +26,7 @@ def run(config: Config) -> list[Record]:
         config: `results` is the folder of runs, records, curves and figures.
 
     Returns:
-        Nothing new is measured: an empty list.
+        An empty list: nothing is measured.
     """
     results, labels = Path(config.results), read_labels(config.config_dir)
     curves = gather(results)

@@ -1,4 +1,4 @@
-"""How far each training run is, and its newest checkpoint: what another machine needs to go on with it."""
+"""Progress of each training run, and its newest checkpoint, with which another machine can continue it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from runners.training import checkpoints
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
 
@@ -24,7 +24,7 @@ def run(config: Config) -> list[Record]:
         config: `results` is the folder of runs.
 
     Returns:
-        Nothing is measured: an empty list.
+        An empty list: nothing is measured.
     """
     runs = Path(config.results) / "runs"
     rows = [row for run_dir in sorted(runs.glob("*")) if run_dir.is_dir() for row in _row(run_dir)]
@@ -36,7 +36,7 @@ def run(config: Config) -> list[Record]:
 
 
 def _row(run_dir: Path) -> list[list[str]]:
-    """The row of a training run that diverged, has its records or has a good checkpoint; none of another."""
+    """Return the row of a training run that diverged, has records or has a good checkpoint; else no row."""
     found = checkpoints.newest(run_dir)
     file = str(found[0]) if found else "-"
     for record in records.read_divergence(run_dir):

@@ -14,7 +14,7 @@ from runners.tasks import plots
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
 

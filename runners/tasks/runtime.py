@@ -1,11 +1,10 @@
-"""Time a sample of a training step, beside exact's: modes take turns (timing.py).
+"""Time per sample of a training step, and its ratio to exact: modes are timed in turn (timing.py).
 
-    ratio = median over pairs of  seconds a sample(mode) / seconds a sample(exact)
+    ratio = median over turns of  seconds per sample(mode) / seconds per sample(exact)
 
-A step is forward, loss, backward and update, of random images of the data set's size, after two steps to warm up. On a
-GPU a turn is five steps that are enqueued one behind the other, and their mean is one measurement: n counts turns, and
-iterations counts steps. Both modes have dataset.batch_size, or, with task.largest_batch, each its own largest batch as
-max-batch found it.
+A step is forward, loss, backward and update, on random images of the data set's size, after two warm-up steps. On a GPU
+a turn is five steps, enqueued without waiting, and their mean is one measurement: n counts turns, iterations counts
+steps. The modes run at dataset.batch_size or, with task.largest_batch, each at its own largest batch from max-batch.
 """
 
 import shlex
@@ -28,42 +27,42 @@ from runners.timing import Call, calls_per_turn, low_median_high, take_turns
 from runners.training import network, segments, steps
 
 WARM_UP = 2
-"""Steps before those that are timed, besides those before a CUDA graph is captured."""
+"""Untimed steps before the timed ones, besides the warm-up steps before a CUDA graph is captured."""
 
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
     steps: int
-    """Turns that are timed, each of one training step, of five on a GPU."""
+    """Number of timed turns, each of one training step, or five on a GPU."""
     modes: list[str]
-    """Modes that are timed in turn with the configured one and exact, in one process, and recorded like it."""
+    """Modes to time and record beside the configured one, in the same process."""
     largest_batch: bool
-    """Time each mode at its largest batch as max-batch found it for gpu.memory_gib, not at dataset.batch_size."""
+    """Time each mode at its largest batch from max-batch for gpu.memory_gib, not at dataset.batch_size."""
 
 
 def check(config: Config) -> None:
-    """Refuse no steps at all, and modes that there are not."""
+    """Check that there is at least one turn, and that the modes exist."""
     at_least("task.steps", config.task.steps, 1)
     for name in config.task.modes:
         one_of("task.modes", name, options("mode", config.config_dir))
 
 
 def folder(config: Config) -> str:
-    """The run's name, the batch and the back end."""
+    """Name the folder by the run, the batch size and the backend."""
     batch = f"largest-batch-{card_name(config.gpu)}" if config.task.largest_batch else batch_name(config)
     return f"{config.run}-runtime-{batch}-{config.gpu.kernels}"
 
 
 class DoesNotFit(Stopped):
-    """Max-batch found that not one sample fits."""
+    """Not even one sample fits, by the record of max-batch."""
 
 
 @dataclass(frozen=True)
 class _Timed:
-    """A mode that is timed."""
+    """A mode to be timed."""
 
     cell: Config
     batch: int
@@ -78,24 +77,23 @@ def run(config: Config) -> list[Record]:
         config: one run, checked.
 
     Returns:
-        Seconds a sample and the ratio to exact of each mode, each a median with 20 and 80 % quantiles. The ratio is
-        left out for exact itself, which is not recorded unless it is asked for, and where exact's step does not fit the
-        GPU.
+        Seconds per sample and the ratio to exact of each mode, as medians with 20 and 80 % quantiles. There is no
+        ratio for exact itself, which is recorded only if it is in the configuration, or if exact does not fit the GPU.
 
     Raises:
-        UserError: the machine cannot do what the configuration asks for, or no largest batch has been found yet.
-        DoesNotFit: the mode's largest batch is none.
+        UserError: the machine does not support the configuration, or no largest batch has been found yet.
+        DoesNotFit: not even one sample of the mode fits.
     """
     run_dir = network.run_folder(config)
     device = network.device(config)
     chosen = kernels.choose(config.gpu.kernels, device)
     steps.configure_torch(network.used(config.gpu, device))
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    asked = [config, *(replace(config, mode=mode(name)) for name in config.task.modes)]
+    requested = [config, *(replace(config, mode=mode(name)) for name in config.task.modes)]
     if config.task.largest_batch:
-        asked = [network.on_card(cell, card) for cell in asked]
+        requested = [network.on_card(cell, card) for cell in requested]
     timed: list[_Timed] = []
-    cells = [asked[0], network.exact(asked[0]), *asked[1:]]
+    cells = [requested[0], network.exact(requested[0]), *requested[1:]]
     for cell in [cell for place, cell in enumerate(cells) if cell not in cells[:place]]:
         try:
             timed.append(_timed(cell, chosen, device))
@@ -120,10 +118,10 @@ def run(config: Config) -> list[Record]:
             found.append(("ratio_to_exact", "times", seconds[:, which] / seconds[:, exact]))
         for metric, unit, values in found:
             low, median, high = low_median_high(values)
-            scale, shown = (1e3, f"ms a sample, batch {one.batch}") if unit == "s" else (1, "times exact")
+            scale, shown = (1e3, f"ms per sample, batch {one.batch}") if unit == "s" else (1, "times exact")
             spread = f"(20 to 80 %: {scale * low:.3f} to {scale * high:.3f})"
             print(f"{one.cell.mode.name}: {scale * median:.3f} {shown} {spread}")
-            if one.cell in asked:
+            if one.cell in requested:
                 measured.append(
                     provenance.record(
                         one.cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
@@ -137,7 +135,7 @@ def run(config: Config) -> list[Record]:
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """Return what decides the time and has no column of a record."""
+    """Return the settings that decide the time and have no column of a record."""
     gpu = config.gpu
     settings: dict[str, Any] = {}
     if config.task.largest_batch:
@@ -152,22 +150,22 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
-    """A mode whose step has warmed up."""
+    """Build and warm up the step of a mode."""
     batch, kind = _largest_batch(cell, chosen, device) if cell.task.largest_batch else (cell.dataset.batch_size, "")
     if cell.task.largest_batch:
-        segments.use(kind or segments.USUAL)  # for what it takes while its graph is captured: replays take nothing
+        segments.use(kind or segments.USUAL)  # for the capture of its graph; a replay allocates nothing
     step = network.training_step(cell, batch, chosen, device)
     _warm_up(step, device)
     return _Timed(cell, batch, kind, step)
 
 
 def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tuple[int, str]:
-    """What max-batch found for this network, budget, precision and back end: measured, or else predicted.
+    """Look up the largest batch for this network, budget, precision and backend: measured, or else predicted.
 
     Returns:
-        The batch, and the kind of segments that it fits in; none is named where it was predicted.
+        The batch, and the kind of segments that it fits in; empty for a prediction.
     """
-    counted = kernels.choose(config.gpu.kernels, network.META)  # by which a prediction is made
+    counted = kernels.choose(config.gpu.kernels, network.META)  # the backend of predictions
     settings = provenance.all_settings(config, max_batch.settings_of(config))
     found = [
         record
@@ -181,8 +179,8 @@ def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tup
     ]
     best = max(found, key=lambda record: (not record.predicted, record.date), default=None)
     if best is None:
-        asked = overrides(replace(config, task=task_settings("max-batch"), experiment="single"))
-        command = shlex.join([*asked, f"results={config.results}"])
+        arguments = overrides(replace(config, task=task_settings("max-batch"), experiment="single"))
+        command = shlex.join([*arguments, f"results={config.results}"])
         raise UserError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:
         raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")

@@ -1,6 +1,6 @@
-"""Every table from every record there is: errors, largest batches, times, gradient errors, kernels.
+"""Write every table from all records: errors, largest batches, times, gradient errors, kernels.
 
-results/tables/<name>.md are for reading; <name>.csv holds the same cells in one row each.
+results/tables/<name>.md is for reading; <name>.csv has the same cells, one per row.
 """
 
 from dataclasses import dataclass
@@ -18,21 +18,21 @@ from runners.reporting.pages import markdown
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
     tables: list[str]
-    """Tables that are printed, of memory, batches, times, gradients, kernels and errors; an empty list is all."""
+    """Tables to print, of memory, batches, times, gradients, kernels and errors; an empty list prints all."""
 
 
 def check(config: Config) -> None:
-    """Refuse tables that there are not."""
+    """Check that the tables exist."""
     for name in config.task.tables:
         one_of("task.tables", name, ("memory", "batches", "times", "gradients", "kernels", "errors"))
 
 
 def run(config: Config) -> list[Record]:
-    """Collect every record, write every table and print those that task.tables names, or all, the errors last.
+    """Collect every record, write every table, and print those that task.tables names, or all, the errors last.
 
     Args:
         config: `results` is the folder of runs, records and tables.

@@ -1,11 +1,12 @@
-"""Where the ReLU's threshold lies in every channel of a trained network, in standard deviations.
+"""Position of the ReLU's threshold in every channel of a trained network, in standard deviations.
 
     y = gamma x_hat + beta > 0   exactly where   sign(gamma) x_hat > -shift,     shift = beta / |gamma|
 
-A code over [-clip, clip] with bins d wide has no bin of its own above the threshold where shift < -(clip - d), and none
-below it where shift > clip - d: such channels need the guards at the two ends of the range (README, "Departures", 1).
-Beyond clip, a grid that followed the threshold would leave the data (2). Written are results/thresholds/<run>.csv, a
-histogram, and results/figures/<run>.png, which task=plots draws again from the file.
+A codec over [-clip, clip] with bins of width d has no bin entirely on the negative side of the threshold where
+shift < -(clip - d), and none entirely on the positive side where shift > clip - d. Such channels need the guards at the
+two ends of the range (README, "Departures", 1). Beyond clip, a grid that followed the threshold would leave the data
+(2). The task writes results/thresholds/<run>.csv, a histogram, and results/figures/<run>.png, which task=plots draws
+again from the file.
 """
 
 from dataclasses import dataclass
@@ -28,31 +29,31 @@ from runners.training import network
 from runners.training.network import META
 
 LIMIT, BIN = 6.0, 0.125
-"""Ends of the histogram, which also count what lies beyond them, and width of its bins."""
-PARTS = ("first third of the units", "second", "last")
+"""Half-width of the histogram, whose outermost bins also count values beyond, and width of its bins."""
+PARTS = ("first third of the layers", "second", "last")
 
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
     checkpoint: str | None
-    """File of the weights to look at, of any mode."""
+    """File of the weights to analyse, of any mode."""
 
 
 COUNTS = True
-"""It needs no GPU where there is one."""
+"""It counts, and needs no GPU."""
 
 
 def check(config: Config) -> None:
-    """Refuse to look at weights that nobody names."""
+    """Check that the weights are named."""
     if not config.task.checkpoint:
-        raise UserError("task=thresholds looks at trained weights: name a file of them, task.checkpoint=")
+        raise UserError("task=thresholds analyses trained weights: name a file of them, task.checkpoint=")
 
 
 def folder(config: Config) -> str:
-    """The run's name and the weights."""
+    """Name the folder by the run and the weights."""
     return f"{config.run}-thresholds{checkpoint_name(config)}"
 
 
@@ -60,19 +61,19 @@ def run(config: Config) -> list[Record]:
     """Count the channels, print the shares, draw the histogram and record the shares.
 
     Args:
-        config: one run, checked; task.checkpoint names the weights, the mode the code.
+        config: one run, checked; task.checkpoint names the weights, the mode the codec.
 
     Returns:
-        The shares of all channels, in percent; n is how many there are.
+        The shares of all channels, in percent; n is the number of channels.
 
     Raises:
-        UserError: the weights are not of this network, or the mode has no code.
+        UserError: the weights are not of this network, or the mode saves no codes.
     """
     if config.mode.bits is None:
-        raise UserError(f"mode={config.mode.name}: keeps no codes; name one that does, mode=4bit")
+        raise UserError(f"mode={config.mode.name}: saves no codes; choose one that does, mode=4bit")
     results, run_dir = Path(config.results), network.run_folder(config)
     code = Code(config.mode.bits, config.mode.clip)
-    gammas, betas = zip(*_units(config), strict=True)
+    gammas, betas = zip(*_batch_norms(config), strict=True)
     thirds = [slice(len(gammas) * k // 3, len(gammas) * (k + 1) // 3) for k in range(3)]
     parts = {part: (torch.cat(gammas[of]), torch.cat(betas[of])) for part, of in zip(PARTS, thirds, strict=True)}
     everything = shares(torch.cat(gammas), torch.cat(betas), code)
@@ -97,17 +98,17 @@ def run(config: Config) -> list[Record]:
 
 
 def settings_of(config: Config) -> dict[str, str]:
-    """Return what decides the result and has no column: the file of weights."""
+    """Return the setting that decides the result and has no column: the file of weights."""
     return {"checkpoint": Path(str(config.task.checkpoint)).stem}
 
 
 def shares(gamma: Tensor, beta: Tensor, code: Code) -> dict[str, float]:
-    """Percent of the channels whose threshold a code of theirs, placed without guards, would lose.
+    """Compute the percentage of channels whose threshold a codec without guards would lose.
 
     Args:
         gamma: scale of every channel [C].
         beta: shift [C].
-        code: the code.
+        code: the codec.
     """
     shift = _shift(gamma, beta)
     last_edge = code.clip - code.bin_width
@@ -121,7 +122,7 @@ def shares(gamma: Tensor, beta: Tensor, code: Code) -> dict[str, float]:
 
 
 def histogram(part: str, gamma: Tensor, beta: Tensor) -> list[dict[str, float | str]]:
-    """Rows of part, low, high and the percentage of its channels whose shift is in between."""
+    """Compute the histogram of one part: rows of part, low, high and percentage of channels in between."""
     shift = _shift(gamma, beta).clamp(-LIMIT, LIMIT - BIN / 2)
     counts = torch.histc(shift, bins=round(2 * LIMIT / BIN), min=-LIMIT, max=LIMIT)
     lows = [-LIMIT + BIN * k for k in range(len(counts))]
@@ -133,12 +134,12 @@ def histogram(part: str, gamma: Tensor, beta: Tensor) -> list[dict[str, float | 
 
 
 def _shift(gamma: Tensor, beta: Tensor) -> Tensor:
-    """As the code has it: infinite where gamma alone is 0, 0 where both are."""
+    """Compute beta / |gamma| as the codec does: infinite where only gamma is 0, and 0 where both are."""
     return (beta / gamma.abs()).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
 
 
-def _units(config: Config) -> list[tuple[Tensor, Tensor]]:
-    """Vectors gamma and beta of every unit, from the first to the last."""
+def _batch_norms(config: Config) -> list[tuple[Tensor, Tensor]]:
+    """Return gamma and beta of every batch norm, from the first to the last."""
     model = network.build(network.exact(config), REFERENCE)
     network.load_weights(model, Path(str(config.task.checkpoint)))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -1,4 +1,4 @@
-"""Train and test one network: device, kernels, data, model, training, records, in that order, cheap refusals first."""
+"""Train and test one network: device, kernels, data, model, training, records, in that order, cheap checks first."""
 
 import sys
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from runners.training.turns import Turns
 
 @dataclass
 class Settings:
-    """Of this task."""
+    """Settings of this task."""
 
     name: str
     evaluate_every: int
@@ -26,11 +26,11 @@ class Settings:
     checkpoint_every: int
     """Training steps between checkpoints."""
     keep_every: int | None
-    """Training steps between checkpoints that are kept for good; null keeps the last two alone."""
+    """Training steps between checkpoints that are never removed; null keeps only the last two."""
 
 
 def check(config: Config) -> None:
-    """Refuse intervals below one step."""
+    """Check that intervals are at least one step."""
     at_least("task.evaluate_every", config.task.evaluate_every, 1)
     at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
     if config.task.keep_every is not None:
@@ -38,12 +38,12 @@ def check(config: Config) -> None:
 
 
 def folder(config: Config) -> str:
-    """The run's own name."""
+    """Name the folder by the run."""
     return config.run
 
 
 def run(config: Config) -> list[Record]:
-    """Train the configured network, or go on with it, and record what it came to.
+    """Train the configured network, or continue its training, and record the result.
 
     Args:
         config: one run, checked.
@@ -52,8 +52,8 @@ def run(config: Config) -> list[Record]:
         Test error (%), training time (s) and speed (samples/s), as written to results/runs/<run>/records.json.
 
     Raises:
-        UserError: the machine or the data cannot do what the configuration asks for.
-        Stopped: the training came to a stop before its end (see loop.py).
+        UserError: the machine or the data do not support the configuration.
+        Stopped: the training stopped before its end (see loop.py).
     """
     begun = _begin(config)
     outcome = loop.train(begun.model, begun.images, begun.used, device=begun.device, run_dir=begun.run_dir)
@@ -61,7 +61,7 @@ def run(config: Config) -> list[Record]:
 
 
 def in_turns(config: Config, stopping: loop.Stopping) -> Turns[list[Record]]:
-    """As `run`, but that other runs have their turns between the steps of this (loop.in_turns)."""
+    """Train as `run` does, but yield to other runs after each step (loop.in_turns)."""
     begun = _begin(config)
     outcome = yield from loop.in_turns(
         begun.model, begun.images, begun.used, device=begun.device, run_dir=begun.run_dir, stopping=stopping
@@ -70,12 +70,12 @@ def in_turns(config: Config, stopping: loop.Stopping) -> Turns[list[Record]]:
 
 
 class _Begun(NamedTuple):
-    """What the training is given."""
+    """The arguments of the training."""
 
     run_dir: Path
     device: torch.device
     used: Config
-    """With the device and the back end that are really used."""
+    """The run with the device and backend actually used."""
     images: data.ImageData
     model: nn.Module
 
@@ -98,7 +98,7 @@ def _begin(config: Config) -> _Begun:
 
 
 def _end(config: Config, begun: _Begun, outcome: loop.Outcome) -> list[Record]:
-    """Record what the training came to."""
+    """Record and print the result of the training."""
     source = provenance.source(config, begun.device, begun.used.gpu.kernels)
     source |= provenance.merge_provenance(outcome.parts)
     measured = _records(config, outcome, source, begun.run_dir)
@@ -112,11 +112,11 @@ def _end(config: Config, begun: _Begun, outcome: loop.Outcome) -> list[Record]:
 
 
 def _records(config: Config, outcome: loop.Outcome, source: dict[str, Any], run_dir: Path) -> list[Record]:
-    """What was measured; the records already there where the run was finished before and nothing was measured now."""
+    """Make the records of a run; return the existing ones if the run was finished before."""
     if config.resume:
         before = records.read_run(run_dir)
         if any(record.metric == "train_seconds" and record.value == outcome.seconds for record in before):
-            # A wall time in nanoseconds does not come twice: their date and commit stay true.
+            # No two runs have the same wall time in nanoseconds: date and commit of the records stay valid.
             return [replace(record, experiment=config.experiment, command=source["command"]) for record in before]
 
     return [

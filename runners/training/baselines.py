@@ -1,15 +1,15 @@
-"""What PyTorch itself offers against the memory of activations: baselines, applied to the blocks of a built network.
+"""Baselines built on torch.compile and torch.utils.checkpoint, applied to the blocks of a network.
 
 torch.compile sees a block's forward and backward pass as one graph and chooses what is saved between the two:
 
-    activation_memory_budget b    it saves about b of the bytes it would, and computes the rest again
-    fp8                           it saves float8 copies, with a scale a row, of the floating-point tensors it would
+    activation_memory_budget b    about a fraction b of those bytes is saved, the rest is recomputed
+    fp8                           floating-point tensors are saved as float8, with one scale per row
 
-Blocks of one shape share a graph, so a network of any depth has six. Each block is compiled by itself: its input is
-saved whatever the budget, and 1,001 layers compile in the time of 29.
+Each block is compiled by itself, and blocks of the same shape share a graph. So a network of any depth has six graphs,
+1,001 layers compile as fast as 29, and a block's input is saved whatever the budget.
 
-Checkpointing saves the input of each segment of blocks, and computes all else again. Parameters, buffers and their
-names stay as they are.
+Checkpointing saves the input of each segment of blocks and recomputes the rest. Parameters, buffers and their names do
+not change.
 """
 
 import functools
@@ -23,8 +23,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.utils.checkpoint import checkpoint_sequential
 
 VARIANTS = 256
-"""Graphs that may be made of the blocks: six for each compiler, batch size and precision, with gradients and without.
-"""
+"""Limit on compiled graphs: six per compiler, batch size, precision and grad mode."""
 
 FP8 = {
     "activation_quantization_aten_pass": {
@@ -37,14 +36,14 @@ FP8 = {
 
 
 def compile_blocks(blocks: nn.Sequential, *, activation_memory_budget: float = 1.0, fp8: bool = False) -> None:
-    """Compile the forward pass of each block, and with it the backward pass.
+    """Compile the forward and backward pass of each block, in place.
 
     Args:
-        blocks: of the network.
-        activation_memory_budget: part of the bytes to save, from 0 to 1.
-        fp8: whether what is saved is saved in 8 bits.
+        blocks: the network's blocks.
+        activation_memory_budget: fraction of the bytes to save, 0 to 1.
+        fp8: save activations as float8.
     """
-    torch._dynamo.config.recompile_limit = VARIANTS  # beyond it fullgraph refuses to go on
+    torch._dynamo.config.recompile_limit = VARIANTS  # with fullgraph, exceeding the limit is an error
     for block in blocks:
         block.forward = _CompiledForward(block, _compiled(type(block).forward, activation_memory_budget, fp8))
 
@@ -68,7 +67,7 @@ def _compiled(forward: Callable[..., Any], activation_memory_budget: float, fp8:
 
 def _backend(activation_memory_budget: float, fusions: dict[str, Any]) -> Callable[..., Any]:
     def compile_graph(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Any:
-        # Inductor makes no code for the meta device: there the graphs run as they were divided, node by node.
+        # Inductor generates no code for the meta device: there the partitioned graphs run node by node.
         on_meta = any(tensor.is_meta for tensor in inputs if isinstance(tensor, Tensor))
         inner = lookup_backend("aot_eager_decomp_partition" if on_meta else "inductor")
         with (
@@ -81,11 +80,11 @@ def _backend(activation_memory_budget: float, fusions: dict[str, Any]) -> Callab
 
 
 class CheckpointedBlocks(nn.Sequential):
-    """Blocks that save the input of each segment alone, and run a second time in the backward pass.
+    """Blocks that save only the input of each segment and are recomputed in the backward pass.
 
     Args:
-        blocks: of the network.
-        segments: of about as many blocks each; None takes the square root of the number of blocks.
+        blocks: the network's blocks.
+        segments: number of segments, of about equal length; None is the square root of the number of blocks.
     """
 
     def __init__(self, blocks: nn.Sequential, segments: int | None = None) -> None:
@@ -93,8 +92,8 @@ class CheckpointedBlocks(nn.Sequential):
         self.segments = segments or round(math.sqrt(len(blocks)))
 
     def forward(self, x: Tensor) -> Any:
-        """Output of the last block."""
+        """Return the output of the last block."""
         if not torch.is_grad_enabled():
             return super().forward(x)  # type: ignore[no-untyped-call]
-        # Nothing in a block is random, and a CUDA graph could not record the saving of a generator's state.
+        # Nothing in a block is random, and saving a generator's state cannot be captured in a CUDA graph.
         return checkpoint_sequential(self, self.segments, x, use_reentrant=False, preserve_rng_state=False)

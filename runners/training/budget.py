@@ -1,16 +1,15 @@
-"""The time a command may take, budget_minutes, counted from when its process began.
+"""The time limit of a command, budget_minutes, counted from the start of its process.
 
-On machines that are had for minutes at a time a command stops by itself, with everything it did on the disk, and goes
-on when it is started again.
+On time-limited machines a command stops by itself, with all results on disk, and resumes when it is started again.
 """
 
 import math
 import time
 
 BEGAN = time.monotonic()
-"""When this module was imported: when the process began, but for the start of Python itself."""
+"""When this module was imported, by time.monotonic: shortly after the process began."""
 
 
 def seconds_left(budget_minutes: float | None) -> float:
-    """Seconds until the budget is used up, negative when it is; infinite where there is none."""
+    """Return the seconds until the budget is used up: negative afterwards, infinite without a budget."""
     return math.inf if budget_minutes is None else 60 * budget_minutes - (time.monotonic() - BEGAN)

@@ -1,11 +1,11 @@
-"""A run's folder: checkpoints that are whole or absent, and metrics that go with them.
+"""A run's folder: its checkpoints, each whole or absent, and its metrics.
 
-    checkpoint-<iteration>-<first 16 hexadecimal digits of the sha256 of its bytes>.pt     named the way of torch.hub
-    metrics.csv                                                                           a row an evaluation
+    checkpoint-<iteration>-<first 16 hexadecimal digits of the sha256 of its bytes>.pt     named as in torch.hub
+    metrics.csv                                                                           one row per evaluation
 
-A file is written beside its place, forced to the disk and only then renamed into it, so that a kill, a full disk or a
-power cut leaves the one before. What damages a file later is found by recomputing the digits in its name; the one
-before the newest is kept for that day. A checkpoint says what configuration it belongs to, and is good for no other.
+A file is written under another name, synced to disk and then renamed, so that a kill, a full disk or a power cut leaves
+the previous one. Later damage shows as a wrong digest in the name. The last two checkpoints are kept, so a damaged
+newest one can be skipped. A checkpoint holds the configuration it belongs to, and no other configuration can load it.
 """
 
 import csv
@@ -25,11 +25,11 @@ from runners.errors import CannotWrite, UserError
 from runners.files import write_whole
 
 KEPT = 2
-"""Checkpoints kept: the newest, and one to fall back on."""
+"""Checkpoints that stay on disk: the newest, and one to fall back on."""
 
 
 def deciding_fields(config: Config) -> dict[str, Any]:
-    """List what decides a run's result, by its name on the command line."""
+    """Return the settings that decide a run's result, by name on the command line."""
     dataset, mode, gpu = asdict(config.dataset), asdict(config.mode), asdict(config.gpu)
     return {
         **{f"dataset.{key}": value for key, value in dataset.items() if key not in ("root", "download", "label")},
@@ -46,9 +46,9 @@ class RunFolder:
     """The folder of one run, used by one process at a time (run.locked).
 
     Args:
-        path: created where it does not exist; what a killed process left half-written in it is removed.
-        configuration: what decides the run's result; it goes into its checkpoints.
-        keep_every: iterations between checkpoints that no later one replaces; None is of no such.
+        path: the folder, created if missing; half-written files of a killed process are removed.
+        configuration: settings that decide the run's result, written into its checkpoints.
+        keep_every: keep every checkpoint whose iteration is a multiple of this; None keeps only the last two.
 
     Raises:
         CannotWrite: the folder cannot be created.
@@ -59,7 +59,7 @@ class RunFolder:
         self.configuration = configuration
         self.keep_every = keep_every
         self.known_good: list[Path] = []
-        """Checkpoints written or read by this process, the newest last."""
+        """Undamaged checkpoints, written or read by this process, the newest last."""
         try:
             path.mkdir(parents=True, exist_ok=True)
             for half_written in (*path.glob("checkpoint-*.part"), *path.glob("metrics.csv*.part")):
@@ -68,19 +68,19 @@ class RunFolder:
             raise CannotWrite(f"cannot write into {path}: {error.strerror}") from error
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint, and remove all but it, the good one before it and those to be kept.
+        """Write a checkpoint, and remove older ones but for the last good one and multiples of keep_every.
 
         Args:
             iteration: training steps done.
-            state: what `torch.load(weights_only=True)` can read: tensors, numbers, strings, lists and dictionaries.
+            state: tensors, numbers, strings, lists and dictionaries, as `torch.load(weights_only=True)` can read them.
 
         Returns:
             The file.
 
         Raises:
-            CannotWrite: the disk is full, or the like; the checkpoints before are untouched.
+            CannotWrite: the write failed, for example on a full disk; earlier checkpoints are untouched.
         """
-        # Through memory, since the name is made of the bytes, and since a full disk is then a plain OSError.
+        # Serialised in memory: the name depends on the bytes, and a full disk raises a plain OSError.
         buffer = io.BytesIO()
         torch.save({**state, "configuration": self.configuration}, buffer)
         content = buffer.getbuffer()
@@ -93,10 +93,10 @@ class RunFolder:
         return file
 
     def newest(self) -> tuple[Path, dict[str, Any]] | None:
-        """Read the newest good checkpoint; a damaged one is named on stderr and passed over.
+        """Read the newest good checkpoint; a damaged one is reported on stderr and skipped.
 
         Returns:
-            The file and its state, tensors on the CPU; None where there is no good one.
+            The file and its state, tensors on the CPU; None without a good checkpoint.
 
         Raises:
             UserError: it belongs to another configuration.
@@ -104,14 +104,14 @@ class RunFolder:
         found = newest(self.path)
         if found is not None:
             file, state = found
-            self._refuse_another(file, state["configuration"])
+            self._check_configuration(file, state["configuration"])
             self.known_good = [file]
         elif checkpoints(self.path):
             print(f"no good checkpoint in {self.path}: starting from the beginning", file=sys.stderr)
         return found
 
     def remove_checkpoints(self) -> None:
-        """Start anew.
+        """Remove every checkpoint, to start anew.
 
         Raises:
             CannotWrite: a checkpoint cannot be removed.
@@ -123,16 +123,16 @@ class RunFolder:
                 raise CannotWrite(f"cannot remove {file}: {error.strerror}") from error
 
     def write_metrics(self, header: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
-        """Write metrics.csv anew; numbers as Python prints them, which is enough to read them back to the bit.
+        """Write metrics.csv anew, with numbers as Python prints them: they read back to the same bits.
 
         Raises:
-            CannotWrite: the disk is full, or the like; the file before is untouched.
+            CannotWrite: the write failed, for example on a full disk; the previous file is untouched.
         """
         text = io.StringIO()
         csv.writer(text, lineterminator="\n").writerows([header, *rows])
         self._write(self.path / "metrics.csv", text.getvalue().encode())
 
-    def _refuse_another(self, file: Path, there: dict[str, Any]) -> None:
+    def _check_configuration(self, file: Path, there: dict[str, Any]) -> None:
         here = self.configuration
         different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
         if different:
@@ -149,7 +149,7 @@ class RunFolder:
 
 
 def newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Read the newest good checkpoint in a folder, of whatever configuration; see RunFolder.newest."""
+    """Read the newest good checkpoint in a folder, of any configuration; see RunFolder.newest."""
     for file in reversed(checkpoints(path)):
         try:
             content = file.read_bytes()
@@ -164,12 +164,12 @@ def newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
 
 
 def checkpoints(path: Path) -> list[Path]:
-    """List a folder's checkpoints, good or not, the oldest first."""
+    """List a folder's checkpoints, damaged ones too, the oldest first."""
     return sorted(filter(iteration_of, path.iterdir()), key=lambda file: (iteration_of(file), file))
 
 
 def iteration_of(file: Path) -> int:
-    """The training steps behind a checkpoint, by its name; 0 for any other file."""
+    """Return the training steps behind a checkpoint, by its name; 0 for any other file."""
     match = re.fullmatch(r"checkpoint-(\d+)-[0-9a-f]{16}\.pt", file.name)
     return int(match[1]) if match else 0
 

@@ -1,8 +1,8 @@
-"""Classifying the test images, batch by batch.
+"""Evaluation: classify the test images, batch by batch.
 
     sums = [loss, samples classified wrongly], over the images in order, on the device
 
-On a GPU the whole batches are replayed as one CUDA graph, as training steps are (steps.py).
+On a GPU the evaluation of a full batch is captured once as a CUDA graph and replayed, as training steps are (steps.py).
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,12 @@ from runners.training.steps import TrainingStep
 
 
 class Evaluation:
-    """Evaluations of the network that is trained, captured where its steps are.
+    """Evaluate the network in training; captured as a CUDA graph if its training steps are.
 
     Args:
-        step: its training steps.
+        step: the training steps of the network.
         split: the images, on the model's device.
-        recipe: `eval_batch_size`; `eval_statistics`, running averages or those of each batch.
+        recipe: `eval_batch_size`, and `eval_statistics`: running averages or the statistics of each batch.
     """
 
     def __init__(self, step: TrainingStep, split: Split, recipe: DatasetConfig) -> None:
@@ -34,10 +34,10 @@ class Evaluation:
         self.sums = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.has_run = False
-        self.images = self.labels = self.sums  # what the graph reads, once there is one
+        self.images = self.labels = self.sums  # the graph's inputs, once captured
 
     def __call__(self) -> tuple[float, float]:
-        """Classify all images; the model, in training mode, is left so.
+        """Classify all images; the model is in training mode before and after.
 
         Returns:
             Mean loss, and error in percent.
@@ -57,7 +57,7 @@ class Evaluation:
         if not self.step.captures:
             self._classify(images, labels)
         elif not self.has_run or len(labels) < self.recipe.eval_batch_size:
-            # The first batch of all, which compiles kernels and chooses convolutions, and what is left over at the end.
+            # Not replayed: the first batch, where kernels compile and cuDNN picks algorithms, and a last, smaller one.
             steps.run_on_stream(lambda: self._classify(images, labels), self.step.stream)
             self.has_run = True
         else:
@@ -81,7 +81,7 @@ class Evaluation:
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Make every batch norm normalise by the batch's own statistics in evaluation, as the authors' code does.
 
-    A batch norm without running averages does just that, and updates nothing: they are taken away, and given back.
+    A batch norm without running averages does so and updates nothing. So the averages are removed, and restored after.
     """
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     averages = [(norm.running_mean, norm.running_var) for norm in norms]

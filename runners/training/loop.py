@@ -1,12 +1,12 @@
-"""Training: METHOD.md section 5's recipe, in a loop that can be killed at any moment.
+"""Training: the paper's recipe (Chakrabarti and Moseley 2019, section 4), in a loop that can be killed at any moment.
 
-Nothing random outlives a step (see runners/data), so that what a run does next follows from
+No random state outlives a step (see runners/data), so the state of a run is
 
     iteration, weights, momentum, and the sums of the metrics since the last evaluation
 
-and a run that resumes from those ends with the same bits as one never stopped. (The initial weights are the caller's.)
+A run resumed from these ends with the same bits as one never stopped. The caller draws the initial weights.
 
-The host waits for the device only to read the losses: about once a second, at an evaluation and at a checkpoint.
+The host waits for the device only to read losses: about once per second, at an evaluation and at a checkpoint.
 """
 
 import math
@@ -33,18 +33,18 @@ from runners.training.steps import TrainingStep, configure_torch, make_optimiser
 from runners.training.turns import Turns
 
 METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
-"""Columns of metrics.csv; the training figures are means since the row before."""
+"""Columns of metrics.csv; training loss and error are means since the previous row."""
 
 READ_EVERY_ITERATIONS = 50
 READ_EVERY_SECONDS = 1.0
-"""Losses wait on the device for at most this many steps, and about this long."""
+"""Read losses from the device at least every N steps or seconds."""
 STOPPING_SECONDS = 5.0
-"""Reserved of the budget for one more step, an evaluation and a checkpoint; more where those have taken longer."""
+"""Time reserved for the last step, evaluation and checkpoint; grows to the longest seen."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run came to; the training figures are means since the evaluation before the last."""
+    """Result of a finished run; training loss and error are means since the evaluation before the last."""
 
     test_error_percent: float
     test_loss: float
@@ -52,20 +52,20 @@ class Outcome:
     train_error_percent: float
     iterations: int
     seconds: float
-    """Wall time of the training steps, over all parts of a resumed run; evaluations and checkpoints left out, but not
-    the turns that other runs had meanwhile."""
+    """Wall time of the training steps, over all processes of a resumed run, without evaluations and checkpoints. Turns
+    of other runs in between count."""
     samples_per_second: float
-    """Training samples in each of those seconds."""
+    """Training samples per second of that time."""
     parts: list[dict[str, Any]]
     """As in Progress."""
 
 
 @dataclass
 class Progress:
-    """How far a run has come: besides weights and momentum, all it needs to go on."""
+    """State of a run besides weights and momentum."""
 
     iteration: int = 0
-    """Training steps done, and their losses read."""
+    """Training steps done whose losses have been read."""
     loss_sum: float = 0.0
     """Sum of the steps' mean losses since the last evaluation."""
     wrong_sum: float = 0.0
@@ -77,29 +77,29 @@ class Progress:
     rows: list[list[float]] = field(default_factory=list)
     """The rows of metrics.csv."""
     parts: list[dict[str, Any]] = field(default_factory=list)
-    """The device and the versions of each process that trained this run: provenance.provenance without the date."""
+    """Provenance of each process that trained this run, without the date."""
 
 
 class Stopping:
-    """When all training runs that take turns in this process stop: a signal, the end of the budget, a failed run.
+    """When the training runs of this process stop: after a signal, at the end of the budget, or after a failed run.
 
     Args:
-        signal: what signals.deferred yields.
-        budget_minutes: of the command; None is no limit.
+        signal: as signals.deferred yields it.
+        budget_minutes: time limit of the command; None is no limit.
     """
 
     def __init__(self, signal: signals.Stop, budget_minutes: float | None) -> None:
         self.signal = signal
         self.budget_minutes = budget_minutes
         self.seconds: dict[Path, float] = {}
-        """What each run under way needs in order to stop: a step, an evaluation and a checkpoint."""
+        """Time that each run under way needs to stop: for a step, an evaluation and a checkpoint."""
         self.is_out_of_time = False
         self.has_failure = False
-        """Whether a run of this process failed, which may have made CUDA unusable for the others; set by the caller."""
+        """Whether a run of this process failed, and may have made CUDA unusable for the others; set by the caller."""
 
     @contextmanager
     def of(self, run: Path) -> Iterator[None]:
-        """Count a run as under way."""
+        """Reserve stopping time for a run while it is under way."""
         self.seconds[run] = STOPPING_SECONDS
         try:
             yield
@@ -107,32 +107,32 @@ class Stopping:
             del self.seconds[run]
 
     def is_due(self) -> bool:
-        """Whether the runs are to stop; once true, always true."""
+        """Return whether the runs must stop; once true, always true."""
         if budget.seconds_left(self.budget_minutes) < sum(self.seconds.values()):
             self.is_out_of_time = True
         return self.is_out_of_time or self.has_failure or self.signal.received is not None
 
 
 def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path) -> Outcome:
-    """Train a network, or go on with it from the last good checkpoint in its folder.
+    """Train a network, from the last good checkpoint in its folder if there is one.
 
     Args:
-        model: freshly initialised: float32 images [N, C, H, W], channels last, to logits [N, classes].
-        data: on `device`; at least a batch of training images.
-        config: with the device and the back end that are really used in `gpu`, since they decide the result.
+        model: freshly initialised; maps float32 images [N, C, H, W], channels last, to logits [N, classes].
+        data: on `device`, with at least one batch of training images.
+        config: its `gpu` names the device and backend actually used, since they decide the result.
         device: where to train; the model is moved there.
-        run_dir: the run's own folder, for its checkpoints and metrics.csv.
+        run_dir: the run's own folder, for checkpoints and metrics.csv.
 
     Returns:
-        The figures of the last evaluation; at once where the run is already finished.
+        The result of the last evaluation; at once if the run is already finished.
 
     Raises:
         UserError: a checkpoint belongs to another configuration.
-        Interrupted: SIGINT or SIGTERM; the step under way was finished and a checkpoint written (of a finished run,
-            there is one). A second signal does, at once, what it would do outside of training.
-        OutOfTime: `budget_minutes` are nearly over; as after a signal.
-        Diverged: a loss or a weight that is not finite; no checkpoint holds it.
-        CannotWrite: a full disk, or the like; the checkpoints written before are untouched.
+        Interrupted: SIGINT or SIGTERM arrived; the current step was finished and a checkpoint written. A second signal
+            acts at once, as outside of training.
+        OutOfTime: `budget_minutes` are nearly over; a checkpoint was written.
+        Diverged: a loss or a weight is not finite; no checkpoint holds it.
+        CannotWrite: a write failed, for example on a full disk; earlier checkpoints are untouched.
     """
     with signals.deferred() as stop:
         stopping = Stopping(stop, config.budget_minutes)
@@ -145,17 +145,16 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
 def in_turns(
     model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path, stopping: Stopping
 ) -> Turns[Outcome]:
-    """As `train`, but other runs have their turns between its steps, and the caller handles signals.
+    """Train as `train` does, but yield to other runs after each step; the caller handles signals.
 
-    The arguments are those of `train`, and `stopping`, which all runs that take turns share. On CUDA a run launches on
-    the current stream, which must be its own, the same at each of its turns. What configure_torch sets for the process
-    must be the same for all runs that take turns.
+    On CUDA a run launches on the current stream, which must be its own and the same at each turn. The runs must agree
+    on what configure_torch sets for the process, and share `stopping`; the other arguments are those of `train`.
 
     Yields:
         After each step is launched; the device may not have finished it.
 
     Raises:
-        Deferred: another run failed; a checkpoint was written. Else as `train`.
+        Deferred: another run failed; a checkpoint was written. Other exceptions are those of `train`.
     """
     recipe = config.dataset
     configure_torch(config.gpu)
@@ -169,7 +168,7 @@ def in_turns(
     if not progress.iteration:
         records.forget_failure(run_dir)
     if progress.iteration < recipe.iterations:
-        _note_part(progress, device)
+        _append_provenance(progress, device)
     folder.write_metrics(METRICS, progress.rows)
 
     def make_batch(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,8 +188,8 @@ def in_turns(
             is_last = iteration == recipe.iterations
             stops = not is_last and stopping.is_due()
             evaluates = is_last or iteration % task.evaluate_every == 0
-            is_kept = task.keep_every is not None and iteration % task.keep_every == 0
-            saves = is_last or iteration % task.checkpoint_every == 0 or is_kept or stops
+            is_permanent = task.keep_every is not None and iteration % task.keep_every == 0
+            saves = is_last or iteration % task.checkpoint_every == 0 or is_permanent or stops
             is_due = len(unread) == READ_EVERY_ITERATIONS or time.perf_counter() - clock > READ_EVERY_SECONDS
             if not (evaluates or saves or is_due):
                 continue
@@ -220,7 +219,7 @@ def in_turns(
             clock = time.perf_counter()
             stopping.seconds[run_dir] = max(stopping.seconds[run_dir], step_seconds + clock - paused)
     received = stopping.signal.received
-    if stops or received is not None:  # here, for a signal after the last step counts too
+    if stops or received is not None:  # checked after the loop: a signal after the last step counts too
         where = f"at iteration {progress.iteration} of {recipe.iterations}"
         goes_on = f"started again, the run goes on from {folder.known_good[-1]}"
         if received is not None:
@@ -243,10 +242,10 @@ def in_turns(
 
 
 def learning_rate(recipe: DatasetConfig, iteration: int) -> float:
-    """Look up the rate of a training step, the first being iteration 1.
+    """Return the learning rate of a training step; the first iteration is 1.
 
     Raises:
-        ValueError: the schedule ends before.
+        ValueError: the schedule ends before that iteration.
     """
     for end, rate in recipe.schedule:
         if iteration <= round(end * recipe.iterations):
@@ -255,7 +254,7 @@ def learning_rate(recipe: DatasetConfig, iteration: int) -> float:
 
 
 def _read(unread: list[Tensor], progress: Progress, folder: RunFolder) -> None:
-    """Wait for the device, and add its steps to the sums one by one, so that the sums do not show when it was."""
+    """Wait for the device and add its losses one by one: the sums do not depend on when they are read."""
     for loss, wrong in torch.stack(unread).tolist():
         progress.iteration += 1
         progress.steps += 1
@@ -274,13 +273,13 @@ def _save(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, progr
 
 
 def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, iterations: int) -> Progress:
-    """Put weights and momentum where the last good checkpoint left them."""
+    """Load weights and momentum from the last good checkpoint, if any, and return its progress."""
     found = folder.newest()
     if found is None:
         return Progress()
     file, state = found
     model.load_state_dict(state["model"])
-    # Rates and the like are the configuration's, with which the checkpoint agrees.
+    # Learning rate and weight decay come from the configuration, with which the checkpoint agrees.
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict(state["optimiser"] | {"param_groups": groups})
     progress = Progress(**state["progress"])
@@ -289,8 +288,8 @@ def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, ite
     return progress
 
 
-def _note_part(progress: Progress, device: torch.device) -> None:
-    """Note on what the run goes on, unless it is what it was before."""
+def _append_provenance(progress: Progress, device: torch.device) -> None:
+    """Append this process's machine and versions if they differ from the last ones."""
     part = {name: value for name, value in provenance.provenance(device).items() if name != "date"}
     if progress.parts[-1:] != [part]:
         progress.parts.append(part)
@@ -301,7 +300,7 @@ def _last_good(folder: RunFolder) -> str:
 
 
 def _progress_bar(config: Config, done: int) -> "tqdm[Any]":
-    """A bar on stderr, one below the other; in a log file, where each drawing is a new line, one every half minute."""
+    """Make a progress bar on stderr; in a log file, where each update is a new line, it updates twice per minute."""
     iterations = config.dataset.iterations
     is_terminal = sys.stderr.isatty()
     place: dict[str, Any] = {} if is_terminal else {"position": 0}

@@ -1,8 +1,8 @@
-"""The configured network: its device, its weights, a training step of it, and the bytes of that step.
+"""The configured network: its device, its weights, its training step, and the bytes of that step.
 
-A mode says which layers a network is made of, what they save for the backward pass, and how wide they are:
+A mode decides which layers a network is made of, what they save for the backward pass, and how wide they are:
 
-    mode            layers      saved by a batch norm, ReLU and convolution     width
+    mode            layers      saved per BN-ReLU-conv                          width
     exact           stock       batch norm's input and ReLU's output            1
     fewer-features  stock       the same                                        1/4
     naive-8bit      coded       8-bit codes, fed forward as well                1
@@ -13,8 +13,8 @@ A mode says which layers a network is made of, what they save for the backward p
     compiled        compiled    what torch.compile chooses                      1
     compiled-...    compiled    the same within a budget, or in 8 bits          1
 
-The names and their values are the files of conf/mode. The last four are baselines: stock layers, and what baselines.py
-and offloading.py do to the network made of them.
+Each mode is a file of conf/mode. The last four are baselines: networks of stock layers, changed from outside by
+baselines.py and offloading.py.
 """
 
 import gc
@@ -43,10 +43,10 @@ EPS = 1e-3
 
 
 def run_folder(config: Config) -> Path:
-    """Begin a run: let go of what earlier runs of this process left behind, and name the run's folder.
+    """Free what earlier runs of this process left behind, and return the path of the run's folder.
 
-    Runs under way beside it lose nothing: what is cached is in nobody's use, and compiled cells have no compiled others
-    beside them (runners/streams.py).
+    Runs under way in the same process are not affected: cached memory is unused, and no two runs that compile share a
+    process (runners/streams.py).
     """
     gc.collect()
     if torch.cuda.is_initialized():
@@ -56,16 +56,16 @@ def run_folder(config: Config) -> Path:
 
 
 def _forget_graphs(config: Config) -> None:
-    """Begin without the compiled blocks of other runs or batch sizes, of which there may be only so many."""
+    """Drop the compiled blocks of earlier runs and batch sizes; torch.compile limits their number."""
     if config.mode.layers == "compiled":
         torch.compiler.reset()
 
 
 def device(config: Config) -> torch.device:
-    """The device that gpu.device names.
+    """Return the device that gpu.device names.
 
     Raises:
-        UserError: it is cuda and there is none, or it cannot do what the mode or gpu.cuda_graph asks for.
+        UserError: there is no such device, or it does not support the mode or gpu.cuda_graph.
     """
     gpu = config.gpu
     has_cuda = torch.cuda.is_available()
@@ -73,12 +73,13 @@ def device(config: Config) -> torch.device:
         raise UserError("gpu.device=cuda: torch finds no CUDA device on this machine; choose auto or cpu")
     found = torch.device("cuda" if has_cuda and gpu.device != "cpu" else "cpu")
     steps.uses_cuda_graph(gpu, found)
-    if config.task.name != "max-batch":  # which predicts without a GPU
-        _refuse_offload_on(found, config)
+    if config.task.name != "max-batch":  # it predicts without a GPU
+        _check_offload(found, config)
     return found
 
 
-def _refuse_offload_on(device: torch.device, config: Config) -> None:
+def _check_offload(device: torch.device, config: Config) -> None:
+    """Raise UserError for a mode that offloads activations on a device other than CUDA."""
     if config.mode.layers == "offload" and device.type != "cuda":
         raise UserError(
             f"mode={config.mode.name}: it moves activations from a GPU to the host, and this run is on the "
@@ -87,14 +88,13 @@ def _refuse_offload_on(device: torch.device, config: Config) -> None:
 
 
 def precision(gpu: GpuConfig, device: torch.device) -> str:
-    """The precision that a device really computes in: tf32, bf16 or fp32.
+    """Return the precision that a device computes in: tf32, bf16 or fp32.
 
-    A CUDA GPU of compute capability 8.0 or later has tf32, and PyTorch takes it there for convolutions unless told
-    otherwise: so does auto. Other devices compute in fp32 what tf32 is asked for. On the meta device fp32 stands for
-    both, whose tensors have 4 bytes an element.
+    A CUDA GPU of compute capability 8.0 or later has tf32, PyTorch's default for convolutions there, and auto follows
+    it. Other devices compute in fp32 instead. On the meta device fp32 stands for both: both have 4 bytes per element.
 
     Args:
-        gpu: its precision, which may be auto.
+        gpu: `precision`, which may be auto.
         device: where the run computes, or meta.
     """
     if gpu.precision not in ("auto", "tf32"):
@@ -104,36 +104,36 @@ def precision(gpu: GpuConfig, device: torch.device) -> str:
 
 
 def used(gpu: GpuConfig, device: torch.device) -> GpuConfig:
-    """The options of the GPU group with the precision that is really used on a device."""
+    """Return the options of the GPU group with the precision actually used on a device."""
     return replace(gpu, precision=precision(gpu, device))
 
 
-def code(mode: ModeConfig) -> Code | None:
-    """The code that a mode saves; None where it saves full precision.
+def codec(mode: ModeConfig) -> Code | None:
+    """Make the codec of a mode; None where it saves full precision.
 
     Raises:
-        ValueError: bits or clip for which there is no code.
+        ValueError: no codec has these bits or this clip.
     """
     return None if mode.bits is None else Code(mode.bits, mode.clip)
 
 
 def layers(mode: ModeConfig, kernels: Kernels) -> Layers:
-    """What a mode's network takes its layers from.
+    """Make the layer factory of a mode.
 
     Args:
         mode: the mode.
         kernels: backend of coded layers.
 
     Raises:
-        ValueError: as `code`.
+        ValueError: as `codec`.
     """
     if mode.layers != "coded":
         return StockLayers(eps=EPS)
-    return CodedLayers(code=code(mode), forward_from_code=mode.forward_from_code, kernels=kernels, eps=EPS)
+    return CodedLayers(code=codec(mode), forward_from_code=mode.forward_from_code, kernels=kernels, eps=EPS)
 
 
 def build(config: Config, kernels: Kernels) -> PreActResNet:
-    """The configured network, its weights drawn from the seed, channels last, on the CPU."""
+    """Build the configured network on the CPU, channels last, with weights drawn from the seed."""
     mode = config.mode
     torch.manual_seed(config.seed)
     network = PreActResNet(
@@ -153,52 +153,55 @@ def build(config: Config, kernels: Kernels) -> PreActResNet:
 
 
 def encoded_elements(config: Config, *, steps: int) -> float:
-    """Activation elements that so many steps encode: 168 n H W an image for n blocks a group, at width 1."""
+    """Count the activation elements that a number of steps encode.
+
+    They are 168 n H W per image, for n blocks per group at width 1.
+    """
     if config.mode.layers != "coded":
         return 0
     width = config.width * config.mode.width_factor
-    elements_an_image = 168 * (config.depth - 2) // 9 * config.dataset.image_size**2 * width
-    return elements_an_image * steps * config.dataset.batch_size
+    elements_per_image = 168 * (config.depth - 2) // 9 * config.dataset.image_size**2 * width
+    return elements_per_image * steps * config.dataset.batch_size
 
 
 def largest_activation(config: Config, batch: int) -> int:
-    """Elements of the largest activation of a batch: what a block of the first group puts out."""
+    """Count the elements of a batch's largest activation: the output of a block of the first group."""
     channels = EXPANSION * round(GROUP_CHANNELS[0] * config.width * config.mode.width_factor)
     return batch * channels * config.dataset.image_size**2
 
 
 def load_weights(model: nn.Module, file: Path) -> None:
-    """Give a model the weights of a checkpoint, of whatever mode: task.checkpoint.
+    """Load the weights of the checkpoint task.checkpoint, of any mode, into a model.
 
     Raises:
-        UserError: there is no such file, or it holds other weights.
+        UserError: there is no such file, or its weights are not of this network.
     """
     if not file.is_file():
         raise UserError(f"task.checkpoint={file}: there is no such file")
     try:
         model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
-    except (RuntimeError, LookupError, EOFError, TypeError, pickle.UnpicklingError) as error:  # as any file may end
-        said = "no file of torch.save's" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
-        reason = f"{type(error).__name__}: {said}"
+    except (RuntimeError, LookupError, EOFError, TypeError, pickle.UnpicklingError) as error:  # by any file
+        text = "no file of torch.save's" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        reason = f"{type(error).__name__}: {text}"
         raise UserError(f"task.checkpoint={file} holds no weights of this network ({reason})") from error
 
 
 def training_step(config: Config, batch: int, chosen: Kernels, device: torch.device) -> Callable[[], object]:
-    """Whole training steps of the configured network, on random images of the data set's size.
+    """Make a function that runs whole training steps of the configured network, on random images.
 
     Args:
         config: the run.
-        batch: samples a step.
-        chosen: the back end.
-        device: where.
+        batch: samples per step.
+        chosen: the backend.
+        device: where to train.
 
     Returns:
         A function that makes one step.
 
     Raises:
-        UserError: the device cannot do what the mode asks for.
+        UserError: the device does not support the mode.
     """
-    _refuse_offload_on(device, config)
+    _check_offload(device, config)
     size, channels = config.dataset.image_size, config.dataset.image_channels
     images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
     labels = torch.randint(config.dataset.classes, (batch,), device=device)
@@ -210,7 +213,7 @@ def training_step(config: Config, batch: int, chosen: Kernels, device: torch.dev
 
 
 def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
-    """Count a training step of the configured network at some batch on the meta device, in its precision."""
+    """Count the bytes of a training step on the meta device, at some batch and in the run's precision."""
     size, channels = config.dataset.image_size, config.dataset.image_channels
     _forget_graphs(config)
     with META:
@@ -224,20 +227,20 @@ def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:
 
 
 def exact(config: Config) -> Config:
-    """The same run with stock layers, which the configured mode is compared with."""
+    """Return the baseline of a run: the same run with stock layers."""
     return replace(config, mode=ModeConfig(name="exact", layers="stock"))
 
 
 def with_exact(config: Config) -> list[Config]:
-    """The run, and where it is not exact itself, exact's beside it."""
+    """Return the run and its baseline; the run alone if it is the baseline."""
     return [config] if config.mode == exact(config).mode else [config, exact(config)]
 
 
 def on_card(config: Config, card_bytes: int) -> Config:
-    """The run with its budget in numbers: gpu.memory_gib=null is the card's own memory.
+    """Return the run with its memory budget as a number: gpu.memory_gib=null is the GPU's own memory.
 
     Raises:
-        UserError: there is no card whose memory it could be.
+        UserError: gpu.memory_gib is null and there is no GPU.
     """
     if config.gpu.memory_gib is not None:
         return config

@@ -1,17 +1,17 @@
-"""Activations that wait in the host's memory from the forward pass to the backward pass: a baseline on stock layers.
+"""Offloading: a baseline of stock layers that saves activations in host memory.
 
-    pack      activation on the GPU -> pinned memory of the host
-    unpack    pinned memory -> the GPU, when the backward pass asks for it
+    pack      activation on the GPU -> pinned host memory
+    unpack    pinned host memory -> the GPU, when the backward pass needs it
 
-As torch.autograd.graph.save_on_cpu(pin_memory=True), and different in four ways that a user would want:
+It works as torch.autograd.graph.save_on_cpu(pin_memory=True), with four improvements:
 
-- parameters stay on the GPU, and so does what is small, such as the statistics of batch norm;
-- copies keep their layout (save_on_cpu would hand channels-last activations back as NCHW);
+- parameters and small tensors, such as batch norm statistics, stay on the GPU;
+- copies preserve the layout (save_on_cpu returns channels-last activations as NCHW);
 - no copy waits for the device;
-- memory of the host that was pinned once is used again by the next step, as pinning takes longer than the step. So a
-  CUDA graph can record the copies: it makes none of that memory itself.
+- pinned host memory is reused by the next step, since pinning takes longer than the step. So the copies can be captured
+  in a CUDA graph, which cannot allocate that memory.
 
-What two functions save is moved twice, as there. All copies are on the stream of the step.
+As in save_on_cpu, a tensor that two functions save is moved twice. All copies are on the stream of the step.
 """
 
 from pathlib import Path
@@ -26,12 +26,12 @@ class Offload:
     """Moves the activations of one network.
 
     Attributes:
-        bytes: on the host now.
-        peak_bytes: the most that were there at once.
+        bytes: bytes on the host now.
+        peak_bytes: the most bytes on the host at once.
     """
 
     smallest_bytes = 2**20
-    """What has fewer stays on the device."""
+    """Smaller tensors stay on the device."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -39,26 +39,26 @@ class Offload:
         self._unused: dict[tuple[object, ...], list[Tensor]] = {}
 
     def hooks(self) -> saved_tensors_hooks:
-        """A context for the forward pass, in which autograd saves through this."""
+        """Return the context in which the forward pass must run for its saved tensors to be moved."""
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Moved":
         if isinstance(tensor, nn.Parameter):
             return tensor
         if tensor.nbytes < self.smallest_bytes:
-            return tensor.detach()  # an output that its own function saved would hold itself alive
+            return tensor.detach()  # else an output saved by its own function keeps itself alive
         return _Moved(tensor, self)
 
     def _unpack(self, packed: "Tensor | _Moved") -> Tensor:
         return packed if isinstance(packed, Tensor) else packed.back()
 
     def _take(self, like: Tensor) -> Tensor:
-        """Pinned memory of the host for a tensor of some shape, layout and dtype."""
+        """Take pinned host memory of the shape, layout and dtype of a tensor, unused or new."""
         unused = self._unused.get(_kind(like))
         if unused:
             return unused.pop()
         if like.is_cuda:
-            _refuse_more_than_there_is(like.nbytes)
+            _check_host_memory(like.nbytes)
         return torch.empty_like(like, device="cpu", pin_memory=like.is_cuda)
 
     def _give_back(self, host: Tensor) -> None:
@@ -70,13 +70,13 @@ class Offload:
 
 
 def offload(network: nn.Module) -> Offload:
-    """Have the forward pass of a network move what it saves to the host.
+    """Make the forward pass of a network save its activations on the host.
 
     Args:
-        network: its parameters, buffers and their names stay as they are.
+        network: changed in place; its parameters, buffers and their names do not change.
 
     Returns:
-        What moves the activations.
+        The object that moves the activations.
     """
     forward = _OffloadedForward(network)
     network.forward = forward
@@ -84,7 +84,7 @@ def offload(network: nn.Module) -> Offload:
 
 
 def peak_bytes(network: nn.Module) -> int:
-    """The most bytes that a network has had on the host at once; 0 where nothing is offloaded."""
+    """Return the most bytes that a network has had on the host at once; 0 where nothing is offloaded."""
     return network.forward.offload.peak_bytes if isinstance(network.forward, _OffloadedForward) else 0
 
 
@@ -101,9 +101,9 @@ class _OffloadedForward:
 
 
 class _Moved:
-    """One activation on the host, whose memory is the next one's when nothing refers to it any more.
+    """One activation on the host; its memory is reused once nothing refers to it.
 
-    The next copy into it waits its turn on the stream, behind the copy out of it. On the meta device it has no memory.
+    The stream orders the next copy into that memory after the copy out of it. On the meta device there is no memory.
     """
 
     host: Tensor | None
@@ -131,8 +131,8 @@ def _kind(tensor: Tensor) -> tuple[object, ...]:
     return tensor.shape, tensor.stride(), tensor.dtype
 
 
-def _refuse_more_than_there_is(nbytes: int) -> None:
-    """Raise before the system ends the process for memory that it promised and does not have.
+def _check_host_memory(nbytes: int) -> None:
+    """Raise before the system kills the process for lack of memory.
 
     Raises:
         RuntimeError: the host is out of memory.
@@ -144,10 +144,10 @@ def _refuse_more_than_there_is(nbytes: int) -> None:
 
 
 def host_bytes_left(root: Path = Path("/")) -> int:
-    """Bytes that this process may still take of the host's memory: the machine's, or its container's.
+    """Return the bytes of host memory that this process may still take, of the machine or its container.
 
     Args:
-        root: where the system's files are.
+        root: root of the system's files.
     """
     (available,) = [
         int(line.split()[1]) * 1024

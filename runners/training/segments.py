@@ -1,27 +1,25 @@
-"""The two kinds of segments in which PyTorch's allocator takes memory from a GPU.
+"""The two kinds of segments in which PyTorch's allocator reserves GPU memory.
 
-    usual        a segment for every request that no free block holds; its blocks are never joined with another's
+    usual        one segment per request that fits no free block; blocks of two segments are never merged
     expandable   one segment that grows at its end
 
-What counts is what the allocator has taken, not what is alive: while a CUDA graph is recorded it gives nothing back,
-and a free block that is too small for a request stays unused. Which kind leaves fewer of those depends on the sizes a
-network asks for and on their order. It is a setting of PyTorch that any user can choose, so every mode may have the
-better one.
+Reserved memory is the limit, not memory in use: during the capture of a CUDA graph the allocator frees nothing, and a
+free block that is too small for a request stays unused. Which kind wastes less depends on the sizes and the order of a
+network's requests. Any user can choose the kind, so every mode gets the better one.
 
-Where a process may take so much and no more, PyTorch asks whether the whole request fits beside what it has taken, even
-if the segment would have to grow by a part of it: expandable segments are judged a little too strictly, never too
-mildly.
+Under a memory limit PyTorch checks whether the whole request fits beside the reserved memory, even where an expandable
+segment would grow by only a part of it. So the limit is slightly too strict for expandable segments, never too loose.
 """
 
 import torch
 
 USUAL, EXPANDABLE = "usual", "expandable"
 KINDS = (EXPANDABLE, USUAL)
-"""First the one with which stock layers, recomputed or compiled ones come near to the bytes that are alive."""
+"""Expandable first: with it stock, checkpointed and compiled layers reserve little more than they use."""
 
 
 def use(kind: str) -> None:
-    """Take memory in segments of a kind from now on; what is there already stays as it is.
+    """Reserve memory in segments of one kind from now on; existing segments do not change.
 
     Args:
         kind: USUAL or EXPANDABLE.

@@ -1,4 +1,4 @@
-"""Handle SIGINT and SIGTERM later, where a loop can stop, or pass them to the process that computes.
+"""Defer SIGINT and SIGTERM until a loop can stop, or pass them to the process that computes.
 
 Only the main thread can handle signals: in other threads both context managers change nothing.
 """
@@ -14,38 +14,38 @@ from types import FrameType
 from typing import Any
 
 SAME_SECONDS = 1.0
-"""A second signal within this time is the first one again: a group of processes received it, and one passed it on."""
+"""A second signal within this time counts as the first: a process group received it, and one process passed it on."""
 
 
 @dataclass
 class Stop:
-    """Whether to stop."""
+    """A request to stop."""
 
     received: signal.Signals | None = None
-    """The signal that asked for it."""
+    """The first signal received, if any."""
     at: float = 0.0
-    """When, by time.monotonic."""
+    """When it was received, by time.monotonic."""
 
 
 @contextmanager
 def deferred() -> Iterator[Stop]:
-    """Remember the first SIGINT or SIGTERM, so that a loop can stop cleanly; a second one, later, acts at once."""
+    """Remember the first SIGINT or SIGTERM, so that a loop can stop cleanly; a second one acts at once."""
     stop = Stop()
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def remember(number: int, frame: FrameType | None) -> None:
         if stop.received is None:
             stop.received, stop.at = signal.Signals(number), time.monotonic()
         elif time.monotonic() - stop.at > SAME_SECONDS:
             restore()
             os.kill(os.getpid(), number)
 
-    with _handled(note) as restore:
+    with _handled(remember) as restore:
         yield stop
 
 
 @contextmanager
 def passed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
-    """Pass every SIGINT or SIGTERM on instead of obeying it.
+    """Pass every SIGINT or SIGTERM on instead of acting on it.
 
     Args:
         send: called with the signal's number.
@@ -65,7 +65,7 @@ def passed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
 
 @contextmanager
 def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[Callable[[], None]]:
-    """Let a function handle both signals; yields a function that restores their handlers earlier than the end."""
+    """Install a handler for both signals; yield a function that restores the previous handlers before the end."""
     before: dict[signal.Signals, Any] = {}
     if threading.current_thread() is threading.main_thread():
         before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}

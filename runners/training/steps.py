@@ -2,10 +2,10 @@
 
     draws -> images, labels -> logits -> loss -> gradients -> weights
 
-On a GPU a network of 164 layers is thousands of small kernels, and launching them one by one takes longer than running
-them. A CUDA graph captures the launches of a whole step once and replays them with one call. What changes from step to
-step stays in tensors that the graph reads: which images, how they are cropped, and the learning rate. A replay is the
-captured kernels on the captured addresses, so it gives the bits that the step gave before it was captured.
+On a GPU a step of 164 layers is thousands of small kernels, and launching them one by one takes longer than running
+them. A CUDA graph captures the launches of a whole step once and replays them with one call. The graph reads what
+changes between steps from tensors: the draws of images and crops, and the learning rate. A replay runs the captured
+kernels on the captured addresses, so its result has the same bits as the step before capture.
 """
 
 import gc
@@ -23,16 +23,16 @@ from runners.errors import UserError
 MakeBatch = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 EAGER_STEPS = 3
-"""Steps before the graph is captured: they compile kernels, choose convolutions and create the momentum."""
+"""Warm-up steps before capture: kernels compile, cuDNN picks algorithms, momentum buffers are created."""
 
 
 def configure_torch(gpu: GpuConfig) -> None:
-    """Set what PyTorch keeps for the whole process: precision of float32 products, and determinism.
+    """Set PyTorch's options of the whole process: precision of float32 products, and determinism.
 
     Args:
-        gpu: `precision` tf32 lets tensor cores round float32 factors; fp32 and bf16 do not (auto is not a precision:
-            the caller names what it is on the device). `deterministic` refuses what can differ between runs, also the
-            search for the fastest convolution, which may not end alike.
+        gpu: `precision` tf32 lets tensor cores round float32 factors; fp32 and bf16 do not. The caller has replaced
+            auto. `deterministic` refuses operations that can differ between runs. It also turns off cuDNN's search for
+            the fastest convolution, which may pick another one in each run.
     """
     assert gpu.precision != "auto"
     is_tf32 = gpu.precision == "tf32"
@@ -40,27 +40,27 @@ def configure_torch(gpu: GpuConfig) -> None:
     torch.backends.cudnn.allow_tf32 = is_tf32  # with the newer conv.fp32_precision, reading this flag would raise
     torch.backends.cudnn.benchmark = not gpu.deterministic
     torch.use_deterministic_algorithms(gpu.deterministic)
-    # Else every new tensor is first filled with NaN, a pass over memory; nothing here reads before it writes.
+    # Filling every new tensor with NaN would be a pass over memory; nothing here reads before it writes.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if gpu.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it, and reads it when it starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it and reads it at start
 
 
 def uses_cuda_graph(gpu: GpuConfig, device: torch.device) -> bool:
-    """Whether steps are replayed: gpu.cuda_graph, or where that is null, on every CUDA device.
+    """Return whether steps are captured: gpu.cuda_graph, where null means on every CUDA device.
 
     Raises:
-        UserError: it is true and the device is another.
+        UserError: gpu.cuda_graph is true and the device is not CUDA.
     """
     if gpu.cuda_graph and device.type != "cuda":
-        raise UserError(f"gpu.cuda_graph=true: the run is on the {device.type}; only a CUDA device records graphs")
+        raise UserError(f"gpu.cuda_graph=true: the run is on the {device.type}; only a CUDA device captures graphs")
     return device.type == "cuda" if gpu.cuda_graph is None else gpu.cuda_graph
 
 
 def make_optimiser(model: nn.Module, recipe: DatasetConfig) -> torch.optim.SGD:
-    """Stochastic gradient descent with momentum; weight decay on the weights of convolutions and classifiers only.
+    """Make stochastic gradient descent with momentum, and weight decay on convolution and classifier weights only.
 
-    It is fused because only that reads the learning rate from a tensor, as a captured step must.
+    It is fused, because only the fused one reads the learning rate from a tensor, as a captured step must.
     """
     decayed = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     is_decayed = {id(weight) for weight in decayed}
@@ -70,24 +70,24 @@ def make_optimiser(model: nn.Module, recipe: DatasetConfig) -> torch.optim.SGD:
 
 
 def forward(model: nn.Module, images: Tensor, gpu: GpuConfig) -> Tensor:
-    """Logits, in float32 whatever the precision."""
+    """Compute the logits, in float32 for every precision."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=gpu.precision == "bf16"):
         logits: Tensor = model(images)
     return logits.float()
 
 
 def own_stream(device: torch.device) -> torch.cuda.Stream:
-    """A stream to capture on: the current one, unless that is the default stream, which no graph can capture.
+    """Return a stream to capture on: the current one, or a new one if the current one is the default stream.
 
-    Runs that are replayed side by side must each be captured on a stream of its own: cuBLAS keeps one workspace a
-    stream, whose address the graphs captured there hold.
+    A default stream cannot be captured. Runs replayed side by side each need a stream of their own for capture: cuBLAS
+    has one workspace per stream, and a graph holds the address of the workspace of its stream.
     """
     here = torch.cuda.current_stream(device)
     return torch.cuda.Stream(device) if here == torch.cuda.default_stream(device) else here
 
 
 def run_on_stream(call: Callable[[], Tensor], stream: torch.cuda.Stream) -> Tensor:
-    """Call a function on the stream on which `capture` will capture it."""
+    """Call a function on the stream on which `capture` will capture it; the current stream waits for the result."""
     here = torch.cuda.current_stream()
     stream.wait_stream(here)
     with torch.cuda.stream(stream):
@@ -100,50 +100,49 @@ def run_on_stream(call: Callable[[], Tensor], stream: torch.cuda.Stream) -> Tens
 def capture(
     call: Callable[[], Tensor], stream: torch.cuda.Stream, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """Capture the launches of a function, which runs only when they are replayed.
+    """Capture the kernel launches of a function as a CUDA graph; nothing runs until a replay.
 
-    What other streams have been given goes on meanwhile, but is waited for before the capture begins; nothing else
-    may be launched until it ends.
+    The capture waits for all earlier work of the device. Nothing else may be launched until it ends.
 
     Args:
-        call: it was called by run_on_stream before, on the same stream, and does not wait for the device.
-        stream: not the default one.
-        pool: of memory, from torch.cuda.graph_pool_handle, for graphs that are never replayed at the same time; None is
-            one of the graph's own.
+        call: called by run_on_stream before, on the same stream; it must not wait for the device.
+        stream: not the default stream.
+        pool: memory pool, from torch.cuda.graph_pool_handle, shared by graphs that are never replayed at the same time;
+            None gives the graph its own.
 
     Returns:
         The graph, and the tensor that each replay writes its result to.
 
     Raises:
-        CaptureFailed: whatever it was; this process can capture no other graph then.
+        CaptureFailed: the capture failed; this process cannot capture another graph.
     """
     graph = torch.cuda.CUDAGraph()
-    gc.collect()  # the graph has memory of its own: what earlier calls left goes back first
+    gc.collect()  # the graph has its own memory, so return the memory of earlier calls first
     torch.cuda.empty_cache()
     here = torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, pool=pool, stream=stream):
             result = call()
     except RuntimeError as error:
-        torch.cuda.set_stream(here)  # a capture that cannot be ended leaves its own stream the current one
+        torch.cuda.set_stream(here)  # a failed capture leaves its own stream as the current one
         raise CaptureFailed(f"a CUDA graph could not be captured: {error}") from error
     return graph, result
 
 
 class CaptureFailed(RuntimeError):
-    """A CUDA graph could not be captured, and PyTorch believes that its capture still goes on."""
+    """A CUDA graph could not be captured; PyTorch may treat the capture as still under way."""
 
 
 class TrainingStep:
-    """Training steps of one network, captured as a CUDA graph after the first few where that is asked for.
+    """Training steps of one network, captured as a CUDA graph after the warm-up steps if `gpu` allows it.
 
     Args:
         model: on its device, in training mode.
-        optimiser: from make_optimiser; whatever checkpoint it goes on from has been loaded.
-        make_batch: from a tensor of draws, on the device, to images [N, C, H, W] and labels [N]. Where steps are
-            recorded it is captured too, so it must not wait for the device, and all draws are of one shape.
+        optimiser: from make_optimiser, with the checkpoint already loaded, if any.
+        make_batch: maps a tensor of draws, on the device, to images [N, C, H, W] and labels [N]. It is captured with
+            the step, so it must not wait for the device, and all draws have the same shape.
         gpu: precision, and whether to capture.
-        device: the model's.
+        device: the model's device.
 
     Raises:
         UserError: see uses_cuda_graph.
@@ -169,19 +168,19 @@ class TrainingStep:
         self.captures = uses_cuda_graph(gpu, device)
         if self.captures:
             self.stream = own_stream(device)
-            # An evaluation is captured into the same pool. They never run at once, and neither leaves there what the
-            # other may not write over: each reads what it has itself just written, or tensors that stay referenced
-            # (weights, gradients, draws, results), whose memory is not given to the graph captured later.
+            # Evaluation is captured into the same pool. The two never run at once, and neither needs the other to
+            # preserve temporary memory: each reads what it has just written, or tensors that stay referenced (weights,
+            # gradients, draws, results), whose memory the pool does not reuse.
             self.pool = torch.cuda.graph_pool_handle()
         self.eager_steps_left = EAGER_STEPS
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.draws = self.result = self.rate  # what the graph reads and writes, once there is one
+        self.draws = self.result = self.rate  # the graph's input and output, once captured
 
     def __call__(self, draws: Tensor, *, rate: float) -> Tensor:
-        """Make one step, without waiting for the device.
+        """Launch one step, without waiting for the device.
 
         Args:
-            draws: what make_batch is given, on the CPU.
+            draws: the argument of make_batch, on the CPU.
             rate: learning rate.
 
         Returns:
@@ -189,7 +188,7 @@ class TrainingStep:
         """
         self.rate.fill_(rate)
         if self.device.type == "cuda":
-            draws = draws.pin_memory()  # from other memory the host would wait for the copy
+            draws = draws.pin_memory()  # from pageable memory the host would wait for the copy
         if not self.captures:
             return self._step(draws.to(self.device, non_blocking=True))
         if self.eager_steps_left:
@@ -197,7 +196,7 @@ class TrainingStep:
             return run_on_stream(lambda: self._step(draws.to(self.device, non_blocking=True)), self.stream)
         if self.graph is None:
             self.draws = draws.to(self.device)
-            self.optimiser.zero_grad(set_to_none=True)  # captured gradients have memory of their own
+            self.optimiser.zero_grad(set_to_none=True)  # captured gradients get new memory
             self.graph, self.result = capture(lambda: self._step(self.draws), self.stream, self.pool)
         self.draws.copy_(draws, non_blocking=True)
         self.graph.replay()

@@ -1,4 +1,4 @@
-"""Runs that take turns: each is a generator that yields when others may go on, and returns what it comes to."""
+"""Runs that take turns: each is a generator that yields when others may continue, and returns its result."""
 
 from collections.abc import Generator
 from typing import TypeVar
@@ -8,7 +8,7 @@ Turns = Generator[None, None, Result]
 
 
 def alone(turns: Turns[Result]) -> Result:
-    """Run it to its end where there are no others."""
+    """Run a generator to its end, without others, and return its result."""
     while True:
         try:
             next(turns)

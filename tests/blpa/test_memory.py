@@ -25,7 +25,7 @@ from blpa.memory import (
 )
 from blpa.models.preact_resnet import PreActResNet
 from runners import config
-from runners.training.network import code
+from runners.training.network import codec
 
 Network = Callable[..., tuple[PreActResNet, Tensor, Tensor]]
 AllocatorPeak = Callable[[Callable[[], object]], int]
@@ -47,7 +47,7 @@ def network(build: Callable[..., PreActResNet]) -> Network:
 
 
 def code_of(mode: str) -> Code | None:
-    return code(config.mode(mode))
+    return codec(config.mode(mode))
 
 
 # ---- the counter ----------------------------------------------------------------------------------------------------

@@ -230,7 +230,7 @@ def test_a_task_s_file_sets_all_of_its_settings(task: str) -> None:
         ("runtime", {"modes": ["4bits"]}, "task.modes=4bits is not allowed: choose one of 2bit, "),
         ("kernels", {"elements": 1}, "task.elements=1 is not allowed"),
         ("gradient-error", {"checkpoint": ""}, "task.checkpoint= is empty"),
-        ("thresholds", {}, "task=thresholds looks at trained weights"),
+        ("thresholds", {}, "task=thresholds analyses trained weights"),
         ("tables", {"tables": ["error"]}, "task.tables=error is not allowed: choose one of memory, "),
         ("max-batch", {"resolution": 1.0}, "task.resolution=1.0 is not allowed"),
     ],

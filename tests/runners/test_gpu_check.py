@@ -1,4 +1,4 @@
-"""runners/gpu_check.py: all of it in small on the CPU, what it finds wrong, what becomes of a part that fails."""
+"""runners/gpu_check: all of it in small on the CPU, what it finds wrong, what becomes of a part that fails."""
 
 import json
 import signal
@@ -15,7 +15,7 @@ from torch import Tensor
 from blpa.codec import Code
 from blpa.kernels.reference import REFERENCE
 from runners import gpu_check
-from runners.gpu_check import PARTS, Check, Part
+from runners.gpu_check.parts import PARTS, Check, Part, differences
 
 CPU = torch.device("cpu")
 
@@ -117,7 +117,7 @@ def test_what_is_wrong_in_a_back_end_is_found(
     broken: str, found: list[str], code: Code | None, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    told = gpu_check.differences(Wrong(broken), 1000, 8, dtype=dtype, code=code, device=CPU)
+    told = differences(Wrong(broken), 1000, 8, dtype=dtype, code=code, device=CPU)
     assert told == ([] if broken == "codes" and code is None else found)
 
 

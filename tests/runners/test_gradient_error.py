@@ -77,7 +77,7 @@ def test_weights_come_from_a_checkpoint_of_any_mode() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["mode=fewer-features"], "mode=fewer-features: its layers are of another width than exact's"),
+        (["mode=fewer-features"], "mode=fewer-features: its layers and gradients have another width than exact"),
         (["task.checkpoint=nowhere.pt"], "task.checkpoint=nowhere.pt: there is no such file"),
         (["dataset.batch_size=5000"], "dataset.batch_size=5000: the training set has 1297 images"),
     ],

@@ -37,7 +37,7 @@ def measured(*arguments: str) -> list[Record]:
 def test_every_function_and_unit_is_measured_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     found = measured("mode=4bit")
     shapes = [f"{rows} rows of {channels} channels" for rows, channels in [*SHAPES, (512, 64)]]
-    units = ["unit 1x1 64 to 16", "unit 3x3 16 to 16", "unit 1x1 16 to 64"]
+    units = [f"BN-ReLU-conv {unit}" for unit in ("1x1 64 to 16", "3x3 16 to 16", "1x1 16 to 64")]
     expected = {(name, shape) for name in SECONDS for shape in shapes}
     expected |= {(f"{name}_share_of_copy", shape) for name in list(SECONDS)[1:] for shape in shapes}
     expected |= {(name, unit) for name in ("unit_seconds", "unit_ratio_to_exact") for unit in units}
@@ -115,7 +115,10 @@ def test_a_function_that_was_not_measured_everywhere_says_so() -> None:
 
 def test_a_changed_mode_stands_beside_exact_at_the_same_unit() -> None:
     text = markdown(kernel_tables.page(kernel_tables.cells(measured("mode=4bit", "mode.clip=2.0"), LABELS), LABELS))
-    assert head_of(text, "units") == ["", "unit 1x1 16 to 64", "unit 3x3 16 to 16", "unit 1x1 64 to 16"]
+    assert head_of(text, "BN-ReLU-conv") == [
+        "",
+        *(f"BN-ReLU-conv {unit}" for unit in ("1x1 16 to 64", "3x3 16 to 16", "1x1 64 to 16")),
+    ]
 
 
 def test_nothing_measured_says_what_to_run() -> None:

@@ -48,4 +48,4 @@ def test_settings_in_words() -> None:
     assert settings_text({"checkpoint": None}) == "at initialisation"
     assert settings_text({"checkpoint": "exact-300"}) == "at exact-300"
     assert settings_text({"rows": 512, "channels": 32}) == "512 rows of 32 channels"
-    assert settings_text({"kernel_size": 3, "in_channels": 16, "out_channels": 64}) == "unit 3x3 16 to 64"
+    assert settings_text({"kernel_size": 3, "in_channels": 16, "out_channels": 64}) == "BN-ReLU-conv 3x3 16 to 64"

@@ -94,9 +94,9 @@ def test_memory_shows_kinds_blocks_and_a_picture(capsys: pytest.CaptureFixture[s
     with (Path("results/runs") / name / "blocks.csv").open() as file:
         blocks = list(csv.DictReader(file))
     assert [block["block"] for block in blocks] == ["block 1", "block 2", "block 3"]
-    assert all(block["kept"] == block["formula"] for block in blocks)
-    total = sum(int(block["kept"]) for block in blocks)
-    assert f"kept by the blocks: {total} bytes counted, {total} by blpa.memory.kept_bytes" in out
+    assert all(block["saved"] == block["formula"] for block in blocks)
+    total = sum(int(block["saved"]) for block in blocks)
+    assert f"saved by the blocks: {total} bytes counted, {total} by blpa.memory.kept_bytes" in out
     lines = pd.read_csv(f"results/memory/{name}.csv")
     assert {mode: line["mib"].max() for mode, line in lines.groupby("mode")} == pytest.approx(
         {"exact": exact.value, "4bit": coded.value},

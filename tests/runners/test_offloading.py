@@ -137,9 +137,9 @@ def test_the_meta_device_counts_what_a_real_step_moves(build: Build) -> None:
 
 def test_host_memory_that_is_not_there_is_said_before_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(offloading, "host_bytes_left", lambda: 2**20)
-    offloading._refuse_more_than_there_is(2**20)
+    offloading._check_host_memory(2**20)
     with pytest.raises(RuntimeError) as raised:
-        offloading._refuse_more_than_there_is(2**20 + 1)
+        offloading._check_host_memory(2**20 + 1)
     reason = "does not fit: host out of memory: 2097152 bytes are to be pinned and 1048576 are left"
     assert classify(raised.value) == (1, reason)
 

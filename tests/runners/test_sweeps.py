@@ -93,7 +93,7 @@ def test_a_failed_cell_is_recorded_and_the_next_one_runs(capsys: pytest.CaptureF
     folder = RUN.format("fewer-features") + "-gradient-error-batch4"
     (failed,) = records.read(Path("results/runs") / folder / "failure.json")
     assert (failed.metric, failed.unit, failed.mode, failed.n) == ("failed", "s", "fewer-features", 1)
-    assert failed.failure.startswith("mode=fewer-features: its layers are of another width than exact's")
+    assert failed.failure.startswith("mode=fewer-features: its layers and gradients have another width than exact")
     assert len(records.collect(Path("results"))) == 1 + 3
     assert "2 cells: 1 done, 0 finished before (resume=false does them again), 1 failed" in capsys.readouterr().err
 

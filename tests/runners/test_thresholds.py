@@ -83,9 +83,9 @@ def test_trained_weights_become_a_table_a_picture_and_records(capsys: pytest.Cap
 @pytest.mark.parametrize(
     ("arguments", "exit_code", "message"),
     [
-        ([], 2, "task=thresholds looks at trained weights: name a file of them, task.checkpoint="),
+        ([], 2, "task=thresholds analyses trained weights: name a file of them, task.checkpoint="),
         (["task.checkpoint=no.pt"], 1, "task.checkpoint=no.pt: there is no such file"),
-        (["task.checkpoint=no.pt", "mode=exact"], 1, "mode=exact: keeps no codes; name one that does, mode=4bit"),
+        (["task.checkpoint=no.pt", "mode=exact"], 1, "mode=exact: saves no codes; choose one that does, mode=4bit"),
     ],
 )
 def test_what_cannot_be_looked_at_is_said_in_one_line(

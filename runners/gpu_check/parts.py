@@ -1,0 +1,333 @@
+"""The parts of the check: each is a function that returns whether what it checks is right."""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from blpa import kernels
+from blpa.codec import Code
+from blpa.kernels import Kernels
+from blpa.kernels.reference import REFERENCE
+from blpa.memory import GIB, MIB
+from runners import CONF, compose, fresh, provenance
+from runners.config import Config
+from runners.tasks import max_batch, runtime
+from runners.timing import take_turns
+from runners.training import network, segments, steps
+from runners.training.network import EPS
+
+SHAPES = ((131072, 16), (131072, 64), (32768, 32), (8192, 256), (40001, 20))
+"""Rows and channels: activations of the network at batch 128, and one of odd size."""
+
+FRACTIONS = (1.0, 0.95, 0.9, 0.8)
+"""Fractions of the predicted batch to try, largest first."""
+
+RESULTS = CONF.parent / "results"
+"""Folder of the committed records, with predictions; only a checkout has it."""
+
+IN_SMALL = (
+    "dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "task.steps=1", "gpu.device=cpu",
+    "gpu.kernels=torch",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Check:
+    """The argument of a part.
+
+    Attributes:
+        part: the part's name.
+        out: folder for results.
+        is_dry: whether the part runs at small size on the CPU.
+    """
+
+    part: str
+    out: Path
+    is_dry: bool
+
+    def write(self, **values: object) -> None:
+        """Append a result to results.jsonl, sync it to disk, and print it."""
+        with (self.out / "results.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"part": self.part, **values}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        print(values, flush=True)
+
+    def config(self, mode: str, depth: int, precision: str, task: str, *more: str) -> Config:
+        """Compose the configuration of a task at batch 128; cuDNN may pick its fastest convolutions."""
+        given = [f"mode={mode}", f"depth={depth}", f"gpu.precision={precision}", f"task={task}",
+                 "gpu.deterministic=false", f"results={self.out}", f"run={self.part}", *more]  # fmt: skip
+        small = [text for text in IN_SMALL if task == "runtime" or text != "task.steps=1"] if self.is_dry else []
+        with compose.session():
+            (cell,) = compose.cells([*given, *small], multirun=False)
+        return cell.config
+
+
+def machine(check: Check) -> bool:
+    """Report the device, versions, and the bandwidth of a copy."""
+    device = torch.device("cpu" if check.is_dry else "cuda")
+    versions = {name: value for name, value in provenance.provenance(device).items() if name != "date"}
+    check.write(**versions, cudnn=torch.backends.cudnn.version())
+    source, target = torch.zeros(2, 2**20 if check.is_dry else 2**30, dtype=torch.uint8, device=device)
+    seconds = take_turns([lambda: target.copy_(source)], 5, title="copies", device=device).median().item()
+    check.write(copy_tb_per_s=round(2 * source.nbytes / seconds / 1e12, 3))
+    return True
+
+
+def kernels_are_right(check: Check) -> bool:
+    """Compare every kernel function with the reference, at the network's shapes, in fp32 and bf16, for every codec."""
+    device = torch.device("cpu" if check.is_dry else "cuda")
+    backend = kernels.choose("auto", device, elements=0)
+    shapes = ((333, 16), (40, 5)) if check.is_dry else SHAPES
+    wrong, cases = [], 0
+    for rows, channels in shapes:
+        for dtype in (torch.float32, torch.bfloat16):
+            for code in (Code(4), Code(8), Code(2), None):
+                found = differences(backend, rows, channels, dtype=dtype, code=code, device=device)
+                wrong += [f"{name} at [{rows}, {channels}], {dtype}, {code}" for name in found]
+                cases += 1
+    check.write(kernels=backend.name, cases=cases, wrong=wrong, correct=not wrong)
+    return not wrong
+
+
+def differences(
+    backend: Kernels, rows: int, channels: int, *, dtype: torch.dtype, code: Code | None, device: torch.device
+) -> list[str]:
+    """Compare a backend with the reference: codes and activations bit by bit, sums and gradients within a tolerance.
+
+    Args:
+        backend: the backend.
+        rows: rows of the activation.
+        channels: channels of the activation.
+        dtype: dtype of the activation.
+        code: codec of the saved codes; None saves x itself.
+        device: where to compute.
+
+    Returns:
+        Names of the results that differ; empty where all agree.
+    """
+    x, grad, other = (3 * torch.randn(3, rows, channels, device=device) + 1).to(dtype)
+    counter = torch.zeros(channels, dtype=torch.int32, device=device)  # as in a layer
+    gamma, beta = torch.randn(2, channels, device=device)
+    vectors = backend.channel_stats(x, gamma, beta, eps=EPS, code=code, counter=counter)
+    var, mean = torch.var_mean(x.double(), 0, correction=0)
+    # NaN shows an output that is not written.
+    a, reference_a, decoded, reference_decoded, reference_dx = (torch.full_like(x, torch.nan) for _ in range(5))
+    codes = backend.normalise_rectify_encode(x, vectors, code=code, out=a)
+    reference_codes = REFERENCE.normalise_rectify_encode(x, vectors, code=code, out=reference_a)
+    saved = x if reference_codes is None else reference_codes
+    backend.decode(saved, vectors, code=code, out=decoded)
+    REFERENCE.decode(saved, vectors, code=code, out=reference_decoded)
+    dx = grad.clone()  # written over, as in the network
+    backward = partial(backend.backward, kept=saved, vectors=vectors, code=code, constant_stats=False, counter=counter)
+    sums = backward(dx, out=dx, add=other)
+    sums_again = backward(grad, out=torch.empty_like(grad))
+    reference_sums = REFERENCE.backward(
+        grad, saved, vectors, code=code, constant_stats=False, out=reference_dx, add=other
+    )
+    # The sum x + other, written over a copy of x, and its statistics; dW [16, C] of a 1x1 convolution.
+    total = x.clone()
+    of_total = backend.channel_stats(total, gamma, beta, eps=EPS, code=code, add=other)
+    of_sum = backend.channel_stats(x + other, gamma, beta, eps=EPS, code=code)
+    grad_out = torch.randn(rows, 16, device=device).to(dtype)
+    weight_grad = backend.pointwise_weight_grad(grad_out, saved, vectors, code=code)
+    products = grad_out.double().T @ reference_decoded.double()
+    sizes = grad_out.double().abs().T @ reference_decoded.double().abs()
+    # tf32 truncates each factor by at most 2^-10; float32 sums round by at most rows 2^-24 of their sizes.
+    bound = (2.0**-9 + rows * 2.0**-24) * sizes
+    # dX = gamma rstd (dY - ...) + other: it is rounded to the activation's dtype, after sums in another order.
+    near = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    are_right = {
+        "mean": torch.allclose(vectors[0].double(), mean, rtol=1e-5, atol=1e-5),
+        "variance": torch.allclose(vectors[1].double(), var, rtol=1e-4, atol=1e-5),
+        "activation": torch.equal(a, reference_a),
+        "codes": codes is None or reference_codes is None or torch.equal(codes, reference_codes),
+        "decoded activation": torch.equal(decoded, reference_decoded),
+        "sums": torch.allclose(sums, reference_sums, rtol=1e-3, atol=rows * 1e-5),
+        "input gradient": torch.allclose(dx.float(), reference_dx.float(), rtol=near, atol=near),
+        "sums once more": torch.equal(sums_again, sums) and not counter.any(),
+        "sum": torch.equal(total, x + other),
+        "statistics of the sum": torch.equal(of_total, of_sum),
+        "weight gradient": weight_grad is None or bool(((weight_grad - products).abs() <= bound).all()),
+    }
+    return [name for name, is_right in are_right.items() if not is_right]
+
+
+def capture_keeps_bits(check: Check) -> bool:
+    """Compare the losses of captured steps with those of steps launched kernel by kernel: the bits must be the same.
+
+    The losses of the reference kernels, which sum in another order, are reported beside them.
+    """
+    all_same = True
+    for mode in ("4bit", "exact"):
+        for precision in ("tf32", "bf16"):
+            losses = {}
+            for name, options in (("captured", []), ("launched", ["gpu.cuda_graph=false"]),
+                                  ("reference", ["gpu.cuda_graph=false", "gpu.kernels=torch"])):  # fmt: skip
+                config = check.config(mode, 29, precision, "runtime", "gpu.deterministic=true", *options)
+                step = _step(config)
+                losses[name] = [float(step()[0]) for _ in range(2 if check.is_dry else steps.EAGER_STEPS + 4)]
+            is_same = losses["captured"] == losses["launched"]
+            all_same = all_same and is_same
+            check.write(mode=mode, precision=precision, same_bits=is_same, losses=losses)
+    return all_same
+
+
+def _step(config: Config) -> Callable[[], Any]:
+    """Make training steps of the configured network, from the same weights and images in every call."""
+    device = network.device(config)
+    steps.configure_torch(network.used(config.gpu, device))
+    torch.manual_seed(config.seed)
+    chosen = kernels.choose(config.gpu.kernels, device, elements=0)
+    return network.training_step(config, config.dataset.batch_size, chosen, device)
+
+
+@dataclass(frozen=True)
+class Times:
+    """A part that times steps of exact and other modes in turn.
+
+    Attributes:
+        depth: depth of the network.
+        precision: precision of all modes.
+        modes: modes besides exact.
+        turns: number of turns.
+        deterministic: as in the cells of table 1, cuDNN does not pick convolutions by timing them.
+    """
+
+    depth: int
+    precision: str
+    modes: tuple[str, ...]
+    turns: int
+    deterministic: bool = False
+
+    def __call__(self, check: Check) -> bool:
+        """Time the modes."""
+        modes = ("exact-one-copy" if check.is_dry and mode == "compiled" else mode for mode in self.modes)
+        config = check.config(
+            "exact", self.depth, self.precision, "runtime", f"task.steps={self.turns}",
+            f"task.modes=[{','.join(modes)}]", f"gpu.deterministic={self.deterministic}",
+        )  # fmt: skip
+        found = runtime.run(config)
+        ratios = {record.mode: record.value for record in found if record.metric == "ratio_to_exact"}
+        for record in found:
+            if record.metric == "seconds_per_sample":
+                low, ms, high = (1e3 * record.batch_size * value for value in (record.low, record.value, record.high))
+                check.write(mode=record.mode, depth=self.depth, precision=self.precision,
+                           deterministic=self.deterministic, ms=round(ms, 3), low=round(low, 3), high=round(high, 3),
+                           times_exact=ratios.get(record.mode), minutes_of_64000=round(ms * 64 / 60, 2))  # fmt: skip
+        return True
+
+
+def largest_batch(check: Check, mode: str, depth: int) -> bool:
+    """Find the largest of a few fractions of the predicted batch that fits the memory of the paper's card."""
+    memory = "0.502" if check.is_dry else "11"
+    config = check.config(mode, depth, "tf32", "max-batch", f"gpu.memory_gib={memory}")
+    limit = int(float(memory) * GIB) - config.gpu.allowance_mib * MIB
+    committed = check.config(mode, depth, "tf32", "max-batch", f"gpu.memory_gib={memory}", f"results={RESULTS}")
+    known = max_batch.earlier_prediction(committed, committed)
+    predicted = int((known or max_batch.predict(config, config, limit)).value)
+    for fraction in FRACTIONS:
+        for kind in segments.KINDS:
+            batch = int(fraction * predicted)
+            taken = _probe(check, config, batch, limit, kind)
+            gib = None if taken is None else round(taken / GIB, 3)
+            check.write(mode=mode, depth=depth, predicted=predicted, batch=batch, segments=kind,
+                       fits=taken is not None, reserved_gib=gib)  # fmt: skip
+            if taken is not None:
+                return True
+    return True
+
+
+def _probe(check: Check, config: Config, batch: int, limit: int, kind: str) -> int | None:
+    """Measure the bytes reserved for a few steps, in a process that has not used the GPU; None if they do not fit."""
+    if check.is_dry:
+        _step(config)()
+        return 0
+    taken: int | None = fresh.call(max_batch.fits_in, config, batch, max_batch.STEPS, limit, kind)
+    return taken
+
+
+def side_by_side(check: Check) -> bool:
+    """Time one to four networks side by side, each on its own stream."""
+    config = check.config("4bit", 164, "bf16", "runtime")
+    cells = 2 if check.is_dry else 4
+    streams = [nullcontext() if check.is_dry else torch.cuda.stream(torch.cuda.Stream()) for _ in range(cells)]
+    networks = []
+    for stream in streams:
+        with stream:
+            networks.append(_step(config))
+            for _ in range(steps.EAGER_STEPS + 2):
+                networks[-1]()
+    rounds = 1 if check.is_dry else 20
+    for count in range(1, cells + 1):
+        for _ in range(2):  # once untimed
+            _wait(check)
+            began = time.perf_counter()
+            for _ in range(rounds):
+                for step, stream in zip(networks[:count], streams[:count], strict=True):
+                    with stream:
+                        step()
+            _wait(check)
+            ms = 1e3 * (time.perf_counter() - began) / rounds / count
+        check.write(cells=count, precision="bf16", mode="4bit", ms_per_cell=round(ms, 3),
+                   minutes_of_64000=round(ms * 64 / 60, 2))  # fmt: skip
+    return True
+
+
+def _wait(check: Check) -> None:
+    if not check.is_dry:
+        torch.cuda.synchronize()
+
+
+def compile_ahead(check: Check) -> bool:
+    """Fill the compiler's cache while nothing is timed; blocks of every depth share it."""
+    if not check.is_dry:
+        _step(check.config("compiled", 29, "tf32", "runtime"))()
+    return True
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the check.
+
+    Attributes:
+        name: its name.
+        run: the function; it returns whether the result is right.
+        most: time limit in seconds.
+        least: seconds that must be left for it to begin.
+        decides: whether the exit code depends on it.
+    """
+
+    name: str
+    run: Callable[[Check], bool]
+    most: int
+    least: int
+    decides: bool = False
+
+
+AHEAD = Part("compile-ahead", compile_ahead, 60, 0)
+PARTS = (
+    Part("machine", machine, 25, 10),
+    Part("kernels", kernels_are_right, 60, 20, decides=True),
+    Part("captured", capture_keeps_bits, 50, 20, decides=True),
+    Part("steps-164-tf32", Times(164, "tf32", ("4bit", "8bit", "2bit"), turns=15), 40, 20),
+    Part("steps-164-bf16", Times(164, "bf16", ("4bit", "8bit", "2bit"), turns=15), 30, 20),
+    Part("trained-164-tf32", Times(164, "tf32", ("4bit",), turns=7, deterministic=True), 25, 20),
+    Part("batch-4bit-164", partial(largest_batch, mode="4bit", depth=164), 45, 25),
+    Part("compiled-164-tf32", Times(164, "tf32", ("compiled", "4bit"), turns=7), 75, 30),
+    Part("steps-1001-tf32", Times(1001, "tf32", ("4bit", "8bit"), turns=7), 75, 45),
+    Part("together-164-bf16", side_by_side, 40, 25),
+    Part("batch-exact-164", partial(largest_batch, mode="exact", depth=164), 40, 25),
+    Part("steps-164-fp32", Times(164, "fp32", ("4bit", "8bit"), turns=7), 40, 25),
+    Part("batch-4bit-1001", partial(largest_batch, mode="4bit", depth=1001), 60, 40),
+    Part("compiled-1001-tf32", Times(1001, "tf32", ("compiled", "4bit"), turns=5), 60, 40),
+)
+"""In the order of their value: the last ones are cut off first."""
