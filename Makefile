@@ -1,124 +1,74 @@
 # Targets set themselves up: they make .venv from pyproject.toml first. Another interpreter: make PYTHON=python3.12 demo
-# Those for a GPU machine, which may have no network, do not: they run in .venv where it is, or under the PYTHON given.
+# Those that need a GPU do not, for its machine may have no network: they take .venv where it is, or the PYTHON given.
 
 PYTHON ?= python3
 STAMP := .venv/installed
-RUNNER = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard .venv/bin/python) $(PYTHON)),$(PYTHON))
+RUN := .venv/bin/blpa-run
 
-.PHONY: help demo reproduce-tables known-profile test lint check plots gpu-check gpu-test gpu-bench train-table known-python known-gpu clean
-
-# The cells of the paper's tables. demo: small or predicted ones, for a CPU. paper: all of them, for a GPU and days.
+# The cells of the paper's tables. demo: small or predicted ones, for a CPU. paper: all of them, for a GPU and days; the
+# largest batches first, while the process that asks for them has nothing on the card.
 PROFILE ?= demo
 EXPERIMENTS_demo := demo,demo-batches,demo-times,demo-gradients
-# The largest batches first, while the process that asks for them has nothing on the card.
-EXPERIMENTS_paper := table2,table2-wide,table2-fp32,table3,table3-wide,table3-fp32,gradients,table1
-CHECK_paper = @.venv/bin/python -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "PROFILE=paper needs a CUDA GPU, and torch finds none here; PROFILE=demo does not")'
-EXPERIMENTS = $(EXPERIMENTS_$(PROFILE))
-# One thread, for layers of 8x8 pixels are too small to share: two would mostly wait for each other.
-THREADS_demo := OMP_NUM_THREADS=1
-THREADS = $(THREADS_$(PROFILE))
+EXPERIMENTS_paper := table2,table2-fp32,table3,table3-fp32,gradients,table1
+EXPERIMENTS = $(or $(EXPERIMENTS_$(PROFILE)),$(error PROFILE=$(PROFILE) is not allowed: choose demo or paper))
 
-# What gpu-check, gpu-test and gpu-bench write: logs, and records.
-OUT ?= gpu-out
-BUDGET_MINUTES ?= 8.5
-# After so many seconds, so that a machine that is taken back after 10 minutes has told what it found by then.
-INTERRUPTED = timeout --foreground -s INT -k 20
+# On a GPU, in the order of their worth, strict fp32 last.
+BENCHES := bench-kernels,bench-times,bench-training,bench-batches,bench-largest,bench-card,bench-kernels-others
+BENCHES := $(BENCHES),bench-times-fp32,bench-batches-fp32,bench-largest-fp32
 GPU_TESTS := tests/runners/test_gpu.py tests/blpa/test_triton_ops.py
-# Words in the names of the most informative tests: the others compile hundreds of variants of kernels.
-GPU_QUICK := captured_run or other_precisions or network_s_gradients or accurate or counted
-# In the order of their worth, strict fp32 last; a sweep goes on where the last one stopped.
-BENCHES := bench-kernels,bench-times,bench-training,bench-batches,bench-times-wide,bench-batches-wide,bench-largest
-BENCHES := $(BENCHES),bench-largest-wide,bench-kernels-others,bench-times-fp32,bench-batches-fp32,bench-largest-fp32
+GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard .venv/bin/python) $(PYTHON)),$(PYTHON))
+GPU_RUN = $(GPU_PYTHON) -m runners
 
-help:
-	@echo "make demo    train five modes on real digits, then show the table and draw the figure (minutes)"
-	@echo "make reproduce-tables PROFILE=demo   a small form of every table and figure, on a CPU (a quarter of an hour)"
-	@echo "make reproduce-tables PROFILE=paper  the paper's tables, on a GPU; goes on where it was interrupted"
-	@echo "make test    run the tests"
-	@echo "make lint    check style and types"
-	@echo "make check   lint and test"
-	@echo "make gpu-check OUT=folder   the first four minutes on a GPU: whether it computes right, how fast, what fits"
-	@echo "make gpu-test OUT=folder    run the tests that need a GPU, a quick part of them first"
-	@echo "make gpu-bench OUT=folder   measure everything else on a GPU (9 minutes, then again for the rest)"
-	@echo "make train-table OUT=folder BUDGET_MINUTES=9   train the cells of the paper's first table, or go on with them;"
-	@echo "             EXPERIMENT=table1-quarter is a quarter of it, CELLS='dataset=digits depth=29' names other cells,"
-	@echo "             JOBS=2 trains two at a time"
-	@echo "make plots   draw the figures of every finished run again"
-	@echo "make clean   remove .venv"
+# make train-table BUDGET_MINUTES=9 stops in time and goes on when it is given again. CELLS='dataset=digits depth=29'
+# names other runs than the experiment's.
+EXPERIMENT ?= table1
+BUDGET_MINUTES ?= null
+CELLS ?=
+OUT ?= results
 
-# In a folder of its own, since git tracks what lies in results. The figure comes first: the table is what is read last.
-DEMO := results/demo
-demo: $(STAMP)
-	$(THREADS_demo) .venv/bin/blpa-run experiment=demo -m results=$(DEMO)
-	.venv/bin/blpa-run task=plots results=$(DEMO)
-	.venv/bin/blpa-run task=tables "task.tables=[errors]" results=$(DEMO)
+.PHONY: help demo reproduce-tables test lint check plots gpu-check gpu-test gpu-bench train-table gpu-python clean
 
-# Finished cells are skipped, and one that fails leaves a record and does not stop the rest: the tables are written all
-# the same, unless a signal ended it, and the exit code tells.
-reproduce-tables: known-profile $(STAMP)
-	$(CHECK_$(PROFILE))
-	$(THREADS) .venv/bin/blpa-run experiment=$(EXPERIMENTS) -m; code=$$?; test $$code -gt 1 && exit $$code; \
-	.venv/bin/blpa-run task=tables && .venv/bin/blpa-run task=report && exit $$code
+help:  ## print this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-known-profile:
-	@test -n "$(EXPERIMENTS)" || { echo "PROFILE=$(PROFILE) is not allowed: choose demo or paper" >&2; exit 2; }
+demo: $(STAMP)  ## five modes on real digits, memory and largest batches, in minutes on a CPU, into results/demo
+	OMP_NUM_THREADS=1 $(RUN) experiment=demo,demo-batches -m results=results/demo
+	$(RUN) task=plots results=results/demo
+	$(RUN) task=tables "task.tables=[batches,errors]" results=results/demo
 
-test: $(STAMP)
+reproduce-tables: $(STAMP)  ## every table and figure in a small form, on a CPU; PROFILE=paper is the paper's, on a GPU
+	$(RUN) experiment=$(EXPERIMENTS) -m; code=$$?; $(RUN) task=tables && $(RUN) task=report && exit $$code
+
+test: $(STAMP)  ## run the tests
 	.venv/bin/python -m pytest
 
-lint: $(STAMP)
+lint: $(STAMP)  ## check style and types
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 
-check: lint test
+check: lint test  ## lint and test
 
-plots: $(STAMP)
-	.venv/bin/blpa-run task=plots
+plots: $(STAMP)  ## draw the figures of every finished run again
+	$(RUN) task=plots
 
-gpu-check: known-python
-	@$(RUNNER) -m runners.gpu_check --out $(OUT)
+gpu-check: gpu-python  ## the first four minutes on a GPU: whether it computes right, how fast, what fits
+	$(GPU_PYTHON) -m runners.gpu_check --out gpu-check
 
-GPU_PYTEST = $(INTERRUPTED) 540 $(RUNNER) -m pytest -W default -p no:cacheprovider -rs --durations=10 $(GPU_TESTS)
-gpu-test: known-gpu
-	@bash -o pipefail -c '{ $(GPU_PYTEST) -k "$(GPU_QUICK)" --junitxml=$(OUT)/gpu-test-quick.xml; code=$$?; \
-	$(GPU_PYTEST) -k "not ($(GPU_QUICK))" --junitxml=$(OUT)/gpu-test.xml && exit $$code; } 2>&1 | \
-	tee $(OUT)/gpu-test.log'
+gpu-test: gpu-python  ## run the tests that need a GPU
+	$(GPU_PYTHON) -m pytest -W default -p no:cacheprovider $(GPU_TESTS)
 
-# Whatever becomes of the sweeps, what they measured is shown and kept. The whole card is a process of its own's: one
-# that has used it keeps some of it.
-BUDGET_SECONDS = $(shell awk 'BEGIN { print int(60 * "$(BUDGET_MINUTES)") + 15 }')
-SECONDS_LEFT = $$(($(BUDGET_SECONDS) > SECONDS ? $(BUDGET_SECONDS) - SECONDS : 1))
-SWEEP = $(INTERRUPTED) $(SECONDS_LEFT) $(RUNNER) -m runners -m budget_minutes=$(BUDGET_MINUTES)
-gpu-bench: known-gpu
-	@bash -o pipefail -c '{ $(SWEEP) experiment=$(BENCHES); failed=$$?; test $$failed -gt 1 && exit $$failed; \
-	$(SWEEP) experiment=bench-card; code=$$?; test $$failed -eq 0 && exit $$code; exit $$failed; } 2>&1 | \
-	tee $(OUT)/gpu-bench.log'; code=$$?; \
-	$(RUNNER) -m runners task=tables "task.tables=[batches,times,kernels]" | tee -a $(OUT)/gpu-bench.log; \
-	cp results/records.csv $(OUT)/records.csv; tar -czf $(OUT)/runs.tgz -C results runs; \
-	test $$code -eq 3 -o $$code -eq 124 || exit $$code
+gpu-bench: gpu-python  ## measure everything else on a GPU; it goes on where it was stopped
+	$(GPU_RUN) experiment=$(BENCHES) -m; code=$$?; $(GPU_RUN) task=tables "task.tables=[batches,times,kernels]" && exit $$code
 
-# Every call goes on where the last one stopped; what OUT/carry.txt names is what another machine needs for that.
-# CELLS names other runs: CELLS="dataset=digits depth=29". JOBS cells are trained side by side, or as many as the
-# experiment says.
-EXPERIMENT ?= table1
-CELLS ?=
-JOBS ?=
-BLPA = $(RUNNER) -m runners "results=$(OUT)"
-train-table: known-python
-	@$(BLPA) experiment=$(EXPERIMENT) -m budget_minutes=$(BUDGET_MINUTES) $(if $(JOBS),jobs=$(JOBS)) $(CELLS); \
-	code=$$?; test $$code -ne 2 || exit 2; \
-	$(BLPA) task=tables "task.tables=[errors]" && $(BLPA) task=progress || exit; \
-	test $$code -eq 3 && echo "Not finished: the same command goes on." || exit $$code
+train-table: gpu-python  ## train the cells of the paper's first table, or EXPERIMENT=table1-quarter; it goes on likewise
+	$(GPU_RUN) experiment=$(EXPERIMENT) -m budget_minutes=$(BUDGET_MINUTES) results=$(OUT) $(CELLS); code=$$?; \
+	$(GPU_RUN) task=tables "task.tables=[errors]" results=$(OUT) && $(GPU_RUN) task=progress results=$(OUT) && exit $$code
 
-known-python:
-	@$(RUNNER) -c 'import torch, runners.compose, runners.reporting.figures' || \
-	{ echo "$(RUNNER) lacks what pyproject.toml names: make test installs it in .venv, PYTHON=... takes another" >&2; exit 2; }
+gpu-python:
+	@$(GPU_PYTHON) -c 'import torch, runners.cli, runners.reporting.figures' || \
+	{ echo "$(GPU_PYTHON) lacks what pyproject.toml names: make test installs it in .venv, PYTHON=... takes another" >&2; exit 2; }
 
-known-gpu: known-python
-	@$(RUNNER) -c 'import sys, torch; sys.exit(None if torch.cuda.is_available() else "no CUDA GPU: torch finds none under $(RUNNER)")'
-	@mkdir -p $(OUT)
-
-clean:
+clean:  ## remove .venv
 	rm -rf .venv
 
 $(STAMP): pyproject.toml

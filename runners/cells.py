@@ -1,5 +1,6 @@
 """A cell of a table: what its run is called, and the command line that repeats it."""
 
+import importlib
 import re
 from collections.abc import Iterator
 from dataclasses import fields
@@ -8,8 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from runners import CONF
-from runners.config import USED_BY, Config, options
+from runners.config import Config, GpuConfig, option, options
 
 NOT_DECIDING = {"dataset.root", "dataset.download", "task.checkpoint_every", "task.keep_every"}
 """Where a run reads and what it writes on its way, not what it is."""
@@ -38,24 +38,43 @@ def folder_name(config: Config) -> str | None:
         The run's name, with what else decides the figure of another task than train; nothing where the task has no
         folder.
     """
-    task, gpu = config.task, config.gpu
-    card = f"{gpu.memory_gib:g}gib" if gpu.memory_gib else "whole-card"
-    batch = f"batch{config.dataset.batch_size}"
-    if task.name == "train":
-        return config.run
-    if task.name == "runtime":
-        batch = f"largest-batch-{card}" if task.largest_batch else batch
-        return f"{config.run}-runtime-{batch}-{gpu.kernels}"
-    if task.name == "kernels":
-        return f"{config.run}-kernels-{gpu.kernels}"
-    at = f"-{Path(task.checkpoint).stem}" if task.checkpoint else ""
-    if task.name == "gradient-error":
-        return f"{config.run}-gradient-error-{batch}{at}"
-    if task.name == "thresholds":
-        return f"{config.run}-thresholds{at}"
-    if task.name == "memory":
-        return f"{config.run}-memory-{batch}-{gpu.kernels}"
-    return f"{config.run}-max-batch-{card}-{gpu.kernels}" if task.name == "max-batch" else None
+    folder = getattr(task_module(config.task.name), "folder", None)
+    return None if folder is None else str(folder(config))
+
+
+def task_module(name: str) -> Any:
+    """The module of a task (runners/tasks)."""
+    return importlib.import_module(f"runners.tasks.{name.replace('-', '_')}")
+
+
+def task_settings(name: str, values: Any = None) -> Any:
+    """The settings of a task, typed.
+
+    Args:
+        name: of the task.
+        values: of its YAML file, with what was changed; None takes the file's own.
+
+    Raises:
+        OmegaConfBaseException: a value is of another type, or is missing.
+    """
+    typed = OmegaConf.create({"task": OmegaConf.structured(task_module(name).Settings)})
+    typed.merge_with({"task": option("task", name) if values is None else values})
+    return OmegaConf.to_object(typed.task)
+
+
+def card_name(gpu: GpuConfig) -> str:
+    """A card by its memory, as a part of a folder's name."""
+    return f"{gpu.memory_gib:g}gib" if gpu.memory_gib else "whole-card"
+
+
+def batch_name(config: Config) -> str:
+    """The batch size as a part of a folder's name."""
+    return f"batch{config.dataset.batch_size}"
+
+
+def checkpoint_name(config: Config) -> str:
+    """The file of weights as the last part of a folder's name; nothing for freshly initialised ones."""
+    return f"-{Path(config.task.checkpoint).stem}" if config.task.checkpoint else ""
 
 
 def departures(config: Config) -> str:
@@ -87,27 +106,27 @@ def overrides(config: Config) -> list[str]:
     Returns:
         experiment=table2 task=max-batch mode=4bit ..., each of which a shell may need quoted.
     """
-    given = [f"experiment={config.experiment}"]
+    own = config.config_dir
+    given = [f"--config-dir={own}"] if own else []
+    given.append(f"experiment={config.experiment}")
     for group in ("task", "dataset", "mode", "gpu"):
-        name = getattr(config, group).name
-        option = name if name in options(group) else options(group)[0]  # a mode of the user's own is named by mode.name
-        given.append(f"{group}={option}")
-        given += [f"{key}={_text(value)}" for key, value in _changed(config, group, option, config.experiment)]
+        name, names = getattr(config, group).name, options(group, own)
+        base = name if name in names else names[0]  # a mode that has no file is named by mode.name
+        given.append(f"{group}={base}")
+        given += [f"{key}={_text(value)}" for key, value in _changed(config, group, base, config.experiment)]
     given += [f"{key}={_text(getattr(config, key))}" for key in ("depth", "width", "seed")]
     return given if config.run == run_name(config) else [*given, f"run={_text(config.run)}"]
 
 
-def _changed(config: Config, group: str, option: str, experiment: str = "single") -> Iterator[tuple[str, Any]]:
+def _changed(config: Config, group: str, name: str, experiment: str = "single") -> Iterator[tuple[str, Any]]:
     """The values of a group that are not those of the option's file, or of the schema where it has none."""
     values = getattr(config, group)
-    schema = OmegaConf.structured(type(values))
-    of_option: Any = OmegaConf.load(CONF / group / f"{option}.yaml") if option in options(group) else {}
-    of_experiment: Any = OmegaConf.load(CONF / "experiment" / f"{experiment}.yaml")
-    base: Any = OmegaConf.to_container(OmegaConf.merge(schema, of_option, of_experiment.get(group, {})))
+    of_option = option(group, name, config.config_dir)
+    of_experiment = option("experiment", experiment, config.config_dir).get(group, {})
+    base: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(type(values)), of_option, of_experiment))
     for value in fields(values):
         key, given = f"{group}.{value.name}", getattr(values, value.name)
-        is_used = group != "task" or config.task.name in USED_BY.get(value.name, ())
-        if is_used and key not in NOT_DECIDING and given != base[value.name]:
+        if key not in NOT_DECIDING and given != base[value.name]:
             yield key, given
 
 

@@ -1,32 +1,34 @@
-"""From the words of a command line to checked runs: what Hydra composes, and what it is not let through with.
+"""Compose and check the runs that a command line asks for.
 
-Hydra composes, and only composes: the compose API, not `hydra.main`, which would also write multirun.yaml into the
-folder it is called from, start the first cell of a sweep before the last is checked, and answer a mistake in several
-lines. Every mistake here is one line.
+Hydra parses, composes and splits sweeps, by its own classes and not by hydra.main: all cells are checked before the
+first one runs, a mistake is one line, and finished cells are left out before a launcher is given the rest.
 """
 
 import difflib
-import itertools
+import sys
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
 from typing import NamedTuple, cast
 
-from hydra import compose, initialize_config_dir
+from hydra import compose
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from runners import CONF
-from runners.cells import folder_name, run_name
-from runners.config import USED_BY, Config, check, options
+from runners.cells import folder_name, run_name, task_module, task_settings
+from runners.config import Config, check
 from runners.errors import UserError
-
-LAUNCHER = "hydra/launcher"
-"""The group of Hydra's launchers; the keys below hydra.launcher are the chosen one's own."""
 
 ConfigStore.instance().store(name="schema", node=Config)
 
@@ -39,13 +41,40 @@ class Cell(NamedTuple):
     config: Config
 
 
-def session() -> AbstractContextManager[None]:
-    """What everything else here must be called in."""
-    return cast(AbstractContextManager[None], initialize_config_dir(str(CONF), version_base="1.3"))
+@contextmanager
+def session(config_dir: str | None = None) -> Iterator[Hydra]:
+    """What everything else here must be called in.
+
+    Args:
+        config_dir: a folder of the user's own options, which come before those of conf; modules that its data sets name
+            as their readers may lie there too.
+
+    Raises:
+        UserError: there is no such folder.
+    """
+    path = create_config_search_path(str(CONF))
+    if config_dir is not None:
+        folder = Path(config_dir).absolute()
+        if not folder.is_dir():
+            raise UserError(f"--config-dir={config_dir}: there is no such folder")
+        path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="main"))
+        sys.path.append(str(folder))
+    try:
+        yield Hydra.create_main_hydra2("blpa-run", path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def runs(overrides: list[str], *, multirun: bool) -> list[tuple[list[str], DictConfig]]:
+    """As `cells`, but for what a task says of its own settings, for which torch would be imported."""
+    found = [(texts, composed(texts)) for texts in _split(overrides, multirun=multirun)]
+    for _, run in found:
+        _check(run)
+    return found
 
 
 def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
-    """Every run the overrides ask for, composed and checked.
+    """Every run that the overrides ask for, composed and checked.
 
     With `multirun`, what an experiment lists under hydra.sweeper.params is swept too, in its order; values that the
     command line gives take the place of those listed.
@@ -57,160 +86,136 @@ def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
     Raises:
         UserError: the first mistake found, in one line.
     """
-    given = _parse(overrides)
-    found = list(_cells(given, multirun=multirun))
-    configs = [cell.config for cell in found]
-    _refuse_unused(given, configs)
-    _refuse_shared_folders(configs)
-    return found
-
-
-def composed(overrides: Iterable[str] = (), *, return_hydra_config: bool = False) -> DictConfig:
-    """Compose one run; what Hydra and OmegaConf have against it becomes one line of a UserError."""
-    try:
-        return compose("config", list(overrides), return_hydra_config=return_hydra_config)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise UserError(_reason(error)) from error
-
-
-def checked(run: DictConfig) -> Config:
-    """A composed run, typed, named and checked; a UserError tells the first mistake."""
-    try:
-        if OmegaConf.is_missing(run, "run"):
-            run.run = run_name(cast(Config, run))
-        config = cast(Config, OmegaConf.to_object(run))
-    except OmegaConfBaseException as error:
-        raise UserError(_reason(error)) from error
-    check(config)
-    return config
-
-
-def _cells(given: dict[str, Override], *, multirun: bool) -> Iterator[Cell]:
-    given = dict(given)
-    experiment = given.pop("experiment", None)
-    for chosen in _values(experiment, multirun) if experiment else [""]:
-        named = [chosen] if chosen else []
-        listed = composed(named, return_hydra_config=True).hydra.sweeper.params if multirun else None
-        swept = _parse([f"{key}={value}" for key, value in (listed or {}).items()])
-        # The values are the command line's where it has any; their order is the experiment's, which may be of value.
-        swept = {key: override for key, override in given.items() if key not in swept} | {
-            key: given.get(key, override) for key, override in swept.items()
-        }
-        for cell in itertools.product(*(_values(override, multirun) for override in swept.values())):
-            yield Cell([*named, *cell], checked(composed((*named, *cell))))
-
-
-def _parse(overrides: list[str]) -> dict[str, Override]:
-    """Parse overrides and refuse the keys that no run has; the last one of a key stands."""
-    groups, plain = _keys()
-    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
-    parsed = {}
-    for text in overrides:
-        try:
-            (override,) = parser.parse_overrides([text])
-        except HydraException as error:
-            raise UserError(f"cannot read {text!r}: write key=value, with quotes around special characters") from error
-        key = override.get_key_element()
-        if key not in groups and key not in plain and not is_launchers(key):
-            raise UserError(f"unknown key {key!r}{hint(key, [*groups, *plain])}; {_allowed(key, groups, plain)}")
-        parsed[key] = override
-    return parsed
-
-
-def _keys() -> tuple[list[str], list[str]]:
-    """The groups, and the plain values as dotted keys."""
-    groups = sorted(folder.name for folder in CONF.iterdir() if folder.is_dir())
-    schema = OmegaConf.structured(Config)
-    plain = [key for key in schema if key not in groups]
-    for group in groups:
-        if group in schema and OmegaConf.is_dict(schema[group]):
-            plain += [f"{group}.{key}" for key in schema[group]]
-    return groups, plain
-
-
-def _values(override: Override, multirun: bool) -> list[str]:
-    """The key=value texts an override stands for: one, or in a sweep one for each value."""
-    key, text = override.get_key_element(), override.input_line
-    if is_launchers(key) and (not multirun or override.is_sweep_override()):
-        raise UserError(f"{text} is not allowed: one launcher runs the whole of a sweep, which -m makes")
-    if not override.is_sweep_override():
-        values = [override.get_value_element_as_str()]
-    elif not multirun:
-        raise UserError(f"{text} names several values: add -m to run each of them")
-    elif not override.is_discrete_sweep():
-        raise UserError(f"{text} has no list of values: separate them by commas")
-    else:
-        try:
-            values = list(override.sweep_string_iterator())
-        except ValueError as error:
-            raise UserError(f"{text}: {error}") from error
-        if not values:
-            raise UserError(f"{text} names no value at all")
-    groups, _ = _keys()
-    for value in values if key in groups else ():
-        _refuse_unless_option(key, value, options(key))
-    if key == LAUNCHER:
-        installed = GlobalHydra.instance().config_loader().get_group_options(LAUNCHER)
-        _refuse_unless_option(key, values[0], installed, "; joblib and submitit come with the extra blpa[launchers]")
-    return [f"{key}={value}" for value in values]
-
-
-def _refuse_unless_option(group: str, value: str, allowed: list[str], more: str = "") -> None:
-    if value not in allowed:
-        raise UserError(
-            f"{group}={value} is not allowed{hint(value, allowed)}; choose one of {', '.join(allowed)}{more}"
-        )
-
-
-def is_launchers(key: str) -> bool:
-    """Whether a key chooses a launcher of Hydra's or sets a value of the chosen one."""
-    return key == LAUNCHER or key.startswith("hydra.launcher.")
-
-
-def _refuse_unused(given: Iterable[str], configs: list[Config]) -> None:
-    """Refuse a value that no task of the sweep would look at; an experiment's own may be for others of its tasks."""
-    tasks = {config.task.name for config in configs}
-    for key in given:
-        group, _, value = key.partition(".")
-        used_by = USED_BY.get(value) if group == "task" else None
-        if used_by and not tasks & set(used_by):
-            raise UserError(f"{key} is not for task={', '.join(sorted(tasks))}: it is for {', '.join(used_by)}")
-
-
-def _refuse_shared_folders(configs: list[Config]) -> None:
-    seen: set[str] = set()
-    for config in configs:
-        folder = folder_name(config)
-        if folder in seen:
+    found = [Cell(texts, _typed(run)) for texts, run in runs(overrides, multirun=multirun)]
+    folders = [folder for cell in found if (folder := folder_name(cell.config)) is not None]
+    for folder in folders:
+        if folders.count(folder) > 1:
             raise UserError(
                 f"two cells of this sweep would share the folder {folder}: "
                 "run them in two sweeps, each with a run= of its own"
             )
-        if folder is not None:
-            seen.add(folder)
+    return found
+
+
+def composed(overrides: Iterable[str] = (), *, return_hydra_config: bool = False) -> DictConfig:
+    """Compose one run; what Hydra or OmegaConf have against it becomes one line of a UserError."""
+    try:
+        return compose("config", list(overrides), return_hydra_config=return_hydra_config)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(_reason(error)) from error
+
+
+def checked(run: DictConfig) -> Config:
+    """A composed run, named, typed and checked; a UserError has the first mistake."""
+    _check(run)
+    return _typed(run)
+
+
+def _check(run: DictConfig) -> None:
+    """Name a run, and check all but the settings of its task, for which torch would be imported."""
+    extra = set(run) - {field.name for field in fields(Config)}
+    if extra:
+        allowed = OmegaConf.masked_copy(run, [str(key) for key in run if key not in extra])
+        raise UserError(f"unknown key {min(map(str, extra))!r}{_allowed('', allowed)}")
+    try:
+        if OmegaConf.is_missing(run, "run"):
+            run.run = run_name(cast(Config, run))
+        check(cast(Config, OmegaConf.to_object(run)))
+    except OmegaConfBaseException as error:
+        raise UserError(_reason(error)) from error
+
+
+def _typed(run: DictConfig) -> Config:
+    config = cast(Config, OmegaConf.to_object(run))
+    try:
+        config.task = task_settings(run.task.name, run.task)
+    except OmegaConfBaseException as error:
+        raise UserError(_reason(error)) from error
+    if task_check := getattr(task_module(config.task.name), "check", None):
+        task_check(config)
+    return config
+
+
+def _split(overrides: list[str], *, multirun: bool) -> Iterator[list[str]]:
+    """The overrides of each cell."""
+    given = {override.get_key_element(): override for override in _parse(overrides)}
+    if not multirun:
+        if launcher := next((text for key, text in given.items() if is_launchers(key)), None):
+            raise UserError(f"{launcher.input_line} is not allowed: a launcher runs a sweep, which -m makes")
+        yield [str(override.input_line) for override in given.values()]
+        return
+    for (experiment,) in _product([given.pop("experiment")]) if "experiment" in given else [("",)]:
+        named = [experiment] if experiment else []
+        listed = composed(named, return_hydra_config=True).hydra.sweeper.params or {}
+        swept = {override.get_key_element(): override for override in _parse([f"{k}={v}" for k, v in listed.items()])}
+        if given.keys() & {"depth", "width"} and "network" not in given:
+            swept.pop("network", None)  # which is depth and width in one
+        # The values are the command line's where it has any; their order is the experiment's, which may be of value.
+        others = [override for key, override in given.items() if key not in swept]
+        for texts in _product([*others, *(given.get(key, override) for key, override in swept.items())]):
+            yield [*named, *texts]
+
+
+def is_launchers(key: str) -> bool:
+    """Whether a key chooses one of Hydra's launchers or sets a value of the chosen one."""
+    return key.startswith(("hydra/launcher", "hydra.launcher."))
+
+
+def _parse(overrides: list[str]) -> list[Override]:
+    """Parse overrides one by one, so that a mistake is told by its own text."""
+    parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except OverrideParseException as error:
+            raise UserError(f"cannot read {text!r}: write key=value, with quotes around special characters") from error
+    return parsed
+
+
+def _product(overrides: list[Override]) -> list[list[str]]:
+    for override in overrides:
+        if override.is_sweep_override() and override.get_key_element().startswith("hydra"):
+            raise UserError(f"{override.input_line} is not allowed: one launcher runs the whole of a sweep")
+    try:
+        (texts,) = BasicSweeper.split_arguments(overrides, None)
+    except (HydraException, ValueError) as error:
+        raise UserError(f"{' '.join(str(o.input_line) for o in overrides)}: {_reason(error)}") from error
+    return texts
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what is at the bottom of a chain of exceptions, led by the key it is about."""
+    """The root cause in one line, led by the key that it is about, with what may have been meant."""
     while error.__cause__ is not None:
         error = error.__cause__
-    reason = str(error).splitlines()[0]
-    key = getattr(error, "full_key", None)
-    if str(key).startswith("dataset.schedule["):
-        reason += "; every number in it has a point: [[0.5,0.1],[1.0,0.01]]"
-    return f"{key}: {reason}" if key else reason
+    lines = str(error).splitlines() or [""]
+    key = str(getattr(error, "full_key", None) or "")
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        options = [str(option) for option in error.options or []]
+        more = "; joblib and submitit come with the extra blpa[launchers]" if group == "hydra/launcher" else ""
+        return f"{group}={name} is not allowed{hint(name, options)}; choose one of {', '.join(options)}{more}"
+    if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(error.parent_node, DictConfig):
+        return f"unknown key {key!r}{_allowed(key, error.parent_node)}"
+    if isinstance(error, OverrideParseException):
+        return f"cannot read {error.override!r}: write key=value, with quotes around special characters"
+    if lines[0].startswith("Ambiguous value for argument"):
+        return f"{lines[0].split(chr(39))[1]} names several values: add -m to run each of them"
+    if lines[0].startswith("Sweep parameters"):
+        return f"{lines[0]}: add -m"
+    if key.startswith("dataset.schedule["):
+        lines[0] += "; every number in it has a point: [[0.5,0.1],[1.0,0.01]]"
+    return f"{key}: {lines[0]}" if key else lines[0]
+
+
+def _allowed(key: str, parent: DictConfig) -> str:
+    """What may stand in place of an unknown key."""
+    names = sorted(str(name) for name in parent if name != "hydra")
+    group, _, name = key.rpartition(".")
+    return f"{hint(name, names)}; allowed{f' in {group}' if group else ''}: {', '.join(names)}"
 
 
 def hint(wrong: str, right: Iterable[str]) -> str:
     """A few words that name what may have been meant, if anything."""
     close = difflib.get_close_matches(wrong, list(right), n=1)
     return f", did you mean {close[0]}?" if close else ""
-
-
-def _allowed(key: str, groups: list[str], plain: list[str]) -> str:
-    """What may stand in place of an unknown key: the values of the group it names, or all that stands at the top."""
-    group = key.partition(".")[0]
-    inside = [name.partition(".")[2] for name in plain if name.startswith(f"{group}.")]
-    if inside:
-        return f"allowed in {group}: " + ", ".join(inside)
-    return "allowed: " + ", ".join([*groups, *(name for name in plain if "." not in name)])

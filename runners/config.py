@@ -9,7 +9,8 @@ import math
 import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
 from omegaconf import MISSING, OmegaConf
 
@@ -22,7 +23,9 @@ class DatasetConfig:
     """A data set and the recipe it is trained by; a data set's recipe lives with the data set."""
 
     name: str = MISSING
-    """Which data set: cifar10, cifar100 or digits."""
+    """Which data set."""
+    reader: str = MISSING
+    """Module whose read(config) returns it: one of runners.data, or of your own beside your options."""
     classes: int = MISSING
     """Number of classes."""
     image_size: int = MISSING
@@ -104,58 +107,14 @@ class GpuConfig:
 
 
 @dataclass
-class TaskConfig:
-    """What to do."""
-
-    name: str = MISSING
-    """train, max-batch, runtime, kernels, memory, gradient-error, thresholds, progress, tables, plots or report."""
-    evaluate_every: int = 1000
-    """Training steps between evaluations on the test images; the last step is always evaluated."""
-    checkpoint_every: int = 1000
-    """Training steps between checkpoints."""
-    keep_every: int | None = None
-    """Training steps between checkpoints that are kept for good; null keeps the last two alone."""
-    steps: int = 15
-    """Turns that runtime times, each of one training step (five on a GPU); batches that gradient-error compares."""
-    modes: list[str] = field(default_factory=list)
-    """Modes that runtime times in turn with the configured one and exact, in one process, and records like it."""
-    tables: list[str] = field(default_factory=list)
-    """Tables that the task tables prints, of batches, times, gradients, kernels and errors; an empty list is all."""
-    elements: int = 2**26
-    """Elements of an activation that no cache holds, on which the task kernels works besides those of the network."""
-    resolution: float = 0.01
-    """How near max-batch comes to the largest batch where it measures: a smaller one than this part more is too large.
-    """
-    largest_batch: bool = False
-    """Runtime at each mode's largest batch as max-batch found it for gpu.memory_gib, not at dataset.batch_size."""
-    checkpoint: str | None = None
-    """File of weights that gradient-error compares at, of any mode; null takes freshly initialised ones. Those that
-    thresholds looks at."""
-
-
-USED_BY = {
-    "evaluate_every": ("train",),
-    "checkpoint_every": ("train",),
-    "keep_every": ("train",),
-    "steps": ("runtime", "kernels", "gradient-error"),
-    "modes": ("runtime",),
-    "tables": ("tables",),
-    "elements": ("kernels",),
-    "resolution": ("max-batch",),
-    "largest_batch": ("runtime",),
-    "checkpoint": ("gradient-error", "thresholds"),
-}
-"""The tasks that each value of TaskConfig is for."""
-
-
-@dataclass
 class Config:
     """One run."""
 
     dataset: DatasetConfig = field(default_factory=DatasetConfig)
     mode: ModeConfig = field(default_factory=ModeConfig)
     gpu: GpuConfig = field(default_factory=GpuConfig)
-    task: TaskConfig = field(default_factory=TaskConfig)
+    task: Any = MISSING
+    """What to do, and its own settings: the Settings of a module of runners/tasks."""
     depth: int = 164
     """Layers of the network, 9 n + 2 for n blocks a group: 164, 254, 488 and 1001 are the paper's."""
     width: float = 1.0
@@ -173,24 +132,45 @@ class Config:
     other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
     begins until the last minute. A launcher's jobs have them each."""
     jobs: int = 1
-    """Cells of a sweep that run side by side: on a CPU a process each; on a GPU training runs, all in one process."""
+    """Training runs of a sweep that share one GPU, all in one process; elsewhere cells run one by one."""
+    config_dir: str | None = None
+    """Folder of options of your own beside those of conf, as --config-dir gives it: mode/mine.yaml."""
     run: str = MISSING
     """Folder of this run under results/runs; composed from the values that tell runs apart."""
 
 
-def options(group: str) -> list[str]:
+def options(group: str, config_dir: str | None = None) -> list[str]:
     """The options of a configuration group: its files' names.
 
     Args:
         group: a folder of conf, such as mode.
+        config_dir: a folder with more options.
     """
-    return sorted(file.stem for file in (CONF / group).glob("*.yaml"))
+    return sorted({file.stem for folder in _folders(config_dir) for file in (folder / group).glob("*.yaml")})
 
 
-def mode(name: str) -> ModeConfig:
-    """The mode that a file of conf/mode describes."""
-    values = OmegaConf.merge(OmegaConf.structured(ModeConfig), OmegaConf.load(CONF / "mode" / f"{name}.yaml"))
+def option(group: str, name: str, config_dir: str | None = None) -> Any:
+    """What the file of an option says, with the options that it starts from; an empty mapping where there is none.
+
+    Args:
+        group: a folder of conf, such as mode.
+        name: of the option.
+        config_dir: a folder with more options, whose files come first.
+    """
+    files = (folder / group / f"{name}.yaml" for folder in _folders(config_dir))
+    own: Any = next((OmegaConf.load(file) for file in files if file.is_file()), OmegaConf.create())
+    others = [other for other in own.pop("defaults", []) if isinstance(other, str) and other != "_self_"]
+    return OmegaConf.merge(*(option(group, other, config_dir) for other in others), own)
+
+
+def mode(name: str, config_dir: str | None = None) -> ModeConfig:
+    """The mode that a file of the group mode describes."""
+    values = OmegaConf.merge(OmegaConf.structured(ModeConfig), option("mode", name, config_dir))
     return cast(ModeConfig, OmegaConf.to_object(values))
+
+
+def _folders(config_dir: str | None) -> list[Path]:
+    return [*([Path(config_dir)] if config_dir else []), CONF]
 
 
 def check(config: Config) -> None:
@@ -202,37 +182,20 @@ def check(config: Config) -> None:
     Raises:
         UserError: the first mistake found, on one line: the key, the value and what is allowed.
     """
-    _check_dataset(config.dataset)
+    _check_dataset(config)
     _check_mode(config.mode)
-    _one_of("gpu.device", config.gpu.device, ("auto", "cpu", "cuda"))
-    _one_of("gpu.precision", config.gpu.precision, ("auto", "tf32", "bf16", "fp32"))
-    _one_of("gpu.kernels", config.gpu.kernels, ("auto", "torch", "inductor", "triton"))
+    one_of("gpu.device", config.gpu.device, ("auto", "cpu", "cuda"))
+    one_of("gpu.precision", config.gpu.precision, ("auto", "tf32", "bf16", "fp32"))
+    one_of("gpu.kernels", config.gpu.kernels, ("auto", "torch", "inductor", "triton"))
     if config.gpu.memory_gib is not None:
-        _above_zero("gpu.memory_gib", config.gpu.memory_gib)
-    _at_least("gpu.allowance_mib", config.gpu.allowance_mib, 0)
-    _one_of("task.name", config.task.name, options("task"))
-    _at_least("task.evaluate_every", config.task.evaluate_every, 1)
-    _at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
-    if config.task.keep_every is not None:
-        _at_least("task.keep_every", config.task.keep_every, 1)
-    _at_least("task.steps", config.task.steps, 1)
-    _at_least("task.elements", config.task.elements, 2)
-    if not 0 < config.task.resolution < 1:
-        raise UserError(f"task.resolution={config.task.resolution} is not allowed: it is above 0 and less than 1")
-    for name in config.task.tables:
-        _one_of("task.tables", name, ("batches", "times", "gradients", "kernels", "errors"))
-    for name in config.task.modes:
-        _one_of("task.modes", name, options("mode"))
-    if config.task.checkpoint == "":
-        raise UserError("task.checkpoint= is empty: give a file of weights, or null for freshly initialised ones")
-    if config.task.name == "thresholds" and config.task.checkpoint is None:
-        raise UserError("task=thresholds looks at trained weights: name a file of them, task.checkpoint=")
+        above_zero("gpu.memory_gib", config.gpu.memory_gib)
+    at_least("gpu.allowance_mib", config.gpu.allowance_mib, 0)
     _check_depth(config.depth)
-    _above_zero("width", config.width)
+    above_zero("width", config.width)
     _check_size(config)
-    _at_least("jobs", config.jobs, 1)
+    at_least("jobs", config.jobs, 1)
     if config.budget_minutes is not None:
-        _above_zero("budget_minutes", config.budget_minutes)
+        above_zero("budget_minutes", config.budget_minutes)
     if not 0 <= config.seed < 2**63:
         raise UserError(f"seed={config.seed} is not allowed: it is a whole number from 0 to 2**63 - 1")
     _plain_name("mode.name", config.mode.name)
@@ -242,23 +205,24 @@ def check(config: Config) -> None:
         raise UserError("results= is empty: give the folder for runs, records, tables and figures")
 
 
-def _check_dataset(dataset: DatasetConfig) -> None:
-    _one_of("dataset.name", dataset.name, options("dataset"))
-    _at_least("dataset.classes", dataset.classes, 2)
+def _check_dataset(config: Config) -> None:
+    dataset = config.dataset
+    one_of("dataset.name", dataset.name, options("dataset", config.config_dir))
+    at_least("dataset.classes", dataset.classes, 2)
     for key in ("image_size", "image_channels", "iterations", "batch_size", "eval_batch_size"):
-        _at_least(f"dataset.{key}", getattr(dataset, key), 1)
-    _at_least("dataset.crop_padding", dataset.crop_padding, 0)
+        at_least(f"dataset.{key}", getattr(dataset, key), 1)
+    at_least("dataset.crop_padding", dataset.crop_padding, 0)
     _check_schedule(dataset.schedule)
     if not 0 <= dataset.momentum < 1:
         raise UserError(f"dataset.momentum={dataset.momentum} is not allowed: it is at least 0 and less than 1")
     if not (dataset.weight_decay >= 0 and math.isfinite(dataset.weight_decay)):
         raise UserError(f"dataset.weight_decay={dataset.weight_decay} is not allowed: it is a number, at least 0")
-    _one_of("dataset.augmentation", dataset.augmentation, ("per-image", "per-batch", "none"))
-    _one_of("dataset.eval_statistics", dataset.eval_statistics, ("running", "batch"))
+    one_of("dataset.augmentation", dataset.augmentation, ("per-image", "per-batch", "none"))
+    one_of("dataset.eval_statistics", dataset.eval_statistics, ("running", "batch"))
 
 
 def _check_mode(mode: ModeConfig) -> None:
-    _one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint", "offload", "compiled"))
+    one_of("mode.layers", mode.layers, ("stock", "coded", "checkpoint", "offload", "compiled"))
     if mode.bits not in (None, 2, 4, 8):
         raise UserError(f"mode.bits={mode.bits} is not allowed: choose 2, 4 or 8, or null for full precision")
     if mode.bits is not None and mode.layers != "coded":
@@ -266,7 +230,7 @@ def _check_mode(mode: ModeConfig) -> None:
     if mode.forward_from_code and mode.bits is None:
         raise UserError("mode.forward_from_code=true needs codes to feed forward: give mode.bits 2, 4 or 8")
     if mode.segments is not None:
-        _at_least("mode.segments", mode.segments, 1)
+        at_least("mode.segments", mode.segments, 1)
         if mode.layers != "checkpoint":
             raise UserError(f"mode.segments={mode.segments} needs mode.layers=checkpoint, not {mode.layers}")
     if not 0 <= mode.activation_memory_budget <= 1:
@@ -274,10 +238,10 @@ def _check_mode(mode: ModeConfig) -> None:
     for key in ("activation_memory_budget", "fp8"):
         if getattr(mode, key) != getattr(ModeConfig, key) and mode.layers != "compiled":
             raise UserError(f"mode.{key}={getattr(mode, key)} needs mode.layers=compiled, not {mode.layers}")
-    _above_zero("mode.clip", mode.clip)
+    above_zero("mode.clip", mode.clip)
     if mode.bits is None and mode.clip != ModeConfig.clip:
         raise UserError(f"mode.clip={mode.clip} needs codes to clip: give mode.bits 2, 4 or 8")
-    _above_zero("mode.width_factor", mode.width_factor)
+    above_zero("mode.width_factor", mode.width_factor)
 
 
 def _check_schedule(schedule: list[list[float]]) -> None:
@@ -318,17 +282,20 @@ def _check_size(config: Config) -> None:
         raise UserError(f"mode.segments={mode.segments} is not allowed: depth={config.depth} has {blocks} blocks")
 
 
-def _one_of(key: str, value: str, allowed: Collection[str]) -> None:
+def one_of(key: str, value: str, allowed: Collection[str]) -> None:
+    """Refuse a value that is none of those allowed."""
     if value not in allowed:
         raise UserError(f"{key}={value} is not allowed: choose one of {', '.join(allowed)}")
 
 
-def _at_least(key: str, value: int, smallest: int) -> None:
+def at_least(key: str, value: int, smallest: int) -> None:
+    """Refuse a whole number below the smallest that is allowed."""
     if value < smallest:
         raise UserError(f"{key}={value} is not allowed: it is a whole number, at least {smallest}")
 
 
-def _above_zero(key: str, value: float) -> None:
+def above_zero(key: str, value: float) -> None:
+    """Refuse a number that is not positive, or not finite."""
     if not (value > 0 and math.isfinite(value)):
         raise UserError(f"{key}={value} is not allowed: it is a number above 0")
 

@@ -1,43 +1,61 @@
 """The text of `blpa-run --help`: the groups with their options, and every value with its default and its docstring."""
 
 import ast
-import inspect
 import textwrap
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
+from pathlib import Path
 
-from runners import CONF, config
+from omegaconf import DictConfig, OmegaConf
+
+from runners import CONF
 from runners.config import Config, options
 
+SOURCES = Path(__file__).parent
 
-def text(opening: str, defaults: Config) -> str:
+
+def text(opening: str, defaults: DictConfig) -> str:
     """The whole text.
 
     Args:
         opening: what the command is and how it is called.
         defaults: the configuration of a command line without overrides.
     """
-    meanings = _docstrings()
     lines = [opening, "Groups, group=option (the default in brackets):"]
     for group in sorted(folder.name for folder in CONF.iterdir() if folder.is_dir()):
-        chosen = getattr(getattr(defaults, group), "name", defaults.experiment)
-        lines.append(f"  {group:12}" + " ".join(f"[{name}]" if name == chosen else name for name in options(group)))
+        chosen = defaults.experiment if group == "experiment" else defaults.get(group, {}).get("name")
+        names = options(group, defaults.config_dir)
+        lines.append(f"  {group:12}" + " ".join(f"[{name}]" if name == chosen else name for name in names))
     lines += ["", "Values, key=value (the default is shown):"]
-    sections = {"": defaults} | {f"{part.name}.": getattr(defaults, part.name) for part in fields(defaults)}
-    for section, values in sections.items():
-        if is_dataclass(values):
-            for value in fields(values):
-                meaning = meanings[type(values).__name__].get(value.name)
-                if meaning:
-                    lines += _entry(f"{section}{value.name}={_shown(getattr(values, value.name))}", meaning)
+    classes = _docstrings(SOURCES / "config.py")
+    lines += _entries("", classes["Config"], defaults)
+    for field in fields(Config):
+        if (values := classes.get(f"{field.name.capitalize()}Config")) is not None:
+            lines += _entries(f"{field.name}.", values, defaults[field.name])
+    for task in options("task"):
+        values = _docstrings(SOURCES / "tasks" / f"{task.replace('-', '_')}.py")["Settings"]
+        if values:
+            lines += ["", f"Values of task={task}:", *_entries("task.", values, _values_of(task))]
     return "\n".join(lines)
 
 
-def _entry(key: str, meaning: str) -> list[str]:
-    """A key and its meaning, the meaning in a column of its own."""
-    wrapped = textwrap.wrap(" ".join(meaning.split()), width=84, initial_indent=" " * 36, subsequent_indent=" " * 36)
-    if len(key) <= 32:
-        return [f"  {key:34}{wrapped[0].lstrip()}", *wrapped[1:]]
-    return [f"  {key}", *wrapped]
+def _values_of(task: str) -> DictConfig:
+    values = OmegaConf.load(CONF / "task" / f"{task}.yaml")
+    assert isinstance(values, DictConfig)
+    return values
+
+
+def _entries(prefix: str, meanings: dict[str, str], values: DictConfig) -> list[str]:
+    """A line or two for each value: the key, its default, and the meaning in a column of its own."""
+    lines = []
+    for name, meaning in meanings.items():
+        key = f"{prefix}{name}={_shown('???' if OmegaConf.is_missing(values, name) else values[name])}"
+        indent = " " * 36
+        wrapped = textwrap.wrap(" ".join(meaning.split()), width=120, initial_indent=indent, subsequent_indent=indent)
+        if len(key) <= 32:
+            lines += [f"  {key:34}{wrapped[0].lstrip()}", *wrapped[1:]]
+        else:
+            lines += [f"  {key}", *wrapped]
+    return lines
 
 
 def _shown(value: object) -> str:
@@ -47,10 +65,10 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 
-def _docstrings() -> dict[str, dict[str, str]]:
-    """The string below each field of config.py's dataclasses, which only the source has: class -> field -> text."""
+def _docstrings(source: Path) -> dict[str, dict[str, str]]:
+    """The string below each field of a source's classes, which only the source has: class -> field -> text."""
     found: dict[str, dict[str, str]] = {}
-    for node in ast.parse(inspect.getsource(config)).body:
+    for node in ast.parse(source.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ClassDef):
             found[node.name] = {
                 ast.unparse(field.target): text.value.value

@@ -114,7 +114,8 @@ def note(config: Config, *, task: str | None = None) -> str:
         config: the run.
         task: what measures; None is the configured one.
     """
-    gpu, at = config.gpu, config.task.checkpoint
+    largest = getattr(config.task, "largest_batch", False)
+    gpu, at = config.gpu, getattr(config.task, "checkpoint", None)
     card = f"{gpu.memory_gib:g} GiB less {gpu.allowance_mib} MiB" if gpu.memory_gib else "the whole card"
     kernels = f"gpu.kernels={gpu.kernels}" if gpu.kernels != "auto" and config.mode.layers == "coded" else ""
     graph = "" if gpu.cuda_graph is None else f"gpu.cuda_graph={gpu.cuda_graph}".lower()
@@ -122,7 +123,7 @@ def note(config: Config, *, task: str | None = None) -> str:
     seed = f"seed={config.seed}" if config.seed else ""
     particular = {
         "max-batch": [card, graph],
-        "runtime": [f"largest batch in {card}" if config.task.largest_batch else "", kernels, graph, convolutions],
+        "runtime": [f"largest batch in {card}" if largest else "", kernels, graph, convolutions],
         "gradient-error": [f"at {Path(at).stem}" if at else "at initialisation", seed],
         "thresholds": [f"at {Path(at).stem}" if at else ""],
     }

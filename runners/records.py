@@ -20,8 +20,9 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from filelock import FileLock
+
 from runners.errors import Diverged, UserError
-from runners.locks import held
 
 if TYPE_CHECKING:
     pass
@@ -199,7 +200,7 @@ def collect(results: Path) -> list[Record]:
     """
     if not merged(results):
         return []
-    with held(results / ".lock", wait=True):  # else another process might write what it read before this one's changes
+    with FileLock(results / ".lock"):  # else another process might write what it read before this one's changes
         found = merged(results)
         write_table(results / "records.csv", [asdict(record) for record in found])
     return found

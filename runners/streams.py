@@ -18,10 +18,11 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from runners import fresh, sweep
+from runners import fresh
 from runners.cells import folder_name
 from runners.config import Config
 from runners.errors import OutOfTime
+from runners.run import cell_in_turns, has_time_for, is_failure, is_on_cuda, run_cell_of_sweep
 from runners.training import signals
 from runners.training.turns import Turns
 
@@ -29,20 +30,23 @@ if TYPE_CHECKING:
     import torch
 
 
-def run(configs: list[Config], waiting: list[int]) -> list[int]:
+def run(configs: list[Config], waiting: list[int]) -> dict[int, int]:
     """Train cells of a sweep, at most `jobs` at a time.
 
     Args:
-        configs: of the whole sweep, checked. Before `budget_minutes` are over all running cells write checkpoints.
+        configs: checked. Before `budget_minutes` are over all running cells write checkpoints.
         waiting: numbers of the cells to train, on a GPU, not finished yet. Locked ones are passed over.
 
     Returns:
-        The exit codes of the cells that were begun; after a signal its own is the last.
+        The exit codes of the cells that were begun, by number.
+
+    Raises:
+        SystemExit: a signal stopped them.
     """
     codes: dict[int, int] = {}
     to_run_alone: list[int] = []
     has_begun = False
-    while len(waiting) > 1 and (not has_begun or sweep.has_time_for(configs[waiting[0]], 0)):
+    while len(waiting) > 1 and (not has_begun or has_time_for(configs[waiting[0]], 0)):
         has_begun = True
         with signals.noted() as stop:  # fresh.call passes them on
             try:
@@ -53,20 +57,20 @@ def run(configs: list[Config], waiting: list[int]) -> list[int]:
                 ended, failed = {}, None
         codes |= ended
         if stop.received is not None:
-            return [*codes.values(), 128 + stop.received]
+            sys.exit(128 + stop.received)
         waiting = [number for number in waiting if number not in codes and number != failed]
         if failed is None:
             break
         to_run_alone.append(failed)
     for number in [*waiting, *to_run_alone]:
-        if OutOfTime.exit_code in codes.values() or (has_begun and not sweep.has_time_for(configs[number], 0)):
+        if OutOfTime.exit_code in codes.values() or (has_begun and not has_time_for(configs[number], 0)):
             break
         has_begun = True
         print(f"[{number + 1}/{len(configs)}] {folder_name(configs[number])} (by itself)", file=sys.stderr)
-        codes[number] = sweep.run_cell_of_sweep(configs[number])
+        codes[number] = run_cell_of_sweep(configs[number])
         if codes[number] > 128:
-            break
-    return list(codes.values())
+            sys.exit(codes[number])
+    return codes
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], in
     from runners.training.loop import Stopping
 
     first = configs[waiting[0]]
-    on_cuda = sweep.is_on_cuda(first)
+    on_cuda = is_on_cuda(first)
     # One for each place, used by all its cells: PyTorch has 32 streams, which it hands out again and again.
     free = [torch.cuda.Stream() if on_cuda else None for _ in range(first.jobs)]
     waiting, running = list(waiting), list[_Run]()
@@ -106,12 +110,12 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], in
         while True:
             while free and not stopping.is_due():
                 number = _next(configs, waiting, [configs[run.number] for run in running], printed)
-                if number is None or ((codes or running) and not sweep.has_time_for(configs[number], 0)):
+                if number is None or ((codes or running) and not has_time_for(configs[number], 0)):
                     break
                 waiting.remove(number)
-                counts = f"{len(codes)} ended, {sum(map(sweep.is_failure, codes.values()))} failed"
+                counts = f"{len(codes)} ended, {sum(map(is_failure, codes.values()))} failed"
                 print(f"[{number + 1}/{len(configs)}] {folder_name(configs[number])} ({counts})", file=sys.stderr)
-                turns = sweep.cell_in_turns(configs[number], records_failure=True, stopping=stopping)
+                turns = cell_in_turns(configs[number], records_failure=True, stopping=stopping)
                 running.append(_Run(number, turns, free.pop()))
             if not running:
                 return codes, failed

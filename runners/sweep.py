@@ -1,276 +1,158 @@
-"""One run after the other: those of a sweep that are finished are skipped, one that fails does not stop the rest.
+"""Run the cells of a sweep by one of Hydra's launchers: in this process, in several, or on a cluster.
 
-Several processes may work on the same sweep: a cell locked by another one is passed over. On a GPU each cell has a
-process of its own, since a capture or a kernel that fails can make CUDA unusable for the rest of its process.
+    blpa-run experiment=table1 -m hydra/launcher=joblib hydra.launcher.n_jobs=4
+    blpa-run experiment=table1 -m hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
 
-torch is imported after every cell of the sweep has been checked.
+The launcher is given the cells that are not finished, composes each again and calls a `_Sweep` with it. A cell that
+fails leaves a record, and the next one runs. Several commands may work on the same sweep: each passes over the cells
+that another has locked.
 """
 
 import importlib
 import itertools
+import signal
 import sys
 import time
-import traceback
-from collections.abc import Iterator
-from contextlib import nullcontext
-from pathlib import Path
-from typing import TYPE_CHECKING
+from types import FrameType
 
-from runners import fresh, records
-from runners.cells import folder_name, overrides
+from hydra._internal.callbacks import Callbacks  # HydraContext asks for one, and only hydra.main makes it
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext
+from omegaconf import DictConfig
+
+from runners import compose
+from runners.cells import folder_name
+from runners.compose import Cell
 from runners.config import Config
-from runners.errors import Busy, Deferred, Diverged, Interrupted, OutOfTime, Stopped, UserError
-from runners.failures import judge
-from runners.locks import alone_in
-from runners.training import budget, signals, turns
-from runners.training.turns import Turns
-
-if TYPE_CHECKING:
-    from runners.training.loop import Stopping
-
-BEGINNING_SECONDS = 60.0
-"""No training run is begun in the last minute of a budget, which data, compiling and recording would take, or in the
-last tenth of a small one."""
+from runners.errors import Busy, Diverged, OutOfTime
+from runners.run import has_time_for, is_failure, is_finished, is_on_cuda, report_error, run_cell_of_sweep
 
 
-def run_all(configs: list[Config]) -> int:
-    """Run the cells of a sweep one after the other, except those that are finished or locked.
+def run_all(cells: list[Cell]) -> int:
+    """Run the cells that are not finished.
 
-    A cell that fails leaves a record of its failure, and the next one runs, unless a signal ended it. Consecutive
-    training runs on a GPU run side by side, at most `jobs` at a time.
+    Without a launcher of the user's choice they run one after the other, but consecutive training runs on a GPU side by
+    side, at most `jobs` at a time.
 
     Args:
-        configs: checked. `budget_minutes` ends the sweep, by the cell under way where that can go on from a checkpoint,
-            else before the first that might not end in time.
+        cells: of one sweep, checked. `budget_minutes` ends it, by the cell under way where that can go on from a
+            checkpoint, else before the first that might not end in time.
 
     Returns:
         The exit code: that of the last cell that failed, or else OutOfTime's where cells are left.
     """
+    hydra = compose.composed(cells[0].overrides, return_hydra_config=True)
+    is_local = hydra.hydra.runtime.choices["hydra/launcher"] == "basic"
+    waiting = [cell for cell in cells if not is_finished(cell.config)]
+    sweep = _Sweep(waiting=len(waiting), is_local=is_local)
+    print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before", file=sys.stderr)
+    before = signal.signal(signal.SIGTERM, _terminated)  # else the workers of joblib would outlive this process
     codes: list[int] = []
-    skipped, longest = 0, 0.0
-    began = time.monotonic()
-    for numbers in _taken_together(configs):
-        waiting = [number for number in numbers if not is_finished(configs[number])]
-        skipped += len(numbers) - len(waiting)
-        if not waiting:
-            continue
-        if codes and not has_time_for(configs[waiting[0]], longest):
-            break
-        if len(numbers) > 1:
-            codes += importlib.import_module("runners.streams").run(configs, waiting)
-        else:
-            config = configs[waiting[0]]
-            _announce(f"[{waiting[0] + 1}/{len(configs)}] {folder_name(config) or config.task.name}", codes, skipped,
-                      began, to_come=len(configs) - waiting[0])  # fmt: skip
-            cell_began = time.monotonic()
-            codes.append(run_cell_of_sweep(config))
-            longest = max(longest, time.monotonic() - cell_began)
-        if codes and codes[-1] > 128:
-            return codes[-1]
-        if OutOfTime.exit_code in codes:
-            break
-    skipped += sum(is_finished(config) for config in configs[numbers[-1] + 1 :])
-    failures = list(filter(is_failure, codes))
-    busy, diverged = codes.count(Busy.exit_code), codes.count(Diverged.exit_code)
-    done = codes.count(0) + diverged
-    cells_left = len(configs) - done - skipped - len(failures) - busy
-    finished = f"{done} done ({diverged} diverged)" if diverged else f"{done} done"
-    elsewhere = f", {busy} under way in other processes" if busy else ""
-    out_of_time = f", {cells_left} left when budget_minutes={configs[0].budget_minutes} were over" if cells_left else ""
-    print(
-        f"{len(configs)} cells: {finished}, {skipped} finished before (resume=false does them again), "
-        f"{len(failures)} failed{elsewhere}{out_of_time}; {_minutes(time.monotonic() - began)}",
-        file=sys.stderr,
-    )
-    return failures[-1] if failures else OutOfTime.exit_code if cells_left else 0
+    try:
+        launcher = _launcher(hydra, sweep)
+        for beside, group in itertools.groupby(waiting, lambda cell: is_local and _shares_a_gpu(cell.config)):
+            some = list(group)
+            if beside and len(some) > 1:
+                streams = importlib.import_module("runners.streams")
+                ended: dict[int, int] = streams.run([cell.config for cell in some], list(range(len(some))))
+                codes += [ended.get(number, OutOfTime.exit_code) for number in range(len(some))]
+                sweep.codes = codes[:]
+            else:
+                returned = launcher.launch([cell.overrides for cell in some], initial_job_idx=len(codes))
+                codes += [job.return_value for job in returned]
+    except KeyboardInterrupt as error:
+        return report_error(str(error) or "interrupted", 143 if str(error) else 130)
+    except SystemExit as end:  # a signal that the cell under way has obeyed
+        return int(str(end.code))
+    except (HydraException, RuntimeError, ValueError) as error:  # no Slurm here, or a job that was killed
+        return report_error(error, 1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return _summarise(cells, waiting, codes, time.monotonic() - sweep.began)
 
 
-def _taken_together(configs: list[Config]) -> Iterator[list[int]]:
-    """The numbers of the cells in their order: one by one, or together where training runs side by side on a GPU."""
+class _Sweep:
+    """What a launcher calls with each composed cell; in a launcher's own process it is a copy.
 
-    def is_beside(number: int) -> bool:
-        config = configs[number]
-        return config.jobs > 1 and config.task.name == "train" and is_on_cuda(config)
-
-    for beside, numbers in itertools.groupby(range(len(configs)), is_beside):
-        if beside:
-            yield list(numbers)
-        else:
-            yield from ([number] for number in numbers)
-
-
-def is_failure(code: int) -> bool:
-    """Whether an exit code is a failure: not a result, not a locked cell, not one that goes on later."""
-    return code not in (0, Diverged.exit_code, Busy.exit_code, OutOfTime.exit_code)
-
-
-def _announce(cell: str, codes: list[int], skipped: int, began: float, *, to_come: int) -> None:
-    """Print which cell begins, how many are done or failed, and how long the others will take at that pace."""
-    elapsed, failed = time.monotonic() - began, sum(map(is_failure, codes))
-    counts = [f"{skipped} finished before, {failed} failed"] if skipped or failed else []
-    left = f", about {_minutes(elapsed / len(codes) * to_come)} left" if codes else ""
-    print(f"{cell} ({', '.join([*counts, f'{_minutes(elapsed)} done'])}{left})", file=sys.stderr)
-
-
-def has_time_for(config: Config, seconds: float) -> bool:
-    """Whether the budget has time for a cell that takes that long; a training run can stop, once it has begun."""
-    if config.budget_minutes is not None and config.task.name == "train":
-        seconds = min(BEGINNING_SECONDS, 0.1 * 60 * config.budget_minutes)
-    return budget.seconds_left(config.budget_minutes) > seconds
-
-
-def is_finished(config: Config) -> bool:
-    """Whether a cell's own folder holds its records, and resume=false does not ask for new ones.
-
-    A training run that diverged is finished. Where there is a GPU, a cell predicted or measured without one is not.
+    Args:
+        waiting: cells that are not finished.
+        is_local: whether all run in this process.
     """
-    folder = folder_name(config)
-    if folder is None or not config.resume:
-        return False
-    run_dir, command = Path(config.results) / "runs" / folder, records.as_text(overrides(config))
-    found = [r for r in (*records.known(run_dir), *records.diverged(run_dir)) if r.command == command]
-    if not found:
-        return False
-    return any(record.cuda for record in found) or not is_on_cuda(config)
+
+    def __init__(self, waiting: int, *, is_local: bool) -> None:
+        self.waiting, self.is_local = waiting, is_local
+        self.began = time.monotonic()
+        self.codes: list[int] = []
+        """Exit codes of the cells that this process has run."""
+        self.longest_seconds = 0.0
+
+    def __call__(self, composed: DictConfig) -> int:
+        """Run one cell, unless no time is left for it, and return its exit code."""
+        config = compose.checked(composed)
+        has_begun = bool(self.codes) or not self.is_local
+        if OutOfTime.exit_code in self.codes or (has_begun and not has_time_for(config, self.longest_seconds)):
+            code = OutOfTime.exit_code
+        else:
+            print(f"{self._place(config)}\n", end="", file=sys.stderr)  # in one piece, for others write there too
+            began = time.monotonic()
+            code = run_cell_of_sweep(config)
+            self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
+        self.codes.append(code)
+        if code > 128 and self.is_local:
+            sys.exit(code)
+        return code
+
+    def _place(self, config: Config) -> str:
+        """Which cell begins, how many failed, and how long the others will take at this pace."""
+        name = folder_name(config) or config.task.name
+        if not self.is_local:
+            return f"[{HydraConfig.get().job.num + 1}/{self.waiting}] {name}"
+        done, elapsed = len(self.codes), time.monotonic() - self.began
+        counts = [f"{minutes(elapsed)} done"]
+        if failed := sum(map(is_failure, self.codes)):
+            counts.append(f"{failed} failed")
+        if done:
+            counts.append(f"about {minutes(elapsed / done * (self.waiting - done))} left")
+        return f"[{done + 1}/{self.waiting}] {name} ({', '.join(counts)})"
 
 
-def is_on_cuda(config: Config) -> bool:
-    """Whether a cell computes on a GPU; finding out makes no CUDA context."""
-    if folder_name(config) is None or config.task.name in ("memory", "thresholds") or config.gpu.device == "cpu":
-        return False
-    return bool(importlib.import_module("torch").cuda.is_available())
+def _launcher(hydra: DictConfig, sweep: _Sweep) -> Launcher:
+    HydraConfig.instance().set_config(hydra)
+    context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
+    return Plugins.instance().instantiate_launcher(context, sweep, hydra)
 
 
-def _minutes(seconds: float) -> str:
+def _summarise(cells: list[Cell], waiting: list[Cell], codes: list[int], seconds: float) -> int:
+    """Print what became of the cells, and return the exit code of the sweep."""
+    failed = [(cell, code) for cell, code in zip(waiting, codes, strict=True) if is_failure(code)]
+    left, busy, diverged = (codes.count(error.exit_code) for error in (OutOfTime, Busy, Diverged))
+    parts = [
+        f"{codes.count(0) + diverged} done" + (f" ({diverged} diverged)" if diverged else ""),
+        f"{len(cells) - len(waiting)} finished before (resume=false does them again)",
+        f"{len(failed)} failed",
+    ]
+    if busy:
+        parts[-1] += f", {busy} under way in other processes"
+    if left:
+        parts[-1] += f", {left} left when budget_minutes={cells[0].config.budget_minutes} were over"
+    print(f"{len(cells)} cells: {', '.join(parts)}; {minutes(seconds)}", file=sys.stderr)
+    for cell, code in failed:
+        report_error(f"failed: {' '.join(cell.overrides)}", code)
+    return failed[-1][1] if failed else OutOfTime.exit_code if left else 0
+
+
+def _shares_a_gpu(config: Config) -> bool:
+    return config.jobs > 1 and config.task.name == "train" and is_on_cuda(config)
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt("terminated")
+
+
+def minutes(seconds: float) -> str:
+    """A duration for people."""
     return f"{seconds / 60:.0f} min" if seconds >= 90 else f"{seconds:.0f} s"
-
-
-def run_cell(config: Config, *, records_failure: bool = False) -> int:
-    """Run one cell; an error that a user can cause becomes one line, a bug keeps its traceback.
-
-    Args:
-        config: checked.
-        records_failure: whether a failure leaves a record; then a bug is not raised either.
-
-    Returns:
-        The exit code.
-    """
-    code = turns.alone(cell_in_turns(config, records_failure=records_failure))
-    assert code is not None
-    return code
-
-
-def run_cell_of_sweep(config: Config) -> int:
-    """Run one of several cells, on a GPU in a process of its own; a failure or a dead process leaves a record.
-
-    Args:
-        config: checked.
-
-    Returns:
-        The exit code.
-    """
-    if not is_on_cuda(config):
-        return run_cell(config, records_failure=True)
-    began = time.monotonic()
-    reason = ""
-    with signals.noted() as stop:  # fresh.call passes them on
-        try:
-            code: int = fresh.call(_run_recording, config)
-        except Stopped as error:
-            code, reason = error.exit_code, str(error)
-    if stop.received is not None:
-        return 128 + stop.received
-    if reason:
-        refuse(reason, code)
-        fresh.call(_record_failure, config, reason, time.monotonic() - began)
-    return code
-
-
-def _run_recording(config: Config) -> int:
-    return run_cell(config, records_failure=True)
-
-
-def cell_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping | None" = None) -> Turns[int | None]:
-    """As run_cell; with `stopping` other runs have their turns between the steps of this one (training.in_turns).
-
-    Args:
-        config: checked; with `stopping` a training run.
-        records_failure: as in run_cell.
-        stopping: shared by all runs that take turns. The first of them that fails, other than by UserError or Stopped,
-            sets its `has_failure`.
-
-    Returns:
-        The exit code; None where the cell failed beside others, or because of another one: such a failure may not be
-        its own, so that it leaves no record, and the cell must be run again in a new process.
-    """
-    folder = folder_name(config)
-    try:
-        with alone_in(Path(config.results) / "runs" / folder) if folder else nullcontext():
-            if records_failure and is_finished(config):  # since it was looked at, by another process
-                return 0
-            return (yield from _alone_in_turns(config, records_failure=records_failure, stopping=stopping))
-    except Busy as error:
-        if not records_failure:
-            return refuse(error, Busy.exit_code)
-        print("locked by another process", file=sys.stderr)
-        return Busy.exit_code
-    except UserError as error:  # the folder cannot be written
-        return refuse(error, error.exit_code)
-
-
-def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping | None") -> Turns[int | None]:
-    """As cell_in_turns, while the run is locked; its failure is recorded before the lock is released."""
-    began = time.monotonic()
-    try:
-        task = importlib.import_module(f"runners.tasks.{config.task.name.replace('-', '_')}")
-        if stopping is None:
-            task.run(config)
-        else:
-            yield from task.in_turns(config, stopping)
-    except Exception as error:
-        exit_code, reason = judge(error)
-        if stopping is not None and not _is_its_own(error, stopping):
-            _defer(config, error, reason, stopping)
-            return None
-        if exit_code is None and not records_failure:
-            raise
-        if exit_code is None:
-            traceback.print_exc()
-        code = exit_code or 1
-        has_failed = records_failure and is_failure(code) and code < 128
-        if folder_name(config) and (has_failed or code == Diverged.exit_code):
-            _record_failure(config, reason, time.monotonic() - began)
-        return refuse(reason, code)
-    return 0
-
-
-def _is_its_own(error: Exception, stopping: "Stopping") -> bool:
-    """Whether an exception says something of its run, whatever else its process trains."""
-    return isinstance(error, OutOfTime | Interrupted if stopping.has_failure else UserError | Stopped)
-
-
-def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") -> None:
-    """Print why a cell is to be run again in a new process, and have the others of this process stop."""
-    if isinstance(error, Deferred):
-        line = reason
-    elif stopping.has_failure:
-        line = f"fails after another run in this process, perhaps because of it, and goes on in a new one: {reason}"
-    else:
-        stopping.has_failure = True
-        if judge(error)[0] is None:
-            traceback.print_exception(error)
-        line = f"fails beside other runs, and is tried once more in a process of its own: {reason}"
-    print(f"{folder_name(config)}: {line}", file=sys.stderr)
-
-
-def _record_failure(config: Config, reason: str, seconds: float) -> None:
-    try:
-        importlib.import_module("runners.provenance").record_failure(config, reason, seconds)
-    except (OSError, RuntimeError) as error:  # a full disk, or a GPU that fails, which may be why the cell failed
-        refuse(f"the failure could not be recorded: {judge(error)[1]}", 1)
-
-
-def refuse(message: object, exit_code: int) -> int:
-    """Print on one line of stderr why something was not done, and return the exit code."""
-    print("blpa-run: error:", " ".join(str(message).split()), file=sys.stderr)
-    return exit_code

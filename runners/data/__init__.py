@@ -13,10 +13,11 @@ or not. The host draws it, and the device makes the batch of it, so the same dra
 made. No generator lives longer than it is used: the order of the images is a function of (seed, epoch), their
 augmentation one of (seed, iteration), so that a run can start at any iteration.
 
-Adding a data set: a file here with a `read` like the others, a line in `load`, and a YAML.
+To add a data set: a module with a `read` like those here, and a YAML file that names it.
 """
 
 import hashlib
+import importlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -92,20 +93,14 @@ def load(config: DatasetConfig, device: torch.device) -> ImageData:
         device: where the images are to be held.
 
     Raises:
-        UserError: no such data set; a folder that lacks it, or holds it damaged; images other than `config` says, or
-            fewer than a batch.
+        UserError: no such reader; a folder that lacks the data set, or holds it damaged; images other than `config`
+            says, or fewer than a batch.
     """
-    if config.name in ("cifar10", "cifar100"):
-        from runners.data import cifar
-
-        train, test = cifar.read(config.name, config.root, download=config.download)
-    elif config.name == "digits":
-        from runners.data import digits
-
-        train, test = digits.read()
-    else:
-        raise UserError(f"dataset.name={config.name}: no such data set; it is one of cifar10, cifar100, digits")
-
+    try:
+        reader = importlib.import_module(config.reader)
+    except ImportError as error:
+        raise UserError(f"dataset.reader={config.reader}: cannot be imported ({error})") from error
+    train, test = reader.read(config)
     for images, labels in (train, test):
         found = {"image_channels": images.shape[1], "image_size": images.shape[2], "classes": int(labels.max()) + 1}
         for key, value in found.items():

@@ -10,23 +10,23 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
+from runners.config import DatasetConfig
 from runners.errors import UserError
-from runners.locks import held
 
 SOURCES = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
 
 
-def read(name: str, root: str, *, download: bool) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Read one of the two, downloading it first where that is needed and allowed; a good folder needs no network.
 
     Args:
-        name: cifar10 or cifar100.
-        root: folder that holds cifar-10-batches-py or cifar-100-python, or is to hold it.
-        download: whether a missing or damaged file may be fetched.
+        config: `name` is cifar10 or cifar100; `root` the folder that holds cifar-10-batches-py or cifar-100-python, or
+            is to hold it; `download` whether a missing or damaged file may be fetched.
 
     Returns:
         Training (50,000) and test set (10,000): images uint8 [N, 3, 32, 32], labels int64 [N]; CIFAR-100's fine labels.
@@ -34,16 +34,17 @@ def read(name: str, root: str, *, download: bool) -> tuple[tuple[Tensor, Tensor]
     Raises:
         UserError: the folder is missing, incomplete or damaged and could not be, or was not to be, downloaded.
     """
+    name, root = config.name, config.root
     source = SOURCES[name]
     folder = Path(root).expanduser() / source.base_folder
     problem = find_problem(source, folder)
     advice = f"set dataset.root to the folder that holds {source.base_folder}"
-    if problem and not download:
+    if problem and not config.download:
         raise UserError(f"dataset.root={root}: {problem}; {advice}, or dataset.download=true to fetch it")
     if problem:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with held(folder.parent / f".{name}.lock", wait=True):  # one of the runs of a sweep fetches it for all
+            with FileLock(folder.parent / f".{name}.lock"):  # one of the runs of a sweep fetches it for all
                 if find_problem(source, folder):
                     download_and_extract_archive(
                         source.url, str(folder.parent), filename=source.filename, md5=source.tgz_md5

@@ -9,13 +9,18 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
+from runners.config import DatasetConfig
+
 TEST_IMAGES = 500
 INK_LEVELS = 16
 """An image counts the inked pixels in 4 x 4 blocks: 0 to 16."""
 
 
-def read() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Read the digits.
+
+    Args:
+        config: not looked at, for there is nothing to choose.
 
     Returns:
         Training (1,297) and test set (500): images uint8 [N, 1, 8, 8] from 0 to 255, labels int64 [N].

@@ -11,7 +11,7 @@ each over training batches with their augmentation. Written are results/gradient
 results/figures/<run>.png, which task=plots draws again from the file.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from blpa import kernels
 from runners import data, provenance, records
-from runners.config import Config, GpuConfig
+from runners.cells import batch_name, checkpoint_name
+from runners.config import Config, GpuConfig, at_least
 from runners.errors import UserError
 from runners.records import Record
 from runners.reporting import figures
@@ -30,6 +31,29 @@ from runners.training import network, steps
 
 Gradients = dict[str, Tensor]
 """The gradient of each layer with a weight of two dimensions or more, by the layer's name."""
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+    steps: int
+    """Batches that are compared."""
+    checkpoint: str | None
+    """File of weights to compare at, of any mode; null takes freshly initialised ones."""
+
+
+def check(config: Config) -> None:
+    """Refuse no batches at all, and a checkpoint without a name."""
+    at_least("task.steps", config.task.steps, 1)
+    if config.task.checkpoint == "":
+        raise UserError("task.checkpoint= is empty: give a file of weights, or null for freshly initialised ones")
+
+
+def folder(config: Config) -> str:
+    """The run's name, the batch and the weights."""
+    return f"{config.run}-gradient-error-{batch_name(config)}{checkpoint_name(config)}"
 
 
 def run(config: Config) -> list[Record]:

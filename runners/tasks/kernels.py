@@ -16,7 +16,7 @@ is a CUDA graph of several, so that the host's launching is not in the time.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from blpa.kernels import Kernels
 from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS
 from blpa.modes import EPS
 from runners import provenance, records
-from runners.config import Config, mode
+from runners.config import Config, at_least, mode
 from runners.errors import UserError
 from runners.records import Record
 from runners.timing import low_median_high, take_turns
@@ -44,6 +44,28 @@ UNITS: tuple[Unit, ...] = ((64, 16, 1), (16, 16, 3), (16, 64, 1))
 """Those of the paper's blocks of the first group, which have the largest activations."""
 CALLS = 10
 """Calls in a CUDA graph: it takes some 10 us to begin, a tenth of one call of the fastest function."""
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+    steps: int
+    """Turns that are timed."""
+    elements: int
+    """Elements of an activation that no cache holds, besides those of the network."""
+
+
+def check(config: Config) -> None:
+    """Refuse no steps at all, and an activation of less than two elements."""
+    at_least("task.steps", config.task.steps, 1)
+    at_least("task.elements", config.task.elements, 2)
+
+
+def folder(config: Config) -> str:
+    """The run's name and the back end."""
+    return f"{config.run}-kernels-{config.gpu.kernels}"
 
 
 def run(config: Config) -> list[Record]:

@@ -16,7 +16,7 @@ import functools
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,8 +26,9 @@ from blpa import kernels, memory
 from blpa.memory import GIB, MIB, TrainingBytes
 from blpa.offloading import host_bytes_left
 from runners import fresh, provenance, records
+from runners.cells import card_name
 from runners.config import Config
-from runners.errors import Stopped
+from runners.errors import Stopped, UserError
 from runners.failures import first_line, is_out_of_memory, may_be_out_of_memory
 from runners.records import Record
 from runners.reporting import paper
@@ -47,6 +48,26 @@ LARGEST_INDEX = 2**31
 
 Probe = Callable[[int, int], bool]
 """(batch, steps) -> whether that many training steps fit."""
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+    resolution: float
+    """Relative tolerance of the measured search: a batch larger by this part does not fit."""
+
+
+def check(config: Config) -> None:
+    """Refuse a resolution that is no part of a batch."""
+    if not 0 < config.task.resolution < 1:
+        raise UserError(f"task.resolution={config.task.resolution} is not allowed: it is above 0 and less than 1")
+
+
+def folder(config: Config) -> str:
+    """The run's name, the card and the back end."""
+    return f"{config.run}-max-batch-{card_name(config.gpu)}-{config.gpu.kernels}"
 
 
 def run(config: Config) -> list[Record]:

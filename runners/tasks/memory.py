@@ -7,6 +7,7 @@ Counted on the meta device (blpa.memory), so any network and batch takes seconds
     results/runs/<run>/blocks.csv, records.json
 """
 
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from blpa import kernels, modes
 from blpa.kernels.reference import REFERENCE
 from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
 from runners import provenance, records
+from runners.cells import batch_name
 from runners.config import Config
 from runners.records import Record
 from runners.reporting import figures
@@ -28,6 +30,22 @@ Row = dict[str, Any]
 
 POINTS = 600
 """Points of a line in the picture; each stands for the most that was alive around it."""
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+
+
+COUNTS = True
+"""It needs no GPU where there is one."""
+
+
+def folder(config: Config) -> str:
+    """The run's name, the batch and the back end."""
+    return f"{config.run}-memory-{batch_name(config)}-{config.gpu.kernels}"
 
 
 def run(config: Config) -> list[Record]:

@@ -1,5 +1,6 @@
 """Every figure, from curves.csv, records.csv and the tables of single runs: a fresh clone draws them again."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from runners import records
@@ -8,6 +9,13 @@ from runners.records import GROUP, Record
 from runners.reporting import figures, networks
 from runners.reporting.curves import gather
 from runners.reporting.networks import TABLES
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
 
 
 def run(config: Config) -> list[Record]:

@@ -1,12 +1,6 @@
-"""How far each training run is, and the files that another machine needs to go on with all of them.
+"""How far each training run is, and its newest checkpoint: what another machine needs to go on with it."""
 
-    results/carry.txt    their names, a line each, relative to results:   tar -cf carried.tar -C results -T carry.txt
-    results/keep.txt     the other checkpoints: what task.keep_every keeps for other tasks, and the one to fall back on
-
-A run that is under way needs its newest checkpoint, which holds its curve as well; one that is finished is its records
-and its curve, one that diverged the record of that too.
-"""
-
+from dataclasses import dataclass
 from pathlib import Path
 
 from runners import records
@@ -15,11 +9,16 @@ from runners.records import Record
 from runners.reporting.pages import aligned
 from runners.training import checkpoints
 
-MIB = 2**20
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
 
 
 def run(config: Config) -> list[Record]:
-    """Print a row a run, and write carry.txt and keep.txt.
+    """Print a row for each run.
 
     Args:
         config: `results` is the folder of runs.
@@ -27,60 +26,27 @@ def run(config: Config) -> list[Record]:
     Returns:
         Nothing is measured: an empty list.
     """
-    results = Path(config.results)
-    rows = [["run", "iterations", "of", "test error (%)", "carried (MiB)"]]
-    carried: list[Path] = []
-    kept: list[Path] = []
-    for run_dir in sorted(path for path in results.glob("runs/*") if path.is_dir()):
-        found = _diverged(run_dir) or _under_way(run_dir) or _finished(run_dir)
-        if found is not None:
-            cells, files = found
-            rows.append([run_dir.name, *cells, f"{_mib(files):.1f}"])
-            carried += files
-            kept += [file for file in checkpoints.checkpoints(run_dir) if file not in files]
-    if not carried:
-        print(f"no training run under {results / 'runs'} has come to a checkpoint yet")
+    runs = Path(config.results) / "runs"
+    rows = [row for run_dir in sorted(runs.glob("*")) if run_dir.is_dir() for row in _row(run_dir)]
+    if not rows:
+        print(f"no training run under {runs} has come to a checkpoint yet")
         return []
-    print(aligned(rows))
-    for name, files in (("carry.txt", carried), ("keep.txt", kept)):
-        records.write_atomically(results / name, "".join(f"{file.relative_to(results)}\n" for file in files))
-        print(f"{results / name}: {len(files)} files, {_mib(files):.1f} MiB")
+    print(aligned([["run", "iterations", "of", "test error (%)", "newest checkpoint"], *rows]))
     return []
 
 
-def _diverged(run_dir: Path) -> tuple[list[str], list[Path]] | None:
-    """The same four things as _finished of a run that diverged."""
-    for record in records.diverged(run_dir):
-        files = _existing(run_dir, "failure.json", "records.json", "metrics.csv")
-        return ["diverged", f"{record.iterations:,}", "-"], files
-    return None
-
-
-def _finished(run_dir: Path) -> tuple[list[str], list[Path]] | None:
-    """Iterations, of how many, test error, and the files of a run that has its records."""
-    for record in records.known(run_dir):
-        if record.metric == "test_error_percent":
-            cells = [f"{record.iterations:,}", f"{record.iterations:,}", f"{record.value:.2f}"]
-            return cells, _existing(run_dir, "records.json", "metrics.csv")
-    return None
-
-
-def _under_way(run_dir: Path) -> tuple[list[str], list[Path]] | None:
-    """The same of a run that has a good checkpoint, unless that is its end and the records have been made of it."""
+def _row(run_dir: Path) -> list[list[str]]:
+    """The row of a training run that diverged, has its records or has a good checkpoint; none of another."""
     found = checkpoints.newest(run_dir)
-    if found is None:
-        return None
-    file, state = found
-    progress, iterations = state["progress"], state["configuration"]["dataset.iterations"]
-    if progress["iteration"] == iterations and records.known(run_dir):
-        return None
-    error = f"{progress['rows'][-1][-1]:.2f}" if progress["rows"] else "-"
-    return [f"{progress['iteration']:,}", f"{iterations:,}", error], [file]
-
-
-def _existing(run_dir: Path, *names: str) -> list[Path]:
-    return [run_dir / name for name in names if (run_dir / name).exists()]
-
-
-def _mib(files: list[Path]) -> float:
-    return sum(file.stat().st_size for file in files) / MIB
+    file = str(found[0]) if found else "-"
+    for record in records.diverged(run_dir):
+        return [[run_dir.name, "diverged", f"{record.iterations:,}", "-", file]]
+    if found:
+        progress, iterations = found[1]["progress"], found[1]["configuration"]["dataset.iterations"]
+        error = f"{progress['rows'][-1][-1]:.2f}" if progress["rows"] else "-"
+        return [[run_dir.name, f"{progress['iteration']:,}", f"{iterations:,}", error, file]]
+    return [
+        [run_dir.name, f"{record.iterations:,}", f"{record.iterations:,}", f"{record.value:.2f}", file]
+        for record in records.known(run_dir)
+        if record.metric == "test_error_percent"
+    ]

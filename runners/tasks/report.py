@@ -1,5 +1,6 @@
 """One page with every table, figure and record, to send to a colleague: results/report.html."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from runners import records
@@ -7,6 +8,13 @@ from runners.config import Config
 from runners.records import Record
 from runners.reporting import report
 from runners.tasks import plots
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
 
 
 def run(config: Config) -> list[Record]:

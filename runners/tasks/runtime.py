@@ -17,8 +17,8 @@ import torch
 from blpa import kernels
 from blpa.kernels import Kernels
 from runners import provenance, records
-from runners.cells import overrides
-from runners.config import Config, TaskConfig, mode
+from runners.cells import batch_name, card_name, overrides, task_settings
+from runners.config import Config, at_least, mode, one_of, options
 from runners.errors import Stopped, UserError
 from runners.failures import judge
 from runners.records import Record
@@ -28,6 +28,32 @@ from runners.training import network, segments, steps
 
 WARM_UP = 2
 """Steps before those that are timed, besides those before a CUDA graph is captured."""
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+    steps: int
+    """Turns that are timed, each of one training step, of five on a GPU."""
+    modes: list[str]
+    """Modes that are timed in turn with the configured one and exact, in one process, and recorded like it."""
+    largest_batch: bool
+    """Time each mode at its largest batch as max-batch found it for gpu.memory_gib, not at dataset.batch_size."""
+
+
+def check(config: Config) -> None:
+    """Refuse no steps at all, and modes that there are not."""
+    at_least("task.steps", config.task.steps, 1)
+    for name in config.task.modes:
+        one_of("task.modes", name, options("mode", config.config_dir))
+
+
+def folder(config: Config) -> str:
+    """The run's name, the batch and the back end."""
+    batch = f"largest-batch-{card_name(config.gpu)}" if config.task.largest_batch else batch_name(config)
+    return f"{config.run}-runtime-{batch}-{config.gpu.kernels}"
 
 
 class DoesNotFit(Stopped):
@@ -138,7 +164,7 @@ def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tup
     ]
     best = max(found, key=lambda record: (not record.predicted, record.date), default=None)
     if best is None:
-        asked = overrides(replace(config, task=TaskConfig(name="max-batch"), experiment="single"))
+        asked = overrides(replace(config, task=task_settings("max-batch"), experiment="single"))
         command = records.as_text([*asked, f"results={config.results}"])
         raise UserError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:

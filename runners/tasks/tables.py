@@ -3,15 +3,30 @@
 results/tables/<name>.md are for reading; <name>.csv holds the same cells in one row each.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from runners import records
-from runners.config import Config
+from runners.config import Config, one_of
 from runners.records import COLUMNS, Record
 from runners.reporting import errors, kernels, networks
 from runners.reporting.networks import TABLES
 from runners.reporting.pages import markdown
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+    tables: list[str]
+    """Tables that are printed, of batches, times, gradients, kernels and errors; an empty list is all."""
+
+
+def check(config: Config) -> None:
+    """Refuse tables that there are not."""
+    for name in config.task.tables:
+        one_of("task.tables", name, ("batches", "times", "gradients", "kernels", "errors"))
 
 
 def run(config: Config) -> list[Record]:

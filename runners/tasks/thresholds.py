@@ -8,6 +8,7 @@ Beyond clip, a grid that followed the threshold would leave the data (2). Writte
 histogram, and results/figures/<run>.png, which task=plots draws again from the file.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from blpa.codec import Code
 from blpa.kernels.reference import REFERENCE
 from runners import provenance, records
+from runners.cells import checkpoint_name
 from runners.config import Config
 from runners.errors import UserError
 from runners.records import Record
@@ -27,6 +29,30 @@ from runners.training.network import META
 LIMIT, BIN = 6.0, 0.125
 """Ends of the histogram, which also count what lies beyond them, and width of its bins."""
 PARTS = ("first third of the units", "second", "last")
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+    checkpoint: str | None
+    """File of the weights to look at, of any mode."""
+
+
+COUNTS = True
+"""It needs no GPU where there is one."""
+
+
+def check(config: Config) -> None:
+    """Refuse to look at weights that nobody names."""
+    if not config.task.checkpoint:
+        raise UserError("task=thresholds looks at trained weights: name a file of them, task.checkpoint=")
+
+
+def folder(config: Config) -> str:
+    """The run's name and the weights."""
+    return f"{config.run}-thresholds{checkpoint_name(config)}"
 
 
 def run(config: Config) -> list[Record]:

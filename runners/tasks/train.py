@@ -1,7 +1,7 @@
 """Train and test one network: device, kernels, data, model, training, records, in that order, cheap refusals first."""
 
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,11 +10,37 @@ from torch import nn
 
 from blpa import kernels
 from runners import data, provenance, records
-from runners.config import Config
+from runners.config import Config, at_least
 from runners.records import GROUP, Record
 from runners.reporting import paper
 from runners.training import loop, network
 from runners.training.turns import Turns
+
+
+@dataclass
+class Settings:
+    """Of this task."""
+
+    name: str
+    evaluate_every: int
+    """Training steps between evaluations on the test images; the last step is always evaluated."""
+    checkpoint_every: int
+    """Training steps between checkpoints."""
+    keep_every: int | None
+    """Training steps between checkpoints that are kept for good; null keeps the last two alone."""
+
+
+def check(config: Config) -> None:
+    """Refuse intervals below one step."""
+    at_least("task.evaluate_every", config.task.evaluate_every, 1)
+    at_least("task.checkpoint_every", config.task.checkpoint_every, 1)
+    if config.task.keep_every is not None:
+        at_least("task.keep_every", config.task.keep_every, 1)
+
+
+def folder(config: Config) -> str:
+    """The run's own name."""
+    return config.run
 
 
 def run(config: Config) -> list[Record]:
