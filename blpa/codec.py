@@ -20,7 +20,7 @@ gamma is, both ends of the range are guarded, and gamma may be negative or zero 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -147,14 +147,16 @@ class Code:
         """
         total, *others = [block for several in codes for block in several.split(packed.shape[0])]
         for k, block in enumerate(others, start=1):
-            total[: block.shape[0]].add_(block, alpha=1 << (k * self.bits))
+            # Compiled code would store both for the sake of a slice, even of all rows.
+            rows_in_both = total if block.shape[0] == total.shape[0] else total[: block.shape[0]]
+            rows_in_both.add_(block, alpha=1 << (k * self.bits))
         packed.copy_(total.to(torch.int32))  # on a CPU, from a floating-point number to a byte is ten times slower
 
     def unpack(self, packed: Tensor, first_block: int, rows: int, dtype: torch.dtype) -> Tensor:
         """Codes [rows, C] of one row block or several, in the given dtype, from the packed bytes."""
-        blocks = []
+        blocks: list[Tensor] = []
         for start in range(0, rows, packed.shape[0]):
-            block = packed[: rows - start]
+            block = packed if rows - start >= packed.shape[0] else packed[: rows - start]
             shift = (first_block + len(blocks)) * self.bits
             block = block >> shift if shift else block
             blocks.append(block & (self.levels - 1) if shift + self.bits < 8 else block)
@@ -168,4 +170,4 @@ def where_positive(y: Tensor, value: Tensor) -> Tensor:
         y: [M, C]; a NaN counts as positive.
         value: [M, C] or [C].
     """
-    return torch.ops.aten.threshold_backward(value, y, 0)
+    return cast(Tensor, torch.ops.aten.threshold_backward(value, y, 0))
