@@ -20,10 +20,9 @@ gamma is, both ends of the range are guarded, and gamma may be negative or zero 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 ALLOWED_BITS = (8, 4, 2)
@@ -93,43 +92,43 @@ class Code:
         Returns:
             The grid of this code, [C] each.
         """
-        sign = torch.where(gamma < 0, -1.0, 1.0).to(gamma.dtype)
-        edge = (beta / (gamma.abs() * self.bin_width)).nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
+        bin_width = torch.full_like(gamma, self.bin_width).copysign_(gamma + 0.0)  # which makes of -0 a 0
+        # An edge out of every range is put on a whole number, so that it shifts nothing.
+        edge = (beta / (gamma * bin_width)).nan_to_num_(nan=0.0, posinf=2.0**30, neginf=-(2.0**30))
         nearest = edge.round()
         return Grid(
-            bins_per_unit=sign / self.bin_width,
-            bin_width=sign * self.bin_width,
-            frac=(edge - nearest).nan_to_num(nan=0.0),  # inf - inf: no edge within reach, so no shift
-            zero=(self.levels // 2 - nearest).clamp(1, self.levels - 1),
+            bins_per_unit=bin_width.reciprocal(),
+            bin_width=bin_width,
+            frac=edge.sub_(nearest),
+            zero=nearest.neg_().add_(self.levels // 2).clamp_(1, self.levels - 1),
         )
 
     def encode(self, x_hat: Tensor, y: Tensor, grid: Grid) -> Tensor:
-        """Code of each element, in [0, L - 1], not packed: int32, which processors can shift, as they cannot bytes.
+        """Code of each element, a whole number in [0, L - 1] of the grid's dtype, not packed.
 
         Args:
             x_hat: normalised activation [M, C].
             y: gamma * x_hat + beta [M, C]; its sign, as computed, is what the code keeps.
             grid: this code's grid for that gamma and beta.
         """
-        is_positive = y > 0
-        lowest = torch.where(is_positive, grid.zero, 0)
-        highest = torch.where(is_positive, self.levels - 1, grid.zero - 1)
-        code = torch.floor(x_hat * grid.bins_per_unit + grid.frac) + self.levels // 2
-        return code.clamp(lowest, highest).to(torch.int32)
+        lowest = where_positive(y, grid.zero)
+        highest = where_positive(y, self.levels - grid.zero).add_(grid.zero - 1)
+        code = (x_hat * grid.bins_per_unit).add_(grid.frac).floor_().add_(self.levels // 2)
+        return code.clamp_(lowest, highest)
 
     def decode(self, code: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-        """Middle of the bin of each code, and whether it stands for a positive y.
+        """Middle of the bin of each code, and a number that is positive where it stands for a positive y.
 
         Args:
-            code: int32 [M, C], not packed.
+            code: whole numbers [M, C] in the grid's dtype, not packed; x_hat~ may take their place.
             grid: the grid it was encoded on.
 
         Returns:
-            x_hat~ [M, C] in the grid's dtype, and relu_mask [M, C], bool.
+            x_hat~ [M, C], and [M, C] of the sign of y.
         """
-        code = code.to(grid.zero.dtype)
-        x_hat = (code + (0.5 - self.levels // 2) - grid.frac) * grid.bin_width
-        return x_hat, code >= grid.zero
+        sign = code - (grid.zero - 0.5)
+        x_hat = code.add_(0.5 - self.levels // 2).sub_(grid.frac).mul_(grid.bin_width)
+        return x_hat, sign
 
     def row_blocks(self, x: Tensor) -> list[Tensor]:
         """View [M, C] as blocks of rows: byte row r holds the codes of row r of every block.
@@ -139,14 +138,36 @@ class Code:
         """
         return list(x.split(self.packed_rows(x.shape[0])))
 
-    def pack(self, codes: list[Tensor], rows: int) -> Tensor:
-        """Pack the codes of each row block into bytes [rows, C]; rows that a short block lacks count as code 0."""
-        packed = torch.zeros((), dtype=torch.int32, device=codes[0].device)
-        for k, code in enumerate(codes):
-            whole = code if code.shape[0] == rows else F.pad(code, (0, 0, 0, rows - code.shape[0]))
-            packed = packed | (whole << (k * self.bits))
-        return packed.to(torch.uint8)
+    def pack(self, codes: list[Tensor], packed: Tensor) -> None:
+        """Pack the codes into bytes [rows, C]; rows that a short block lacks count as code 0.
 
-    def unpack(self, packed: Tensor, block: int, rows: int) -> Tensor:
-        """Codes of one row block, int32 [rows, C], from the packed bytes."""
-        return (packed[:rows].to(torch.int32) >> (block * self.bits)) & (self.levels - 1)
+        Args:
+            codes: the row blocks, in order, one or several of them a tensor; the first is written over.
+            packed: uint8 [rows, C].
+        """
+        total, *others = [block for several in codes for block in several.split(packed.shape[0])]
+        for k, block in enumerate(others, start=1):
+            # Compiled code would store both for the sake of a slice, even of all rows.
+            rows_in_both = total if block.shape[0] == total.shape[0] else total[: block.shape[0]]
+            rows_in_both.add_(block, alpha=1 << (k * self.bits))
+        packed.copy_(total.to(torch.int32))  # on a CPU, from a floating-point number to a byte is ten times slower
+
+    def unpack(self, packed: Tensor, first_block: int, rows: int, dtype: torch.dtype) -> Tensor:
+        """Codes [rows, C] of one row block or several, in the given dtype, from the packed bytes."""
+        blocks: list[Tensor] = []
+        for start in range(0, rows, packed.shape[0]):
+            block = packed if rows - start >= packed.shape[0] else packed[: rows - start]
+            shift = (first_block + len(blocks)) * self.bits
+            block = block >> shift if shift else block
+            blocks.append(block & (self.levels - 1) if shift + self.bits < 8 else block)
+        return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).to(dtype)
+
+
+def where_positive(y: Tensor, value: Tensor) -> Tensor:
+    """The value where y > 0, and 0 elsewhere, as torch.where, whose loop is twenty times slower on a CPU.
+
+    Args:
+        y: [M, C]; a NaN counts as positive.
+        value: [M, C] or [C].
+    """
+    return cast(Tensor, torch.ops.aten.threshold_backward(value, y, 0))

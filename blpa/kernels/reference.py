@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blpa.codec import Code
+from blpa.codec import Code, where_positive
 from blpa.kernels import Averages, Norm, compute_dtype
 
 Body = Callable[..., None]
@@ -21,6 +21,9 @@ Body = Callable[..., None]
 STRIP_ROWS = 64
 """Rows of a strip. Sums over rows are made strip by strip, then over the strips: rounding grows with M / 64, not M, and
 a strip stays in a processor's nearest cache while its columns are summed one after another."""
+
+SMALL_ELEMENTS = 1 << 18
+"""Of an activation whose temporaries, a megabyte each, stay in a CPU's cache: a call costs what reading it does."""
 
 
 def strips(x: Tensor) -> list[Tensor]:
@@ -32,9 +35,14 @@ def strips(x: Tensor) -> list[Tensor]:
     return parts if x.shape[0] % STRIP_ROWS else parts[:1]
 
 
+def total(parts: Sequence[Tensor]) -> Tensor:
+    """Sum of tensors of one shape; a single one is its own, without a call."""
+    return functools.reduce(torch.add, parts)
+
+
 def column_sum(x: Tensor) -> Tensor:
     """Sum [C] of x [M, C] over M."""
-    return torch.stack([strip.sum(1).sum(0) for strip in strips(x)]).sum(0)
+    return total([strip.sum(1).sum(0) for strip in strips(x)])
 
 
 def channel_stats(
@@ -50,16 +58,18 @@ def channel_stats(
     for strip in strips(block.to(vectors.dtype)):
         rows, first = strip.shape[1], strip[:, :1]
         centred = strip - first
-        offset = centred.sum(1) / rows
-        squares = (centred * centred).sum(1) - rows * offset * offset
-        parts.append((rows, offset + first[:, 0], squares.clamp_min(0)))
+        offset = centred.mean(1)
+        squares = centred.square_().sum(1).addcmul_(offset, offset, value=-rows).clamp_min_(0)
+        parts.append((rows, offset.add_(first[:, 0]), squares))
     # The sum is of what means differ by, so that its rounding does not scale with the mean.
     pivot = block[0].to(vectors.dtype)
-    off_pivot = [rows * (means - pivot).sum(0) for rows, means, _ in parts]
-    mean = pivot + torch.stack(off_pivot).sum(0) / block.shape[0]
-    about_mean = [(squares + rows * (means - mean).square()).sum(0) for rows, means, squares in parts]
-    var = torch.stack(about_mean).sum(0) / block.shape[0]
-    vectors.copy_(torch.stack(Norm.of(mean, var, gamma, beta, eps=eps, code=code)))
+    mean = pivot + total([(means - pivot).sum(0).mul_(rows) for rows, means, _ in parts]) / block.shape[0]
+    about_mean = []
+    for rows, means, squares in parts:
+        off_mean = means - mean
+        about_mean.append(squares.addcmul_(off_mean, off_mean, value=rows).sum(0))
+    var = total(about_mean) / block.shape[0]
+    torch.stack(Norm.of(mean, var, gamma, beta, eps=eps, code=code), out=vectors)
 
 
 def normalise_rectify_encode(
@@ -69,29 +79,30 @@ def normalise_rectify_encode(
     norm = Norm(*vectors.unbind(0))
     block_codes = []
     for x_block, out_block in zip(x, x if out is None else out, strict=True):
-        x_hat = (x_block.to(vectors.dtype) - norm.mean) * norm.rstd
-        y = norm.gamma * x_hat + norm.beta
+        x_hat = (x_block.to(vectors.dtype) - norm.mean).mul_(norm.rstd)
+        y = (norm.gamma * x_hat).add_(norm.beta)
         if code is not None:
             block_codes.append(code.encode(x_hat, y, norm.grid))
-        out_block.copy_(y.clamp_min(0))
+        out_block.copy_(y.clamp_min_(0))
     if code is not None and codes is not None:
-        codes.copy_(code.pack(block_codes, codes.shape[0]))
+        code.pack(block_codes, codes)
 
 
 def recover(kept: Tensor, block: int, rows: int, norm: Norm, code: Code | None) -> tuple[Tensor, Tensor]:
-    """x_hat~ and relu_mask [rows, C] of one block."""
+    """x_hat~, and a number of the sign of y, [rows, C] of one block."""
     if code is not None:
-        return code.decode(code.unpack(kept, block, rows), norm.grid)
-    x_hat = (kept.to(norm.rstd.dtype) - norm.mean) * norm.rstd
-    return x_hat, norm.gamma * x_hat + norm.beta > 0
+        return code.decode(code.unpack(kept, block, rows, norm.rstd.dtype), norm.grid)
+    x_hat = (kept.to(norm.rstd.dtype) - norm.mean).mul_(norm.rstd)
+    return x_hat, (norm.gamma * x_hat).add_(norm.beta)
 
 
 def decode(out: Sequence[Tensor], kept: Tensor, vectors: Tensor, code: Code | None) -> None:
     """a~ of the blocks out."""
     norm = Norm(*vectors.unbind(0))
     for k, out_block in enumerate(out):
-        x_hat, relu_mask = recover(kept, k, out_block.shape[0], norm, code)
-        out_block.copy_(torch.where(relu_mask, norm.gamma * x_hat + norm.beta, 0).clamp_min(0))
+        x_hat, sign = recover(kept, k, out_block.shape[0], norm, code)
+        y = x_hat.mul_(norm.gamma).add_(norm.beta)
+        out_block.copy_(where_positive(sign, y).clamp_min_(0))
 
 
 def backward(
@@ -108,20 +119,21 @@ def backward(
     norm = Norm(*vectors.unbind(0))
     parts = []
     for k, grad_block in enumerate(grad):
-        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
-        dy = torch.where(relu_mask, grad_block.to(sums.dtype), 0)
-        parts.append(torch.stack([column_sum(dy), column_sum(dy * x_hat)]))
-        del x_hat, relu_mask, dy  # before the next block's are made
-    total = torch.stack(parts).sum(0)
-    sums.copy_(total)
+        x_hat, sign = recover(kept, k, grad_block.shape[0], norm, code)
+        dy = where_positive(sign, grad_block.to(sums.dtype))
+        parts.append(torch.stack([column_sum(dy), column_sum(x_hat.mul_(dy))]))
+        del x_hat, sign, dy  # before the next block's are made
+    sums.copy_(total(parts))
     # A product for each element costs nothing, a quotient would.
-    mean_dy, mean_dy_x_hat = total * (1 / sum(block.shape[0] for block in grad))
+    mean_dy, mean_dy_x_hat = sums * (1 / sum(block.shape[0] for block in grad))
     scale = norm.gamma * norm.rstd
     for k, (grad_block, out_block) in enumerate(zip(grad, grad if out is None else out, strict=True)):
-        x_hat, relu_mask = recover(kept, k, grad_block.shape[0], norm, code)
-        dy = torch.where(relu_mask, grad_block.to(sums.dtype), 0)
-        dx = scale * dy if constant_stats else scale * (dy - mean_dy - x_hat * mean_dy_x_hat)
-        out_block.copy_(dx if add is None else dx + add[k].to(dx.dtype))
+        x_hat, sign = recover(kept, k, grad_block.shape[0], norm, code)
+        dx = where_positive(sign, grad_block.to(sums.dtype))
+        if not constant_stats:
+            dx.sub_(mean_dy).sub_(x_hat.mul_(mean_dy_x_hat))
+        dx.mul_(scale)
+        out_block.copy_(dx if add is None else dx.add_(add[k]))
 
 
 class RowBlockKernels:
@@ -138,6 +150,11 @@ class RowBlockKernels:
     def __init__(self, name: str, fuse: Callable[..., Body] | None = None) -> None:
         self.name = name
         self._fuse = fuse
+
+    def _blocks(self, x: Tensor, code: Code | None) -> list[Tensor]:
+        """What a body is given of [M, C]: its row blocks, or where calls cost more than memory, all of them in one."""
+        is_small = self._fuse is None and x.numel() <= SMALL_ELEMENTS
+        return [x] if code is None or is_small else code.row_blocks(x)
 
     def _run(self, body: Body, blocks: list[Tensor], *args: Any, constants: tuple[Any, ...] = ()) -> None:
         if self._fuse is None:
@@ -167,7 +184,7 @@ class RowBlockKernels:
         # As plain tensors: torch.compile makes new code for each size of a Parameter.
         self._run(channel_stats, [x], vectors, gamma.detach(), beta.detach(), constants=(eps, code))
         if averages:
-            mean, var, *_ = vectors.unbind(0)
+            mean, var = vectors[:2]
             unbiased = var * (x.shape[0] / (x.shape[0] - 1))
             averages.mean.lerp_(mean.to(averages.mean.dtype), averages.momentum)
             averages.var.lerp_(unbiased.to(averages.var.dtype), averages.momentum)
@@ -178,13 +195,13 @@ class RowBlockKernels:
     def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
         """See Kernels."""
         codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
-        out_blocks = None if out is x else _row_blocks(out, code)
-        self._run(normalise_rectify_encode, _row_blocks(x, code), out_blocks, codes, vectors, constants=(code,))
+        out_blocks = None if out is x else self._blocks(out, code)
+        self._run(normalise_rectify_encode, self._blocks(x, code), out_blocks, codes, vectors, constants=(code,))
         return codes
 
     def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
         """See Kernels."""
-        self._run(decode, _row_blocks(out, code), kept, vectors, constants=(code,))
+        self._run(decode, self._blocks(out, code), kept, vectors, constants=(code,))
 
     def backward(
         self,
@@ -200,10 +217,10 @@ class RowBlockKernels:
     ) -> Tensor:
         """See Kernels."""
         sums = vectors.new_empty(2, grad.shape[1])
-        out_blocks = None if out is grad else _row_blocks(out, code)
-        add_blocks = None if add is None else _row_blocks(add, code)
+        out_blocks = None if out is grad else self._blocks(out, code)
+        add_blocks = None if add is None else self._blocks(add, code)
         constants = code, constant_stats
-        self._run(backward, _row_blocks(grad, code), out_blocks, kept, sums, vectors, add_blocks, constants=constants)
+        self._run(backward, self._blocks(grad, code), out_blocks, kept, sums, vectors, add_blocks, constants=constants)
         return sums
 
     def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor | None:
@@ -216,10 +233,6 @@ def _variant(rows: tuple[int, ...], channels: int, dtype: torch.dtype, absent: t
     """What about the arguments changes the computation: above all how each block's rows divide into strips."""
     divisions = [(n == rows[0], n % STRIP_ROWS == 0, n <= STRIP_ROWS, min(n, 2)) for n in rows]
     return dtype, channels == 1, absent, *divisions
-
-
-def _row_blocks(x: Tensor, code: Code | None) -> list[Tensor]:
-    return [x] if code is None else code.row_blocks(x)
 
 
 REFERENCE = RowBlockKernels("torch")

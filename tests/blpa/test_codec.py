@@ -15,16 +15,20 @@ both_signs = pytest.mark.parametrize("sign", [1.0, -1.0])
 def quantise(code: Code, x_hat: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor]:
     """x_hat~ and relu_mask of x_hat [M, C] after encoding, packing, unpacking and decoding."""
     grid = code.grid(gamma, beta)
-    return code.decode(unpack(code, pack(code, code.encode(x_hat, gamma * x_hat + beta, grid)), len(x_hat)), grid)
+    codes = unpack(code, pack(code, code.encode(x_hat, gamma * x_hat + beta, grid)), len(x_hat), x_hat.dtype)
+    decoded, sign = code.decode(codes, grid)
+    return decoded, sign > 0
 
 
 def pack(code: Code, codes: Tensor) -> Tensor:
-    return code.pack(code.row_blocks(codes), code.packed_rows(len(codes)))
+    packed = torch.empty(code.packed_rows(len(codes)), codes.shape[1], dtype=torch.uint8)
+    code.pack(code.row_blocks(codes.clone()), packed)
+    return packed
 
 
-def unpack(code: Code, packed: Tensor, rows: int) -> Tensor:
+def unpack(code: Code, packed: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     blocks = code.row_blocks(torch.empty(rows, 0))
-    return torch.cat([code.unpack(packed, k, len(block)) for k, block in enumerate(blocks)])
+    return torch.cat([code.unpack(packed, k, len(block), dtype) for k, block in enumerate(blocks)])
 
 
 def edge_inside_the_range(code: Code, sign: float, *, edges: int = 41) -> tuple[Tensor, Tensor]:
@@ -46,11 +50,10 @@ def normal(count: int) -> Tensor:
 def test_every_code_survives_packing(bits: int, rows: int, channels: int) -> None:
     code = Code(bits)
     row, channel = torch.arange(rows).unsqueeze(1), torch.arange(channels)
-    codes = ((row + channel) % code.levels).to(torch.int32)  # every value in every row of 257 channels
+    codes = ((row + channel) % code.levels).float()  # every value in every row of 257 channels
     packed = pack(code, codes)
-    assert packed.dtype == torch.uint8
     assert packed.shape == (math.ceil(rows * bits / 8), channels)
-    assert torch.equal(unpack(code, packed, rows), codes)
+    assert torch.equal(unpack(code, packed, rows, codes.dtype), codes)
 
 
 @all_bits
@@ -131,8 +134,8 @@ def test_relu_mask_is_the_sign_of_y_whatever_x_hat(bits: int, y: float) -> None:
     code = Code(bits)
     grid = code.grid(torch.ones(7), torch.linspace(-4, 4, 7))
     x_hat = torch.linspace(-100, 100, 999).unsqueeze(1).repeat(1, 7)
-    _, relu_mask = code.decode(code.encode(x_hat, torch.full_like(x_hat, y), grid), grid)
-    assert torch.equal(relu_mask, torch.full_like(relu_mask, y > 0))
+    _, sign = code.decode(code.encode(x_hat, torch.full_like(x_hat, y), grid), grid)
+    assert torch.equal(sign > 0, torch.full_like(sign > 0, y > 0))
 
 
 @all_bits

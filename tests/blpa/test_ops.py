@@ -111,7 +111,8 @@ def closed_form(
     relu_mask = gamma * x_hat + beta > 0
     if code is not None:
         grid = code.grid(gamma, beta)
-        x_hat, relu_mask = code.decode(code.encode(x_hat, gamma * x_hat + beta, grid), grid)
+        x_hat, sign = code.decode(code.encode(x_hat, gamma * x_hat + beta, grid), grid)
+        relu_mask = sign > 0
 
     a = ((gamma * x_hat + beta).relu() * relu_mask).view(shape).permute(0, 3, 1, 2).requires_grad_()
     shortcut = x.clone().requires_grad_()
