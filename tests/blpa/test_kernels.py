@@ -2,20 +2,18 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
+from support import CHANNELS, CODES, EPS, assert_backward_is_the_references, assert_stats_are_accurate, recovered, unit
 from torch import Tensor
 
 from blpa.codec import Code
-from blpa.kernels import Kernels, Norm, NotAvailable, choose, compute_dtype
+from blpa.kernels import NotAvailable, choose
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE
 
 CPU = torch.device("cpu")
-EPS = 1e-3
-CODES = [Code(8), Code(4), Code(2), None]
 ODD_SHAPES = [(1, 1), (1, 5), (2, 3), (3, 17), (5, 1), (63, 16), (64, 64), (65, 3), (127, 5), (130, 1), (130, 17)]
 
 all_codes = pytest.mark.parametrize("code", CODES, ids=str)
@@ -28,38 +26,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-
-
-class Unit(NamedTuple):
-    """What the kernels of one unit are given."""
-
-    x: Tensor
-    grad: Tensor
-    vectors: Tensor
-    kept: Tensor
-
-    @property
-    def norm(self) -> Norm:
-        return Norm(*self.vectors)
-
-
-def unit(shape: tuple[int, int], code: Code | None, dtype: torch.dtype = torch.float64) -> Unit:
-    """Random numbers; where there are channels enough, one has gamma = 0 and one gamma < 0."""
-    generator = torch.Generator().manual_seed(shape[0])
-    x, grad = (3 * torch.randn(2, *shape, generator=generator, dtype=torch.float64) + 1).to(dtype)
-    gamma, beta, spread = torch.randn(3, shape[1], generator=generator, dtype=torch.float64).to(compute_dtype(dtype))
-    gamma[1:2], gamma[2:3] = 0, -gamma[2:3].abs()
-    mean, var = x.mean(0).to(gamma.dtype), 10 * (spread / 2).exp()
-    vectors = torch.stack(Norm.of(mean, var, gamma, beta, eps=EPS, code=code))
-    codes = REFERENCE.normalise_rectify_encode(x, vectors, code=code, out=torch.empty_like(x))
-    return Unit(x, grad, vectors, x if codes is None else codes)
-
-
-def recovered(u: Unit, code: Code | None) -> tuple[Tensor, Tensor]:
-    """x_hat~ and relu_mask by the formulas, of whole matrices, with neither row blocks nor packing."""
-    x_hat = (u.x - u.norm.mean) * u.norm.rstd
-    y = u.norm.gamma * x_hat + u.norm.beta
-    return (x_hat, y > 0) if code is None else code.decode(code.encode(x_hat, y, u.norm.grid), u.norm.grid)
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
@@ -142,14 +108,6 @@ def test_bf16_is_float32_arithmetic_rounded_once(code: Code | None) -> None:
         assert of_half is of_single is None or torch.equal(of_half, of_single)
 
 
-CHANNELS = {
-    "centred": torch.tensor([0.0, 1.0]),
-    "ten thousand deviations from zero": torch.tensor([1e4, 1.0]),
-    "tiny": torch.tensor([0.0, 1e-12]),
-    "constant": torch.tensor([7.7, 0.0]),
-}
-
-
 @pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 130, 50_001])
 @pytest.mark.parametrize("channel", CHANNELS)
 def test_channel_stats_are_accurate_in_float32(rows: int, channel: str) -> None:
@@ -163,21 +121,6 @@ def test_one_outlier_spoils_no_statistics(row: int) -> None:
     x = torch.randn(130, 3, generator=torch.Generator().manual_seed(row))
     x[row] = 1e5
     assert_stats_are_accurate(REFERENCE, x)
-
-
-def assert_stats_are_accurate(kernels: Kernels, x: Tensor) -> None:
-    """The mean to 8 roundings of the largest value; the variance to the square of that and 4 roundings a row of 64."""
-    eps = torch.finfo(torch.float32).eps
-    gamma, beta = torch.linspace(-2, 2, 2 * x.shape[1], device=x.device).view(2, -1)
-    vectors = kernels.channel_stats(x, gamma, beta, eps=EPS, code=Code(4))
-    mean, var, *_ = vectors
-    torch.testing.assert_close(  # what follows from them is another test's subject: here, that it does follow
-        vectors, torch.stack(Norm.of(mean, var, gamma, beta, eps=EPS, code=Code(4))), rtol=1e-6, atol=0
-    )
-    exact_var, exact_mean = torch.var_mean(x.double(), 0, correction=0)
-    mean_bound = 8 * eps * x.double().abs().amax(0)
-    assert ((mean - exact_mean).abs() <= mean_bound).all()
-    assert ((var - exact_var).abs() <= mean_bound.square() + 4 * 64 * eps * exact_var).all()
 
 
 needs_compiler = pytest.mark.skipif(
@@ -232,35 +175,6 @@ def test_compiled_backward_is_the_references(
     for shape in shapes:
         for adds in (False, True):
             assert_backward_is_the_references(COMPILED, unit(shape, code, dtype), code, constant_stats, adds=adds)
-
-
-def assert_backward_is_the_references(
-    kernels: Kernels, u: Unit, code: Code | None, constant_stats: bool, *, adds: bool = False
-) -> None:
-    """The sums but for the order of their terms, and dX but for what comes of that."""
-    expected, actual = torch.empty_like(u.grad), u.grad.clone()
-    options = {"code": code, "constant_stats": constant_stats, "add": u.x.flip(0).contiguous() if adds else None}
-    expected_sums = REFERENCE.backward(u.grad, u.kept, u.vectors, **options, out=expected)
-    sums = kernels.backward(actual, u.kept, u.vectors, **options, out=actual)
-    # Two orders of a sum of M terms differ by at most M roundings of the sum of their sizes.
-    x_hat, relu_mask = recovered(u, code)
-    sizes = torch.stack([u.grad.abs() * relu_mask, (u.grad * x_hat).abs() * relu_mask]).sum(1)
-    off = len(u.x) * torch.finfo(sums.dtype).eps * sizes
-    assert ((sums - expected_sums).abs() <= off).all()
-    if constant_stats:
-        assert torch.equal(actual, expected)
-        return
-    # The sums reach dX divided by M; and two roundings to its own dtype may differ by one of its units.
-    through_sums = off[0] + x_hat.abs() * off[1]
-    bound = (u.norm.gamma * u.norm.rstd).abs() * through_sums / len(u.x)
-    rounding = torch.finfo(u.x.dtype).eps * expected.abs()
-    assert ((actual - expected).abs() <= bound + rounding + 4 * torch.finfo(sums.dtype).eps * scale(u, x_hat)).all()
-
-
-def scale(u: Unit, x_hat: Tensor) -> Tensor:
-    """The sizes of what dX is the difference of."""
-    dbeta, dgamma = u.grad.abs().mean(0), (u.grad * x_hat).abs().mean(0)
-    return (u.norm.gamma * u.norm.rstd).abs() * (u.grad.abs() + dbeta + x_hat.abs() * dgamma)
 
 
 @needs_compiler

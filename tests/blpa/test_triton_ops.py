@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_kernels import CHANNELS, CODES, EPS, Unit, assert_backward_is_the_references, assert_stats_are_accurate, unit
+from support import CHANNELS, CODES, EPS, Unit, assert_backward_is_the_references, assert_stats_are_accurate, unit
 from torch import Tensor
 
 from blpa import memory

@@ -3,16 +3,11 @@
 
 import pytest
 from omegaconf import OmegaConf
-from test_config import make
+from support import composed, make
 
 from runners import compose
 from runners.cells import departures, folder_name, overrides, run_name
-from runners.config import Config, option, options
-
-
-def composed(arguments: list[str], *, multirun: bool = False) -> list[Config]:
-    with compose.session():
-        return [cell.config for cell in compose.cells(arguments, multirun=multirun)]
+from runners.config import option, options
 
 
 @pytest.mark.parametrize(
@@ -35,14 +30,15 @@ def test_a_run_is_composed_again_by_its_overrides(arguments: list[str]) -> None:
 
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_cells_of_an_experiment_are_composed_again_by_their_overrides(experiment: str) -> None:
-    """Those that name a value for the first time, so that every value of a key is named by one of them."""
+    """Those that name a value of a key for the first time."""
     seen: set[str] = set()
-    for config in composed([f"experiment={experiment}"], multirun=True):
-        named = set(overrides(config))
-        if named - seen:
-            (again,) = composed(overrides(config))
-            assert again == config
-        seen |= named
+    with compose.session():
+        for texts in compose._split([f"experiment={experiment}"], multirun=True):
+            if set(texts) - seen:
+                (cell,) = compose.cells(texts, multirun=False)
+                (again,) = compose.cells(overrides(cell.config), multirun=False)
+                assert again.config == cell.config
+            seen |= set(texts)
 
 
 def test_overrides_say_what_a_run_is_and_not_where_it_lies() -> None:
