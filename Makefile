@@ -8,7 +8,7 @@ RUN := .venv/bin/blpa-run
 # The cells of the paper's tables. demo: small or predicted ones, for a CPU. paper: all of them, for a GPU and days; the
 # largest batches first, while the process that asks for them has nothing on the card.
 PROFILE ?= demo
-EXPERIMENTS_demo := demo,demo-batches,demo-times,demo-gradients
+EXPERIMENTS_demo := demo,demo-memory,demo-batches,demo-times,demo-gradients
 EXPERIMENTS_paper := table2,table2-fp32,table3,table3-fp32,gradients,table1
 ifndef EXPERIMENTS_$(PROFILE)
 $(error PROFILE=$(PROFILE) is not allowed: choose demo or paper)
@@ -34,9 +34,9 @@ help:  ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-17s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(STAMP)  ## five modes on real digits, memory and largest batches, in minutes on a CPU, into results/demo
-	OMP_NUM_THREADS=1 $(RUN) experiment=demo,demo-batches -m results=results/demo
+	OMP_NUM_THREADS=1 $(RUN) experiment=demo,demo-memory,demo-batches -m results=results/demo
 	$(RUN) task=plots results=results/demo
-	$(RUN) task=tables "task.tables=[batches,errors]" results=results/demo
+	$(RUN) task=tables "task.tables=[memory,batches,errors]" results=results/demo
 
 reproduce-tables: $(STAMP)  ## every table and figure in a small form, on a CPU; PROFILE=paper is the paper's, on a GPU
 	$(RUN) experiment=$(EXPERIMENTS_$(PROFILE)) -m; code=$$?; $(RUN) task=tables && $(RUN) task=report && exit $$code

@@ -19,7 +19,7 @@ Bytes kept have a formula. A unit whose activation is [M, C], with a K-bit code,
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -88,7 +88,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count the storages it made."""
-        result = func(*args, **(kwargs or {}))
+        result = _run(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
@@ -110,6 +110,36 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, nbytes: int) -> None:
         self.kinds[self._counted.pop(key)] -= nbytes
         self.live_bytes -= nbytes
+
+
+_RESULTS: dict[Hashable, list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]] = {}
+"""Of operations on the meta device: shapes, strides and dtypes of the tensors that they made."""
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run an operation, or on the meta device make what the same operation made before.
+
+    For many operations PyTorch finds out the shapes in Python, which takes a hundred times as long as an empty tensor,
+    and a deep network repeats few operations. What returns a view or one of its arguments runs as it is.
+    """
+    if any(value.alias_info for value in func._schema.returns):
+        return func(*args, **kwargs)
+    key = func, _key(args), _key(tuple(kwargs.items()))
+    found = _RESULTS.get(key)
+    if found is None:
+        result = func(*args, **kwargs)
+        made = list(result) if isinstance(result, tuple | list) else [result]
+        if all(tensor is None or (type(tensor) is Tensor and tensor.is_meta) for tensor in made):
+            _RESULTS[key] = [one if one is None else (one.shape, one.stride(), one.dtype) for one in made]
+        return result
+    tensors = [one and torch.empty_strided(one[0], one[1], dtype=one[2], device="meta") for one in found]
+    return tensors[0] if len(func._schema.returns) == 1 else tuple(tensors)
+
+
+def _key(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return value.shape, value.stride(), value.dtype, value.device, type(value)
+    return tuple(map(_key, value)) if isinstance(value, tuple | list) else (type(value), value)
 
 
 @contextmanager
@@ -302,7 +332,7 @@ def largest_batch(total_bytes: Callable[[int], int], budget_bytes: int) -> int:
     fits, too_large = (1, total_bytes(1)), (0, 0)
     if fits[1] > budget_bytes:
         return 0
-    step = 1
+    step = 63  # of small batches other tensors are the largest: their slope would mislead
     while too_large[0] - fits[0] != 1:
         guess = fits[0] + step
         if too_large[0]:

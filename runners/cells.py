@@ -9,10 +9,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from runners.config import Config, GpuConfig, option, options
+from runners.config import MODE_LABELS, Config, GpuConfig, option, options
 
-NOT_DECIDING = {"dataset.root", "dataset.download", "task.checkpoint_every", "task.keep_every"}
-"""Where a run reads and what it writes on its way, not what it is."""
+IGNORED = {
+    "dataset.root", "dataset.download", "dataset.label", "task.checkpoint_every", "task.keep_every",
+    *(f"mode.{name}" for name in MODE_LABELS),
+}  # fmt: skip
+"""Settings that do not affect the result: where a run reads, what it writes on its way, and how tables call it."""
 
 
 def run_name(config: Config) -> str:
@@ -77,24 +80,24 @@ def checkpoint_name(config: Config) -> str:
     return f"-{Path(config.task.checkpoint).stem}" if config.task.checkpoint else ""
 
 
-def departures(config: Config) -> str:
-    """Name what of recipe and mode differs from the option's file, where tables would not tell it apart otherwise.
+def recipe_changes(config: Config) -> dict[str, Any]:
+    """Recipe and mode settings that differ from their YAML file and have no column of their own in a record.
 
     Args:
         config: the run. A mode of the user's own name has no file: what differs from the schema's defaults is named.
 
     Returns:
-        dataset.schedule=[[1.0, 0.1]] mode.clip=2.0, or nothing.
+        By key on the command line: {"dataset.schedule": [[1.0, 0.1]], "mode.clip": 2.0}.
     """
-    told = {"dataset.iterations", "dataset.batch_size"}
+    have_columns = {"dataset.name", "dataset.iterations", "dataset.batch_size", "mode.name"}
     if config.dataset.eval_statistics == "running":
-        told.add("dataset.eval_batch_size")  # it decides nothing where statistics are not those of the batch
-    return " ".join(
-        f"{key}={value}"
+        have_columns.add("dataset.eval_batch_size")  # it decides nothing where statistics are not those of the batch
+    return {
+        key: value
         for group in ("dataset", "mode")
         for key, value in _changed(config, group, getattr(config, group).name)
-        if key not in told and not key.endswith(".name")
-    )
+        if key not in have_columns
+    }
 
 
 def overrides(config: Config) -> list[str]:
@@ -128,7 +131,7 @@ def _changed(config: Config, group: str, name: str, experiment: str = "single") 
     base: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(type(values)), of_option, of_experiment))
     for value in fields(values):
         key, given = f"{group}.{value.name}", getattr(values, value.name)
-        if key not in NOT_DECIDING and given != base[value.name]:
+        if key not in IGNORED and given != base[value.name]:
             yield key, given
 
 

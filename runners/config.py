@@ -1,8 +1,8 @@
-"""What a run can be told: one dataclass per configuration group, a docstring and a check per field.
+"""Schema of the configuration: a dataclass for each group, with a docstring and a check for each field.
 
-The values live in conf/ as plain YAML, one file per option. Hydra composes them and this schema types them: a
-misspelt key or a value of the wrong type never gets past it. `check` then refuses what a type cannot, one line per
-mistake. Nothing here imports torch, so a mistake is answered at once.
+The values are plain YAML, a file for each option (conf/). Hydra composes them, and this schema types them: a misspelt
+key or a value of the wrong type is refused. `check` then refuses what a type cannot, in one line. Nothing here imports
+torch, so a mistake is answered at once. The settings of a task are in its own file (runners/tasks).
 """
 
 import math
@@ -24,6 +24,8 @@ class DatasetConfig:
 
     name: str = MISSING
     """Which data set."""
+    label: str = field(default="", compare=False)
+    """The data set's name in tables and figures; empty shows `name`."""
     reader: str = MISSING
     """Module whose read(config) returns it: one of runners.data, or of your own beside your options."""
     classes: int = MISSING
@@ -47,7 +49,7 @@ class DatasetConfig:
     weight_decay: float = 2e-4
     """L2 penalty on convolution and classifier weights; batch norm and biases have none."""
     augmentation: str = "per-image"
-    """How crop and flip are drawn: per-image (the field's habit), per-batch (the authors' code) or none."""
+    """How crop and flip are drawn: per-image (usual), per-batch (as the authors' code) or none."""
     crop_padding: int = 4
     """Zero pixels added on each side before a random crop of the original size."""
     flip: bool = True
@@ -65,10 +67,10 @@ class ModeConfig:
     name: str = MISSING
     """The mode's name in tables and file names."""
     layers: str = MISSING
-    """stock (PyTorch's own layers), coded (ours), checkpoint (stock layers, recomputed in the backward pass), offload
-    (stock layers whose activations wait in the host's memory) or compiled (stock layers through torch.compile)."""
+    """stock: PyTorch's own layers. coded: ours. checkpoint: stock layers, recomputed in the backward pass. offload:
+    stock layers whose activations wait in the host's memory. compiled: stock layers through torch.compile."""
     bits: int | None = None
-    """Bits a code: 8, 4 or 2; null keeps one full-precision tensor a unit. Coded layers only."""
+    """Bits per element: 8, 4 or 2; null saves one full-precision tensor per BN-ReLU-conv. Coded layers only."""
     clip: float = 3.0
     """Half-width of the code's range, in standard deviations of the channel."""
     forward_from_code: bool = False
@@ -76,11 +78,27 @@ class ModeConfig:
     width_factor: float = 1.0
     """Factor on every channel count, on top of `width`."""
     segments: int | None = None
-    """Checkpointed segments of the network; null takes the root of the number of blocks. Checkpoint layers only."""
+    """Checkpointed segments of the network; null is the square root of the number of blocks. Checkpoint layers only."""
     activation_memory_budget: float = 1.0
-    """Part of the kept bytes that torch.compile is to keep, 0 to 1; the rest is recomputed. Compiled layers only."""
+    """Part of the saved bytes that torch.compile may save, 0 to 1; it recomputes the rest. Compiled layers only."""
     fp8: bool = False
-    """Keep what torch.compile keeps in 8-bit floats. Compiled layers only."""
+    """Save what torch.compile saves as 8-bit floats. Compiled layers only."""
+    label: str = field(default="", compare=False)
+    """The mode's name in tables and figures; empty shows `name`."""
+    alpha: str = field(default="-", compare=False)
+    """Saved bits per activation over 32, as the paper counts them, for the table of errors."""
+    colour: str = field(default="#666666", compare=False)
+    """Colour of the mode's lines in figures."""
+    order: int = field(default=1000, compare=False)
+    """Position of the mode in tables and figures, the smallest first."""
+    in_every_error_table: bool = field(default=False, compare=False)
+    """Show the mode's row in the table of errors even where it was not run."""
+    beside_paper: bool = field(default=False, compare=False)
+    """Show the mode's row even where it was not run, in tables that also hold the paper's figures."""
+
+
+MODE_LABELS = ("label", "alpha", "colour", "order", "in_every_error_table", "beside_paper")
+"""Fields of ModeConfig that say how tables and figures show a mode. They affect no result and no comparison."""
 
 
 @dataclass
@@ -95,15 +113,15 @@ class GpuConfig:
     """tf32 (tensor cores round the factors of float32 products), bf16 (autocast), fp32 (strict), or auto: PyTorch's
     default for convolutions, which is tf32 on a CUDA GPU of compute capability 8.0 or later and fp32 elsewhere."""
     kernels: str = "auto"
-    """Back end of the kernel functions: auto, torch, inductor or triton (CUDA only)."""
+    """Backend of the kernel functions: auto, torch, inductor or triton (CUDA only)."""
     cuda_graph: bool | None = None
-    """Record a training step once and replay it, launches and all; null does so on every CUDA device."""
+    """Capture a training step as a CUDA graph and replay it; null does so on every CUDA device."""
     deterministic: bool = True
     """Refuse operations whose result can differ between runs."""
     memory_gib: float | None = None
     """Memory that training may take, in GiB: the budget of max-batch; null is the whole card."""
     allowance_mib: int = 512
-    """Part of it that no count sees, in MiB: the CUDA context and the workspace of convolutions."""
+    """Part of it that no count sees, in MiB: the CUDA context and the workspaces of convolutions."""
 
 
 @dataclass
@@ -128,9 +146,8 @@ class Config:
     experiment: str = "single"
     """The group of table cells this run belongs to."""
     budget_minutes: float | None = None
-    """Minutes that the command may take: a training run stops in time, its checkpoint written, and a sweep begins no
-    other cell that, if it takes as long as the longest before it, would end later; a training run, which can stop, it
-    begins until the last minute. A launcher's jobs have them each."""
+    """Time limit of the command in minutes. Training stops in time and writes a checkpoint. A sweep starts no further
+    cell that may not finish. With a launcher the limit holds per job."""
     jobs: int = 1
     """Training runs of a sweep that share one GPU, all in one process; elsewhere cells run one by one."""
     config_dir: str | None = None

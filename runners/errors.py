@@ -1,6 +1,6 @@
-"""How a command ends other than well: an exception with one line for its user, and the exit code of the process.
+"""Exceptions that end a command, their exit codes, and what any exception means to the user who started the run.
 
-    1          UserError, Stopped
+    1          UserError, Stopped, and what a user can meet: a full disk, too little memory
     3          OutOfTime
     4          Busy
     5          Diverged
@@ -11,7 +11,7 @@ Whatever else is raised is a bug, and keeps its traceback.
 
 
 class UserError(ValueError):
-    """What was asked for cannot be done; the message names the value that was given and what is allowed."""
+    """The request cannot be met; the message names the value that was given and what is allowed."""
 
     exit_code = 1
     """What the process is to exit with."""
@@ -39,13 +39,13 @@ class Deferred(Stopped):
 
 
 class Busy(Stopped):
-    """Another process is at the run."""
+    """Another process is working on the run."""
 
     exit_code = 4
 
 
 class Diverged(Stopped):
-    """The loss or the weights are no longer finite: what the run comes to, whenever it is tried."""
+    """The loss or the weights are no longer finite: a retry would diverge again."""
 
     exit_code = 5
     PREFIX = "diverged: "
@@ -63,3 +63,70 @@ class Interrupted(Stopped):
     def __reduce__(self) -> tuple[type["Interrupted"], tuple[str, int]]:
         """Its arguments, by which another process makes it again."""
         return Interrupted, (str(self), self.number)
+
+
+OUT_OF_MEMORY = ("out of memory",)
+"""In the messages of torch, the CUDA driver and Triton."""
+
+PERHAPS_OUT_OF_MEMORY = (
+    "ALLOC_FAILED",  # cuBLAS and cuDNN without memory for themselves, or after an error of another kind
+    "STATUS_NOT_INITIALIZED",  # the same, where they begin
+    "unable to find an engine",  # cuDNN without memory for a workspace, or with no kernel for a tensor of that size
+)
+"""In messages that lack of memory can cause, and other reasons too."""
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether the message of an exception, or of one that led to it, names a lack of memory."""
+    return _has_words(error, OUT_OF_MEMORY)
+
+
+def may_be_out_of_memory(error: BaseException | None) -> bool:
+    """Whether lack of memory may be the cause, although no message names it."""
+    return _has_words(error, PERHAPS_OUT_OF_MEMORY)
+
+
+def _has_words(error: BaseException | None, words: tuple[str, ...]) -> bool:
+    """Whether the message of an exception, or of one of its causes and contexts, has one of these words.
+
+    When a CUDA graph runs out of memory during its capture, the last exception is that the capture cannot be ended.
+    """
+    while error is not None:
+        if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message."""
+    return next(iter(str(error).strip().splitlines()), "")
+
+
+def cannot_run_here(error: BaseException) -> bool:
+    """Whether a kernel backend was asked for that this machine does not have."""
+    from blpa.kernels import NotAvailable  # the command line answers without it
+
+    return isinstance(error, NotAvailable)
+
+
+def classify(error: Exception) -> tuple[int | None, str]:
+    """Distinguish errors that a user can cause or meet from bugs.
+
+    Returns:
+        The exit code, None for a bug; and one line.
+    """
+    if isinstance(error, OSError):
+        return 1, f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    if isinstance(error, UserError | Stopped):
+        return error.exit_code, f"{Diverged.PREFIX if isinstance(error, Diverged) else ''}{error}"
+    message = first_line(error)
+    if cannot_run_here(error):
+        return 1, message
+    if is_out_of_memory(error):
+        return 1, f"does not fit: {message}"
+    if may_be_out_of_memory(error):
+        return 1, f"does not run, for want of memory or for the size of its tensors: {message}"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return 1, f"does not compile: {message}"
+    return None, f"{type(error).__name__}: {message}"

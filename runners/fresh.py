@@ -54,7 +54,7 @@ def call(function: Callable[..., Any], *arguments: object) -> Any:
                 os.kill(process.pid, number)
 
     sys.stdout.flush()
-    with signals.handed_on(send) as received:
+    with signals.passed_on(send) as received:
         process.start()
         sending.close()
         answer = _received(receiving)

@@ -2,8 +2,9 @@
 
 import importlib.metadata
 import platform
+import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,17 @@ from typing import Any
 import torch
 
 from runners import records
-from runners.cells import departures, folder_name, overrides
+from runners.cells import folder_name, overrides, recipe_changes
 from runners.config import Config
-from runners.records import Record
+from runners.records import Record, Settings
 from runners.training import network
 
 
-def provenance(device: "torch.device") -> dict[str, Any]:
-    """The fields of a record that tell where, by what and when it was made.
+def provenance(device: torch.device) -> dict[str, Any]:
+    """Describe this machine, its versions and the time, as fields of a record.
 
     Args:
-        device: what the run computed on.
+        device: the device that the run computed on.
 
     Returns:
         device, torch, triton, cuda, commit, is_dirty and date, by name.
@@ -42,13 +43,13 @@ def provenance(device: "torch.device") -> dict[str, Any]:
 
 
 def merge_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """By what a number was made that took several processes, on several machines perhaps.
+    """Combine the provenance of a run trained in several processes, perhaps on several machines.
 
     Args:
-        parts: what `provenance` returned in each of them; dates do not matter.
+        parts: the fields that `provenance` returned in each process; dates do not matter.
 
     Returns:
-        Its fields but the date: every value once, in the order of the first time, separated by "; ".
+        The same fields without the date: each value once, in the order of first appearance, separated by "; ".
     """
     texts = ("device", "torch", "triton", "cuda", "commit")
     values = {name: [part[name] for part in parts if part[name] is not None] for name in texts}
@@ -56,41 +57,47 @@ def merge_provenance(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {**joined, "is_dirty": any(part["is_dirty"] for part in parts) or parts[-1]["is_dirty"]}
 
 
-def kernels_used(config: Config, back_end: str) -> str:
-    """The back end as a record names it: layers that are not ours have none."""
-    return back_end if config.mode.layers == "coded" else "stock"
+def kernels_used(config: Config, backend: str) -> str:
+    """Return the backend as a record names it: stock where the mode's layers are not ours."""
+    return backend if config.mode.layers == "coded" else "stock"
 
 
-def source(config: Config, device: torch.device, back_end: str) -> dict[str, Any]:
-    """The fields of a record that tell by what it was made.
+def source(config: Config, device: torch.device, backend: str) -> dict[str, Any]:
+    """Describe how a run was made, as fields of a record: `provenance`, kernels, precision and command.
 
     Args:
         config: the run, as it was composed.
-        device: what it really computed on.
-        back_end: name of the one that was really used.
+        device: the device that it computed on.
+        backend: name of the backend that it used.
     """
     return provenance(device) | {
-        "kernels": kernels_used(config, back_end),
+        "kernels": kernels_used(config, backend),
         "precision": network.precision(config.gpu, device),
         "command": command(config),
     }
 
 
 def command(config: Config) -> str:
-    """What a record names as the command that made it."""
-    return records.as_text(overrides(config))
+    """Return the arguments of blpa-run that repeat the run, as a record holds them."""
+    return shlex.join(overrides(config))
 
 
-def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:
-    """One measured number.
+def all_settings(config: Config, of_task: Settings) -> dict[str, Any]:
+    """Return the settings of a record: those of its task, and what differs from the YAML files of recipe and mode."""
+    return {**of_task, **recipe_changes(config)}
+
+
+def record(config: Config, source: dict[str, Any], *, settings: Settings | None = None, **measured: Any) -> Record:
+    """Make the record of one measured number.
 
     Args:
         config: the run.
-        source: what `source` returns.
-        measured: the fields that neither of them tells (metric, unit, value, low, high, n, iterations), and those that
-            are otherwise than they tell.
+        source: the fields that `source` returns.
+        settings: the task's own settings that decide the number and have no column, if any.
+        measured: the other fields (metric, unit, value, low, high, n, iterations), and those that differ from `config`
+            and `source`.
     """
-    told = {
+    configured = {
         "experiment": config.experiment,
         "task": config.task.name,
         "dataset": config.dataset.name,
@@ -101,52 +108,31 @@ def record(config: Config, source: dict[str, Any], **measured: Any) -> Record:
         "seed": config.seed,
         "batch_size": config.dataset.batch_size,
         "predicted": False,
-        "paper_value": None,
-        "note": note(config),
+        "settings": all_settings(config, settings or {}),
     }
-    return Record(**(told | source | measured))
+    return Record(**(configured | source | measured))
 
 
-def note(config: Config, *, task: str | None = None) -> str:
-    """What a reader of a record must know that no other column tells.
-
-    Args:
-        config: the run.
-        task: what measures; None is the configured one.
-    """
-    largest = getattr(config.task, "largest_batch", False)
-    gpu, at = config.gpu, getattr(config.task, "checkpoint", None)
-    card = f"{gpu.memory_gib:g} GiB less {gpu.allowance_mib} MiB" if gpu.memory_gib else "the whole card"
-    kernels = f"gpu.kernels={gpu.kernels}" if gpu.kernels != "auto" and config.mode.layers == "coded" else ""
-    graph = "" if gpu.cuda_graph is None else f"gpu.cuda_graph={gpu.cuda_graph}".lower()
-    convolutions = "" if gpu.deterministic else "gpu.deterministic=false"
-    seed = f"seed={config.seed}" if config.seed else ""
-    particular = {
-        "max-batch": [card, graph],
-        "runtime": [f"largest batch in {card}" if largest else "", kernels, graph, convolutions],
-        "gradient-error": [f"at {Path(at).stem}" if at else "at initialisation", seed],
-        "thresholds": [f"at {Path(at).stem}" if at else ""],
-    }
-    return " ".join(filter(None, [*particular.get(task or config.task.name, []), departures(config)]))
-
-
-def record_failure(config: Config, reason: str, seconds: float) -> None:
-    """Leave a record of a cell that failed.
+def record_failure(
+    config: Config, reason: str, seconds: float, *, settings_of: Callable[[Config], Settings] | None = None
+) -> None:
+    """Write the record of a cell that failed.
 
     Args:
         config: the run.
         reason: one line.
         seconds: how long it ran.
+        settings_of: the task's function of that name, where it has one.
     """
     iterations = config.dataset.iterations if config.task.name == "train" else 0
-    on = torch.device("cuda" if config.gpu.device != "cpu" and torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if config.gpu.device != "cpu" and torch.cuda.is_available() else "cpu")
     run_dir = Path(config.results) / "runs" / str(folder_name(config))
-    told = source(config, on, config.gpu.kernels)
-    if on.type == "cuda":
-        config = network.on_card(config, torch.cuda.get_device_properties(on).total_memory)
+    made_by = source(config, device, config.gpu.kernels)
+    if device.type == "cuda":
+        config = network.on_card(config, torch.cuda.get_device_properties(device).total_memory)
     failed = record(
-        config, told, metric="failed", unit="s", value=seconds, low=seconds,
-        high=seconds, n=1, iterations=iterations, failure=reason,
+        config, made_by, settings=settings_of(config) if settings_of else None, metric="failed", unit="s",
+        value=seconds, low=seconds, high=seconds, n=1, iterations=iterations, failure=reason,
     )  # fmt: skip
     records.write_failure(failed, run_dir)
 
@@ -159,7 +145,7 @@ def _version(package: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    """The processor's own name: Linux keeps it in a file, elsewhere the platform may know it."""
+    """Return the processor's name: from /proc/cpuinfo on Linux, elsewhere from the platform module."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text(encoding="utf-8").splitlines():
@@ -169,11 +155,11 @@ def _cpu_name() -> str:
 
 
 SOURCES = ("blpa", "runners", "conf")
-"""The folders of a checkout that decide a number."""
+"""Folders of a checkout whose content affects results."""
 
 
 def _commit(checkout: Path) -> tuple[str | None, bool | None]:
-    """The commit that holds SOURCES and whether they differ from it; None, None where no checkout tracks them.
+    """Return the commit of SOURCES and whether they differ from it; None, None where no checkout tracks them.
 
     An installed package inside somebody else's checkout is not tracked there: their commit says nothing about it.
     """
@@ -187,7 +173,7 @@ def _commit(checkout: Path) -> tuple[str | None, bool | None]:
 
 
 def _git(folder: Path, *arguments: str) -> str | None:
-    """What git says, or None where git is absent or refuses."""
+    """Return git's output, or None where git is absent or fails."""
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
     except FileNotFoundError:

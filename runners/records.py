@@ -9,23 +9,20 @@ Two records belong to the same cell where every field of `CELL` agrees.
 """
 
 import csv
-import io
 import json
-import os
-import shlex
 import sys
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from filelock import FileLock
 
 from runners.errors import Diverged, UserError
+from runners.files import write_csv, write_whole
 
-if TYPE_CHECKING:
-    pass
+Settings = Mapping[str, Any]
+"""What decides a number besides the columns of its record, by name; values are those of JSON."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ class Record:
     experiment: str
     """The group of table cells the run belongs to."""
     task: str
-    """What measured it, an option of the group task: train, runtime, max-batch."""
+    """The task that measured it: train, runtime, max-batch."""
     metric: str
     """What was measured: test_error_percent."""
     unit: str
@@ -47,13 +44,13 @@ class Record:
     high: float
     """Upper end of its spread; the value itself where there is none."""
     n: int
-    """Measurements the value stands for."""
+    """Number of measurements behind the value."""
     dataset: str
     """The data set's name."""
     mode: str
     """The mode's name."""
     bits: int | None
-    """Bits a code; None where no code is kept."""
+    """Bits per element of the saved codes; None where the mode has no codes."""
     depth: int
     """Layers of the network."""
     width: float
@@ -61,17 +58,17 @@ class Record:
     seed: int
     """The run's seed."""
     batch_size: int
-    """Images in a training step; 0 where that is what was looked for."""
+    """Images per training step; 0 where it is the result."""
     precision: str
     """fp32, tf32 or bf16."""
     kernels: str
-    """Back end of the kernel functions; stock where the mode has none."""
+    """Backend of the kernel functions; stock where the mode has none."""
     iterations: int
-    """Training steps in all."""
+    """Number of training steps."""
     predicted: bool
     """Whether the value was computed rather than measured."""
     device: str
-    """The machine's processor, as it names itself; none where the number was computed without one."""
+    """Name of the machine's processor; none where the number was computed without one."""
     torch: str
     """Version of torch."""
     triton: str | None
@@ -84,12 +81,11 @@ class Record:
     """Whether the package's source differed from the commit."""
     date: str
     """When the record was made: UTC, ISO 8601, to the second."""
-    paper_value: float | None
-    """The paper's figure for the same cell, which is fp32's, whatever the precision here."""
-    note: str
-    """What else a reader must know."""
+    settings: Settings = field(default_factory=dict, hash=False)
+    """What else decides the number: the memory budget, the checkpoint, recipe and mode settings that differ from their
+    YAML file. A JSON object in files."""
     command: str = ""
-    """What blpa-run was told, the places of data and results left out; empty in records older than this column."""
+    """Arguments of blpa-run that repeat the run, without data and results paths; empty in the oldest records."""
     failure: str = ""
     """Why there is no value: then metric is "failed", and value is how long the cell ran, in seconds."""
     segments: str = ""
@@ -98,28 +94,43 @@ class Record:
 
 
 COLUMNS = tuple(column.name for column in fields(Record))
-REQUIRED = tuple(column.name for column in fields(Record) if column.default is MISSING)
 
 CELL = (
     "experiment", "task", "metric", "dataset", "mode", "bits", "depth", "width", "seed", "batch_size", "precision",
-    "kernels", "iterations", "device", "note",
+    "kernels", "iterations", "device", "settings",
 )  # fmt: skip
 """A newer record of the same cell replaces the older."""
 
-GROUP = ("dataset", "depth", "width", "iterations", "batch_size", "precision", "note")
+GROUP = ("dataset", "depth", "width", "iterations", "batch_size", "precision", "settings")
 """Records that agree here differ by mode, seed and machine alone: they share a table and a figure."""
+
+
+def canonical(settings: Settings) -> str:
+    """Write settings as JSON text; equal settings give equal text."""
+    return json.dumps(settings, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def as_row(record: Record) -> dict[str, Any]:
+    """Return a record as a row of a table, by column; settings are their canonical text."""
+    return asdict(record) | {"settings": canonical(record.settings)}
+
+
+def key(record: Record, columns: Sequence[str]) -> tuple[Any, ...]:
+    """Return the values of some columns, in the form of `as_row`, such as those of `CELL` or `GROUP`."""
+    row = as_row(record)
+    return tuple(row[name] for name in columns)
 
 
 def write(records: Iterable[Record], run_dir: Path) -> None:
     """Write a run's records to `run_dir`/records.json, whole or not at all.
 
     Args:
-        records: what the run measured; replaces what it measured before, which records.csv keeps where another command
-            had measured it.
+        records: what the run measured. They replace what it measured before; records of another command are merged
+            into records.csv first.
         run_dir: the run's own folder under results/runs.
     """
     written, file = list(records), run_dir / "records.json"
-    before = {record.command for record in known(run_dir)}
+    before = {record.command for record in read_run(run_dir)}
     if before and before != {record.command for record in written}:
         collect(run_dir.parents[1])
     _write_json(written, file)
@@ -128,20 +139,20 @@ def write(records: Iterable[Record], run_dir: Path) -> None:
 def write_failure(record: Record, run_dir: Path) -> None:
     """Write the record of a run that failed to `run_dir`/failure.json, beside what it may have measured before.
 
-    That it diverged is what it came to: no other failure takes the place of that.
+    A divergence is final: a later failure does not replace it.
     """
-    if record.failure.startswith(Diverged.PREFIX) or not diverged(run_dir):
+    if record.failure.startswith(Diverged.PREFIX) or not read_divergence(run_dir):
         _write_json([record], run_dir / "failure.json")
 
 
 def forget_failure(run_dir: Path) -> None:
-    """Remove that record, since the run was begun anew or has come to its end."""
+    """Remove the record of a failure, when the run starts anew or has finished."""
     (run_dir / "failure.json").unlink(missing_ok=True)
 
 
 def _write_json(records: Iterable[Record], file: Path) -> None:
     rows = [asdict(record) for record in records]
-    write_atomically(file, json.dumps(rows, indent=1, allow_nan=False) + "\n")
+    write_whole(file, json.dumps(rows, indent=1, allow_nan=False) + "\n")
 
 
 def read(file: Path) -> list[Record]:
@@ -154,36 +165,35 @@ def read(file: Path) -> list[Record]:
         UserError: the file holds something else.
     """
     try:
-        return [Record(**row) for row in json.loads(file.read_text(encoding="utf-8"))]
+        rows = json.loads(file.read_text(encoding="utf-8"))
+        for row in rows:
+            _check_columns(row)
+        return [Record(**row) for row in rows]
     except (TypeError, ValueError) as error:
         raise UserError(f"{file} is not a run's records ({error}): remove it, or run the cell again") from error
 
 
-def known(run_dir: Path) -> list[Record]:
-    """A run's records; none where there are none yet, or where the file is damaged, which is said on stderr.
+def read_run(run_dir: Path) -> list[Record]:
+    """Read a run's records; none where there are none yet, or where the file is damaged, which is printed to stderr.
 
     Args:
         run_dir: the run's own folder under results/runs.
     """
-    return _known(run_dir / "records.json")
+    return _read_undamaged(run_dir / "records.json")
 
 
-def diverged(run_dir: Path) -> list[Record]:
-    """The record of a training run that diverged; none of another."""
-    return [record for record in _known(run_dir / "failure.json") if record.failure.startswith(Diverged.PREFIX)]
+def read_divergence(run_dir: Path) -> list[Record]:
+    """Read the record of a training run that diverged; none of another run."""
+    found = _read_undamaged(run_dir / "failure.json")
+    return [record for record in found if record.failure.startswith(Diverged.PREFIX)]
 
 
-def _known(file: Path) -> list[Record]:
+def _read_undamaged(file: Path) -> list[Record]:
     try:
         return read(file) if file.exists() else []
     except UserError as error:
         print(error, file=sys.stderr)
         return []
-
-
-def as_text(command: list[str]) -> str:
-    """Arguments as a shell takes them."""
-    return shlex.join(command)
 
 
 def collect(results: Path) -> list[Record]:
@@ -193,20 +203,20 @@ def collect(results: Path) -> list[Record]:
         results: the folder that holds runs/ and records.csv; either may be missing.
 
     Returns:
-        As `merged`.
+        As `merge`.
 
     Raises:
-        UserError: a file is not what its name says; it is named.
+        UserError: a file does not hold records; it is named.
     """
-    if not merged(results):
+    if not merge(results):
         return []
-    with FileLock(results / ".lock"):  # else another process might write what it read before this one's changes
-        found = merged(results)
-        write_table(results / "records.csv", [asdict(record) for record in found])
+    with FileLock(results / ".lock"):  # two processes that read and then write would lose each other's rows
+        found = merge(results)
+        write_csv(results / "records.csv", list(map(as_row, found)))
     return found
 
 
-def merged(results: Path) -> list[Record]:
+def merge(results: Path) -> list[Record]:
     """Read records.csv and every run's records.
 
     Args:
@@ -216,15 +226,15 @@ def merged(results: Path) -> list[Record]:
         One record per cell, the newest, sorted by cell; a failure only where the same command measured nothing later.
 
     Raises:
-        UserError: a file is not what its name says; it is named.
+        UserError: a file does not hold records; it is named.
     """
     table = results / "records.csv"
-    found = _read_table(table) if table.exists() else []
+    found = _read_csv(table) if table.exists() else []
     for file in sorted(results.glob("runs/*/*.json")):
         if file.name in ("records.json", "failure.json"):
             found += read(file)
     found.sort(key=lambda record: record.date)
-    newest = {tuple(getattr(record, name) for name in CELL): record for record in found}
+    newest = {key(record, CELL): record for record in found}
     measured = {record.command: record.date for record in found if not record.failure}
     return [
         record
@@ -233,60 +243,36 @@ def merged(results: Path) -> list[Record]:
     ]
 
 
-def write_table(file: Path, rows: Sequence[Mapping[Any, object]], *, columns: Sequence[str] = ()) -> None:
-    """Write a CSV file whole or not at all.
-
-    Args:
-        file: where.
-        rows: all with the same keys; None is left empty.
-        columns: the keys in their order; may be left out where there is a row to tell them.
-    """
-    text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, columns or list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(file, text.getvalue())
+def _check_columns(columns: Sequence[str]) -> None:
+    """Raise a ValueError that names the columns that are unknown and those that are missing."""
+    unknown = [name for name in columns if name not in COLUMNS]
+    missing = [name for name in COLUMNS if name not in columns]
+    if unknown or missing:
+        raise ValueError(
+            f"its columns are not those of records: unknown {', '.join(unknown) or 'none'}; "
+            f"missing {', '.join(missing) or 'none'}; expected {', '.join(COLUMNS)}"
+        )
 
 
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that a reader, or a crash, sees the old one or the new one and nothing between.
-
-    Args:
-        file: where; its folder is made when missing.
-        text: the whole content.
-    """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="") as temporary:
-            temporary.write(text)
-            temporary.flush()
-            os.fsync(temporary.fileno())
-        os.chmod(name, 0o644)  # mkstemp's own mode would keep the file from everyone else
-        os.replace(name, file)
-    except BaseException:
-        os.unlink(name)
-        raise
-
-
-def _read_table(table: Path) -> list[Record]:
+def _read_csv(table: Path) -> list[Record]:
     with table.open(encoding="utf-8", newline="") as text:
         rows = csv.reader(text, strict=True)
-        header = tuple(next(rows, ()))
-        if header != COLUMNS[: max(len(header), len(REQUIRED))]:  # older tables lack the last ones
-            raise UserError(f"{table} does not have the columns of a records table: {', '.join(COLUMNS)}")
         try:
-            return [_from_text(header, cells) for cells in rows]
+            header = next(rows, [])
+            _check_columns(header)
+            return [_from_text(dict(zip(header, cells, strict=True))) for cells in rows]
         except (ValueError, csv.Error) as error:
             raise UserError(f"{table}, line {rows.line_num}: {error}") from error
 
 
-def _from_text(header: tuple[str, ...], cells: list[str]) -> Record:
-    """A record from the text of its columns: empty is None where the column may be None."""
+def _from_text(row: Mapping[str, str]) -> Record:
+    """Make a record from the text of its columns: empty is None where the column may be None."""
     values: dict[str, Any] = {}
-    for column, text in zip(fields(Record)[: len(header)], cells, strict=True):
-        kinds = get_args(column.type) or (column.type,)
-        if text == "" and type(None) in kinds:
+    for column in fields(Record):
+        text, kinds = row[column.name], get_args(column.type) or (column.type,)
+        if column.name == "settings":
+            values[column.name] = json.loads(text)
+        elif text == "" and type(None) in kinds:
             values[column.name] = None
         elif kinds[0] is bool:
             values[column.name] = bool(("False", "True").index(text))

@@ -5,6 +5,7 @@ for the rest of its process.
 """
 
 import importlib
+import shlex
 import sys
 import tempfile
 import time
@@ -19,8 +20,17 @@ from filelock import FileLock, Timeout
 from runners import fresh, records
 from runners.cells import folder_name, overrides, task_module
 from runners.config import Config
-from runners.errors import Busy, Deferred, Diverged, Interrupted, OutOfTime, Stopped, UserError
-from runners.failures import cannot_run_here, judge
+from runners.errors import (
+    Busy,
+    Deferred,
+    Diverged,
+    Interrupted,
+    OutOfTime,
+    Stopped,
+    UserError,
+    cannot_run_here,
+    classify,
+)
 from runners.training import budget, signals, turns
 from runners.training.turns import Turns
 
@@ -79,8 +89,8 @@ def is_finished(config: Config) -> bool:
     folder = folder_name(config)
     if folder is None or not config.resume:
         return False
-    run_dir, command = Path(config.results) / "runs" / folder, records.as_text(overrides(config))
-    found = [r for r in (*records.known(run_dir), *records.diverged(run_dir)) if r.command == command]
+    run_dir, command = Path(config.results) / "runs" / folder, shlex.join(overrides(config))
+    found = [r for r in (*records.read_run(run_dir), *records.read_divergence(run_dir)) if r.command == command]
     if not found:
         return False
     return any(record.cuda for record in found) or not is_on_cuda(config)
@@ -121,7 +131,7 @@ def run_cell_of_sweep(config: Config) -> int:
         return run_cell(config, records_failure=True)
     began = time.monotonic()
     reason = ""
-    with signals.noted() as stop:  # fresh.call passes them on
+    with signals.deferred() as stop:  # fresh.call passes them on
         try:
             code: int = fresh.call(_run_recording, config)
         except Stopped as error:
@@ -176,7 +186,7 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
         else:
             yield from task.in_turns(config, stopping)
     except Exception as error:
-        exit_code, reason = judge(error)
+        exit_code, reason = classify(error)
         if stopping is not None and not _is_its_own(error, stopping):
             _defer(config, error, reason, stopping)
             return None
@@ -207,7 +217,7 @@ def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") 
         line = f"fails after another run in this process, perhaps because of it, and goes on in a new one: {reason}"
     else:
         stopping.has_failure = True
-        if judge(error)[0] is None:
+        if classify(error)[0] is None:
             traceback.print_exception(error)
         line = f"fails beside other runs, and is tried once more in a process of its own: {reason}"
     print(f"{folder_name(config)}: {line}", file=sys.stderr)
@@ -215,9 +225,10 @@ def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") 
 
 def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
-        importlib.import_module("runners.provenance").record_failure(config, reason, seconds)
+        settings_of = getattr(task_module(config.task.name), "settings_of", None)
+        importlib.import_module("runners.provenance").record_failure(config, reason, seconds, settings_of=settings_of)
     except (OSError, RuntimeError) as error:  # a full disk, or a GPU that fails, which may be why the cell failed
-        report_error(f"the failure could not be recorded: {judge(error)[1]}", 1)
+        report_error(f"the failure could not be recorded: {classify(error)[1]}", 1)
 
 
 def report_error(message: object, exit_code: int) -> int:

@@ -48,7 +48,7 @@ def run(configs: list[Config], waiting: list[int]) -> dict[int, int]:
     has_begun = False
     while len(waiting) > 1 and (not has_begun or has_time_for(configs[waiting[0]], 0)):
         has_begun = True
-        with signals.noted() as stop:  # fresh.call passes them on
+        with signals.deferred() as stop:  # fresh.call passes them on
             try:
                 ended, failed = fresh.call(train, configs, waiting)
             except RuntimeError as error:  # it died, or CUDA failed outside of a run
@@ -105,7 +105,7 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], in
     codes: dict[int, int] = {}
     failed: int | None = None
     printed: set[str] = set()
-    with signals.noted() as stop:
+    with signals.deferred() as stop:
         stopping = Stopping(stop, first.budget_minutes)
         while True:
             while free and not stopping.is_due():

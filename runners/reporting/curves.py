@@ -9,10 +9,11 @@ from pathlib import Path
 import pandas as pd
 
 from runners import records
+from runners.files import write_whole
 from runners.records import GROUP, Record
 
 FLOATS = ("width", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
-"""Columns of curves.csv and metrics.csv that are no whole numbers."""
+"""Columns of curves.csv and metrics.csv that are not whole numbers."""
 
 
 def gather(results: Path) -> pd.DataFrame:
@@ -37,7 +38,7 @@ def gather(results: Path) -> pd.DataFrame:
     curves = pd.concat(found, ignore_index=True)
     curves = curves[curves["date"] == curves.groupby(cell)["date"].transform("max")]
     curves = curves.drop_duplicates([*cell, "iteration"], keep="last").sort_values([*cell, "iteration"])
-    records.write_atomically(table, curves.to_csv(index=False, lineterminator="\n"))
+    write_whole(table, curves.to_csv(index=False, lineterminator="\n"))
     return curves
 
 
@@ -48,11 +49,12 @@ def _curve(record: Record, metrics: Path) -> pd.DataFrame:
     rows = _read(metrics)
     if rows.empty or rows["iteration"].iloc[-1] != record.iterations:
         return pd.DataFrame()
-    for position, name in enumerate((*GROUP, "mode", "seed", "date")):
-        rows.insert(position, name, getattr(record, name))
+    columns = (*GROUP, "mode", "seed", "date")
+    for position, (name, value) in enumerate(zip(columns, records.key(record, columns), strict=True)):
+        rows.insert(position, name, value)
     return rows
 
 
 def _read(file: Path) -> pd.DataFrame:
-    """A file of curves, to the last bit: pandas' own reading of a number may be off by one."""
+    """Read a file of curves, numbers to the last bit, which pandas' own reading does not promise."""
     return pd.read_csv(file, keep_default_na=False, converters=dict.fromkeys(FLOATS, float))

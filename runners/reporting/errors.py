@@ -1,40 +1,42 @@
-"""The table of test errors, the paper's beside.
+"""The table of test errors, beside the paper's.
 
-An error is a mean over seeds, with its deviation. A table belongs to a group of records that differ by mode and seed
-alone; the paper's own cells come first, in every precision they were run in, and are there before anything has been
-run. Where a cell was run twice with the same seed, on two machines say, the newer run counts.
+An error is a mean over seeds, with its standard deviation. A table belongs to a group of records that differ by mode
+and seed alone. The paper's own cells come first, in every precision they were run in, and are shown before anything has
+been run. Where a cell was run twice with the same seed, for example on two machines, the newer run counts.
 """
 
+import json
 from collections.abc import Iterable
-from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
 import pandas as pd
 
-from runners.records import COLUMNS, GROUP, Record
+from runners.records import COLUMNS, GROUP, Record, as_row, canonical
 from runners.reporting import paper
-from runners.reporting.pages import Page, Section, failure, images, label
-from runners.reporting.paper import ROWS
+from runners.reporting.labels import Labels, settings_text
+from runners.reporting.pages import Page, Section, failure
 
 Group = tuple[Any, ...]
-"""A value for each name of records.GROUP."""
+"""A value for each name of records.GROUP, as in records.as_row."""
 
 PRECISIONS = ("tf32", "bf16", "fp32")
 """In the order of the tables."""
 
 OPENING = """\
-Mean over seeds ± sample standard deviation (n runs). alpha is the bits kept of an activation over 32, as the paper
-counts them; `exact` here is PyTorch's own layers, which keep two tensors a unit. Written by `blpa-run task=tables`.
+Mean over seeds ± sample standard deviation (n runs). alpha is the number of bits saved per activation over 32, as the
+paper counts them; `exact` here is PyTorch's own layers, which save two tensors per batch norm, ReLU and convolution.
+Written by `blpa-run task=tables`.
 """
 
 
-def summarise(found: list[Record]) -> pd.DataFrame:
-    """The cells of every table, in reading order.
+def summarise(found: list[Record], labels: Labels) -> pd.DataFrame:
+    """Summarise the cells of every table, in reading order.
 
     Args:
         found: records of any metric; test_error_percent counts, with the train_seconds of the same run, and where there
             is none, a failed training.
+        labels: alpha and order of modes.
 
     Returns:
         A row per group and mode: the fields of GROUP, mode, alpha, error_percent, error_percent_std (sample standard
@@ -43,19 +45,12 @@ def summarise(found: list[Record]) -> pd.DataFrame:
         cell not run has n = 0.
     """
     run = (*GROUP, "mode", "seed", "date")
-    seconds = {
-        tuple(getattr(record, name) for name in run): record.value
-        for record in found
-        if record.metric == "train_seconds"
-    }
+    table = [as_row(record) | {"failed": failure(record) if record.failure else ""} for record in found]
+    seconds = {tuple(row[name] for name in run): row["value"] for row in table if row["metric"] == "train_seconds"}
     errors = [
-        asdict(record)
-        | {
-            "failed": failure(record) if record.failure else "",
-            "seconds": seconds.get(tuple(getattr(record, name) for name in run)),
-        }
-        for record in found
-        if record.metric == "test_error_percent" or (record.failure and record.task == "train")
+        row | {"seconds": seconds.get(tuple(row[name] for name in run))}
+        for row in table
+        if row["metric"] == "test_error_percent" or (row["failed"] and row["task"] == "train")
     ]
     frame = pd.DataFrame(errors, columns=[*COLUMNS, "failed", "seconds"])
     frame = frame.assign(measured=frame["failed"] == "").sort_values(["measured", "date"], kind="stable")
@@ -65,23 +60,23 @@ def summarise(found: list[Record]) -> pd.DataFrame:
         *group, mode = key
         runs.setdefault(tuple(group), {})[str(mode)] = cell
     for cells in paper.ERROR_PERCENT.keys() - set(map(paper.cells_of, runs)):
-        runs[*cells, "", ""] = {}  # in no precision yet
+        runs[*cells, "", canonical({})] = {}  # in no precision yet
     rows = []
     for place in sorted(runs, key=_reading_order):
         by_mode = runs[place]
-        shown = [mode for mode, row in ROWS.items() if row.always or mode in by_mode]
-        shown += sorted(set(by_mode) - set(ROWS))
-        rows += [_cell(place, mode, by_mode.get(mode, frame[:0])) for mode in shown]
+        shown = set(by_mode) | {name for name, mode in labels.modes.items() if mode.in_every_error_table}
+        for mode in sorted(shown, key=labels.order):
+            rows.append(_cell(place, mode, labels.mode(mode).alpha, by_mode.get(mode, frame[:0])))
     return pd.DataFrame(rows)
 
 
-def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
-    """One row: the runs of one mode in one group, none or one for each seed."""
+def _cell(group: Group, mode: str, alpha: str, runs: pd.DataFrame) -> dict[str, Any]:
+    """Summarise the runs of one mode in one group, at most one per seed."""
     failed, runs = runs[runs["failed"] != ""]["failed"], runs[runs["failed"] == ""]
     paper_mean, paper_std = paper.error_percent(group, mode)
     return dict(zip(GROUP, group, strict=True)) | {
         "mode": mode,
-        "alpha": ROWS[mode].alpha if mode in ROWS else "-",
+        "alpha": alpha,
         "error_percent": runs["value"].mean() if len(runs) else None,
         "error_percent_std": runs["value"].std() if len(runs) > 1 else None,
         "n": len(runs),
@@ -99,13 +94,13 @@ def _cell(group: Group, mode: str, runs: pd.DataFrame) -> dict[str, Any]:
 
 
 def _reading_order(group: Group) -> tuple[Any, ...]:
-    """The paper's own cells in its order, then the rest by name, digits last."""
-    *recipe, precision, note = group
+    """Return the key that sorts groups: the paper's own cells in its order, then the rest by name, digits last."""
+    *recipe, precision, settings = group
     place = PRECISIONS.index(precision) if precision else -1
     cells = paper.cells_of(group)
     if cells:
         return 0, list(paper.ERROR_PERCENT).index(cells), place
-    return 2 if group[0] == "digits" else 1, recipe, place, note
+    return 2 if group[0] == "digits" else 1, recipe, place, _settings_text(settings)
 
 
 def _commits(runs: pd.DataFrame) -> list[str]:
@@ -113,67 +108,69 @@ def _commits(runs: pd.DataFrame) -> list[str]:
         f"{commit[:9]}{' with changes' if is_dirty else ''}"
         for commits, is_dirty in zip(runs["commit"], runs["is_dirty"], strict=True)
         if isinstance(commits, str)  # pandas has None as NaN where other rows have one
-        for commit in commits.split("; ")  # a run trained in parts has one a part
+        for commit in commits.split("; ")  # a run trained in parts has one per part
     ]
 
 
 def _listed(values: Iterable[object], separator: str = ", ") -> str:
-    """Each value once, in the order of the first time."""
+    """Join the values, each once, in the order of first appearance."""
     return separator.join(dict.fromkeys(map(str, values)))
 
 
-def page(cells: pd.DataFrame) -> Page:
-    """The tables for reading: the paper's own cells side by side, then one table a group.
+def page(cells: pd.DataFrame, labels: Labels) -> Page:
+    """Lay out the tables: the paper's own cells side by side, then one table per group.
 
     Args:
-        cells: what `summarise` returns.
+        cells: the rows that `summarise` returns.
+        labels: names of modes and data sets.
     """
     groups = dict(iter(cells.groupby(list(GROUP), sort=False)))
     papers = {group: groups.pop(group) for group in list(groups) if paper.cells_of(group)}
-    sections = [Section("The paper's cells", _rows(papers), list(map(_conditions, papers, papers.values())))]
+    notes = [_notes(group, frame, labels) for group, frame in papers.items()]
+    sections = [Section("The paper's cells", _rows(papers, labels), notes)]
     for group, frame in groups.items():
         width = f" ({group[2]:g}x)" if group[2] != 1 else ""
-        title = f"{_title(group)}, depth {group[1]}{width}, {group[3]:,} iterations, {group[5]}"
-        sections.append(Section(title, _rows({group: frame}), [_conditions(group, frame)]))
+        title = f"{labels.images(str(group[0]))}, depth {group[1]}{width}, {group[3]:,} iterations, {group[5]}"
+        sections.append(Section(title, _rows({group: frame}, labels), [_notes(group, frame, labels)]))
     ran = cells[cells["n"] > 0]
     if len(ran):
-        sections.append(Section("What ran where", _runs(ran), ["minutes: wall time of the training steps of a run"]))
+        notes = ["minutes: wall time of the training steps of a run"]
+        sections.append(Section("What ran where", _runs(ran, labels), notes))
     return Page("Test error (%)", OPENING, sections)
 
 
-def _rows(groups: dict[Group, pd.DataFrame]) -> list[list[str]]:
-    """The groups side by side, a row a mode; the paper's figures, where it has some, stand after all precisions."""
+def _rows(groups: dict[Group, pd.DataFrame], labels: Labels) -> list[list[str]]:
+    """Lay out groups side by side, a row per mode; the paper's figures stand after all precisions."""
     modes = list(dict.fromkeys(mode for frame in groups.values() for mode in frame["mode"]))
-    columns = [
-        ["", *map(label, modes)],
-        ["alpha", *(ROWS[mode].alpha if mode in ROWS else "-" for mode in modes)],
-    ]
+    columns = [["", *map(labels.label, modes)], ["alpha", *(labels.mode(mode).alpha for mode in modes)]]
     for cells, in_precisions in groupby(groups.items(), key=lambda item: paper.cells_of(item[0])):
         for group, frame in in_precisions:
             by_mode = {cell["mode"]: cell for cell in frame.to_dict("records")}
             precision = f", {group[5]}" if cells and group[5] else ""  # else it is in the heading
-            columns.append([f"{_title(group)}{precision}", *(_ours(by_mode.get(mode)) for mode in modes)])
+            title = f"{labels.images(group[0])}{precision}"
+            columns.append([title, *(_ours(by_mode.get(mode)) for mode in modes)])
         if cells:
             columns.append(["paper", *(_papers(by_mode.get(mode)) for mode in modes)])
     return [list(row) for row in zip(*columns, strict=True)]
 
 
-def _runs(cells: pd.DataFrame) -> list[list[str]]:
-    """Time, machine and date of every cell that has been run."""
+def _runs(cells: pd.DataFrame, labels: Labels) -> list[list[str]]:
+    """Lay out time, machine and date of every cell that has been run."""
     rows = [["", "images", "depth", "iterations", "precision", "n", "minutes", "on", "dates"]]
     for cell in cells.to_dict("records"):
         minutes = "-" if pd.isna(cell["minutes"]) else f"{cell['minutes']:.1f}"
         width = f" ({cell['width']:g}x)" if cell["width"] != 1 else ""
-        what = [images(cell["dataset"]), f"{cell['depth']}{width}", f"{cell['iterations']:,}", cell["precision"]]
-        rows.append([label(cell["mode"]), *what, str(cell["n"]), minutes, cell["device"], cell["dates"]])
+        network = [labels.images(cell["dataset"]), f"{cell['depth']}{width}"]
+        run = [f"{cell['iterations']:,}", cell["precision"], str(cell["n"]), minutes, cell["device"], cell["dates"]]
+        rows.append([labels.label(cell["mode"]), *network, *run])
     return rows
 
 
 def _ours(cell: dict[Any, Any] | None) -> str:
     if cell is None or not cell["n"]:
         return str((cell and cell["failed"]) or "not run")
-    besides = f", {cell['diverged']} diverged" if cell["diverged"] else ""
-    return f"{_mean_and_deviation(cell['error_percent'], cell['error_percent_std'])} (n={cell['n']}{besides})"
+    diverged = f", {cell['diverged']} diverged" if cell["diverged"] else ""
+    return f"{_mean_and_deviation(cell['error_percent'], cell['error_percent_std'])} (n={cell['n']}{diverged})"
 
 
 def _papers(cell: dict[Any, Any] | None) -> str:
@@ -186,18 +183,19 @@ def _mean_and_deviation(mean: float, deviation: float) -> str:
     return f"{mean:.2f}" if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"
 
 
-def _conditions(group: Group, frame: pd.DataFrame) -> str:
-    """What the table does not say: recipe, seeds, machine, versions."""
-    _, depth, width, iterations, batch_size, precision, note = group
+def _notes(group: Group, frame: pd.DataFrame, labels: Labels) -> str:
+    """Write what the table does not hold: recipe, seeds, machine, versions."""
+    dataset, depth, width, iterations, batch_size, precision, settings = group
     recipe = f"depth {depth}, width {width:g}, {iterations:,} iterations of batch {batch_size}"
-    recipe += f", {precision}" if precision else ""
+    recipe = ", ".join(filter(None, [recipe, precision, _settings_text(settings)]))
     ran = frame[frame["n"] > 0]
     source = _listed(filter(None, frame["failed"])) or "not run"
     if len(ran):
         source = f"seeds {_listed(ran['seeds'], ' / ')}; {_listed(ran['device'], '; ')}; torch {_listed(ran['torch'])}"
         source += f"; commit {_listed(filter(None, ran['commit'])) or 'unknown'}"
-    return f"{_title(group)}: {recipe}{f', {note}' if note else ''}; {source}."
+    return f"{labels.images(dataset)}: {recipe}; {source}."
 
 
-def _title(group: Group) -> str:
-    return images(str(group[0]))
+def _settings_text(settings: str) -> str:
+    """Write the settings of a group for people."""
+    return settings_text(json.loads(settings))

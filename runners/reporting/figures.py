@@ -1,9 +1,11 @@
 """Every figure, from curves.csv, records.csv and the tables of single runs alone: a fresh clone draws them again.
 
-Test error over the iterations, a line a mode; the network tables over depth; memory over one step; the error of each
-layer's gradient; where the ReLU's thresholds lie.
+Test error over the iterations, a line per mode; the network tables over depth; memory over one step; the error of each
+layer's gradient; where the ReLU's thresholds lie. The colours of modes, in their YAML files, are mostly Okabe and Ito's
+palette, which colour-blind readers can tell apart.
 """
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,43 +17,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from runners.records import Record
-from runners.reporting.networks import Table
-from runners.reporting.pages import images, label, mode_order
+from runners.reporting.labels import Labels, settings_text
+from runners.reporting.networks import Conditions, Table
 
-# Okabe and Ito's palette, told apart by colour-blind eyes too; the exact mode is black, the method blue.
-COLOURS = {
-    "exact": "#000000",
-    "fewer-features": "#E69F00",
-    "naive-8bit": "#D55E00",
-    "8bit": "#56B4E9",
-    "4bit": "#0072B2",
-    "2bit": "#009E73",
-    "exact-one-copy": "#999999",
-    "checkpoint": "#CC79A7",
-    "offload": "#AA4499",
-    "compiled": "#5C4A00",
-    "compiled-budget-0.5": "#8C7A00",
-    "compiled-budget-0.2": "#BFA600",
-    "compiled-fp8": "#882255",
-}
-OTHER_COLOUR = "#666666"
 THIRDS = ("#56B4E9", "#0072B2", "#003355")
-"""Of a network: the deeper, the darker."""
+"""Colours of the thirds of a network: the deeper, the darker."""
 
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 """The error axis is logarithmic and lies between two of these; an error of 0 is drawn at the smallest."""
 
 
-def draw(curves: pd.DataFrame) -> Figure:
+def draw(curves: pd.DataFrame, labels: Labels) -> Figure:
     """Draw one group's curves: the mean over seeds, in a band of one sample standard deviation.
 
     Args:
         curves: rows of one group, as `gather` returns them.
+        labels: names, colours and order of modes and data sets.
     """
     figure, axes = _canvas()
     ends = {}
-    for mode in sorted(curves["mode"].unique(), key=mode_order):
-        colour = COLOURS.get(mode, OTHER_COLOUR)
+    for mode in sorted(curves["mode"].unique(), key=labels.order):
+        colour = labels.mode(mode).colour
         by_iteration = curves[curves["mode"] == mode].groupby("iteration")["test_error_percent"]
         mean, deviation = by_iteration.mean(), by_iteration.std()
         marker = "o" if len(mean) == 1 else None  # a line of one point would not show
@@ -71,30 +57,31 @@ def draw(curves: pd.DataFrame) -> Figure:
     axes.set_xlim(0, curves["iteration"].max())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("iteration")
-    axes.set_title(_title(curves), loc="left", fontsize=10)
+    axes.set_title(_title(curves, labels), loc="left", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    _label(axes, ends, lambda value: f"{value:.2f} %", lowest=TICKS[0])
+    _name_lines(axes, ends, labels, lambda value: f"{value:.2f} %", lowest=TICKS[0])
     return figure
 
 
-def draw_over_depth(table: Table, conditions: tuple[str, ...], under: list[Record]) -> Figure:
-    """Draw the figures of one network table over depth, a line a mode, with the paper's as open circles.
+def draw_over_depth(table: Table, conditions: Conditions, group: list[Record], labels: Labels) -> Figure:
+    """Draw the values of one network table over depth, a line per mode, with the paper's as open circles.
 
     Args:
-        table: which.
+        table: the kind of table.
         conditions: what the records share.
-        under: the records of width 1.
+        group: the records of width 1.
+        labels: names, colours and order of modes and data sets.
     """
     figure, axes = _canvas()
-    papers = table.papers(conditions)
+    papers = table.papers_under(conditions)
     ends = {}
-    for mode in sorted({record.mode for record in under}, key=mode_order):
+    for mode in sorted({record.mode for record in group}, key=labels.order):
         line = {  # measured counts before predicted
             record.depth: record
-            for record in sorted(under, key=lambda record: (record.depth, not record.predicted))
+            for record in sorted(group, key=lambda record: (record.depth, not record.predicted))
             if record.mode == mode and record.metric == table.metric and record.value
         }
-        colour = COLOURS.get(mode, OTHER_COLOUR)
+        colour = labels.mode(mode).colour
         if line:
             values = [table.scale * record.value for record in line.values()]
             style = "--" if mode.startswith("compiled") else "-"  # what lies below shows through
@@ -107,23 +94,24 @@ def draw_over_depth(table: Table, conditions: tuple[str, ...], under: list[Recor
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.margins(y=0.12)  # room for the names of lines that end close together
-    depths = sorted({record.depth for record in under})
+    depths = sorted({record.depth for record in group})
     axes.set_xticks(depths, map(str, depths))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("depth" + (" (circles: the paper's figures)" if papers else ""))
-    axes.set_title(f"{table.title}: {', '.join(conditions)}", loc="left", fontsize=10)
+    axes.set_title(f"{table.title}: {', '.join(table.heading(conditions, labels))}", loc="left", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
-    _label(axes, ends, lambda value: f"{value:.4g}{table.unit}")
+    _name_lines(axes, ends, labels, lambda value: f"{value:.4g}{table.unit}")
     return figure
 
 
-def draw_memory(results: Path, name: str) -> Path:
-    """Draw the bytes alive over one training step, a line for each mode.
+def draw_memory(results: Path, name: str, labels: Labels) -> Path:
+    """Draw the memory in use over one training step, a line per mode.
 
     Args:
-        results: the folder that holds memory/<name>.csv: mode, part of the step done, MiB a sample.
-        name: of the run.
+        results: the folder that holds memory/<name>.csv: mode, part of the step done, MiB per sample.
+        name: the run's name.
+        labels: names and colours of modes.
 
     Returns:
         The picture, results/figures/<name>.png.
@@ -131,9 +119,9 @@ def draw_memory(results: Path, name: str) -> Path:
     figure, axes = _canvas()
     lines = pd.read_csv(results / "memory" / f"{name}.csv")
     for mode, line in lines.groupby("mode", sort=False):
-        colour = COLOURS.get(str(mode), OTHER_COLOUR)
+        colour = labels.mode(str(mode)).colour
         axes.fill_between(line["done"], line["mib"], color=colour, alpha=0.12, linewidth=0)
-        title = f"{label(str(mode))}: {line['mib'].max():.2f}"
+        title = f"{labels.label(str(mode))}: {line['mib'].max():.2f}"
         axes.plot(line["done"], line["mib"], color=colour, linewidth=1.6, label=title)
     axes.axvline(0.5, color="#888888", linewidth=0.8)
     axes.set_xlim(0, 1)
@@ -145,12 +133,13 @@ def draw_memory(results: Path, name: str) -> Path:
     return save(figure, results, name)
 
 
-def draw_gradients(results: Path, name: str) -> Path:
-    """Draw the error of each layer's gradient, beside the spread of exact's between batches.
+def draw_gradients(results: Path, name: str, labels: Labels) -> Path:
+    """Draw the error of each layer's gradient, and the spread of the exact gradient between batches.
 
     Args:
         results: the folder that holds gradients/<name>.csv: mode, layer, then low, median and high of each metric.
-        name: of the run.
+        name: the run's name.
+        labels: names and colours of modes.
 
     Returns:
         The picture, results/figures/<name>.png.
@@ -159,8 +148,8 @@ def draw_gradients(results: Path, name: str) -> Path:
     layers = pd.read_csv(results / "gradients" / f"{name}.csv")
     mode = str(layers["mode"].iloc[0])
     for metric, colour, title in (
-        ("spread", COLOURS["exact"], "exact: spread between batches"),
-        ("error", COLOURS.get(mode, OTHER_COLOUR), f"{label(mode)}: error"),
+        ("spread", labels.mode("exact").colour, "exact: spread between batches"),
+        ("error", labels.mode(mode).colour, f"{labels.label(mode)}: error"),
     ):
         axes.fill_between(
             layers.index, layers[f"{metric}_low"], layers[f"{metric}_high"], color=colour, alpha=0.15, linewidth=0
@@ -181,7 +170,7 @@ def draw_thresholds(results: Path, name: str) -> Path:
 
     Args:
         results: the folder that holds thresholds/<name>.csv: part of the network, low, high, percent.
-        name: of the run.
+        name: the run's name.
 
     Returns:
         The picture, results/figures/<name>.png.
@@ -214,7 +203,9 @@ def save(figure: Figure, results: Path, name: str) -> Path:
     return file
 
 
-def _label(axes: Any, ends: dict[str, float], text: Callable[[float], str], *, lowest: float = 0.0) -> None:
+def _name_lines(
+    axes: Any, ends: dict[str, float], labels: Labels, text: Callable[[float], str], *, lowest: float = 0.0
+) -> None:
     """Name each line at its right end, in its colour, the names moved apart where lines end together."""
     gap = 0.062  # of the axis: a line of text at this size
     to_axis = axes.transData + axes.transAxes.inverted()
@@ -222,8 +213,8 @@ def _label(axes: Any, ends: dict[str, float], text: Callable[[float], str], *, l
     wanted = [float(to_axis.transform((1, max(ends[mode], lowest)))[1]) for mode in order]
     for mode, height in zip(order, spread(wanted, gap), strict=True):
         axes.text(
-            1.01, height, f"{label(mode)}  {text(ends[mode])}", transform=axes.transAxes,
-            color=COLOURS.get(mode, OTHER_COLOUR), va="center", fontsize=9,
+            1.01, height, f"{labels.label(mode)}  {text(ends[mode])}", transform=axes.transAxes,
+            color=labels.mode(mode).colour, va="center", fontsize=9,
         )  # fmt: skip
 
 
@@ -244,23 +235,23 @@ def spread(wanted: list[float], gap: float) -> list[float]:
     return [position + gap * index for index, position in enumerate(placed)]
 
 
-def _title(curves: pd.DataFrame) -> str:
+def _title(curves: pd.DataFrame, labels: Labels) -> str:
     first = curves.iloc[0]
     runs = curves.groupby(["mode", "iteration"])["seed"].nunique()  # seeds may be evaluated more or less often
     n = f"n={runs.min()}" if runs.min() == runs.max() else f"n={runs.min()} to {runs.max()}"
-    recipe = f"{images(first['dataset'])}, depth {first['depth']}, width {first['width']:g}"
+    recipe = f"{labels.images(first['dataset'])}, depth {first['depth']}, width {first['width']:g}"
     recipe += f", {first['iterations']:,} iterations of batch {first['batch_size']}"
-    note = f", {first['note']}" if first["note"] else ""
-    return f"Test error (%), {recipe}, {first['precision']}{note} ({n})"
+    conditions = ", ".join(filter(None, [first["precision"], settings_text(json.loads(first["settings"]))]))
+    return f"Test error (%), {recipe}, {conditions} ({n})"
 
 
-def slug(group: tuple[Any, ...]) -> str:
-    """A file name for a group: digits-depth29-width1-300x64-fp32."""
-    dataset, depth, width, iterations, batch_size, precision, note = group
+def group_slug(group: tuple[Any, ...]) -> str:
+    """Make a file name of a group: digits-depth29-width1-300x64-fp32."""
+    dataset, depth, width, iterations, batch_size, precision, settings = group
     name = f"{dataset}-depth{depth}-width{width:g}-{iterations}x{batch_size}-{precision}"
-    return f"{name}-{slug_of(note)}" if note else name
+    return slug(f"{name} {settings_text(json.loads(settings))}")
 
 
-def slug_of(text: str) -> str:
-    """A text as a part of a file name."""
+def slug(text: str) -> str:
+    """Make a part of a file name of a text."""
     return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")

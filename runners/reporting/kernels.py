@@ -1,77 +1,83 @@
-"""The table of kernels: what part of a copy's bandwidth each function reaches, and one unit's time beside exact's."""
+"""The table of kernels: the bandwidth of each function relative to a copy, and the time of one unit relative to exact.
 
-from runners.records import Record
-from runners.reporting.pages import Page, Section, commits, label, listed, mode_order
+A unit is batch norm, ReLU and convolution.
+"""
+
+from runners.records import Record, canonical
+from runners.reporting.labels import Labels, settings_text
+from runners.reporting.pages import Page, Section, commits, listed
 
 SHARE = "_share_of_copy"
+UNIT = ("kernel_size", "in_channels", "out_channels")
+"""Settings that name a unit."""
 OPENING = """\
-Functions: bytes a second, counting every element that must be read or written once, as a part of what a copy of the
-same activation reaches; on the activations of the network's own blocks, which the cache of a large GPU holds, and on
-one that no cache holds. Units: batch norm, ReLU and convolution, forward and backward, in milliseconds and beside
-exact's. Medians over n turns. Written by `blpa-run task=tables`.
+Functions: time, and bandwidth as a percentage of the bandwidth of a copy of the same activation, counting every element
+that must be read or written once. Measured on the activations of the network's own blocks, which fit the cache of a
+large GPU, and on one that fits no cache. Units: forward and backward time of batch norm, ReLU and convolution, in
+milliseconds and relative to exact. Medians over n turns. Written by `blpa-run task=tables`.
 """
 
 
-def cells(found: list[Record]) -> list[Record]:
-    """The records that the table shows, in its order.
+def cells(found: list[Record], labels: Labels) -> list[Record]:
+    """Select the records that the table shows, in its order.
 
     Args:
         found: records of any task.
+        labels: names and order of modes.
     """
     shown = [record for record in found if record.task == "kernels" and not record.failure]
-    return sorted(shown, key=lambda r: (*_conditions(r), r.note, _place(r.metric), mode_order(r.mode), r.kernels))
+    return sorted(shown, key=lambda r: (
+        *_conditions(r), canonical(r.settings), _place(r.metric), labels.order(r.mode), r.kernels
+    ))  # fmt: skip
 
 
 def _place(metric: str) -> tuple[int, str]:
-    """A copy first, then the functions in the order in which a step calls them."""
+    """Return the key that sorts metrics: the copy first, then the functions in the order in which a step calls them."""
     functions = ("copy", "channel_stats", "normalise_rectify_encode", "decode", "backward")
     name = metric.removesuffix(SHARE)
     return (functions.index(name) if name in functions else len(functions)), metric
 
 
-def page(shown: list[Record]) -> Page:
-    """The tables for reading, one for each precision, mode and machine.
+def page(shown: list[Record], labels: Labels) -> Page:
+    """Lay out the tables, one for each precision, mode and machine.
 
     Args:
-        shown: what `cells` returns.
+        shown: the records that `cells` returns.
+        labels: names and order of modes.
     """
     sections = []
     for conditions in dict.fromkeys(map(_conditions, shown)):
-        under = [record for record in shown if _conditions(record) == conditions]
-        said = (
-            f"torch {listed({record.torch for record in under})}; triton {listed({str(r.triton) for r in under})}; "
-            f"n = {listed({str(record.n) for record in under})}; commit {commits(under)}."
+        group = [record for record in shown if _conditions(record) == conditions]
+        notes = (
+            f"torch {listed({record.torch for record in group})}; triton {listed({str(r.triton) for r in group})}; "
+            f"n = {listed({str(record.n) for record in group})}; commit {commits(group)}."
         )
         device, precision, command = conditions
         title = f"{precision}, {device}"
-        mode = next((record.mode for record in under if record.metric.endswith(SHARE)), command)
-        functions = [record for record in under if not record.metric.startswith("unit_")]
+        mode = labels.label(next((record.mode for record in group if record.metric.endswith(SHARE)), command))
+        functions = [record for record in group if not record.metric.startswith("unit_")]
         for batch in sorted({record.batch_size for record in functions}, reverse=True):
             on = f"functions at batch {batch}" if batch else "functions beyond any cache"
-            at = [record for record in functions if record.batch_size == batch]
-            sections.append(Section(f"{label(mode)}, {title}: {on}", _functions(at), [said]))
-        sections.append(Section(f"{label(mode)}, {title}: units", _units(under), []))
+            at_batch = [record for record in functions if record.batch_size == batch]
+            sections.append(Section(f"{mode}, {title}: {on}", _functions(at_batch), [notes]))
+        sections.append(Section(f"{mode}, {title}: units", _units(group, labels), []))
     return Page("Kernels", OPENING, sections, "blpa-run task=kernels mode=4bit")
 
 
-def _functions(under: list[Record]) -> list[list[str]]:
-    """A row a function and back end, a column a shape."""
-    seconds = {(r.metric, r.kernels, r.note): r for r in under if r.unit == "s"}
-    shapes = sorted({note for _, _, note in seconds}, key=_shape)
-    rows = [["", "kernels", *shapes]]
-    for name, back_end in dict.fromkeys((metric, kernels) for metric, kernels, _ in seconds):
-        shares = {r.note: r.value for r in under if (r.metric, r.kernels) == (f"{name}{SHARE}", back_end)}
+def _functions(group: list[Record]) -> list[list[str]]:
+    """Lay out a row per function and backend, a column per shape; shapes with many rows first."""
+    by_shape = {canonical(record.settings): record.settings for record in group if record.unit == "s"}
+    shapes = sorted(by_shape, key=lambda shape: (-by_shape[shape]["rows"], by_shape[shape]["channels"], shape))
+    seconds = {(r.metric, r.kernels, canonical(r.settings)): r for r in group if r.unit == "s"}
+    shares = {(r.metric, r.kernels, canonical(r.settings)): r.value for r in group if r.metric.endswith(SHARE)}
+    rows = [["", "kernels", *(settings_text(by_shape[shape]) for shape in shapes)]]
+    for name, backend in dict.fromkeys((metric, kernels) for metric, kernels, _ in seconds):
         rows.append([
-            name, back_end,
-            *(_time(seconds.get((name, back_end, shape)), shares.get(shape)) for shape in shapes),
+            name, backend,
+            *(_time(seconds.get((name, backend, shape)), shares.get((f"{name}{SHARE}", backend, shape)))
+              for shape in shapes),
         ])  # fmt: skip
     return rows
-
-
-def _shape(note: str) -> tuple[int, int]:
-    """How shapes are ordered: as the network's groups, the largest image first."""
-    rows, _, _, channels, _ = note.split()
-    return -int(rows), int(channels)
 
 
 def _time(seconds: Record | None, share: float | None) -> str:
@@ -80,21 +86,25 @@ def _time(seconds: Record | None, share: float | None) -> str:
     return f"{1e3 * seconds.value:.3g} ms" + (f" ({100 * share:.0f} %)" if share else "")
 
 
-def _units(under: list[Record]) -> list[list[str]]:
-    """A row a mode, a column a unit."""
-    found = {(r.mode, r.note, r.metric): r.value for r in under}
-    units = list(dict.fromkeys(note for _, note, metric in found if metric == "unit_seconds"))
+def _units(group: list[Record], labels: Labels) -> list[list[str]]:
+    """Lay out a row per mode, a column per unit."""
+    found = {
+        (r.mode, settings_text({name: r.settings[name] for name in UNIT}), r.metric): r.value
+        for r in group
+        if r.metric.startswith("unit_")
+    }
+    units = list(dict.fromkeys(unit for _, unit, metric in found if metric == "unit_seconds"))
     modes = list(dict.fromkeys(mode for mode, _, metric in found if metric == "unit_seconds"))
     rows = [["", *units]]
-    for mode in sorted(modes, key=mode_order):
+    for mode in sorted(modes, key=labels.order):
         times = [
             f"{1e3 * found[mode, unit, 'unit_seconds']:.3g} ms ({found[mode, unit, 'unit_ratio_to_exact']:.2f})"
             for unit in units
         ]
-        rows.append([label(mode), *times])
+        rows.append([labels.label(mode), *times])
     return rows
 
 
 def _conditions(record: Record) -> tuple[str, str, str]:
-    """What the cells of one table share: machine, precision, and the command that measured them."""
+    """Return what the cells of one table share: machine, precision, and the command that measured them."""
     return record.device, record.precision, record.command

@@ -1,62 +1,103 @@
-"""The tables whose columns are networks and whose rows are modes: largest batch, time a sample, gradient error.
+"""Tables whose columns are networks and whose rows are modes: largest batch, time per sample, gradient error.
 
-A table holds the newest record of each cell, and there is one for each set of conditions that its cells share. What
-the paper says of a mode stands below it; a cell that failed says how.
+A table holds the newest record of each cell. There is one table for each set of conditions that cells share. The
+paper's figures of a mode stand below its row; a cell that failed says how.
 """
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from runners.records import Record
+from runners.records import Record, canonical, key
 from runners.reporting import paper
-from runners.reporting.pages import Page, Section, commits, failure, images, label, listed, mode_order
+from runners.reporting.labels import Labels, settings_text
+from runners.reporting.pages import Page, Section, commits, failure, listed
 
 Network = tuple[float, int]
 """Width and depth."""
 
-BESIDE_THE_PAPER = ("exact", "exact-one-copy", "checkpoint", "8bit", "4bit", "2bit")
-"""Modes that have a row where the paper has figures, whether they were run or not."""
-
 SPREAD = "exact, from batch to batch"
+
+
+class Conditions(NamedTuple):
+    """What the cells of one table share, by column of a record; None where a kind of table has no such condition."""
+
+    dataset: str
+    precision: str
+    settings: str
+    """In canonical text, so that conditions can be compared."""
+    batch_size: int | None = None
+    seed: int | None = None
+    device: str | None = None
 
 
 @dataclass(frozen=True)
 class Table:
-    """One kind of table.
-
-    Attributes:
-        name: of its file.
-        task: that measures it.
-        title: its heading.
-        opening: what a reader must know.
-        empty: what to run where there is nothing to show.
-        conditions: what the cells of one table share, for its title.
-        text: what stands in a cell, from its records by metric; predicted ones are named "predicted".
-        papers: the paper's figures under some conditions, by depth and width, then mode.
-        metric: what a figure of it draws.
-        scale: factor on the metric's value, in tables and figures.
-        unit: of the product.
-    """
+    """One kind of table."""
 
     name: str
+    """Name of its file."""
     task: str
+    """The task that measures it."""
     title: str
+    """Its heading."""
     opening: str
+    """What its numbers are."""
     empty: str
-    conditions: Callable[[Record], tuple[str, ...]]
+    """The command that measures it, shown where there is no record."""
+    images: str
+    """Name of the data set's images in titles, with {} for the data set's own label."""
+    columns: tuple[str, ...]
+    """Columns of a record whose values divide cells into tables, from those of Conditions."""
     text: Callable[[dict[str, Record]], str]
-    papers: Callable[[tuple[str, ...]], Mapping[tuple[int, float], Mapping[str, float]]]
+    """Text of a cell, from its records by metric; a predicted record goes by "predicted"."""
     metric: str
+    """The metric that its figure draws."""
+    papers: Mapping[tuple[int, float], Mapping[str, float]]
+    """The paper's figures by depth and width, then mode; empty where it has none."""
+    papers_are_at_the_largest_batch: bool = False
+    """Whether the paper's figures belong to each network's largest batch alone."""
     scale: float = 1.0
+    """Factor on the metric's value, in tables and figures."""
     unit: str = ""
+    """Unit of the scaled value."""
+
+    def conditions(self, record: Record) -> Conditions:
+        """Return what a record's cell shares with the others of its table."""
+        values = dict(zip(self.columns, key(record, self.columns), strict=True))
+        if record.settings.get("largest_batch"):
+            values["batch_size"] = None  # each mode and network has its own
+        return Conditions(**values)
+
+    def papers_under(self, conditions: Conditions) -> Mapping[tuple[int, float], Mapping[str, float]]:
+        """Return the paper's figures, where they belong to these conditions: CIFAR-size images, the paper's card."""
+        settings = json.loads(conditions.settings)
+        is_same = conditions.dataset in ("cifar10", "cifar100") and paper.matches_card(settings)
+        if self.papers_are_at_the_largest_batch:
+            is_same = is_same and settings.get("largest_batch", False)
+        return self.papers if is_same else {}
+
+    def heading(self, conditions: Conditions, labels: Labels) -> tuple[str, ...]:
+        """Write conditions for people, for the title of a table or a figure."""
+        parts = (
+            self.images.format(labels.images(conditions.dataset)),
+            conditions.precision,
+            "" if conditions.batch_size is None else f"batch {conditions.batch_size}",
+            settings_text(json.loads(conditions.settings)),
+            f"seed {conditions.seed}" if conditions.seed else "",
+            conditions.device,
+        )
+        return tuple(part for part in parts if part)
 
 
-def cells(table: Table, found: list[Record]) -> list[Record]:
-    """The records that the table shows, in its order.
+def cells(table: Table, found: list[Record], labels: Labels) -> list[Record]:
+    """Select the records that the table shows, in its order.
 
     Args:
-        table: which.
+        table: the kind of table.
         found: records of any task.
+        labels: names and order of modes and data sets.
     """
     by_cell: dict[tuple[tuple[object, ...], bool, str], list[Record]] = {}
     for record in _with_tf32(found):
@@ -67,66 +108,73 @@ def cells(table: Table, found: list[Record]) -> list[Record]:
     # A failure is shown where nothing was measured under the same conditions.
     kept = [runs for (cell, _, failed), runs in by_cell.items() if not failed or cell not in measured]
     shown = [record for runs in kept for record in _newest_run(runs)]
-    return sorted(shown, key=lambda r: (table.conditions(r), -r.width, -r.depth, mode_order(r.mode), r.metric))
+    return sorted(shown, key=lambda r: (
+        table.heading(table.conditions(r), labels), -r.width, -r.depth, labels.order(r.mode), r.metric
+    ))  # fmt: skip
 
 
 def _with_tf32(found: list[Record]) -> list[Record]:
-    """The records, and predictions in fp32 again for tf32, whose bytes are the same, where tf32 was run."""
-    run = {(record.task, record.note) for record in found if record.precision == "tf32"}
+    """Repeat predictions in fp32 for tf32, whose tensors have as many bytes, where tf32 was run."""
+    run = {(record.task, canonical(record.settings)) for record in found if record.precision == "tf32"}
     again = [
         replace(record, precision="tf32")
         for record in found
-        if record.predicted and record.precision == "fp32" and (record.task, record.note) in run
+        if record.predicted and record.precision == "fp32" and (record.task, canonical(record.settings)) in run
     ]
     return [*found, *again]
 
 
 def _newest_run(of_cell: list[Record]) -> list[Record]:
-    """The records that the newest run made: they bear one date, and a ratio belongs to the time beside it."""
+    """Select the records of the newest run: they share one date, so a ratio belongs to the time beside it."""
     newest = max(record.date for record in of_cell)
     return [record for record in of_cell if record.date == newest]
 
 
-def page(table: Table, shown: list[Record]) -> Page:
-    """The tables of one kind for reading, one for each set of conditions.
+def page(table: Table, shown: list[Record], labels: Labels) -> Page:
+    """Lay out the tables of one kind, one for each set of conditions.
 
     Args:
-        table: which.
-        shown: what `cells` returns.
+        table: the kind of table.
+        shown: the records that `cells` returns.
+        labels: names and order of modes and data sets.
     """
     sections = []
     for conditions in dict.fromkeys(map(table.conditions, shown)):
-        under = [record for record in shown if table.conditions(record) == conditions]
-        machines = {record.device for record in under if record.device != "none"} - set(conditions)
-        said = [
-            f"torch {listed({record.torch for record in under})}",
-            f"commit {commits(under)}",
-            f"n = {_range([record.n for record in under])}",
+        group = [record for record in shown if table.conditions(record) == conditions]
+        machines = {record.device for record in group if record.device not in ("none", conditions.device)}
+        notes = [
+            f"torch {listed({record.torch for record in group})}",
+            f"commit {commits(group)}",
+            f"n = {_range([record.n for record in group])}",
             *([f"measured on {listed(machines)}"] if machines else []),
         ]
-        sections.append(Section(", ".join(conditions), rows(table, conditions, under), ["; ".join(said) + "."]))
+        title = ", ".join(table.heading(conditions, labels))
+        sections.append(Section(title, rows(table, conditions, group, labels), ["; ".join(notes) + "."]))
     return Page(table.title, table.opening, sections, table.empty)
 
 
-def rows(table: Table, conditions: tuple[str, ...], under: list[Record]) -> list[list[str]]:
-    """One table's rows, the head first.
+def rows(table: Table, conditions: Conditions, group: list[Record], labels: Labels) -> list[list[str]]:
+    """Lay out one table's rows, the head first.
 
     Args:
-        table: of what kind.
+        table: the kind of table.
         conditions: what its cells share.
-        under: their records.
+        group: their records.
+        labels: names and order of modes and data sets.
     """
     by_cell: dict[tuple[Network, str], dict[str, Record]] = {}
-    for record in under:
+    for record in group:
         metric = "predicted" if record.predicted else record.metric
         by_cell.setdefault(((record.width, record.depth), record.mode), {})[metric] = record
-    papers = {(width, depth): figures for (depth, width), figures in table.papers(conditions).items()}
+    papers = {(width, depth): figures for (depth, width), figures in table.papers_under(conditions).items()}
     networks = sorted({network for network, _ in by_cell} | set(papers), reverse=True)
-    modes = {mode for _, mode in by_cell} | (set(BESIDE_THE_PAPER) if papers else set())
+    modes = {mode for _, mode in by_cell}
+    if papers:
+        modes |= {name for name, mode in labels.modes.items() if mode.beside_paper}
     found = [["", *(f"{depth}" if width == 1 else f"{depth} ({width:g}x)" for width, depth in networks)]]
-    for mode in sorted(modes, key=mode_order):
+    for mode in sorted(modes, key=labels.order):
         ours = [by_cell.get((network, mode)) for network in networks]
-        found.append([label(mode), *(_text(table, cell) for cell in ours)])
+        found.append([labels.label(mode), *(_text(table, cell) for cell in ours)])
         figures = [papers.get(network, {}).get(mode) for network in networks]
         if any(figures):
             found.append(["- in the paper", *(f"{table.scale * v:.4g}{table.unit}" if v else "-" for v in figures)])
@@ -145,80 +193,86 @@ def _text(table: Table, cell: dict[str, Record] | None) -> str:
 
 
 def _spread(by_cell: dict[tuple[Network, str], dict[str, Record]], network: Network) -> str:
-    """Exact's own spread, which every mode's run measured again on the same batches."""
+    """Return the newest spread of the exact gradient; the run of every mode measured it on the same batches."""
     metric = "gradient_spread"
     found = [cell[metric] for (at, _), cell in by_cell.items() if at == network and metric in cell]
     return f"{max(found, key=lambda record: record.date).value:.2f}" if found else ""
 
 
 def _batch_text(cell: dict[str, Record]) -> str:
-    texts = [
-        f"{record.value:.0f}{told}" if record.value else f"does not fit{told}"
-        for metric in ("largest_batch", "predicted")
-        if (record := cell.get(metric))
-        for told in [" (predicted)" if record.predicted else " (expandable)" if record.segments == "expandable" else ""]
-    ]
+    texts = []
+    for metric in ("largest_batch", "predicted"):
+        if record := cell.get(metric):
+            mark = " (predicted)" if record.predicted else " (expandable)" if record.segments == "expandable" else ""
+            texts.append(f"{record.value:.0f}{mark}" if record.value else f"does not fit{mark}")
     return ", ".join(texts)
 
 
 def _time_text(cell: dict[str, Record]) -> str:
     time, ratio = cell["seconds_per_sample"], cell.get("ratio_to_exact")
-    told = [f"batch {time.batch_size}"] if time.note.startswith("largest batch") else []
-    told += [f"{ratio.value:.2f} times exact"] if ratio else []
-    return f"{1e3 * time.value:.3g} ms" + (f" ({', '.join(told)})" if told else "")
+    notes = [f"batch {time.batch_size}"] if time.settings.get("largest_batch") else []
+    notes += [f"{ratio.value:.2f} times exact"] if ratio else []
+    return f"{1e3 * time.value:.3g} ms" + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _gradient_text(cell: dict[str, Record]) -> str:
     return f"{cell['gradient_error'].value:.3g} (cosine {cell['gradient_cosine'].value:.4f})"
 
 
-def _papers_batches(conditions: tuple[str, ...]) -> Mapping[tuple[int, float], Mapping[str, float]]:
-    is_papers = conditions[0].startswith("CIFAR") and paper.is_its_card(conditions[2])
-    return paper.LARGEST_BATCH if is_papers else {}
-
-
-def _papers_times(conditions: tuple[str, ...]) -> Mapping[tuple[int, float], Mapping[str, float]]:
-    is_papers = conditions[0].startswith("CIFAR")
-    card = conditions[2].removeprefix("largest batch in ")
-    return paper.SECONDS_PER_SAMPLE if is_papers and card != conditions[2] and paper.is_its_card(card) else {}
+def _memory_text(cell: dict[str, Record]) -> str:
+    return f"{cell['predicted'].value:.2f}"
 
 
 TABLES = (
+    Table(
+        name="memory",
+        task="memory",
+        title="Memory of a training step (MiB per sample)",
+        opening="""\
+The most bytes that one training step allocates at once, beyond weights and optimiser state, for networks of several
+depths. Counted on the meta device. `exact` is PyTorch's own layers. Written by `blpa-run task=tables`.
+""",
+        empty="blpa-run task=memory",
+        images="{}-size images",
+        columns=("dataset", "precision", "batch_size", "settings"),
+        text=_memory_text,
+        metric="step_peak_mib",
+        papers={},
+        unit=" MiB",
+    ),
     Table(
         name="batches",
         task="max-batch",
         title="Largest batch",
         opening="""\
-Samples in the largest batch whose training steps fit the memory, for networks of so many layers. `exact` is PyTorch's
-own layers; `exact, one copy a unit` is what the paper calls exact. Predicted: counted on the meta device, with an
+Largest number of samples per training step that fits the memory, for networks of several depths. `exact` is PyTorch's
+own layers; `exact, one copy` is what the paper calls exact. Predicted: counted on the meta device, with an
 allowance for the CUDA context and workspaces taken off the memory. Measured with both kinds of segments that PyTorch's
 allocator has; "expandable" marks where those fit more. Written by `blpa-run task=tables`.
 """,
         empty="blpa-run task=max-batch gpu=gtx1080ti",
-        conditions=lambda record: (f"{images(record.dataset)}-size images", record.precision, record.note),
+        images="{}-size images",
+        columns=("dataset", "precision", "settings"),
         text=_batch_text,
-        papers=_papers_batches,
         metric="largest_batch",
+        papers=paper.LARGEST_BATCH,
     ),
     Table(
         name="times",
         task="runtime",
-        title="Time a sample",
+        title="Time per sample",
         opening="""\
-Median time of a whole training step by the sample: forward, loss, backward, update. The ratio is the median over pairs
-of turns, the mode's and exact's one after the other. The paper's figures are from its own card, a GTX 1080 Ti. Written
-by `blpa-run task=tables`.
+Median time per sample of a whole training step: forward, loss, backward, update. The ratio is the median over pairs of
+consecutive turns of the mode and of exact. The paper's figures are from its own card, a GTX 1080 Ti. Written by
+`blpa-run task=tables`.
 """,
         empty="blpa-run task=runtime",
-        conditions=lambda record: (
-            f"{images(record.dataset)}-size images",
-            record.precision,
-            *filter(None, [f"batch {record.batch_size}" if "largest batch" not in record.note else "", record.note]),
-            record.device,
-        ),
+        images="{}-size images",
+        columns=("dataset", "precision", "batch_size", "settings", "device"),
         text=_time_text,
-        papers=_papers_times,
         metric="seconds_per_sample",
+        papers=paper.SECONDS_PER_SAMPLE,
+        papers_are_at_the_largest_batch=True,
         scale=1e3,
         unit=" ms",
     ),
@@ -228,14 +282,15 @@ by `blpa-run task=tables`.
         title="Error of the gradient",
         opening="""\
 |g - g_exact| / |g_exact| over all weights of convolutions and classifier, and the cosine between the two, on the same
-weights and batches; medians over n batches. `exact, one copy a unit` is exact but for the order of rounding: its row is
-what rounding alone does. Last, what training lives with anyway: how far exact's own gradient of a batch is from the
-mean over batches, in units of that mean. Written by `blpa-run task=tables`.
+weights and batches; medians over n batches. `exact, one copy` differs from `exact` by rounding alone, and its
+row shows that error. The last row is the spread of the exact gradient between batches: the distance of a batch's
+gradient from the mean gradient over batches, relative to that mean. Written by `blpa-run task=tables`.
 """,
         empty="blpa-run task=gradient-error",
-        conditions=lambda record: (images(record.dataset), record.precision, f"batch {record.batch_size}", record.note),
+        images="{}",
+        columns=("dataset", "precision", "batch_size", "settings", "seed"),
         text=_gradient_text,
-        papers=lambda conditions: {},
         metric="gradient_error",
+        papers={},
     ),
 )

@@ -4,9 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from runners.records import Record
-from runners.reporting.paper import ROWS
-
-IMAGES = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet": "ImageNet top-5", "digits": "digits"}
 
 
 @dataclass(frozen=True)
@@ -16,12 +13,12 @@ class Section:
     Attributes:
         title: its heading.
         rows: its cells, the head first.
-        said: what the table does not say: recipe, machine, versions, n; one text a line.
+        notes: recipe, machine, versions and n, one text per line.
     """
 
     title: str
     rows: list[list[str]]
-    said: list[str]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -30,9 +27,9 @@ class Page:
 
     Attributes:
         title: its heading.
-        opening: what a reader must know.
+        opening: what the numbers are.
         sections: the tables.
-        empty: what to run where there is none.
+        empty: the command that measures them, shown where there is no table.
     """
 
     title: str
@@ -42,17 +39,17 @@ class Page:
 
 
 def markdown(page: Page) -> str:
-    """A page as a text file."""
+    """Write a page as Markdown."""
     parts = [f"# {page.title}\n", page.opening]
     if not page.sections:
         parts.append(f"Nothing has been measured yet: `{page.empty}`.\n")
     for section in page.sections:
-        parts += [f"## {section.title}\n", aligned(section.rows), *(f"- {text}" for text in section.said), ""]
+        parts += [f"## {section.title}\n", aligned(section.rows), *(f"- {text}" for text in section.notes), ""]
     return "\n".join(parts)
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """A Markdown table whose columns line up, so that it reads as text too.
+    """Write a Markdown table whose columns line up, so that it reads as text too.
 
     Args:
         rows: the first is the head.
@@ -65,33 +62,18 @@ def aligned(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:], ""])
 
 
-def label(mode: str) -> str:
-    """What a mode is called in tables and figures."""
-    return ROWS[mode].label if mode in ROWS else mode
-
-
-def mode_order(mode: str) -> tuple[int, str]:
-    """Where a mode stands in tables and figures: modes of the user's own last."""
-    return (list(ROWS).index(mode) if mode in ROWS else len(ROWS)), mode
-
-
-def images(dataset: str) -> str:
-    """What a data set is called in tables and figures."""
-    return IMAGES.get(dataset, dataset)
-
-
 def listed(values: Iterable[str]) -> str:
-    """Each value once, in order."""
+    """Join the values, each once, sorted."""
     return ", ".join(sorted(set(values)))
 
 
 def commits(made: Iterable[Record]) -> str:
-    """Which commits made some records, in short; what was made in parts has one a part."""
+    """Name the commits that made some records, in short; a run trained in parts has one per part."""
     found = {commit[:9] for record in made if record.commit for commit in record.commit.split("; ")}
     return listed(found) or "unknown"
 
 
 def failure(failed: Record) -> str:
-    """What stands in the cell of a record of a failure."""
+    """Return the text of a cell that failed."""
     reason = failed.failure.partition(":")[0]
     return reason if reason in ("does not fit", "does not compile", "diverged") else "failed"

@@ -1,48 +1,12 @@
-"""The paper's own figures, so that a measured number can stand beside them (Chakrabarti and Moseley 2019, section 4).
+"""The paper's own figures, which tables show beside measured numbers (Chakrabarti and Moseley 2019, section 4)."""
 
-alpha is bits kept an activation over the 32 of full precision, as the paper counts it: PyTorch's own layers, which
-`exact` runs here, keep two tensors a unit where the paper's exact kept one.
-"""
+from typing import Any, NamedTuple
 
-import re
-from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeVar
-
-from runners.cells import departures
-from runners.config import Config
-
-Number = TypeVar("Number", int, float)
-
-
-class Row(NamedTuple):
-    """A row of the table of errors."""
-
-    label: str
-    alpha: str
-    always: bool
-    """Whether the row is shown where nothing has been run."""
-
-
-ROWS = {
-    "exact": Row("exact", "1", True),
-    "exact-one-copy": Row("exact, one copy a unit", "1", False),
-    "checkpoint": Row("checkpoint (recomputed)", "-", False),
-    "offload": Row("offload (to the host)", "-", False),
-    "compiled": Row("torch.compile", "-", False),
-    "compiled-budget-0.5": Row("torch.compile, budget 0.5", "-", False),
-    "compiled-budget-0.2": Row("torch.compile, budget 0.2", "-", False),
-    "compiled-fp8": Row("torch.compile, fp8 pass", "-", False),
-    "fewer-features": Row("exact, fewer features", "1/4", True),
-    "naive-8bit": Row("naive 8-bit", "1/4", True),
-    "8bit": Row("proposed 8-bit", "1/4", True),
-    "4bit": Row("proposed 4-bit", "1/8", True),
-    "2bit": Row("2-bit (ours)", "1/16", True),
-}
-"""The paper's rows in its order, by mode; those it does not have stand after the exact one they are to beat."""
+from runners.records import Settings, canonical
 
 
 class Cells(NamedTuple):
-    """What the paper's cells of one data set have in common; the names are those of a record's columns."""
+    """What the paper's cells of one data set share; the names are those of a record's columns."""
 
     dataset: str
     depth: int
@@ -54,6 +18,8 @@ class Cells(NamedTuple):
 CIFAR10 = Cells("cifar10", 164, 1.0, 64000, 128)
 CIFAR100 = Cells("cifar100", 164, 1.0, 64000, 128)
 IMAGENET = Cells("imagenet", 152, 1.0, 640000, 256)
+IMAGENET_LABEL = "ImageNet top-5"
+"""Name of its column, for as long as conf/dataset has no file of it."""
 
 ERROR_PERCENT: dict[Cells, dict[str, tuple[float, float | None]]] = {
     CIFAR10: {
@@ -80,7 +46,7 @@ def error_percent(group: tuple[Any, ...], mode: str) -> tuple[float | None, floa
 
     Args:
         group: a value for each name of records.GROUP. The paper's figure is shown beside every precision, which the
-            tables name; theirs was fp32.
+            tables name; the paper's own was fp32.
         mode: the mode's name.
     """
     cells = cells_of(group)
@@ -88,10 +54,10 @@ def error_percent(group: tuple[Any, ...], mode: str) -> tuple[float | None, floa
 
 
 def cells_of(group: tuple[Any, ...]) -> Cells | None:
-    """The paper's cells that a group's runs repeat, in whatever precision; None where the recipe is another."""
-    *cells, _, note = group
+    """Return the paper's cells with a group's recipe, whatever its precision; None where the recipe is another."""
+    *cells, _, settings = group
     found = Cells(*cells)
-    return found if found in ERROR_PERCENT and not note else None
+    return found if found in ERROR_PERCENT and settings == canonical({}) else None
 
 
 LARGEST_BATCH: dict[tuple[int, float], dict[str, int]] = {
@@ -102,29 +68,18 @@ LARGEST_BATCH: dict[tuple[int, float], dict[str, int]] = {
     (164, 1.0): {"exact-one-copy": 688, "4bit": 2522},
 }
 """The largest batch on one GTX 1080 Ti (11 GB), by depth and width, in the order of the paper's poster, then by mode.
-The paper's exact shares buffers and keeps one tensor a unit: it is the mode exact-one-copy here."""
+The paper's exact shares buffers and saves one tensor per layer: it is the mode exact-one-copy here."""
 
 CARD_GIB = 11.0
 
 
-def is_its_card(note: str) -> bool:
-    """Whether a record's note names the memory of the paper's card and nothing that the paper's figures are not of.
+def matches_card(settings: Settings) -> bool:
+    """Check for the memory budget of the paper's GTX 1080 Ti, default settings otherwise.
 
-    Theirs are of whichever convolutions were fastest.
+    The paper's convolutions were whichever were fastest, so deterministic or not, ours stand beside them.
     """
-    return re.fullmatch(rf"{CARD_GIB:g} GiB less \d+ MiB( gpu\.deterministic=false)?", note) is not None
-
-
-def largest_batch(config: Config) -> int | None:
-    """Look up the largest batch; None where the paper has no such figure."""
-    return _of_cell(LARGEST_BATCH, config)
-
-
-def _of_cell(figures: Mapping[tuple[int, float], Mapping[str, Number]], config: Config) -> Number | None:
-    """The figure of a run's own network and mode, on the paper's card, at its size and recipe, in any precision."""
-    if (config.gpu.memory_gib, config.dataset.image_size, departures(config)) != (CARD_GIB, 32, ""):
-        return None
-    return figures.get((config.depth, config.width), {}).get(config.mode.name)
+    others = settings.keys() - {"memory_gib", "allowance_mib", "largest_batch", "gpu.deterministic"}
+    return settings.get("memory_gib") == CARD_GIB and not others
 
 
 SECONDS_PER_SAMPLE: dict[tuple[int, float], dict[str, float]] = {
@@ -134,9 +89,4 @@ SECONDS_PER_SAMPLE: dict[tuple[int, float], dict[str, float]] = {
     (254, 1.0): {"exact-one-copy": 0.0065, "4bit": 0.0067},
     (164, 1.0): {"exact-one-copy": 0.0041, "4bit": 0.0043},
 }
-"""Time of a training step by the sample on one GTX 1080 Ti, in seconds, by depth and width, then by mode."""
-
-
-def seconds_per_sample(config: Config) -> float | None:
-    """Look up the time a sample at the largest batch, on the paper's card; None where it has no such figure."""
-    return _of_cell(SECONDS_PER_SAMPLE, config) if config.task.largest_batch else None
+"""Time of a training step per sample on one GTX 1080 Ti, in seconds, by depth and width, then by mode."""

@@ -1,4 +1,4 @@
-"""One HTML page with the tables, the figures and what it takes to repeat every number, to be sent to a colleague.
+"""One HTML page with the tables, the figures and the command that repeats every number, to send to a colleague.
 
 Everything is in the one file, results/report.html: no script, no picture or style from elsewhere.
 """
@@ -16,11 +16,12 @@ from markupsafe import Markup, escape
 import blpa
 from runners.records import Record
 from runners.reporting import errors, kernels, networks
+from runners.reporting.labels import Labels
 from runners.reporting.networks import TABLES
 from runners.reporting.pages import commits
 
-FIGURES = ("error-", "batches-", "times-", "gradients-")
-"""How the names of figures that belong to a table begin, in the order of the page; those of single runs follow."""
+FIGURES = ("error-", "memory-", "batches-", "times-", "gradients-")
+"""Prefixes of the figures that belong to a table, in the order of the page; figures of single runs follow."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Machine:
-    """Where records were made, and by what."""
+    """A machine and the versions on it that made records."""
 
     device: str
     torch: str
@@ -45,16 +46,17 @@ class Machine:
     commits: str
 
 
-def render(found: list[Record], pictures: Iterable[Path]) -> str:
-    """The page.
+def render(found: list[Record], pictures: Iterable[Path], labels: Labels) -> str:
+    """Render the page as HTML.
 
     Args:
         found: the records it shows.
         pictures: PNG files.
+        labels: names, colours and order of modes and data sets.
     """
-    pages = [errors.page(errors.summarise(found))]
-    pages += [networks.page(table, networks.cells(table, found)) for table in TABLES]
-    pages.append(kernels.page(kernels.cells(found)))
+    pages = [errors.page(errors.summarise(found, labels), labels)]
+    pages += [networks.page(table, networks.cells(table, found, labels), labels) for table in TABLES]
+    pages.append(kernels.page(kernels.cells(found, labels), labels))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("runners.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -74,7 +76,7 @@ def render(found: list[Record], pictures: Iterable[Path]) -> str:
 
 
 def _code(text: str) -> Markup:
-    """Text whose words between backticks are code."""
+    """Escape text, and mark words between backticks as code."""
     return Markup(re.sub(r"`([^`]*)`", r"<code>\1</code>", str(escape(text))))
 
 
@@ -84,7 +86,7 @@ def _order(picture: Path) -> tuple[int, str]:
 
 
 def _machines(found: list[Record]) -> list[Machine]:
-    """Each machine and set of versions once, the one with the most records first."""
+    """List each machine and set of versions once, the one with the most records first."""
     groups: dict[tuple[str, str, str, str], list[Record]] = {}
     for record in found:
         key = record.device, record.torch, record.triton or "none", record.cuda or "not used"

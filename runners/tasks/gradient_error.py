@@ -24,8 +24,10 @@ from runners import data, provenance, records
 from runners.cells import batch_name, checkpoint_name
 from runners.config import Config, GpuConfig, at_least
 from runners.errors import UserError
+from runners.files import write_csv
 from runners.records import Record
 from runners.reporting import figures
+from runners.reporting.labels import read_labels
 from runners.timing import low_median_high
 from runners.training import network, steps
 
@@ -90,7 +92,7 @@ def run(config: Config) -> list[Record]:
         for batch in tqdm(batches, "batches", total=config.task.steps)
     ]
     layers = [{"mode": config.mode.name, **row} for row in compare(pairs)]
-    records.write_table(results / "gradients" / f"{name}.csv", layers)
+    write_csv(results / "gradients" / f"{name}.csv", layers)
     whole = compare([({"all": _joined(of_exact)}, {"all": _joined(of_ours)}) for of_exact, of_ours in pairs])
     source = provenance.source(config, device, chosen.name)
     measured = []
@@ -99,14 +101,19 @@ def run(config: Config) -> list[Record]:
         measured.append(
             provenance.record(
                 config, source, metric=f"gradient_{metric}", unit="", value=median, low=low, high=high, n=len(pairs),
-                iterations=len(pairs),
+                iterations=len(pairs), settings=settings_of(config),
             )
         )  # fmt: skip
         whose = "exact, between batches" if metric == "spread" else config.mode.name
         print(f"{whose}: {metric} {median:.4g} (20 to 80 %: {low:.4g} to {high:.4g})")
     records.write(measured, run_dir)
-    print(figures.draw_gradients(results, name))
+    print(figures.draw_gradients(results, name, read_labels(config.config_dir)))
     return measured
+
+
+def settings_of(config: Config) -> dict[str, str | None]:
+    """Return what decides the result and has no column: the file of weights; None for freshly initialised ones."""
+    return {"checkpoint": Path(config.task.checkpoint).stem if config.task.checkpoint else None}
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor, gpu: GpuConfig) -> Gradients:

@@ -140,7 +140,7 @@ def _functions(
     seconds = _seconds(list(calls.values()), config.task.steps, f"functions, {rows} rows of {channels}", device)
     of_copy = seconds[:, 0]
     for (name, back_end_name), of_call in zip(calls, seconds.T, strict=True):
-        shape = {"note": f"{rows} rows of {channels} channels", "kernels": back_end_name, "batch_size": batch}
+        shape = {"settings": {"rows": rows, "channels": channels}, "kernels": back_end_name, "batch_size": batch}
         yield _record(config, source, name, "s", of_call, **shape)
         if name != "copy":
             share = moved[name] / moved["copy"] * of_copy / of_call
@@ -185,9 +185,10 @@ def _units(config: Config, back_end: Kernels, unit: Unit, device: torch.device, 
     name = f"unit {kernel_size}x{kernel_size} {in_channels} to {out_channels}"
     seconds = _seconds(calls, config.task.steps, name, device)
     for cell, of_call, ratio in zip(cells, seconds.T, (seconds / seconds[:, 1:2]).T, strict=True):
-        told = {"note": name, "kernels": provenance.kernels_used(cell, back_end.name), "batch_size": batch}
-        yield _record(cell, source, "unit_seconds", "s", of_call, **told)
-        yield _record(cell, source, "unit_ratio_to_exact", "times", ratio, **told)
+        settings = {"kernel_size": kernel_size, "in_channels": in_channels, "out_channels": out_channels}
+        fields = {"settings": settings, "kernels": provenance.kernels_used(cell, back_end.name), "batch_size": batch}
+        yield _record(cell, source, "unit_seconds", "s", of_call, **fields)
+        yield _record(cell, source, "unit_ratio_to_exact", "times", ratio, **fields)
         print(f"{name}, batch {batch}: {cell.mode.name:10} {1e3 * of_call.median().item():.3f} ms, "
               f"{ratio.median().item():.2f} times exact")  # fmt: skip
 
@@ -235,9 +236,9 @@ def _captured(call: Call) -> Callable[[], object]:
     return graph.replay
 
 
-def _record(config: Config, source: Source, metric: str, unit: str, values: Tensor, **told: object) -> Record:
+def _record(config: Config, source: Source, metric: str, unit: str, values: Tensor, **fields: Any) -> Record:
     low, median, high = low_median_high(values)
     return provenance.record(
         config, source, metric=metric, unit=unit, value=median, low=low, high=high,
-        n=len(values), iterations=len(values), depth=0, **told,
+        n=len(values), iterations=len(values), depth=0, **fields,
     )  # fmt: skip

@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -27,10 +28,8 @@ from blpa.memory import GIB, MIB, TrainingBytes
 from runners import fresh, provenance, records
 from runners.cells import card_name
 from runners.config import Config
-from runners.errors import Stopped, UserError
-from runners.failures import first_line, is_out_of_memory, may_be_out_of_memory
+from runners.errors import Stopped, UserError, first_line, is_out_of_memory, may_be_out_of_memory
 from runners.records import Record
-from runners.reporting import paper
 from runners.training import network, segments, steps
 from runners.training.network import META
 from runners.training.offloading import host_bytes_left
@@ -122,9 +121,19 @@ def _record(config: Config, fits: int, high: int, source: dict[str, object], *, 
     """The answer; where it is measured, it may be up to `high`."""
     return provenance.record(
         config, source, metric="largest_batch", unit="samples", value=fits, low=fits, high=high, n=1, iterations=0,
-        predicted=source["device"] == "none", batch_size=0, seed=0, paper_value=paper.largest_batch(config),
-        segments=segments,
+        predicted=source["device"] == "none", batch_size=0, seed=0, segments=segments, settings=settings_of(config),
     )  # fmt: skip
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return what decides the largest batch and has no column of a record: the memory budget, and CUDA graphs if set.
+
+    Args:
+        config: a run of any task, with its budget in numbers where it is known.
+    """
+    gpu = config.gpu
+    budget = {"memory_gib": gpu.memory_gib, "allowance_mib": gpu.allowance_mib}
+    return budget if gpu.cuda_graph is None else {**budget, "gpu.cuda_graph": gpu.cuda_graph}
 
 
 def predict(config: Config, cell: Config, limit: int) -> Record:
@@ -164,14 +173,16 @@ def prediction_of_before(config: Config, cell: Config) -> Record | None:
     """The newest prediction that the results hold of this network, budget, backend and settings, if any; see above."""
     used = provenance.kernels_used(cell, kernels.choose(cell.gpu.kernels, META).name)
     precision = network.precision(cell.gpu, META)
-    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, provenance.note(cell), used
+    columns = "dataset", "mode", "depth", "width", "precision", "kernels"
+    wanted = cell.dataset.name, cell.mode.name, cell.depth, cell.width, precision, used
+    settings = provenance.all_settings(cell, settings_of(cell))
     found = [
         record
-        for record in records.merged(Path(cell.results))
+        for record in records.merge(Path(cell.results))
         if record.metric == "largest_batch"
         and record.predicted
-        and wanted
-        == (record.dataset, record.mode, record.depth, record.width, record.precision, record.note, record.kernels)
+        and record.settings == settings
+        and records.key(record, columns) == wanted
     ]
     if not found:
         return None

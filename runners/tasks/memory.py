@@ -19,8 +19,10 @@ from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
 from runners import provenance, records
 from runners.cells import batch_name
 from runners.config import Config
+from runners.files import write_csv
 from runners.records import Record
 from runners.reporting import figures
+from runners.reporting.labels import read_labels
 from runners.reporting.pages import aligned
 from runners.training import network
 from runners.training.network import META
@@ -66,14 +68,14 @@ def run(config: Config) -> list[Record]:
     counted = {cell.mode.name: network.training_bytes(cell, batch) for cell in cells}
     print(by_kind(counted, batch))
     blocks = by_block(config, counted[config.mode.name])
-    records.write_table(run_dir / "blocks.csv", blocks)
+    write_csv(run_dir / "blocks.csv", blocks)
     print(by_size(counted[config.mode.name], batch))
     if config.mode.layers == "coded":
         kept, formula = (sum(block[column] for block in blocks) for column in ("kept", "formula"))
         print(f"kept by the blocks: {kept} bytes counted, {formula} by blpa.memory.kept_bytes")
     lines = [point for mode, total in counted.items() for point in timeline(mode, total, batch)]
-    records.write_table(results / "memory" / f"{name}.csv", lines)
-    print(figures.draw_memory(results, name))
+    write_csv(results / "memory" / f"{name}.csv", lines)
+    print(figures.draw_memory(results, name, read_labels(config.config_dir)))
     measured = [
         provenance.record(
             cell, provenance.source(cell, META, kernels.choose(config.gpu.kernels, META).name), metric="step_peak_mib",

@@ -8,6 +8,7 @@ from runners.config import Config
 from runners.records import GROUP, Record
 from runners.reporting import figures, networks
 from runners.reporting.curves import gather
+from runners.reporting.labels import read_labels
 from runners.reporting.networks import TABLES
 
 
@@ -27,24 +28,24 @@ def run(config: Config) -> list[Record]:
     Returns:
         Nothing new is measured: an empty list.
     """
-    results = Path(config.results)
+    results, labels = Path(config.results), read_labels(config.config_dir)
     curves = gather(results)
     found = records.collect(results)
     if not found:
         print(f"no finished run under {results / 'runs'}, no {results / 'records.csv'}: nothing to draw")
-    for group, rows in curves.groupby(list(GROUP)):
-        print(figures.save(figures.draw(rows), results, f"error-{figures.slug(group)}"))
+    for place, rows in curves.groupby(list(GROUP)):
+        print(figures.save(figures.draw(rows, labels), results, f"error-{figures.group_slug(place)}"))
     for table in TABLES:
-        shown = networks.cells(table, found)
+        shown = networks.cells(table, found, labels)
         for conditions in dict.fromkeys(map(table.conditions, shown)):
-            under = [record for record in shown if table.conditions(record) == conditions and record.width == 1]
-            if len({record.depth for record in under}) > 1:
-                name = figures.slug_of(" ".join((table.name, *conditions)))
-                print(figures.save(figures.draw_over_depth(table, conditions, under), results, name))
+            group = [record for record in shown if table.conditions(record) == conditions and record.width == 1]
+            if len({record.depth for record in group}) > 1:
+                name = figures.slug(" ".join((table.name, *table.heading(conditions, labels))))
+                print(figures.save(figures.draw_over_depth(table, conditions, group, labels), results, name))
     for file in sorted((results / "memory").glob("*.csv")):
-        print(figures.draw_memory(results, file.stem))
+        print(figures.draw_memory(results, file.stem, labels))
     for file in sorted((results / "gradients").glob("*.csv")):
-        print(figures.draw_gradients(results, file.stem))
+        print(figures.draw_gradients(results, file.stem, labels))
     for file in sorted((results / "thresholds").glob("*.csv")):
         print(figures.draw_thresholds(results, file.stem))
     return []

@@ -39,7 +39,7 @@ def _row(run_dir: Path) -> list[list[str]]:
     """The row of a training run that diverged, has its records or has a good checkpoint; none of another."""
     found = checkpoints.newest(run_dir)
     file = str(found[0]) if found else "-"
-    for record in records.diverged(run_dir):
+    for record in records.read_divergence(run_dir):
         return [[run_dir.name, "diverged", f"{record.iterations:,}", "-", file]]
     if found:
         progress, iterations = found[1]["progress"], found[1]["configuration"]["dataset.iterations"]
@@ -47,6 +47,6 @@ def _row(run_dir: Path) -> list[list[str]]:
         return [[run_dir.name, f"{progress['iteration']:,}", f"{iterations:,}", error, file]]
     return [
         [run_dir.name, f"{record.iterations:,}", f"{record.iterations:,}", f"{record.value:.2f}", file]
-        for record in records.known(run_dir)
+        for record in records.read_run(run_dir)
         if record.metric == "test_error_percent"
     ]

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from runners import records
 from runners.config import Config
+from runners.files import write_whole
 from runners.records import Record
 from runners.reporting import report
+from runners.reporting.labels import read_labels
 from runners.tasks import plots
 
 
@@ -30,6 +32,6 @@ def run(config: Config) -> list[Record]:
     found = records.collect(results)
     plots.run(config)
     file = results / "report.html"
-    records.write_atomically(file, report.render(found, sorted((results / "figures").glob("*.png"))))
+    write_whole(file, report.render(found, sorted((results / "figures").glob("*.png")), read_labels(config.config_dir)))
     print(file)
     return found

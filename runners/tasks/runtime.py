@@ -8,9 +8,11 @@ iterations counts steps. Both modes have dataset.batch_size, or, with task.large
 max-batch found it.
 """
 
+import shlex
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,10 +21,9 @@ from blpa.kernels import Kernels
 from runners import provenance, records
 from runners.cells import batch_name, card_name, overrides, task_settings
 from runners.config import Config, at_least, mode, one_of, options
-from runners.errors import Stopped, UserError
-from runners.failures import judge
+from runners.errors import Stopped, UserError, classify
 from runners.records import Record
-from runners.reporting import paper
+from runners.tasks import max_batch
 from runners.timing import Call, calls_per_turn, low_median_high, take_turns
 from runners.training import network, segments, steps
 
@@ -99,7 +100,7 @@ def run(config: Config) -> list[Record]:
         try:
             timed.append(_timed(cell, chosen, device))
         except (RuntimeError, UserError) as error:
-            exit_code, reason = judge(error)
+            exit_code, reason = classify(error)
             if not timed or exit_code is None:
                 raise
             print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)
@@ -128,11 +129,26 @@ def run(config: Config) -> list[Record]:
                         one.cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
                         iterations=len(values) * calls_per_turn(device), batch_size=one.batch,
                         kernels=provenance.kernels_used(one.cell, chosen.name), segments=one.segments,
-                        paper_value=paper.seconds_per_sample(one.cell) if unit == "s" else None,
+                        settings=settings_of(one.cell),
                     )
                 )  # fmt: skip
     records.write(measured, run_dir)
     return measured
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return what decides the time and has no column of a record."""
+    gpu = config.gpu
+    settings: dict[str, Any] = {}
+    if config.task.largest_batch:
+        settings |= {"largest_batch": True, **max_batch.settings_of(config)}
+    if gpu.kernels != "auto" and config.mode.layers == "coded":
+        settings["gpu.kernels"] = gpu.kernels
+    if gpu.cuda_graph is not None:
+        settings["gpu.cuda_graph"] = gpu.cuda_graph
+    if not gpu.deterministic:
+        settings["gpu.deterministic"] = False
+    return settings
 
 
 def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
@@ -152,20 +168,21 @@ def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tup
         The batch, and the kind of segments that it fits in; none is named where it was predicted.
     """
     counted = kernels.choose(config.gpu.kernels, network.META)  # by which a prediction is made
+    settings = provenance.all_settings(config, max_batch.settings_of(config))
     found = [
         record
-        for record in records.merged(Path(config.results))
+        for record in records.merge(Path(config.results))
         if record.metric == "largest_batch"
         and (record.dataset, record.mode, record.depth, record.width)
         == (config.dataset.name, config.mode.name, config.depth, config.width)
         and record.precision == network.precision(config.gpu, network.META if record.predicted else device)
-        and record.note == provenance.note(config, task="max-batch")
+        and record.settings == settings
         and record.kernels in ("stock", counted.name if record.predicted else chosen.name)
     ]
     best = max(found, key=lambda record: (not record.predicted, record.date), default=None)
     if best is None:
         asked = overrides(replace(config, task=task_settings("max-batch"), experiment="single"))
-        command = records.as_text([*asked, f"results={config.results}"])
+        command = shlex.join([*asked, f"results={config.results}"])
         raise UserError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:
         raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")

@@ -3,13 +3,15 @@
 results/tables/<name>.md are for reading; <name>.csv holds the same cells in one row each.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from runners import records
 from runners.config import Config, one_of
-from runners.records import COLUMNS, Record
+from runners.files import write_csv, write_whole
+from runners.records import COLUMNS, Record, as_row
 from runners.reporting import errors, kernels, networks
+from runners.reporting.labels import read_labels
 from runners.reporting.networks import TABLES
 from runners.reporting.pages import markdown
 
@@ -20,13 +22,13 @@ class Settings:
 
     name: str
     tables: list[str]
-    """Tables that are printed, of batches, times, gradients, kernels and errors; an empty list is all."""
+    """Tables that are printed, of memory, batches, times, gradients, kernels and errors; an empty list is all."""
 
 
 def check(config: Config) -> None:
     """Refuse tables that there are not."""
     for name in config.task.tables:
-        one_of("task.tables", name, ("batches", "times", "gradients", "kernels", "errors"))
+        one_of("task.tables", name, ("memory", "batches", "times", "gradients", "kernels", "errors"))
 
 
 def run(config: Config) -> list[Record]:
@@ -38,20 +40,20 @@ def run(config: Config) -> list[Record]:
     Returns:
         Every record.
     """
-    folder = Path(config.results) / "tables"
+    folder, labels = Path(config.results) / "tables", read_labels(config.config_dir)
     found = records.collect(Path(config.results))
     texts = {}
     for table in TABLES:
-        shown = networks.cells(table, found)
-        texts[table.name] = markdown(networks.page(table, shown))
-        records.write_table(folder / f"{table.name}.csv", [asdict(record) for record in shown], columns=COLUMNS)
-    of_kernels = kernels.cells(found)
-    texts["kernels"] = markdown(kernels.page(of_kernels))
-    records.write_table(folder / "kernels.csv", [asdict(record) for record in of_kernels], columns=COLUMNS)
-    errors_by_cell = errors.summarise(found)
-    texts["errors"] = markdown(errors.page(errors_by_cell))
-    records.write_atomically(folder / "errors.csv", errors_by_cell.to_csv(index=False, lineterminator="\n"))
+        shown = networks.cells(table, found, labels)
+        texts[table.name] = markdown(networks.page(table, shown, labels))
+        write_csv(folder / f"{table.name}.csv", list(map(as_row, shown)), columns=COLUMNS)
+    of_kernels = kernels.cells(found, labels)
+    texts["kernels"] = markdown(kernels.page(of_kernels, labels))
+    write_csv(folder / "kernels.csv", list(map(as_row, of_kernels)), columns=COLUMNS)
+    errors_by_cell = errors.summarise(found, labels)
+    texts["errors"] = markdown(errors.page(errors_by_cell, labels))
+    write_whole(folder / "errors.csv", errors_by_cell.to_csv(index=False, lineterminator="\n"))
     for name, text in texts.items():
-        records.write_atomically(folder / f"{name}.md", text)
+        write_whole(folder / f"{name}.md", text)
     print(*(texts[name] for name in config.task.tables or texts), sep="\n", end="")
     return found

@@ -20,6 +20,7 @@ from runners import provenance, records
 from runners.cells import checkpoint_name
 from runners.config import Config
 from runners.errors import UserError
+from runners.files import write_csv
 from runners.records import Record
 from runners.reporting import figures
 from runners.reporting.pages import aligned
@@ -81,18 +82,23 @@ def run(config: Config) -> list[Record]:
     shift = _shift(torch.cat(gammas), torch.cat(betas))
     print(f"beta / |gamma| of {len(shift)} channels: {shift.min():.2f} to {shift.max():.2f}")
     bins = [row for part, vectors in parts.items() for row in histogram(part, *vectors)]
-    records.write_table(results / "thresholds" / f"{run_dir.name}.csv", bins)
+    write_csv(results / "thresholds" / f"{run_dir.name}.csv", bins)
     print(figures.draw_thresholds(results, run_dir.name))
     source = provenance.source(config, META, "none")
     measured = [
         provenance.record(
             config, source, metric=name.replace(" ", "_"), unit="%", value=share, low=share, high=share, n=len(shift),
-            iterations=0,
+            iterations=0, settings=settings_of(config),
         )
         for name, share in everything.items()
     ]  # fmt: skip
     records.write(measured, run_dir)
     return measured
+
+
+def settings_of(config: Config) -> dict[str, str]:
+    """Return what decides the result and has no column: the file of weights."""
+    return {"checkpoint": Path(str(config.task.checkpoint)).stem}
 
 
 def shares(gamma: Tensor, beta: Tensor, code: Code) -> dict[str, float]:

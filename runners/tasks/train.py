@@ -11,8 +11,7 @@ from torch import nn
 from blpa import kernels
 from runners import data, provenance, records
 from runners.config import Config, at_least
-from runners.records import GROUP, Record
-from runners.reporting import paper
+from runners.records import Record
 from runners.training import loop, network
 from runners.training.turns import Turns
 
@@ -115,12 +114,12 @@ def _end(config: Config, begun: _Begun, outcome: loop.Outcome) -> list[Record]:
 def _records(config: Config, outcome: loop.Outcome, source: dict[str, Any], run_dir: Path) -> list[Record]:
     """What was measured; the records already there where the run was finished before and nothing was measured now."""
     if config.resume:
-        before = records.known(run_dir)
+        before = records.read_run(run_dir)
         if any(record.metric == "train_seconds" and record.value == outcome.seconds for record in before):
             # A wall time in nanoseconds does not come twice: their date and commit stay true.
             return [replace(record, experiment=config.experiment, command=source["command"]) for record in before]
 
-    error, *others = (
+    return [
         provenance.record(
             config, source, metric=metric, unit=unit, value=value, low=value, high=value, n=1,
             iterations=outcome.iterations,
@@ -130,6 +129,4 @@ def _records(config: Config, outcome: loop.Outcome, source: dict[str, Any], run_
             ("train_seconds", "s", outcome.seconds),
             ("samples_per_second", "samples/s", outcome.samples_per_second),
         )
-    )  # fmt: skip
-    paper_mean, _ = paper.error_percent(tuple(getattr(error, name) for name in GROUP), error.mode)
-    return [replace(error, paper_value=paper_mean), *others]
+    ]  # fmt: skip

@@ -11,7 +11,6 @@ before the newest is kept for that day. A checkpoint says what configuration it 
 import csv
 import hashlib
 import io
-import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
@@ -21,8 +20,9 @@ from typing import Any
 
 import torch
 
-from runners.config import Config
+from runners.config import MODE_LABELS, Config
 from runners.errors import CannotWrite, UserError
+from runners.files import write_whole
 
 KEPT = 2
 """Checkpoints kept: the newest, and one to fall back on."""
@@ -32,8 +32,8 @@ def deciding_fields(config: Config) -> dict[str, Any]:
     """List what decides a run's result, by its name on the command line."""
     dataset, mode, gpu = asdict(config.dataset), asdict(config.mode), asdict(config.gpu)
     return {
-        **{f"dataset.{key}": value for key, value in dataset.items() if key not in ("root", "download")},
-        **{f"mode.{key}": value for key, value in mode.items()},
+        **{f"dataset.{key}": value for key, value in dataset.items() if key not in ("root", "download", "label")},
+        **{f"mode.{key}": value for key, value in mode.items() if key not in MODE_LABELS},
         **{f"gpu.{key}": gpu[key] for key in ("device", "precision", "kernels", "deterministic")},
         "task.evaluate_every": config.task.evaluate_every,
         "depth": config.depth,
@@ -43,7 +43,7 @@ def deciding_fields(config: Config) -> dict[str, Any]:
 
 
 class RunFolder:
-    """The folder of one run, used by one process at a time (locks.alone_in).
+    """The folder of one run, used by one process at a time (run.locked).
 
     Args:
         path: created where it does not exist; what a killed process left half-written in it is removed.
@@ -62,7 +62,7 @@ class RunFolder:
         """Checkpoints written or read by this process, the newest last."""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for half_written in (*path.glob("checkpoint-*.pt.part"), *path.glob("metrics.csv.part")):
+            for half_written in (*path.glob("checkpoint-*.part"), *path.glob("metrics.csv*.part")):
                 half_written.unlink()
         except OSError as error:
             raise CannotWrite(f"cannot write into {path}: {error.strerror}") from error
@@ -142,7 +142,7 @@ class RunFolder:
 
     def _write(self, file: Path, content: bytes | memoryview) -> None:
         try:
-            _write_whole(file, content)
+            write_whole(file, content)
         except OSError as error:
             kept = f"{self.known_good[-1].name} is kept" if self.known_good else "there is no checkpoint yet"
             raise CannotWrite(f"cannot write {file}: {error.strerror}; {kept}") from error
@@ -172,25 +172,6 @@ def iteration_of(file: Path) -> int:
     """The training steps behind a checkpoint, by its name; 0 for any other file."""
     match = re.fullmatch(r"checkpoint-(\d+)-[0-9a-f]{16}\.pt", file.name)
     return int(match[1]) if match else 0
-
-
-def _write_whole(file: Path, content: bytes | memoryview) -> None:
-    part = file.with_name(f"{file.name}.part")
-    try:
-        with part.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        part.replace(file)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the rename itself; elsewhere a folder cannot be opened
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def _digits(content: bytes | memoryview) -> str:

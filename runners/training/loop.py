@@ -84,7 +84,7 @@ class Stopping:
     """When all training runs that take turns in this process stop: a signal, the end of the budget, a failed run.
 
     Args:
-        signal: what signals.noted yields.
+        signal: what signals.deferred yields.
         budget_minutes: of the command; None is no limit.
     """
 
@@ -134,7 +134,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
         Diverged: a loss or a weight that is not finite; no checkpoint holds it.
         CannotWrite: a full disk, or the like; the checkpoints written before are untouched.
     """
-    with signals.noted() as stop:
+    with signals.deferred() as stop:
         stopping = Stopping(stop, config.budget_minutes)
         outcome = turns.alone(in_turns(model, data, config, device=device, run_dir=run_dir, stopping=stopping))
     if stop.received is not None:  # at the very end

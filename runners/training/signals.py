@@ -28,8 +28,8 @@ class Stop:
 
 
 @contextmanager
-def noted() -> Iterator[Stop]:
-    """Note the first SIGINT or SIGTERM instead of obeying it; one more than SAME_SECONDS later has its usual effect."""
+def deferred() -> Iterator[Stop]:
+    """Remember the first SIGINT or SIGTERM, so that a loop can stop cleanly; a second one, later, acts at once."""
     stop = Stop()
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -44,7 +44,7 @@ def noted() -> Iterator[Stop]:
 
 
 @contextmanager
-def handed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
+def passed_on(send: Callable[[int], object]) -> Iterator[list[int]]:
     """Pass every SIGINT or SIGTERM on instead of obeying it.
 
     Args:

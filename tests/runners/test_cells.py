@@ -1,6 +1,5 @@
 """runners/cells.py: the name of a run, and the command line that composes it again."""
 
-
 from itertools import chain
 
 import pytest
@@ -8,8 +7,9 @@ from omegaconf import OmegaConf
 from support import composed, make
 
 from runners import compose
-from runners.cells import departures, folder_name, overrides, run_name
+from runners.cells import folder_name, overrides, recipe_changes, run_name
 from runners.config import option, options
+from runners.training.checkpoints import deciding_fields
 
 
 @pytest.mark.parametrize(
@@ -74,20 +74,29 @@ def test_every_experiment_names_its_precisions(experiment: str) -> None:
     assert set(named) <= {"tf32", "bf16", "fp32"}
 
 
-def test_only_changes_that_no_column_of_a_record_tells_are_departures() -> None:
-    assert departures(make()) == ""
-    assert departures(make(dataset__iterations=7, dataset__batch_size=2, dataset__root="elsewhere")) == ""
-    assert departures(make(mode__bits=8)) == "mode.bits=8"  # or it would pass for what its mode's name says
-    assert departures(make(dataset__eval_batch_size=8)) == ""  # statistics are running averages: it decides nothing
+def test_recipe_changes_are_those_that_no_column_of_a_record_holds() -> None:
+    assert recipe_changes(make()) == {}
+    assert recipe_changes(make(dataset__iterations=7, dataset__batch_size=2, dataset__root="elsewhere")) == {}
+    assert recipe_changes(make(mode__bits=8)) == {"mode.bits": 8}  # or it would pass for what its mode's name says
+    assert recipe_changes(make(dataset__eval_batch_size=8)) == {}  # with running averages it decides nothing
     on_batches = make(dataset__eval_batch_size=8, dataset__eval_statistics="batch")
-    assert departures(on_batches) == "dataset.eval_batch_size=8 dataset.eval_statistics=batch"
+    assert recipe_changes(on_batches) == {"dataset.eval_batch_size": 8, "dataset.eval_statistics": "batch"}
     changed = make(dataset__augmentation="none", mode__clip=2.0)
-    assert departures(changed) == "dataset.augmentation=none mode.clip=2.0"
+    assert recipe_changes(changed) == {"dataset.augmentation": "none", "mode.clip": 2.0}
 
 
 def test_a_mode_without_a_file_is_told_by_its_values() -> None:
-    assert departures(make(mode__name="mine")) == "mode.layers=coded mode.bits=4"
-    assert departures(make(mode__name="mine", mode__clip=2.0)) == "mode.layers=coded mode.bits=4 mode.clip=2.0"
+    assert recipe_changes(make(mode__name="mine")) == {"mode.layers": "coded", "mode.bits": 4}
+    changed = recipe_changes(make(mode__name="mine", mode__clip=2.0))
+    assert changed == {"mode.layers": "coded", "mode.bits": 4, "mode.clip": 2.0}
+
+
+def test_labels_and_colours_decide_nothing() -> None:
+    renamed = make(mode__label="mine", mode__order=1, mode__colour="#123456", mode__alpha="1", dataset__label="ours")
+    assert renamed == make()
+    assert recipe_changes(renamed) == {}
+    assert overrides(renamed) == overrides(make())
+    assert deciding_fields(renamed) == deciding_fields(make())
 
 
 def test_a_task_s_folder_tells_apart_what_its_cells_may_differ_in() -> None:

@@ -149,8 +149,8 @@ def test_removing_the_checkpoints_leaves_other_files(tmp_path: Path) -> None:
 
 
 def test_half_written_files_of_a_killed_run_are_removed(tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-7-0123456789abcdef.pt.part").touch()
-    (tmp_path / "metrics.csv.part").touch()
+    (tmp_path / "checkpoint-7-0123456789abcdef.pt.x1y2.part").touch()
+    (tmp_path / "metrics.csv.x1y2.part").touch()
     (tmp_path / "other.part").touch()
     assert open_folder(tmp_path).newest() is None
     assert names(tmp_path) == {"other.part"}

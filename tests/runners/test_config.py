@@ -183,8 +183,8 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
     assert options("experiment") == [
         "bench-batches", "bench-batches-fp32", "bench-card", "bench-kernels", "bench-kernels-others", "bench-largest",
         "bench-largest-fp32", "bench-times", "bench-times-fp32", "bench-training", "demo", "demo-batches",
-        "demo-gradients", "demo-times", "gradients", "single", "table1", "table1-quarter", "table2", "table2-fp32",
-        "table3", "table3-fp32",
+        "demo-gradients", "demo-memory", "demo-times", "gradients", "single", "table1", "table1-quarter", "table2",
+        "table2-fp32", "table3", "table3-fp32",
     ]  # fmt: skip
 
 
@@ -202,7 +202,7 @@ def test_a_task_s_file_sets_all_of_its_settings(task: str) -> None:
         ("kernels", {"elements": 1}, "task.elements=1 is not allowed"),
         ("gradient-error", {"checkpoint": ""}, "task.checkpoint= is empty"),
         ("thresholds", {}, "task=thresholds looks at trained weights"),
-        ("tables", {"tables": ["error"]}, "task.tables=error is not allowed: choose one of batches, "),
+        ("tables", {"tables": ["error"]}, "task.tables=error is not allowed: choose one of memory, "),
         ("max-batch", {"resolution": 1.0}, "task.resolution=1.0 is not allowed"),
     ],
 )

@@ -264,8 +264,14 @@ def config(
     }
     monkeypatch.setitem(cifar.SOURCES, request.param, type("Small", (original,), attributes))
     return replace(
-        DIGITS, name=request.param, reader="runners.data.cifar", root=str(root), download=False,
-        image_size=32, image_channels=3, classes=10
+        DIGITS,
+        name=request.param,
+        reader="runners.data.cifar",
+        root=str(root),
+        download=False,
+        image_size=32,
+        image_channels=3,
+        classes=10,
     )
 
 

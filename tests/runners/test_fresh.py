@@ -35,7 +35,7 @@ def began_and_touched() -> tuple[float, bool, int]:
 
 def wait_for_a_signal(sender: int, number: int) -> str | None:
     """Have a signal sent to another process, and see whether it comes here."""
-    with signals.noted() as stop:
+    with signals.deferred() as stop:
         os.kill(sender, number)
         end = time.monotonic() + 20
         while stop.received is None and time.monotonic() < end:
@@ -87,7 +87,7 @@ def obeys_sigint() -> Iterator[None]:
 
 @pytest.mark.usefixtures("obeys_sigint")
 def test_a_signal_is_handed_on_and_then_obeyed() -> None:
-    with signals.noted() as stop:
+    with signals.deferred() as stop:
         assert fresh.call(wait_for_a_signal, os.getpid(), signal.SIGTERM) == "SIGTERM"
         assert stop.received is signal.SIGTERM
     with pytest.raises(KeyboardInterrupt):

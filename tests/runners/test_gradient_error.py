@@ -22,8 +22,9 @@ def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def medians(*arguments: str) -> dict[str, float]:
     assert cli.main([*TINY, *arguments]) == 0
     (file,) = Path("results/runs").glob("a-*/records.json")
-    at = "at checkpoint-" if any("checkpoint" in argument for argument in arguments) else "at initialisation"
-    assert all(record.note.startswith(at) for record in records.read(file))
+    given = [argument.partition("=")[2] for argument in arguments if argument.startswith("task.checkpoint=")]
+    settings = {"checkpoint": Path(given[0]).stem if given else None}
+    assert all(record.settings == settings for record in records.read(file))
     return {record.metric: record.value for record in records.read(file)}
 
 

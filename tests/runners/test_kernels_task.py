@@ -10,9 +10,11 @@ from support import composed
 from runners import cli, records
 from runners.records import Record
 from runners.reporting import kernels as kernel_tables
+from runners.reporting.labels import read_labels, settings_text
 from runners.reporting.pages import markdown
 from runners.tasks import kernels
 
+LABELS = read_labels()
 TINY = [
     "task=kernels", "gpu=cpu", "gpu.kernels=torch", "task.steps=3", "task.elements=32768", "dataset.batch_size=2",
 ]  # fmt: skip
@@ -39,10 +41,10 @@ def test_every_function_and_unit_is_measured_and_shown(capsys: pytest.CaptureFix
     expected = {(name, shape) for name in SECONDS for shape in shapes}
     expected |= {(f"{name}_share_of_copy", shape) for name in list(SECONDS)[1:] for shape in shapes}
     expected |= {(name, unit) for name in ("unit_seconds", "unit_ratio_to_exact") for unit in units}
-    assert {(record.metric, record.note) for record in found} == expected
+    assert {(record.metric, settings_text(record.settings)) for record in found} == expected
     assert len(found) == 7 * 5 + 7 * 4 + 3 * 3 * 2
-    assert {record.batch_size for record in found if record.note == shapes[-1]} == {0}
-    assert {record.batch_size for record in found if record.note != shapes[-1]} == {2}
+    assert {record.batch_size for record in found if settings_text(record.settings) == shapes[-1]} == {0}
+    assert {record.batch_size for record in found if settings_text(record.settings) != shapes[-1]} == {2}
     assert all(record.value > 0 and record.low <= record.value <= record.high and record.n == 3 for record in found)
     assert {record.mode for record in found if record.metric == "unit_seconds"} == {"4bit", "exact", "compiled"}
     ratios = [record.value for record in found if record.metric == "unit_ratio_to_exact" and record.mode == "exact"]
@@ -104,15 +106,20 @@ def test_stock_layers_have_no_kernels_of_ours(capsys: pytest.CaptureFixture[str]
 
 def test_a_function_that_was_not_measured_everywhere_says_so() -> None:
     found = measured("mode=2bit")
-    without = [r for r in found if (r.metric, r.note) != ("decode", "512 rows of 32 channels")]
-    text = markdown(kernel_tables.page(kernel_tables.cells(without)))
+    without = [r for r in found if (r.metric, r.settings) != ("decode", {"rows": 512, "channels": 32})]
+    text = markdown(kernel_tables.page(kernel_tables.cells(without, LABELS), LABELS))
     at_batch, beyond = (line for line in text.splitlines() if line.startswith("| decode "))
     assert at_batch.count("not run") == 1
     assert "not run" not in beyond
 
 
+def test_a_changed_mode_stands_beside_exact_at_the_same_unit() -> None:
+    text = markdown(kernel_tables.page(kernel_tables.cells(measured("mode=4bit", "mode.clip=2.0"), LABELS), LABELS))
+    assert head_of(text, "units") == ["", "unit 1x1 16 to 64", "unit 3x3 16 to 16", "unit 1x1 64 to 16"]
+
+
 def test_nothing_measured_says_what_to_run() -> None:
-    assert "`blpa-run task=kernels mode=4bit`" in markdown(kernel_tables.page([]))
+    assert "`blpa-run task=kernels mode=4bit`" in markdown(kernel_tables.page([], LABELS))
 
 
 def test_turns_are_taken_in_both_orders(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from runners import cli, compose, fresh, records
 from runners.config import Config
-from runners.failures import judge
+from runners.errors import classify
 from runners.records import Record
 from runners.reporting import paper
 from runners.tasks import max_batch
@@ -34,7 +34,7 @@ def test_largest_batch_is_recorded_as_predicted_and_is_the_largest(capsys: pytes
     assert cli.main(["task=max-batch", "gpu.memory_gib=0.6", "run=a", *TINY]) == 0
     (record,) = record_of("a-max-batch-0.6gib-auto")
     assert (record.metric, record.unit, record.predicted, record.device) == ("largest_batch", "samples", True, "none")
-    assert record.note == "0.6 GiB less 512 MiB"
+    assert record.settings == {"memory_gib": 0.6, "allowance_mib": 512}
     out, _ = capsys.readouterr()
     assert out.startswith(f"4bit, depth 11, width 0.25: largest batch {record.value:.0f} in 0.6 GiB (predicted); GiB: ")
     assert out.count("\n") == 1
@@ -114,19 +114,13 @@ def test_memory_of_stock_layers_has_no_formula(capsys: pytest.CaptureFixture[str
     assert "kept_bytes" not in capsys.readouterr().out
 
 
-def test_paper_figures_are_looked_up_for_its_own_card_alone() -> None:
-    (config,) = cells(["task=max-batch", "gpu=gtx1080ti"])
-    assert paper.largest_batch(config) == 2522
-    assert paper.seconds_per_sample(config) is None
-    config.task.largest_batch = True
-    assert paper.seconds_per_sample(config) == 0.0043
-    in_bf16 = replace(config, gpu=replace(config.gpu, precision="bf16"))
-    assert (paper.largest_batch(in_bf16), paper.seconds_per_sample(in_bf16)) == (2522, 0.0043)
-    for changed in (
-        replace(config, gpu=replace(config.gpu, memory_gib=80)),
-        replace(config, mode=replace(config.mode, clip=2.0)),
-    ):
-        assert paper.largest_batch(changed) is paper.seconds_per_sample(changed) is None
+def test_the_paper_s_card_is_told_by_its_budget_and_default_settings() -> None:
+    card = {"memory_gib": 11.0, "allowance_mib": 512}
+    assert paper.matches_card(card)
+    assert paper.matches_card({**card, "allowance_mib": 0, "largest_batch": True, "gpu.deterministic": False})
+    for changed in ({"memory_gib": 80.0}, {"memory_gib": None}, {"mode.clip": 2.0}, {"gpu.cuda_graph": False}):
+        assert not paper.matches_card({**card, **changed})
+    assert not paper.matches_card({})
 
 
 # ---- measuring: the search, on a made-up card -----------------------------------------------------------------------
@@ -305,7 +299,7 @@ def test_what_is_said_for_other_reasons_too_is_no_answer_yet(gpu: SimpleNamespac
     with pytest.raises(max_batch.Unclear) as raised:
         max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL)
     assert str(raised.value) == said
-    exit_code, line = judge(gpu.error)
+    exit_code, line = classify(gpu.error)
     assert (exit_code, line) == (1, f"does not run, for want of memory or for the size of its tensors: {said}")
 
 
@@ -315,7 +309,7 @@ def test_what_is_never_said_for_want_of_memory_is_a_bug(gpu: SimpleNamespace, sa
     gpu.error = RuntimeError(said)
     with pytest.raises(RuntimeError, match=said):
         max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL)
-    assert judge(gpu.error) == (None, f"RuntimeError: {said}")
+    assert classify(gpu.error) == (None, f"RuntimeError: {said}")
 
 
 def probed(monkeypatch: pytest.MonkeyPatch, config: Config, batch: int, answers: dict[int, int | None]) -> bool:
@@ -355,7 +349,7 @@ def test_an_unclear_failure_is_a_failure_otherwise(
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti"])
     with pytest.raises(max_batch.NotMemory, match=reason) as raised:
         probed(monkeypatch, config, batch, answers)
-    assert judge(raised.value) == (1, str(raised.value))
+    assert classify(raised.value) == (1, str(raised.value))
 
 
 def test_a_batch_just_below_two_to_the_31_elements_may_want_memory(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -443,7 +437,8 @@ def test_without_a_budget_it_is_the_whole_card(monkeypatch: pytest.MonkeyPatch) 
     limits = on_a_card(monkeypatch, 10**9, 2**30, Card(100))
     assert cli.main(["task=max-batch", "run=a", *TINY]) == 0
     assert limits == [2**29]
-    assert {record.note for record in record_of("a-max-batch-whole-card-auto")} == {"1 GiB less 512 MiB"}
+    budget = {"memory_gib": 1.0, "allowance_mib": 512}
+    assert all(record.settings == budget for record in record_of("a-max-batch-whole-card-auto"))
 
 
 def test_a_card_a_little_smaller_than_its_name_measures_what_is_left_without_the_allowance(

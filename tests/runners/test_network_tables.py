@@ -7,28 +7,33 @@ from test_records import RECORD
 from test_tables import rows_of
 
 from runners.records import Record
+from runners.reporting.labels import read_labels
 from runners.reporting.networks import TABLES, Table, cells, page
 from runners.reporting.pages import markdown
 
 BATCHES, TIMES, GRADIENTS = TABLES
+LABELS = read_labels()
+CARD = {"memory_gib": 11.0, "allowance_mib": 512}
+OTHER_CARD = {"memory_gib": 80.0, "allowance_mib": 512}
 BATCH = replace(
     RECORD, task="max-batch", metric="largest_batch", dataset="cifar10", depth=164, value=6290.0, predicted=True,
-    batch_size=0, note="11 GiB less 512 MiB", commit="0123456789abcdef", device="none",
+    batch_size=0, settings=CARD, commit="0123456789abcdef", device="none",
 )  # fmt: skip
 TIME = replace(
     RECORD, task="runtime", metric="seconds_per_sample", dataset="cifar10", depth=164, value=0.0043, batch_size=128,
-    note="", device="a card",
+    device="a card",
 )  # fmt: skip
-AT_LARGEST = "largest batch in 11 GiB less 512 MiB"
+AT_LARGEST = {**CARD, "largest_batch": True}
+AT_LARGEST_TEXT = "largest batch in 11 GiB less 512 MiB"
 ERROR = replace(
     RECORD, task="gradient-error", metric="gradient_error", dataset="digits", depth=29, value=0.1612, batch_size=64,
-    note="at initialisation",
+    settings={"checkpoint": None},
 )  # fmt: skip
 TITLE = "CIFAR-10-size images, fp32, 11 GiB less 512 MiB"
 
 
 def read(table: Table, found: list[Record]) -> str:
-    return markdown(page(table, cells(table, found)))
+    return markdown(page(table, cells(table, found, LABELS), LABELS))
 
 
 def batches(*found: Record) -> str:
@@ -42,7 +47,7 @@ def test_where_nothing_was_measured_the_command_is_named(table: object) -> None:
 
 
 def test_the_papers_largest_batches_stand_beside_ours_at_its_own_budget() -> None:
-    text = batches(BATCH, replace(BATCH, note="80 GiB less 512 MiB", value=99.0))
+    text = batches(BATCH, replace(BATCH, settings=OTHER_CARD, value=99.0))
     rows = rows_of(text, TITLE)
     assert rows[""] == ["1001 (4x)", "1001", "488", "254", "164"]
     assert rows["proposed 4-bit"] == ["not run"] * 4 + ["6290 (predicted)"]
@@ -57,8 +62,8 @@ def test_the_papers_largest_batches_stand_beside_ours_at_its_own_budget() -> Non
 def test_the_papers_figures_stand_beside_every_precision(precision: str) -> None:
     rows = rows_of(batches(replace(BATCH, precision=precision)), TITLE.replace("fp32", precision))
     assert rows["- in the paper"] == ["182", "876", "1468", "2154", "2522"]
-    timed = replace(TIME, precision=precision, note=AT_LARGEST)
-    rows = rows_of(read(TIMES, [timed]), f"CIFAR-10-size images, {precision}, {AT_LARGEST}, a card")
+    timed = replace(TIME, precision=precision, settings=AT_LARGEST)
+    rows = rows_of(read(TIMES, [timed]), f"CIFAR-10-size images, {precision}, {AT_LARGEST_TEXT}, a card")
     assert rows["- in the paper"][-1] == "4.3 ms"
 
 
@@ -69,7 +74,7 @@ def test_a_prediction_in_fp32_stands_beside_what_was_measured_in_tf32() -> None:
     assert rows_of(text, TITLE.replace("fp32", "tf32"))["proposed 4-bit"][-1] == "6210, 6290 (predicted)"
     assert rows_of(text, TITLE)["proposed 4-bit"][-1] == "6290 (predicted)"
     assert "tf32" not in batches(BATCH)
-    assert "bf16" not in batches(replace(BATCH), replace(tf32, note="80 GiB less 512 MiB"))
+    assert "bf16" not in batches(replace(BATCH), replace(tf32, settings=OTHER_CARD))
 
 
 def test_measured_and_predicted_stand_side_by_side() -> None:
@@ -127,10 +132,10 @@ def test_a_ratio_belongs_to_the_time_of_its_own_run() -> None:
 
 
 def test_times_at_the_largest_batch_stand_beside_the_papers_and_tell_the_batch() -> None:
-    four_bits = replace(TIME, note=AT_LARGEST, batch_size=6290)
+    four_bits = replace(TIME, settings=AT_LARGEST, batch_size=6290)
     own = [four_bits, replace(four_bits, mode="2bit", batch_size=9158)]
     text = read(TIMES, own)
-    rows = rows_of(text, f"CIFAR-10-size images, fp32, {AT_LARGEST}, a card")
+    rows = rows_of(text, f"CIFAR-10-size images, fp32, {AT_LARGEST_TEXT}, a card")
     assert rows["proposed 4-bit"] == ["not run"] * 4 + ["4.3 ms (batch 6290)"]
     assert rows["2-bit (ours)"][-1] == "4.3 ms (batch 9158)"
     assert rows["- in the paper"] == ["101.6 ms", "26 ms", "12.7 ms", "6.7 ms", "4.3 ms"]
@@ -139,6 +144,13 @@ def test_times_at_the_largest_batch_stand_beside_the_papers_and_tell_the_batch()
 def test_times_of_two_machines_share_no_table() -> None:
     text = read(TIMES, [TIME, replace(TIME, device="another card")])
     assert text.count("\n## ") == 2
+
+
+def test_seeds_divide_gradients_and_no_times() -> None:
+    assert "## digits, fp32, batch 64, at initialisation, seed 1\n" in read(GRADIENTS, [
+        replace(ERROR, metric=f"gradient_{metric}", seed=1) for metric in ("error", "cosine", "spread")
+    ])  # fmt: skip
+    assert read(TIMES, [TIME, replace(TIME, mode="exact", seed=1)]).count("\n## ") == 1
 
 
 def test_gradients_end_with_the_spread_of_exact() -> None:

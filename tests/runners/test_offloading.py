@@ -13,7 +13,7 @@ from torch import Tensor
 from blpa.memory import GRADIENTS, MIB, step_bytes
 from blpa.models.preact_resnet import PreActResNet
 from runners import cli
-from runners.failures import judge
+from runners.errors import classify
 from runners.tasks import max_batch
 from runners.training import network, offloading
 from runners.training.offloading import Offload, host_bytes_left
@@ -140,7 +140,7 @@ def test_host_memory_that_is_not_there_is_said_before_it_is_taken(monkeypatch: p
     with pytest.raises(RuntimeError) as raised:
         offloading._refuse_more_than_there_is(2**20 + 1)
     reason = "does not fit: host out of memory: 2097152 bytes are to be pinned and 1048576 are left"
-    assert judge(raised.value) == (1, reason)
+    assert classify(raised.value) == (1, reason)
 
 
 def test_what_is_left_is_the_machine_s_or_the_container_s(tmp_path: Path) -> None:

@@ -15,10 +15,12 @@ from test_records import RECORD
 from runners import cli, records
 from runners.records import Record
 from runners.reporting import curves, figures
+from runners.reporting.labels import read_labels
 from runners.reporting.networks import TABLES, cells
 
 HEADER = "iteration,learning_rate,train_loss,train_error_percent,test_loss,test_error_percent\n"
 RUN = replace(RECORD, iterations=300)
+LABELS = read_labels()
 
 
 def finished_run(results: Path, name: str, record: Record, errors: dict[int, float]) -> None:
@@ -37,6 +39,15 @@ def test_curves_outlive_the_runs(tmp_path: Path) -> None:
         file.unlink()
     pd.testing.assert_frame_equal(curves.gather(tmp_path).reset_index(drop=True), gathered.reset_index(drop=True))
     assert (tmp_path / "curves.csv").read_bytes() == kept
+
+
+def test_numbers_of_curves_come_back_to_the_last_bit(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    errors = {k: float(value) for k, value in enumerate(generator.uniform(0, 100, 500) ** 3, start=1)}
+    finished_run(tmp_path, "a", replace(RUN, iterations=500), errors)
+    assert list(curves.gather(tmp_path)["test_error_percent"]) == list(errors.values())
+    (tmp_path / "runs" / "a" / "records.json").unlink()
+    assert list(curves.gather(tmp_path)["test_error_percent"]) == list(errors.values())  # from curves.csv
 
 
 def test_the_newer_curve_of_a_cell_and_seed_replaces_the_older_whole(tmp_path: Path) -> None:
@@ -60,7 +71,7 @@ def test_a_run_that_is_not_finished_is_not_drawn(tmp_path: Path) -> None:
 
 
 def drawn(tmp_path: Path) -> Figure:
-    return figures.draw(curves.gather(tmp_path))
+    return figures.draw(curves.gather(tmp_path), LABELS)
 
 
 def test_a_line_is_the_mean_over_seeds_and_carries_its_name(tmp_path: Path) -> None:
@@ -69,9 +80,9 @@ def test_a_line_is_the_mean_over_seeds_and_carries_its_name(tmp_path: Path) -> N
     finished_run(tmp_path, "c", replace(RUN, mode="exact", bits=None), {100: 45.0, 300: 3.0})
     (axes,) = drawn(tmp_path).axes
     lines = {to_hex(line.get_color(), keep_alpha=False).upper(): line for line in axes.get_lines()}
-    assert set(lines) == {figures.COLOURS["4bit"], figures.COLOURS["exact"]}
-    assert np.asarray(lines[figures.COLOURS["4bit"]].get_ydata()).tolist() == [45.0, 3.0]
-    assert np.asarray(lines[figures.COLOURS["4bit"]].get_xdata()).tolist() == [100, 300]
+    assert set(lines) == {LABELS.mode("4bit").colour, LABELS.mode("exact").colour}
+    assert np.asarray(lines[LABELS.mode("4bit").colour].get_ydata()).tolist() == [45.0, 3.0]
+    assert np.asarray(lines[LABELS.mode("4bit").colour].get_xdata()).tolist() == [100, 300]
     assert len(axes.collections) == 1  # a band where there are several seeds, none where there is one
     assert {text.get_text() for text in axes.texts} == {"exact  3.00 %", "proposed 4-bit  3.00 %"}
     assert "n=1 to 2" in axes.get_title(loc="left")
@@ -85,12 +96,12 @@ def test_the_number_of_seeds_is_that_behind_each_point(tmp_path: Path) -> None:
 
 
 def test_names_of_lines_that_end_together_do_not_overlap(tmp_path: Path) -> None:
-    for mode in figures.COLOURS:
+    for mode in LABELS.modes:
         finished_run(tmp_path, mode, replace(RUN, mode=mode), {100: 50.0, 300: 2.0})
     figure = drawn(tmp_path)
     figure.draw_without_rendering()
     boxes = sorted((text.get_window_extent() for text in figure.axes[0].texts), key=lambda box: box.y0)
-    assert len(boxes) == len(figures.COLOURS)
+    assert len(boxes) == len(LABELS.modes)
     assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
 
 
@@ -128,7 +139,7 @@ def test_the_task_draws_a_file_a_group_the_same_from_a_fresh_clone(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     finished_run(Path("results"), "a", RUN, {100: 50.0, 300: 2.0})
-    finished_run(Path("results"), "b", replace(RUN, depth=56, width=0.25, note="mode.clip=2.0"), {300: 3.0})
+    finished_run(Path("results"), "b", replace(RUN, depth=56, width=0.25, settings={"mode.clip": 2.0}), {300: 3.0})
     assert cli.main(["task=plots"]) == 0
     groups = ("depth29-width1-300x64-fp32", "depth56-width0.25-300x64-fp32-mode.clip-2.0")
     files = [Path(f"results/figures/error-digits-{group}.png") for group in groups]
@@ -153,13 +164,18 @@ def test_nothing_to_draw_says_so(
 def test_over_depth_a_line_takes_what_was_measured_and_circles_are_the_papers() -> None:
     table = TABLES[0]
     batch = replace(
-        RECORD, task="max-batch", metric="largest_batch", dataset="cifar10", predicted=True, note="11 GiB less 512 MiB"
+        RECORD,
+        task="max-batch",
+        metric="largest_batch",
+        dataset="cifar10",
+        predicted=True,
+        settings={"memory_gib": 11.0, "allowance_mib": 512},
     )
     found = [replace(batch, depth=164, value=6290.0), replace(batch, depth=254, value=4246.0)]
     found += [replace(found[0], value=6200.0, predicted=False, device="a card")]
     found += [replace(batch, depth=254, mode="exact", value=0.0)]  # does not fit: nothing to draw but the paper's
-    shown = cells(table, found)
-    (axes,) = figures.draw_over_depth(table, table.conditions(found[0]), shown).axes
+    shown = cells(table, found, LABELS)
+    (axes,) = figures.draw_over_depth(table, table.conditions(found[0]), shown, LABELS).axes
     ours, theirs = axes.lines
     assert list(ours.get_xdata()) == [164, 254]
     assert list(ours.get_ydata()) == [6200.0, 4246.0]
@@ -167,7 +183,7 @@ def test_over_depth_a_line_takes_what_was_measured_and_circles_are_the_papers() 
         (164, 2522), (254, 2154), (488, 1468), (1001, 876),
     ]  # fmt: skip
     assert [text.get_text() for text in axes.texts] == ["proposed 4-bit  4246"]
-    assert to_hex(ours.get_color()) == to_hex(theirs.get_color()) == figures.COLOURS["4bit"].lower()
+    assert to_hex(ours.get_color()) == to_hex(theirs.get_color()) == LABELS.mode("4bit").colour.lower()
 
 
 def test_the_task_draws_tables_over_two_depths_or_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,16 +1,18 @@
 """runners/records.py: columns, files, and which record of a cell stands."""
 
+import csv
 import json
 import subprocess
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from runners import provenance, records
+from runners import files, provenance, records
+from runners.errors import UserError
 from runners.records import COLUMNS, Record, collect, read, write
 
 RECORD = Record(
@@ -40,28 +42,27 @@ RECORD = Record(
     commit="0123abc",
     is_dirty=True,
     date="2026-01-01T00:00:00+00:00",
-    paper_value=5.49,
-    note="",
 )
 
 
 def test_columns_are_the_design_in_its_order() -> None:
     design = (
         "experiment, task, metric, unit, value, low, high, n, dataset, mode, bits, depth, width, seed, batch_size, "
-        "precision, kernels, iterations, predicted, device, torch, triton, cuda, commit, is_dirty, date, paper_value, "
-        "note, command, failure, segments"
+        "precision, kernels, iterations, predicted, device, torch, triton, cuda, commit, is_dirty, date, settings, "
+        "command, failure, segments"
     )
     assert ", ".join(COLUMNS) == design
 
 
 def test_records_come_back_as_they_were_written(tmp_path: Path) -> None:
-    written = [RECORD, replace(RECORD, metric="train_seconds", bits=None, is_dirty=None, commit=None, paper_value=None)]
+    written = [RECORD, replace(RECORD, metric="train_seconds", bits=None, is_dirty=None, commit=None)]
     write(written, tmp_path)
     assert read(tmp_path / "records.json") == written
 
 
 def test_records_come_back_from_the_csv_to_the_last_bit(tmp_path: Path) -> None:
-    bare = replace(RECORD, seed=1, bits=None, is_dirty=None, commit=None, paper_value=None, cuda="13.2", note="a\nb, c")
+    settings = {"b": [0.1 + 0.2, None], "a": {"text": 'a\nb, "c"', "flag": True}}
+    bare = replace(RECORD, seed=1, bits=None, is_dirty=None, commit=None, cuda="13.2", settings=settings)
     write([RECORD, bare], tmp_path / "runs" / "a")
     first = collect(tmp_path)
     (tmp_path / "runs" / "a" / "records.json").unlink()
@@ -80,11 +81,42 @@ def test_the_newer_record_of_a_cell_stands_wherever_it_is(tmp_path: Path) -> Non
 @pytest.mark.parametrize("column", records.CELL)
 def test_records_that_differ_in_one_field_of_the_cell_both_stand(tmp_path: Path, column: str) -> None:
     value = getattr(RECORD, column)
-    changed: dict[str, Any] = {column: f"other {value}" if isinstance(value, str) else value + 1}
+    other_value = (
+        {"memory_gib": 11.0} if column == "settings" else f"other {value}" if isinstance(value, str) else value + 1
+    )
+    changed: dict[str, Any] = {column: other_value}
     other = replace(RECORD, **changed)
     write([RECORD], tmp_path / "runs" / "a")
     write([other], tmp_path / "runs" / "b")
     assert set(collect(tmp_path)) == {RECORD, other}
+
+
+def test_settings_in_another_order_are_the_same_cell(tmp_path: Path) -> None:
+    older = replace(RECORD, settings={"allowance_mib": 512, "memory_gib": 11.0})
+    newer = replace(older, settings={"memory_gib": 11.0, "allowance_mib": 512}, date="2026-01-02T00:00:00+00:00")
+    write([older], tmp_path / "runs" / "a")
+    write([newer], tmp_path / "runs" / "b")
+    assert collect(tmp_path) == [newer]
+    with (tmp_path / "records.csv").open(newline="") as file:
+        assert [row["settings"] for row in csv.DictReader(file)] == ['{"allowance_mib":512,"memory_gib":11.0}']
+
+
+def test_records_with_older_columns_are_refused_on_one_line(tmp_path: Path) -> None:
+    write([RECORD], tmp_path / "runs" / "a")
+    file = tmp_path / "runs" / "a" / "records.json"
+    older = [{("note" if name == "settings" else name): value for name, value in asdict(RECORD).items()}]
+    file.write_text(json.dumps(older))
+    with pytest.raises(
+        UserError, match=r"records\.json .*unknown note; missing settings; expected experiment, "
+    ) as json_error:
+        collect(tmp_path)
+    file.unlink()
+    (tmp_path / "records.csv").write_text("experiment,note,paper_value\n")
+    with pytest.raises(
+        UserError, match=r"records\.csv, line 1: .*unknown note, paper_value; missing task, "
+    ) as csv_error:
+        collect(tmp_path)
+    assert "\n" not in f"{json_error.value}{csv_error.value}"
 
 
 def test_the_csv_does_not_depend_on_the_order_of_the_runs(tmp_path: Path) -> None:
@@ -113,10 +145,14 @@ def test_a_damaged_run_is_named(tmp_path: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("experiment,task", "experiment,tusk"), "does not have the columns"),
+        (
+            ("experiment,task", "experiment,tusk"),
+            "line 1: its columns are not those of records: unknown tusk; missing task",
+        ),
         ((",digits,4bit,4,", ",digits,4bit,four,"), "records.csv, line 2: "),
         ((",digits,4bit,4,", ",digits,4bit,"), "records.csv, line 2: "),
         ((",False,", ",maybe,"), "records.csv, line 2: "),
+        ((",{}", ",{"), "records.csv, line 2: "),
     ],
 )
 def test_a_damaged_csv_is_named_with_its_line(tmp_path: Path, change: tuple[str, str], message: str) -> None:
@@ -135,7 +171,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path)
     with pytest.raises(ValueError, match="not JSON compliant"):
         write([replace(RECORD, value=float("nan"))], tmp_path)
     with pytest.raises(UnicodeEncodeError):
-        records.write_atomically(tmp_path / "records.json", "half of it, then \udc80")
+        files.write_whole(tmp_path / "records.json", "half of it, then \udc80")
     assert read(tmp_path / "records.json") == [RECORD]
     assert [file.name for file in tmp_path.iterdir()] == ["records.json"]
 

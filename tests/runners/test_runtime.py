@@ -169,5 +169,5 @@ def test_a_mode_that_fits_at_no_batch_is_recorded_as_such(
     monkeypatch.setattr(runtime.network, "training_step", Clock(exact=[1] * 9, _8bit=[1] * 9).training_step)
     sweep = [argument for argument in TINY if argument != "run=a"]
     assert cli.main([*sweep, *AT_LARGEST, "mode=4bit,8bit", "-m"]) == 1
-    (failed,) = [record for record in records.merged(Path("results")) if record.failure]
+    (failed,) = [record for record in records.merge(Path("results")) if record.failure]
     assert failed.failure == "does not fit: 4bit, depth 11, not even batch 1"

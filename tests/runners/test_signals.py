@@ -21,7 +21,7 @@ def test_the_first_signal_is_noted_and_the_second_obeyed(
 
     before = signal.signal(number, obey)
     try:
-        with signals.noted() as stop:
+        with signals.deferred() as stop:
             assert stop.received is None
             os.kill(os.getpid(), number)
             assert stop.received is number
@@ -37,7 +37,7 @@ def test_the_first_signal_is_noted_and_the_second_obeyed(
 
 def test_handlers_are_restored_where_no_signal_came() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with signals.noted():
+    with signals.deferred():
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] != before
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
@@ -47,7 +47,7 @@ def test_a_thread_leaves_the_handlers_alone() -> None:
     within: list[object] = []
 
     def work() -> None:
-        with signals.noted() as stop:
+        with signals.deferred() as stop:
             within.extend([stop.received, signal.getsignal(signal.SIGINT)])
 
     thread = threading.Thread(target=work)

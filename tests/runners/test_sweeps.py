@@ -137,9 +137,9 @@ def test_a_run_that_diverged_is_finished_until_it_is_begun_anew(capsys: pytest.C
     assert "| digits-exact-depth11-width0.25-seed0 | diverged   | 4  | -  " in capsys.readouterr().out
     alone = [argument for argument in HOPELESS if argument != "-m"]
     assert cli.main(alone) == Diverged.exit_code  # by itself it is tried again, and told again
-    assert records.diverged(run_dir)
+    assert records.read_divergence(run_dir)
     assert cli.main([*HOPELESS, "resume=false", "budget_minutes=0.001"]) == OutOfTime.exit_code
-    assert not records.diverged(run_dir)
+    assert not records.read_divergence(run_dir)
 
 
 def test_another_command_in_the_folder_of_a_run_that_diverged_is_not_finished_and_takes_nothing_away() -> None:
@@ -147,12 +147,12 @@ def test_another_command_in_the_folder_of_a_run_that_diverged_is_not_finished_an
     assert cli.main(HOPELESS) == 0
     hopeful = [*HOPELESS, "dataset.schedule=[[1.0,0.1]]"]
     assert cli.main(hopeful) == 1  # its checkpoint is another's
-    assert records.diverged(run_dir)
+    assert records.read_divergence(run_dir)
     for checkpoint in run_dir.glob("checkpoint-*"):
         checkpoint.unlink()
     assert cli.main(hopeful) == 0
-    assert not records.diverged(run_dir)
-    assert records.known(run_dir)
+    assert not records.read_divergence(run_dir)
+    assert records.read_run(run_dir)
 
 
 def test_a_failure_is_recorded_before_another_process_is_let_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,8 +183,8 @@ def test_what_another_configuration_measured_in_the_same_folder_is_kept_in_the_t
     assert cli.main([*GRADIENTS, "mode=2bit,4bit"]) == 0
     assert cli.main([*GRADIENTS, "mode=2bit,4bit", "mode.clip=2"]) == 0
     found = records.collect(Path("results"))
-    assert {(record.mode, record.note) for record in found} == {
-        (mode, f"at initialisation{clip}") for mode in ("2bit", "4bit") for clip in ("", " mode.clip=2.0")
+    assert {(record.mode, records.canonical(record.settings)) for record in found} == {
+        (mode, f'{{"checkpoint":null{clip}}}') for mode in ("2bit", "4bit") for clip in ("", ',"mode.clip":2.0')
     }
 
 
@@ -217,7 +217,7 @@ def test_what_was_measured_without_a_gpu_is_not_finished_where_there_is_one(monk
     (config,) = composed([argument for argument in TINY if argument not in ("-m", "gpu=cpu")])
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     run_dir = Path("results/runs") / config.run
-    made_by = replace(RECORD, command=records.as_text(overrides(config)), cuda=None)
+    made_by = replace(RECORD, command=shlex.join(overrides(config)), cuda=None)
     records.write([made_by], run_dir)
     assert run_module.is_finished(config)
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
@@ -278,7 +278,7 @@ import json, sys
 from pathlib import Path
 from runners import records
 record, seed = json.loads(sys.argv[1]), int(sys.argv[2])
-written = [records.Record(**(record | {"seed": seed, "note": str(k)})) for k in range(9)]
+written = [records.Record(**(record | {"seed": seed, "settings": {"k": k}})) for k in range(9)]
 records.write(written, Path(f"results/runs/{seed}"))
 assert [record for record in records.collect(Path("results")) if record.seed == seed] == written
 """
@@ -292,31 +292,31 @@ def writer(seed: int) -> "subprocess.Popen[str]":
 
 def table() -> set[tuple[int, str]]:
     with Path("results/records.csv").open(newline="") as file:
-        return {(int(row["seed"]), row["note"]) for row in csv.DictReader(file)}
+        return {(int(row["seed"]), row["settings"]) for row in csv.DictReader(file)}
 
 
 def test_sixteen_processes_that_write_and_collect_at_once_lose_nothing() -> None:
     writers = [writer(seed) for seed in range(16)]
     assert [process.communicate()[1] for process in writers] == [""] * 16
     assert [process.returncode for process in writers] == [0] * 16
-    assert table() == {(seed, str(k)) for seed in range(16) for k in range(9)}
+    assert table() == {(seed, f'{{"k":{k}}}') for seed in range(16) for k in range(9)}
 
 
 def test_who_collects_meanwhile_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else this process would write a table that it read before the other's records were there."""
     records.write([RECORD], Path("results/runs/own"))
-    write_table, others = records.write_table, []
+    write_csv, others = records.write_csv, []
 
     def meanwhile(*arguments: Any) -> None:
         others.append(writer(1))
         with pytest.raises(subprocess.TimeoutExpired):
             others[0].wait(timeout=3)  # it needs a third of a second where nobody is in its way
-        write_table(*arguments)
+        write_csv(*arguments)
 
-    monkeypatch.setattr(records, "write_table", meanwhile)
+    monkeypatch.setattr(records, "write_csv", meanwhile)
     records.collect(Path("results"))
     assert others[0].communicate()[1] == ""
-    assert table() == {(RECORD.seed, RECORD.note)} | {(1, str(k)) for k in range(9)}
+    assert table() == {(RECORD.seed, "{}")} | {(1, f'{{"k":{k}}}') for k in range(9)}
 
 
 def test_the_largest_batch_that_was_found_is_what_runtime_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -326,11 +326,12 @@ def test_the_largest_batch_that_was_found_is_what_runtime_takes(capsys: pytest.C
     advice = capsys.readouterr().err.rpartition("none has been found for 4bit yet: blpa-run ")[2]
     assert cli.main(shlex.split(advice)) == 0
     assert cli.main([*small, "task=max-batch", "mode=exact,4bit", "-m"]) == 0
-    largest = {r.mode: r.value for r in records.merged(Path("results")) if r.metric == "largest_batch"}
+    largest = {r.mode: r.value for r in records.merge(Path("results")) if r.metric == "largest_batch"}
     assert cli.main(timing) == 0
-    timed = [r for r in records.merged(Path("results")) if r.task == "runtime"]
-    assert {(r.metric, r.batch_size, r.note) for r in timed} == {
-        (metric, largest["4bit"], "largest batch in 0.502 GiB less 512 MiB gpu.kernels=torch")
-        for metric in ("seconds_per_sample", "ratio_to_exact")
+    timed = [r for r in records.merge(Path("results")) if r.task == "runtime"]
+    assert {(r.metric, r.batch_size) for r in timed} == {
+        (metric, largest["4bit"]) for metric in ("seconds_per_sample", "ratio_to_exact")
     }
+    settings = {"largest_batch": True, "memory_gib": 0.502, "allowance_mib": 512, "gpu.kernels": "torch"}
+    assert all(record.settings == settings for record in timed)
     assert re.search(rf"^exact: .*, batch {largest['exact']:.0f} ", capsys.readouterr().out, re.MULTILINE)

@@ -15,8 +15,10 @@ from runners import cli, records
 from runners.records import Record
 from runners.reporting import errors as tables
 from runners.reporting import pages, paper
+from runners.reporting.labels import read_labels
 
-DIGITS = replace(RECORD, device="a CPU, 2 threads", commit="0123456789abcdef", is_dirty=False, paper_value=None)
+DIGITS = replace(RECORD, device="a CPU, 2 threads", commit="0123456789abcdef", is_dirty=False)
+LABELS = read_labels()
 
 
 def rows_of(text: str, title: str) -> dict[str, list[str]]:
@@ -29,7 +31,7 @@ def rows_of(text: str, title: str) -> dict[str, list[str]]:
 
 
 def table(*found: Record) -> str:
-    return pages.markdown(tables.page(tables.summarise(list(found))))
+    return pages.markdown(tables.page(tables.summarise(list(found), LABELS), LABELS))
 
 
 def test_before_anything_has_run_the_papers_figures_stand_beside_not_run() -> None:
@@ -71,7 +73,7 @@ def test_the_newer_run_of_a_seed_counts_whatever_the_machine_and_the_experiment(
 def test_the_papers_cell_takes_our_run_and_other_recipes_have_tables_of_their_own() -> None:
     cell = replace(DIGITS, dataset="cifar10", depth=164, iterations=64000, batch_size=128, value=5.5)
     shallow = replace(cell, depth=29, iterations=2000, value=20.0)
-    text = table(cell, shallow, replace(cell, note="mode.clip=2.0", value=6.0))
+    text = table(cell, shallow, replace(cell, settings={"mode.clip": 2.0}, value=6.0))
     rows = rows_of(text, "The paper's cells")
     assert rows[""][1:4] == ["CIFAR-10, fp32", "paper", "CIFAR-100"]
     assert rows["proposed 4-bit"][1:3] == ["5.50 (n=1)", "5.49 ± 0.16"]
@@ -83,14 +85,14 @@ def test_the_papers_cell_takes_our_run_and_other_recipes_have_tables_of_their_ow
 def test_the_papers_figure_stands_beside_every_precision_and_its_own_recipe_alone() -> None:
     cell = replace(DIGITS, dataset="cifar10", depth=164, iterations=64000, batch_size=128)
     for precision, papers in (("tf32", 5.49), ("bf16", 5.49), ("fp32", 5.49)):
-        found = tables.summarise([replace(cell, precision=precision)])
+        found = tables.summarise([replace(cell, precision=precision)], LABELS)
         (ours,) = found[found["n"] > 0].to_dict("records")
         assert (ours["precision"], ours["paper_error_percent"]) == (precision, papers)
-    other = replace(cell, note="mode.clip=2.0")
-    found = tables.summarise([other])
+    other = replace(cell, settings={"mode.clip": 2.0})
+    found = tables.summarise([other], LABELS)
     (ours,) = found[found["n"] > 0].to_dict("records")
     assert ours["paper_error_percent"] is None or ours["paper_error_percent"] != ours["paper_error_percent"]
-    assert paper.error_percent(tuple(getattr(other, name) for name in records.GROUP), "4bit") == (None, None)
+    assert paper.error_percent(records.key(other, records.GROUP), "4bit") == (None, None)
 
 
 def test_precisions_of_a_cell_stand_side_by_side_and_the_papers_figure_after_them() -> None:
@@ -161,7 +163,7 @@ def test_other_metrics_do_not_count() -> None:
 def test_a_papers_value_in_a_record_is_the_one_of_its_row() -> None:
     assert paper.ERROR_PERCENT[paper.CIFAR10]["4bit"] == (5.49, 0.16)
     assert paper.ERROR_PERCENT[paper.CIFAR100]["4bit"] == (23.58, 0.30)
-    assert {mode for row in paper.ERROR_PERCENT.values() for mode in row} <= set(paper.ROWS)
+    assert {mode for row in paper.ERROR_PERCENT.values() for mode in row} <= set(LABELS.modes)
 
 
 def test_the_task_writes_its_files_and_prints_the_readable_ones(
