@@ -42,7 +42,7 @@ reproduce-tables: $(STAMP)  ## every table and figure in a small form, on a CPU;
 	$(RUN) experiment=$(EXPERIMENTS_$(PROFILE)) -m; code=$$?; $(RUN) task=tables && $(RUN) task=report && exit $$code
 
 test: $(STAMP)  ## run the tests
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)  ## check style and types
 	.venv/bin/ruff check .
@@ -57,7 +57,7 @@ gpu-check: gpu-python  ## the first four minutes on a GPU: whether it computes r
 	$(GPU_PYTHON) -m runners.gpu_check --out gpu-check
 
 gpu-test: gpu-python  ## run the tests that need a GPU
-	$(GPU_PYTHON) -m pytest -W default -p no:cacheprovider $(GPU_TESTS)
+	$(GPU_PYTHON) -m pytest -W default -p no:cacheprovider -p no:xdist $(GPU_TESTS)
 
 gpu-bench: gpu-python  ## measure everything else on a GPU; it goes on where it was stopped
 	$(GPU_RUN) experiment=$(BENCHES) -m; code=$$?; $(GPU_RUN) task=tables "task.tables=[batches,times,kernels]" && exit $$code

@@ -5,6 +5,12 @@ import os
 from collections.abc import Callable
 
 import pytest
+
+# Two processes run tests on two cores. torch reads these when it is imported, as do the processes that tests begin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+pytest.register_assert_rewrite("support")
+
 import torch
 
 # Without a GPU, Triton's kernels run in its interpreter, on CPU tensors. Triton reads this when it is imported, as much

@@ -2,20 +2,18 @@
 
 import shutil
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import pytest
 import torch
+from support import CHANNELS, CODES, EPS, assert_backward_is_the_references, assert_stats_are_accurate, recovered, unit
 from torch import Tensor
 
 from blpa.codec import Code
-from blpa.kernels import Kernels, Norm, NotAvailable, choose, compute_dtype
+from blpa.kernels import NotAvailable, choose
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE
 
 CPU = torch.device("cpu")
-EPS = 1e-3
-CODES = [Code(8), Code(4), Code(2), None]
 ODD_SHAPES = [(1, 1), (1, 5), (2, 3), (3, 17), (5, 1), (63, 16), (64, 64), (65, 3), (127, 5), (130, 1), (130, 17)]
 
 all_codes = pytest.mark.parametrize("code", CODES, ids=str)
@@ -30,6 +28,7 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+<<<<<<< HEAD
 class Unit(NamedTuple):
     """What the kernels of one unit are given."""
 
@@ -64,6 +63,8 @@ def recovered(u: Unit, code: Code | None) -> tuple[Tensor, Tensor]:
     return x_hat, y > 0
 
 
+=======
+>>>>>>> tests
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     """Equal to 1e-12 of values of size 10: float64 rounds to 1e-15 of them, over sums of at most 130."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
@@ -144,14 +145,6 @@ def test_bf16_is_float32_arithmetic_rounded_once(code: Code | None) -> None:
         assert of_half is of_single is None or torch.equal(of_half, of_single)
 
 
-CHANNELS = {
-    "centred": torch.tensor([0.0, 1.0]),
-    "ten thousand deviations from zero": torch.tensor([1e4, 1.0]),
-    "tiny": torch.tensor([0.0, 1e-12]),
-    "constant": torch.tensor([7.7, 0.0]),
-}
-
-
 @pytest.mark.parametrize("rows", [1, 2, 63, 64, 65, 130, 50_001])
 @pytest.mark.parametrize("channel", CHANNELS)
 def test_channel_stats_are_accurate_in_float32(rows: int, channel: str) -> None:
@@ -167,21 +160,6 @@ def test_one_outlier_spoils_no_statistics(row: int) -> None:
     assert_stats_are_accurate(REFERENCE, x)
 
 
-def assert_stats_are_accurate(kernels: Kernels, x: Tensor) -> None:
-    """The mean to 8 roundings of the largest value; the variance to the square of that and 4 roundings a row of 64."""
-    eps = torch.finfo(torch.float32).eps
-    gamma, beta = torch.linspace(-2, 2, 2 * x.shape[1], device=x.device).view(2, -1)
-    vectors = kernels.channel_stats(x, gamma, beta, eps=EPS, code=Code(4))
-    mean, var, *_ = vectors
-    torch.testing.assert_close(  # what follows from them is another test's subject: here, that it does follow
-        vectors, torch.stack(Norm.of(mean, var, gamma, beta, eps=EPS, code=Code(4))), rtol=1e-6, atol=0
-    )
-    exact_var, exact_mean = torch.var_mean(x.double(), 0, correction=0)
-    mean_bound = 8 * eps * x.double().abs().amax(0)
-    assert ((mean - exact_mean).abs() <= mean_bound).all()
-    assert ((var - exact_var).abs() <= mean_bound.square() + 4 * 64 * eps * exact_var).all()
-
-
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler: none found"
 )
@@ -191,12 +169,12 @@ Shapes = list[tuple[int, int]]
 
 
 def compiled_cases(shapes: Shapes) -> pytest.MarkDecorator:
-    """One code in these shapes, the others in one or two."""
+    """One code in these shapes, the others in one."""
     cases = [
         (Code(4), torch.float32, shapes),
         (Code(2), torch.bfloat16, [(131, 5)]),
         (Code(8), torch.float32, [(131, 5)]),
-        (None, torch.float64, [(131, 5), (64, 5)]),
+        (None, torch.float64, [(131, 5)]),
     ]
     names = ["4bit-float32", "2bit-bfloat16", "8bit-float32", "exact-float64"]
     return pytest.mark.parametrize(("code", "dtype", "shapes"), cases, ids=names)
@@ -215,7 +193,7 @@ def test_compiled_activations_are_the_references(code: Code | None, dtype: torch
 
 
 @needs_compiler
-@compiled_cases(FEW_SHAPES)
+@compiled_cases(FEW_SHAPES[:2])
 def test_compiled_decode_is_the_references(code: Code | None, dtype: torch.dtype, shapes: Shapes) -> None:
     for shape in shapes:
         u = unit(shape, code, dtype)
@@ -227,42 +205,16 @@ def test_compiled_decode_is_the_references(code: Code | None, dtype: torch.dtype
 
 @needs_compiler
 @compiled_cases([*FEW_SHAPES, (128, 5)])
-@pytest.mark.parametrize("constant_stats", [False, True])
-def test_compiled_backward_is_the_references(
-    code: Code | None, dtype: torch.dtype, shapes: Shapes, constant_stats: bool
-) -> None:
+def test_compiled_backward_is_the_references(code: Code | None, dtype: torch.dtype, shapes: Shapes) -> None:
     for shape in shapes:
-        for adds in (False, True):
-            assert_backward_is_the_references(COMPILED, unit(shape, code, dtype), code, constant_stats, adds=adds)
+        assert_backward_is_the_references(COMPILED, unit(shape, code, dtype), code, False, adds=True)
 
 
-def assert_backward_is_the_references(
-    kernels: Kernels, u: Unit, code: Code | None, constant_stats: bool, *, adds: bool = False
-) -> None:
-    """The sums but for the order of their terms, and dX but for what comes of that."""
-    expected, actual = torch.empty_like(u.grad), u.grad.clone()
-    options = {"code": code, "constant_stats": constant_stats, "add": u.x.flip(0).contiguous() if adds else None}
-    expected_sums = REFERENCE.backward(u.grad, u.kept, u.vectors, **options, out=expected)
-    sums = kernels.backward(actual, u.kept, u.vectors, **options, out=actual)
-    # Two orders of a sum of M terms differ by at most M roundings of the sum of their sizes.
-    x_hat, relu_mask = recovered(u, code)
-    sizes = torch.stack([u.grad.abs() * relu_mask, (u.grad * x_hat).abs() * relu_mask]).sum(1)
-    off = len(u.x) * torch.finfo(sums.dtype).eps * sizes
-    assert ((sums - expected_sums).abs() <= off).all()
-    if constant_stats:
-        assert torch.equal(actual, expected)
-        return
-    # The sums reach dX divided by M; and two roundings to its own dtype may differ by one of its units.
-    through_sums = off[0] + x_hat.abs() * off[1]
-    bound = (u.norm.gamma * u.norm.rstd).abs() * through_sums / len(u.x)
-    rounding = torch.finfo(u.x.dtype).eps * expected.abs()
-    assert ((actual - expected).abs() <= bound + rounding + 4 * torch.finfo(sums.dtype).eps * scale(u, x_hat)).all()
-
-
-def scale(u: Unit, x_hat: Tensor) -> Tensor:
-    """The sizes of what dX is the difference of."""
-    dbeta, dgamma = u.grad.abs().mean(0), (u.grad * x_hat).abs().mean(0)
-    return (u.norm.gamma * u.norm.rstd).abs() * (u.grad.abs() + dbeta + x_hat.abs() * dgamma)
+@needs_compiler
+@pytest.mark.parametrize("constant_stats", [False, True])
+def test_compiled_backward_without_a_shortcut_is_the_references(constant_stats: bool) -> None:
+    u = unit((131, 5), Code(4), torch.float32)
+    assert_backward_is_the_references(COMPILED, u, Code(4), constant_stats)
 
 
 @needs_compiler

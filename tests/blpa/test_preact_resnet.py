@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from support import gradients, images, prepared
 from torch import Tensor, nn
 
 from blpa.kernels.compiled import COMPILED
@@ -27,24 +28,6 @@ Network = Callable[..., PreActResNet]
 def network(build: Build) -> Network:
     """How to get a mode's small network in float64; the same weights in every mode of the same width."""
     return lambda name: prepared(build(name, 20, width=0.5))
-
-
-def prepared(model: PreActResNet) -> PreActResNet:
-    """In float64, without the ones and zeros that would hide a mistake."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias, std=0.5)
-    return model.double()
-
-
-def images() -> Tensor:
-    return torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
-
-def gradients(model: nn.Module) -> list[Tensor]:
-    F.cross_entropy(model(images()), torch.arange(4)).backward()
-    return [parameter.grad for parameter in model.parameters()]
 
 
 def parameter_count(depth: int, classes: int) -> int:

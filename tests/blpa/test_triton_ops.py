@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_kernels import CHANNELS, CODES, EPS, Unit, assert_backward_is_the_references, assert_stats_are_accurate, unit
+from support import CHANNELS, CODES, EPS, Unit, assert_backward_is_the_references, assert_stats_are_accurate, unit
 from torch import Tensor
 
 from blpa import memory
@@ -22,12 +22,18 @@ from blpa.kernels.triton_ops import TRITON  # noqa: E402
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-SHAPES = [(1, 1), (1, 5), (2, 3), (3, 17), (64, 16), (130, 1), (259, 5)]
-if DEVICE.type == "cuda":  # whole tiles, and so many of them that all loops turn
-    SHAPES += [(300_001, 16), (70_001, 130)]
+SHAPES = [(1, 1), (3, 17), (64, 16), (67, 5)]  # the interpreter takes some 20 ms for a tile
+if DEVICE.type == "cuda":  # whole tiles too, and so many of them that all loops turn
+    SHAPES += [(1, 5), (2, 3), (130, 1), (259, 5), (300_001, 16), (70_001, 130)]
+SMALL_TILES = {"TILE_ELEMENTS": 64, "SUM_TILE_ELEMENTS": 128, "TILE_CHANNELS": 4, "PROGRAMS": 2}
+SHAPES_OF_SMALL_TILES = [(1, 1), (3, 5), (67, 5)]
 
 all_codes = pytest.mark.parametrize("code", CODES, ids=str)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+in_small_tiles = pytest.mark.skipif(
+    DEVICE.type == "cuda", reason="there large activations make the loops turn; every size of a tile costs compiling"
+)
+"""In tiles so small that all loops turn more than once; of one dtype, which decides what a tile loads and stores."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,15 +45,10 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=["whole tiles", "tiny tiles"])
-def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles as they are, larger than all of these activations, and so small that all loops turn more than once."""
-    if request.param == "tiny tiles":
-        if DEVICE.type == "cuda":
-            pytest.skip("there large activations make the loops turn, and every size of a tile costs compiling")
-        sizes = {"TILE_ELEMENTS": 64, "SUM_TILE_ELEMENTS": 128, "TILE_CHANNELS": 4, "PROGRAMS": 2}
-        for name, size in sizes.items():
-            monkeypatch.setattr(triton_ops, name, size)
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, size in SMALL_TILES.items():
+        monkeypatch.setattr(triton_ops, name, size)
 
 
 def on_device(u: Unit) -> Unit:
@@ -61,11 +62,9 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-@all_codes
-@all_dtypes
-@pytest.mark.usefixtures("tiles")
-def test_activations_and_codes_are_the_references_to_the_bit(code: Code | None, dtype: torch.dtype) -> None:
-    for shape in SHAPES:
+def assert_activations_are_the_references(shapes: list[tuple[int, int]], code: Code | None, dtype: torch.dtype) -> None:
+    """To the bit, as are the codes and what is decoded."""
+    for shape in shapes:
         u = on_device(unit(shape, code, dtype))
         expected, out, in_place = torch.empty_like(u.x, dtype=torch.float32), torch.empty_like(u.x), u.x.clone()
         expected_codes = REFERENCE.normalise_rectify_encode(u.x, u.vectors, code=code, out=expected)
@@ -73,24 +72,27 @@ def test_activations_and_codes_are_the_references_to_the_bit(code: Code | None, 
             codes = TRITON.normalise_rectify_encode(x, u.vectors, code=code, out=to)
             assert torch.equal(to, rounded(expected, dtype))
             assert codes is expected_codes is None or torch.equal(codes, expected_codes)
+        REFERENCE.decode(u.kept, u.vectors, code=code, out=expected)
+        TRITON.decode(u.kept, u.vectors, code=code, out=out)
+        assert torch.equal(out, rounded(expected, dtype))
 
 
 @all_codes
 @all_dtypes
-@pytest.mark.usefixtures("tiles")
-def test_decoded_activations_are_the_references_to_the_bit(code: Code | None, dtype: torch.dtype) -> None:
-    for shape in SHAPES:
-        u = on_device(unit(shape, code, dtype))
-        expected, actual = torch.empty_like(u.x, dtype=torch.float32), torch.empty_like(u.x)
-        REFERENCE.decode(u.kept, u.vectors, code=code, out=expected)
-        TRITON.decode(u.kept, u.vectors, code=code, out=actual)
-        assert torch.equal(actual, rounded(expected, dtype))
+def test_activations_and_codes_are_the_references_to_the_bit(code: Code | None, dtype: torch.dtype) -> None:
+    assert_activations_are_the_references(SHAPES, code, dtype)
+
+
+@all_codes
+@in_small_tiles
+@pytest.mark.usefixtures("small_tiles")
+def test_activations_of_small_tiles_are_the_references(code: Code | None) -> None:
+    assert_activations_are_the_references(SHAPES_OF_SMALL_TILES, code, torch.float32)
 
 
 @all_codes
 @all_dtypes
 @pytest.mark.parametrize("constant_stats", [False, True])
-@pytest.mark.usefixtures("tiles")
 def test_backward_is_the_references(code: Code | None, dtype: torch.dtype, constant_stats: bool) -> None:
     if DEVICE.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter rounds to bfloat16 towards zero")
@@ -98,6 +100,16 @@ def test_backward_is_the_references(code: Code | None, dtype: torch.dtype, const
         for adds in (False, True):
             u = on_device(unit(shape, code, dtype))
             assert_backward_is_the_references(TRITON, u, code, constant_stats, adds=adds)
+
+
+@all_codes
+@pytest.mark.parametrize("constant_stats", [False, True])
+@in_small_tiles
+@pytest.mark.usefixtures("small_tiles")
+def test_backward_of_small_tiles_is_the_references(code: Code | None, constant_stats: bool) -> None:
+    for shape in SHAPES_OF_SMALL_TILES:
+        u = unit(shape, code, torch.float32)
+        assert_backward_is_the_references(TRITON, u, code, constant_stats, adds=constant_stats)
 
 
 @all_codes
@@ -137,7 +149,6 @@ def test_a_weight_gradient_that_products_would_be_better_for_is_left_to_them(mon
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
-@pytest.mark.usefixtures("tiles")
 def test_channel_stats_are_accurate(channel: str) -> None:
     mean, deviation = CHANNELS[channel]
     for shape in ((1, 1), (2, 3), (63, 16), (259, 5)):
@@ -145,20 +156,35 @@ def test_channel_stats_are_accurate(channel: str) -> None:
         assert_stats_are_accurate(TRITON, x.to(DEVICE))
 
 
-@pytest.mark.parametrize("row", [0, 1, 64, 129])
-@pytest.mark.usefixtures("tiles")
-def test_one_outlier_spoils_no_statistics(row: int) -> None:
+@in_small_tiles
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("channel", CHANNELS)
+def test_channel_stats_of_small_tiles_are_accurate(channel: str) -> None:
+    mean, deviation = CHANNELS[channel]
+    x = mean + deviation * torch.randn(131, 5, generator=torch.Generator().manual_seed(0))
+    assert_stats_are_accurate(TRITON, x)
+
+
+def with_an_outlier(row: int) -> Tensor:
     x = torch.randn(130, 3, generator=torch.Generator().manual_seed(row))
     x[row] = 1e5
-    assert_stats_are_accurate(TRITON, x.to(DEVICE))
+    return x.to(DEVICE)
 
 
-@all_dtypes
-@pytest.mark.usefixtures("tiles")
-def test_a_sum_and_its_statistics_have_the_bits_of_either_alone(dtype: torch.dtype) -> None:
-    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter rounds to bfloat16 towards zero")
-    for shape in SHAPES:
+@pytest.mark.parametrize("row", [0, 1, 64, 129])
+def test_one_outlier_spoils_no_statistics(row: int) -> None:
+    assert_stats_are_accurate(TRITON, with_an_outlier(row))
+
+
+@in_small_tiles
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("row", [0, 1, 64, 129])
+def test_one_outlier_in_small_tiles_spoils_no_statistics(row: int) -> None:
+    assert_stats_are_accurate(TRITON, with_an_outlier(row))
+
+
+def assert_a_sum_has_the_bits_of_either_alone(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    for shape in shapes:
         u = on_device(unit(shape, None, dtype))
         x, expected = u.x.clone(), u.x + u.grad
         vectors = TRITON.channel_stats(x, u.norm.gamma, u.norm.beta, eps=EPS, code=None, add=u.grad)
@@ -166,9 +192,21 @@ def test_a_sum_and_its_statistics_have_the_bits_of_either_alone(dtype: torch.dty
         assert torch.equal(vectors, TRITON.channel_stats(x, u.norm.gamma, u.norm.beta, eps=EPS, code=None))
 
 
-@pytest.mark.usefixtures("tiles")
-def test_a_counter_is_zero_again_and_changes_no_bit() -> None:
-    u = on_device(unit((259, 5), Code(4), torch.float32))
+@all_dtypes
+def test_a_sum_and_its_statistics_have_the_bits_of_either_alone(dtype: torch.dtype) -> None:
+    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter rounds to bfloat16 towards zero")
+    assert_a_sum_has_the_bits_of_either_alone(SHAPES, dtype)
+
+
+@in_small_tiles
+@pytest.mark.usefixtures("small_tiles")
+def test_a_sum_in_small_tiles_has_the_bits_of_either_alone() -> None:
+    assert_a_sum_has_the_bits_of_either_alone(SHAPES_OF_SMALL_TILES, torch.float32)
+
+
+def assert_a_counter_is_zero_again_and_changes_no_bit() -> None:
+    u = on_device(unit((67, 5), Code(4), torch.float32))
     counter = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     results = []
     for given in (None, counter, counter):
@@ -181,6 +219,16 @@ def test_a_counter_is_zero_again_and_changes_no_bit() -> None:
         assert not counter.any()
     for others in results[1:]:
         assert all(map(torch.equal, others, results[0]))
+
+
+def test_a_counter_is_zero_again_and_changes_no_bit() -> None:
+    assert_a_counter_is_zero_again_and_changes_no_bit()
+
+
+@in_small_tiles
+@pytest.mark.usefixtures("small_tiles")
+def test_a_counter_of_several_programs_is_zero_again_and_changes_no_bit() -> None:
+    assert_a_counter_is_zero_again_and_changes_no_bit()
 
 
 @all_codes
@@ -221,7 +269,7 @@ def test_a_value_that_is_not_a_number_stays_one() -> None:
 
 @all_codes
 def test_the_same_input_gives_the_same_bits(code: Code | None) -> None:
-    rows = 300_000 if DEVICE.type == "cuda" else 700
+    rows = 300_000 if DEVICE.type == "cuda" else 67
     u = on_device(unit((rows, 17), code, torch.float32))
     results = []
     for _ in range(3):
@@ -362,7 +410,7 @@ def test_a_network_s_gradients_are_the_references() -> None:
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     for kernels in (TRITON, REFERENCE):
         torch.manual_seed(0)
-        model = PreActResNet(11, layers=CodedLayers(kernels=kernels, eps=EPS), classes=10)
+        model = PreActResNet(11, layers=CodedLayers(kernels=kernels, eps=EPS), classes=10, width=0.25)
         model = model.to(DEVICE, memory_format=torch.channels_last)
         model(images.contiguous(memory_format=torch.channels_last)).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_sweeps import GRADIENTS, TINY
-from test_training import assert_same_end
+from support import GRADIENTS, TINY, assert_same_end
 
 from runners import cli, provenance, records
 from runners import run as run_module

@@ -249,7 +249,9 @@ def test_help_shows_every_option_and_every_value_with_its_meaning(capsys: pytest
         assert set(line.replace("[", "").replace("]", "").split()[1:]) == set(options(group))
     shown = set(re.findall(r"^  ([\w.]+)=", text, re.MULTILINE))
     for values, prefix in ((Config, ""), (DatasetConfig, "dataset."), (ModeConfig, "mode."), (GpuConfig, "gpu.")):
-        assert {f"{prefix}{field.name}" for field in fields(values)} - shown <= {"dataset", "mode", "gpu"}
+        assert {f"{prefix}{field.name}" for field in fields(values)} - shown <= {
+            "dataset", "mode", "gpu", "task", "config_dir",
+        }  # fmt: skip
     for task in options("task"):
         assert {f"task.{field.name}" for field in fields(task_module(task).Settings)} - shown <= {"task.name"}
     assert "Training steps in all." in text

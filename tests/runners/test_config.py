@@ -3,47 +3,18 @@
 from contextlib import nullcontext
 
 import pytest
+from support import make
 
 from blpa.models.preact_resnet import STEM_CHANNELS
 from runners import config as schema
 from runners.cells import task_module, task_settings
-from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig, options
+from runners.config import Config, options
 
 
 def check(config: Config) -> None:
     """All that the command line checks of a typed configuration."""
     schema.check(config)
     getattr(task_module(config.task.name), "check", lambda config: None)(config)
-
-
-def make(*, task: str = "train", **values: object) -> Config:
-    """A valid configuration; `dataset__batch_size=0` sets a value of a group."""
-    config = Config(
-        dataset=DatasetConfig(
-            name="digits",
-            reader="runners.data.digits",
-            classes=10,
-            image_size=8,
-            image_channels=1,
-            download=False,
-            iterations=300,
-            batch_size=64,
-            schedule=[[0.00625, 0.01], [0.5, 0.1], [0.75, 0.01], [1.0, 0.001]],
-            crop_padding=1,
-            flip=False,
-        ),
-        mode=ModeConfig(name="4bit", layers="coded", bits=4),
-        gpu=GpuConfig(name="cpu", device="cpu"),
-        task=task_settings(task),
-        depth=29,
-        run="a-run",
-    )
-    for key, value in values.items():
-        group, _, name = key.rpartition("__")
-        target = getattr(config, group) if group else config
-        assert hasattr(target, name), key
-        setattr(target, name, value)
-    return config
 
 
 def test_a_valid_configuration_passes() -> None:

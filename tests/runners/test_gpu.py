@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cells import composed
-from test_training import assert_same_end, tiny_config
+from support import assert_same_end, composed, tiny_config
 from torch import Tensor, nn
 
 from blpa import kernels

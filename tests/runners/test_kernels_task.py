@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_cells import composed
+from support import composed
 
 from runners import cli, records
 from runners.records import Record

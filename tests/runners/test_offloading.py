@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from test_cells import composed
-from test_preact_resnet import gradients, images, prepared
+from support import composed, gradients, images, prepared
 from torch import Tensor
 
 from blpa.memory import GRADIENTS, MIB, step_bytes

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_training import assert_same_end
+from support import assert_same_end
 
 from runners import CONF, cli
 from runners.errors import OutOfTime

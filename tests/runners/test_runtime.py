@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cells import composed
+from support import composed
 
 from blpa.kernels.reference import REFERENCE
 from runners import cli, records, timing

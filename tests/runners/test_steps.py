@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_training import CPU, TinyNet, assert_same_end, tiny_config, tiny_data, train
+from support import CPU, TinyNet, assert_same_end, tiny_config, tiny_data, train
 from torch import Tensor
 
 from runners.config import GpuConfig

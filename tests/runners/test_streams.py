@@ -13,8 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_cells import composed
-from test_training import assert_same_end
+from support import assert_same_end, composed
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 

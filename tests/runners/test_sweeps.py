@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from test_cells import composed
+from support import GRADIENTS, TINY, composed
 from test_records import RECORD
 
 from runners import CONF, cli, records, sweep
@@ -26,8 +26,6 @@ from runners.errors import Busy, Diverged, OutOfTime
 from runners.run import locked
 from runners.tasks import train
 
-TINY = ["dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "dataset.iterations=1", "gpu=cpu", "-m"]
-GRADIENTS = [*TINY, "task=gradient-error", "task.steps=1", "gpu.kernels=torch"]
 RUN = "digits-{}-depth11-width0.25-seed0"
 
 

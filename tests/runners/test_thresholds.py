@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cells import composed
+from support import composed
 
 from blpa.codec import Code
 from blpa.kernels.reference import REFERENCE

@@ -6,81 +6,22 @@ import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from support import CPU, TinyNet, assert_same_end, tiny_config, tiny_data, train
+from torch import nn
 
 from runners import errors
-from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig
-from runners.data import ImageData, Split, load, normalise
-from runners.tasks import train as train_task
+from runners.config import Config, DatasetConfig, GpuConfig
+from runners.data import Split, load, normalise
 from runners.training import loop, steps
 from runners.training.evaluation import Evaluation
 from runners.training.turns import Turns
-
-CPU = torch.device("cpu")
-
-
-def tiny_config(**recipe: Any) -> Config:
-    """Twelve iterations of five an epoch, evaluated every 3 and saved every 4."""
-    values: dict[str, Any] = {
-        "name": "digits",
-        "classes": 10,
-        "image_size": 8,
-        "image_channels": 1,
-        "iterations": 12,
-        "batch_size": 8,
-        "schedule": [[0.5, 0.1], [1.0, 0.01]],
-        "crop_padding": 1,
-        "eval_batch_size": 7,
-    }
-    return Config(
-        dataset=DatasetConfig(**{**values, **recipe}),
-        mode=ModeConfig(name="exact", layers="stock"),
-        gpu=GpuConfig(name="cpu", kernels="torch", precision="fp32"),
-        task=train_task.Settings("train", evaluate_every=3, checkpoint_every=4, keep_every=None),
-        run="tiny",
-    )
-
-
-def tiny_data() -> ImageData:
-    """42 training images of noise (5 batches of 8, 2 left over) and 20 test images."""
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (62, 1, 8, 8), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(10, (62,), generator=generator)
-    return ImageData(Split(images[:42], labels[:42]), Split(images[42:], labels[42:]))
-
-
-class TinyNet(nn.Module):
-    """A convolution, a batch norm and a classifier; `at` tells what to do in the training step of a number."""
-
-    def __init__(self, at: dict[int, Callable[["TinyNet"], object]] | None = None) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 4, 3, padding=1, bias=False)
-        self.norm = nn.BatchNorm2d(4)
-        self.classifier = nn.Linear(4, 10)
-        self.unused = nn.Parameter(torch.zeros(1))
-        self.scale = 1.0
-        self.step = 0
-        self.at = at or {}
-        generator = torch.Generator().manual_seed(0)
-        for parameter in (self.conv.weight, self.classifier.weight):
-            nn.init.normal_(parameter, generator=generator)
-        nn.init.zeros_(self.classifier.bias)
-
-    def forward(self, images: Tensor) -> Tensor:
-        if self.training:
-            self.step += 1
-            if self.step in self.at:
-                self.at[self.step](self)
-        rectified = F.relu(self.norm(self.conv(images)))
-        logits: Tensor = self.classifier(rectified.mean(dim=(2, 3)))
-        return logits * self.scale
 
 
 @pytest.fixture(autouse=True)
@@ -95,38 +36,14 @@ def torch_settings() -> Iterator[None]:
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def train(net: nn.Module, run_dir: Path, config: Config | None = None) -> loop.Outcome:
-    return loop.train(net, tiny_data(), config or tiny_config(), device=CPU, run_dir=run_dir)
-
-
 def evaluate(net: nn.Module, split: Split, config: Config) -> tuple[float, float]:
     optimiser = steps.make_optimiser(net, config.dataset)
     step = steps.TrainingStep(net.train(), optimiser, lambda draws: (draws, draws), gpu=config.gpu, device=CPU)
     return Evaluation(step, split, config.dataset)()
 
 
-def last_checkpoint(run_dir: Path) -> dict[str, Any]:
-    file = max(run_dir.glob("checkpoint-*.pt"), key=lambda file: int(file.name.split("-")[1]))
-    content: dict[str, Any] = torch.load(file, weights_only=True)
-    return content
-
-
 def checkpointed_iterations(run_dir: Path) -> list[int]:
     return sorted(int(file.name.split("-")[1]) for file in run_dir.glob("checkpoint-*.pt"))
-
-
-def assert_same_end(run_dir: Path, reference: Path) -> None:
-    """Weights, statistics and momentum alike to the bit, and metrics.csv to the byte."""
-    assert (run_dir / "metrics.csv").read_bytes() == (reference / "metrics.csv").read_bytes()
-    ours, theirs = last_checkpoint(run_dir), last_checkpoint(reference)
-    assert ours["progress"].pop("seconds") > 0
-    assert theirs["progress"].pop("seconds") > 0
-    assert ours["progress"] == theirs["progress"]
-    assert ours["model"].keys() == theirs["model"].keys()
-    assert all(torch.equal(value, theirs["model"][key]) for key, value in ours["model"].items())
-    assert ours["optimiser"]["state"].keys() == theirs["optimiser"]["state"].keys()
-    for key, values in ours["optimiser"]["state"].items():
-        assert torch.equal(values["momentum_buffer"], theirs["optimiser"]["state"][key]["momentum_buffer"])
 
 
 def rows(run_dir: Path) -> list[dict[str, float]]:
