@@ -210,7 +210,9 @@ def recovered(u: Unit, code: Code | None) -> tuple[Tensor, Tensor]:
     """x_hat~ and relu_mask by the formulas, of whole matrices, with neither row blocks nor packing."""
     x_hat = (u.x - u.norm.mean) * u.norm.rstd
     y = u.norm.gamma * x_hat + u.norm.beta
-    return (x_hat, y > 0) if code is None else code.decode(code.encode(x_hat, y, u.norm.grid), u.norm.grid)
+    if code is not None:
+        x_hat, y = code.decode(code.encode(x_hat, y, u.norm.grid), u.norm.grid)
+    return x_hat, y > 0
 
 
 def assert_stats_are_accurate(kernels: Kernels, x: Tensor) -> None:

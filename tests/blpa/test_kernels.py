@@ -28,43 +28,6 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-<<<<<<< HEAD
-class Unit(NamedTuple):
-    """What the kernels of one unit are given."""
-
-    x: Tensor
-    grad: Tensor
-    vectors: Tensor
-    kept: Tensor
-
-    @property
-    def norm(self) -> Norm:
-        return Norm(*self.vectors)
-
-
-def unit(shape: tuple[int, int], code: Code | None, dtype: torch.dtype = torch.float64) -> Unit:
-    """Random numbers; where there are channels enough, one has gamma = 0 and one gamma < 0."""
-    generator = torch.Generator().manual_seed(shape[0])
-    x, grad = (3 * torch.randn(2, *shape, generator=generator, dtype=torch.float64) + 1).to(dtype)
-    gamma, beta, spread = torch.randn(3, shape[1], generator=generator, dtype=torch.float64).to(compute_dtype(dtype))
-    gamma[1:2], gamma[2:3] = 0, -gamma[2:3].abs()
-    mean, var = x.mean(0).to(gamma.dtype), 10 * (spread / 2).exp()
-    vectors = torch.stack(Norm.of(mean, var, gamma, beta, eps=EPS, code=code))
-    codes = REFERENCE.normalise_rectify_encode(x, vectors, code=code, out=torch.empty_like(x))
-    return Unit(x, grad, vectors, x if codes is None else codes)
-
-
-def recovered(u: Unit, code: Code | None) -> tuple[Tensor, Tensor]:
-    """x_hat~ and relu_mask by the formulas, of whole matrices, with neither row blocks nor packing."""
-    x_hat = (u.x - u.norm.mean) * u.norm.rstd
-    y = u.norm.gamma * x_hat + u.norm.beta
-    if code is not None:
-        x_hat, y = code.decode(code.encode(x_hat, y, u.norm.grid), u.norm.grid)
-    return x_hat, y > 0
-
-
-=======
->>>>>>> tests
 def assert_same(actual: Tensor, expected: Tensor) -> None:
     """Equal to 1e-12 of values of size 10: float64 rounds to 1e-15 of them, over sums of at most 130."""
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
