@@ -105,5 +105,5 @@ def test_steps_are_captured_on_every_gpu_unless_told_otherwise(
 
 
 def test_a_graph_on_a_cpu_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"gpu\.cuda_graph=true: the run is on the cpu; only a CUDA device records"):
+    with pytest.raises(ValueError, match=r"gpu\.cuda_graph=true: the run is on the cpu; only a CUDA device captures"):
         steps.uses_cuda_graph(GpuConfig(cuda_graph=True), CPU)
