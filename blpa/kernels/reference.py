@@ -151,6 +151,10 @@ class RowBlockKernels:
         self.name = name
         self._fuse = fuse
 
+    def __repr__(self) -> str:
+        """The same in every process, as the representation of layers that hold this is."""
+        return f"<kernels {self.name}>"
+
     def _blocks(self, x: Tensor, code: Code | None) -> list[Tensor]:
         """What a body is given of [M, C]: its row blocks, or where calls cost more than memory, all of them in one."""
         is_small = self._fuse is None and x.numel() <= SMALL_ELEMENTS

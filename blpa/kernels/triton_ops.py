@@ -477,6 +477,10 @@ class TritonKernels:
 
     name = "triton"
 
+    def __repr__(self) -> str:
+        """The same in every process, as the representation of layers that hold this is."""
+        return f"<kernels {self.name}>"
+
     def channel_stats(
         self,
         x: Tensor,
