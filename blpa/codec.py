@@ -92,7 +92,8 @@ class Code:
         Returns:
             The grid of this code, [C] each.
         """
-        bin_width = torch.full_like(gamma, self.bin_width).copysign_(gamma + 0.0)  # which makes of -0 a 0
+        gamma = gamma + 0.0  # -0 becomes 0
+        bin_width = torch.full_like(gamma, self.bin_width).copysign_(gamma)
         # An edge out of every range is put on a whole number, so that it shifts nothing.
         edge = (beta / (gamma * bin_width)).nan_to_num_(nan=0.0, posinf=2.0**30, neginf=-(2.0**30))
         nearest = edge.round()
@@ -114,7 +115,7 @@ class Code:
         lowest = where_positive(y, grid.zero)
         highest = where_positive(y, self.levels - grid.zero).add_(grid.zero - 1)
         code = (x_hat * grid.bins_per_unit).add_(grid.frac).floor_().add_(self.levels // 2)
-        return code.clamp_(lowest, highest)
+        return code.clamp_(lowest, highest).nan_to_num_(nan=0.0)  # a NaN would spoil the codes of its byte
 
     def decode(self, code: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """Middle of the bin of each code, and a number that is positive where it stands for a positive y.

@@ -122,18 +122,26 @@ def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     For many operations PyTorch finds out the shapes in Python, which takes a hundred times as long as an empty tensor,
     and a deep network repeats few operations. What returns a view or one of its arguments runs as it is.
     """
-    if any(value.alias_info for value in func._schema.returns):
+    returns = func._schema.returns
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    makes_tensors = returns and all(str(value.type) == "Tensor" and not value.alias_info for value in returns)
+    if not makes_tensors or not all(tensor.is_meta for tensor in given):  # data on another device can decide shapes
         return func(*args, **kwargs)
-    key = func, _key(args), _key(tuple(kwargs.items()))
+    key = func, torch.get_default_dtype(), _key(args), _key(tuple(kwargs.items()))
     found = _RESULTS.get(key)
     if found is None:
         result = func(*args, **kwargs)
         made = list(result) if isinstance(result, tuple | list) else [result]
-        if all(tensor is None or (type(tensor) is Tensor and tensor.is_meta) for tensor in made):
+        storages = {tensor.untyped_storage()._cdata for tensor in given}
+        if all(
+            tensor is None
+            or (type(tensor) is Tensor and tensor.is_meta and tensor.untyped_storage()._cdata not in storages)
+            for tensor in made
+        ):
             _RESULTS[key] = [one if one is None else (one.shape, one.stride(), one.dtype) for one in made]
         return result
     tensors = [one and torch.empty_strided(one[0], one[1], dtype=one[2], device="meta") for one in found]
-    return tensors[0] if len(func._schema.returns) == 1 else tuple(tensors)
+    return tensors[0] if len(returns) == 1 else tuple(tensors)
 
 
 def _key(value: Any) -> Hashable:

@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from runners.config import MODE_LABELS, Config, GpuConfig, option, options
+from runners.config import MODE_LABELS, Config, GpuConfig, is_own_option, option, options
 
 IGNORED = {
     "dataset.root", "dataset.download", "dataset.label", "task.checkpoint_every", "task.keep_every",
@@ -116,15 +116,16 @@ def overrides(config: Config) -> list[str]:
         name, names = getattr(config, group).name, options(group, own)
         base = name if name in names else names[0]  # a mode that has no file is named by mode.name
         given.append(f"{group}={base}")
-        given += [f"{key}={_text(value)}" for key, value in _changed(config, group, base, config.experiment)]
-    given += [f"{key}={_text(getattr(config, key))}" for key in ("depth", "width", "seed")]
-    return given if config.run == run_name(config) else [*given, f"run={_text(config.run)}"]
+        given += [f"{key}={hydra_text(value)}" for key, value in _changed(config, group, base, config.experiment)]
+    given += [f"{key}={hydra_text(getattr(config, key))}" for key in ("depth", "width", "seed")]
+    return given if config.run == run_name(config) else [*given, f"run={hydra_text(config.run)}"]
 
 
 def _changed(config: Config, group: str, name: str, experiment: str = "single") -> Iterator[tuple[str, Any]]:
     """List the values of a group that differ from the option's file, or from the schema where there is no file."""
     values = getattr(config, group)
-    of_option = option(group, name, config.config_dir)
+    # An option of the user's own may change: it is spelled out.
+    of_option = {} if is_own_option(group, name, config.config_dir) else option(group, name)
     of_experiment = option("experiment", experiment, config.config_dir).get(group, {})
     names = {value.name for value in fields(values)}  # an experiment's values may be for another task
     of_experiment = {name: value for name, value in of_experiment.items() if name in names}
@@ -135,7 +136,7 @@ def _changed(config: Config, group: str, name: str, experiment: str = "single") 
             yield key, given
 
 
-def _text(value: object) -> str:
+def hydra_text(value: object) -> str:
     """Write a value in Hydra's grammar."""
     if value is None:
         return "null"

@@ -41,6 +41,7 @@ import sys
 from omegaconf import OmegaConf
 
 from runners import compose, help, sweep
+from runners.cells import hydra_text
 from runners.errors import UserError
 from runners.run import report_error, run_cell
 
@@ -72,10 +73,10 @@ def _answer(arguments: list[str]) -> int:
     try:
         given = _parse(arguments)
         overrides = [*given.overrides]
-        if any(text.startswith("config_dir=") for text in overrides):
+        if any(text.lstrip("+~").startswith("config_dir=") for text in overrides):
             raise UserError("config_dir= is not allowed: give the folder by --config-dir")
         if given.config_dir is not None:
-            overrides.append(f"config_dir='{os.path.abspath(given.config_dir)}'")
+            overrides.append(f"config_dir={hydra_text(os.path.abspath(given.config_dir))}")
         with compose.session(given.config_dir) as hydra:
             if given.help:
                 print(help.text(__doc__ or "", compose.composed(overrides[len(given.overrides) :])))

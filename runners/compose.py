@@ -24,6 +24,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from runners import CONF
 from runners.cells import folder_name, run_name, task_module, task_settings
@@ -61,7 +62,6 @@ def session(config_dir: str | None = None) -> Iterator[Hydra]:
         if not folder.is_dir():
             raise UserError(f"--config-dir={config_dir}: there is no such folder")
         path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="main"))
-        sys.path.append(str(folder))
     try:
         yield Hydra.create_main_hydra2("blpa-run", path)
     finally:
@@ -104,7 +104,7 @@ def composed(overrides: Iterable[str] = (), *, return_hydra_config: bool = False
     """Compose one run; an error of Hydra or OmegaConf becomes a UserError of one line."""
     try:
         return compose("config", list(overrides), return_hydra_config=return_hydra_config)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
         raise UserError(_reason(error)) from error
 
 
@@ -129,6 +129,8 @@ def _check(run: DictConfig) -> None:
 
 
 def _typed(run: DictConfig) -> Config:
+    if run.config_dir and run.config_dir not in sys.path:  # readers of data sets lie there
+        sys.path.append(run.config_dir)
     config = cast(Config, OmegaConf.to_object(run))
     try:
         config.task = task_settings(run.task.name, run.task)
@@ -161,7 +163,7 @@ def _split(overrides: list[str], *, multirun: bool) -> Iterator[list[str]]:
 
 def is_launchers(key: str) -> bool:
     """Return whether a key chooses one of Hydra's launchers or sets a value of it."""
-    return key.startswith(("hydra/launcher", "hydra.launcher."))
+    return key.lstrip("+~").startswith(("hydra/launcher", "hydra.launcher."))
 
 
 def _parse(overrides: list[str]) -> list[Override]:
@@ -179,7 +181,8 @@ def _parse(overrides: list[str]) -> list[Override]:
         if key in groups and not override.is_sweep_override() and not isinstance(override.value(), str | list):
             name, names = override.get_value_element_as_str(), loader.get_group_options(key)
             raise UserError(f"{key}={name} is not allowed{hint(name, names)}; choose one of {', '.join(names)}")
-        if key.startswith("hydra.") and not key.startswith(HYDRA_KEYS):
+        plain = key.lstrip("+~")
+        if plain.startswith("hydra.") and not plain.startswith(HYDRA_KEYS):
             raise UserError(f"{text} is not allowed: of Hydra's own keys blpa-run heeds {', '.join(HYDRA_KEYS)}")
         parsed.append(override)
     return parsed
@@ -221,14 +224,17 @@ def _reason(error: BaseException) -> str:
         return f"{lines[0]}: add -m"
     if key.startswith("dataset.schedule["):
         lines[0] += "; every number in it has a point: [[0.5,0.1],[1.0,0.01]]"
+    if lines[0].endswith(":"):
+        return " ".join(line.strip() for line in lines)
     return f"{key}: {lines[0]}" if key else lines[0]
 
 
 def _allowed(key: str, parent: DictConfig) -> str:
     """List the keys allowed in place of an unknown one, with a suggestion."""
-    names = sorted(str(name) for name in parent if name != "hydra")
+    names = {str(name) for name in parent} - {"hydra", "config_dir"}
+    names |= set() if "." in key else {"network"}
     group, _, name = key.rpartition(".")
-    return f"{hint(name, names)}; allowed{f' in {group}' if group else ''}: {', '.join(names)}"
+    return f"{hint(name, names)}; allowed{f' in {group}' if group else ''}: {', '.join(sorted(names))}"
 
 
 def hint(wrong: str, right: Iterable[str]) -> str:

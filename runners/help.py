@@ -64,6 +64,8 @@ def _shown(value: object) -> str:
     """Write a value as on the command line."""
     if value is None:
         return "null"
+    if isinstance(value, str):
+        return value
     return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")
 
 

@@ -19,6 +19,7 @@ from hydra._internal.callbacks import Callbacks  # HydraContext needs one, and o
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.errors import HydraException
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
@@ -63,11 +64,11 @@ def run_all(cells: list[Cell]) -> int:
                 sweep.codes = codes[:]
             else:
                 returned = launcher.launch([cell.overrides for cell in some], initial_job_idx=len(codes))
-                codes += [job.return_value for job in returned]
+                codes += map(_exit_code, returned)
     except KeyboardInterrupt as error:
         return report_error(str(error) or "interrupted", 143 if str(error) else 130)
     except SystemExit as end:  # the cell under way stopped at a signal
-        return int(str(end.code))
+        return end.code if isinstance(end.code, int) else 1
     except (HydraException, RuntimeError, ValueError) as error:  # there is no Slurm, or a job was killed
         return report_error(error, 1)
     finally:
@@ -120,6 +121,13 @@ class _Sweep:
         return f"[{done + 1}/{self.waiting}] {name} ({', '.join(counts)})"
 
 
+def _exit_code(job: JobReturn) -> int:
+    """Return a cell's exit code; an exception that left it is printed, and a failure."""
+    if job.status == JobStatus.COMPLETED:
+        return int(job.return_value)
+    return report_error(f"{type(job._return_value).__name__}: {job._return_value}", 1)
+
+
 def _launcher(hydra: DictConfig, sweep: _Sweep) -> Launcher:
     HydraConfig.instance().set_config(hydra)
     context = HydraContext(GlobalHydra.instance().config_loader(), Callbacks())
@@ -141,7 +149,7 @@ def _summarise(cells: list[Cell], waiting: list[Cell], codes: list[int], seconds
         parts[-1] += f", {left} left when budget_minutes={cells[0].config.budget_minutes} were over"
     print(f"{len(cells)} cells: {', '.join(parts)}; {minutes(seconds)}", file=sys.stderr)
     for cell, code in failed:
-        report_error(f"failed: {' '.join(cell.overrides)}", code)
+        report_error(f"failed: {cell.config.run}", code)
     return failed[-1][1] if failed else OutOfTime.exit_code if left else 0
 
 

@@ -98,11 +98,14 @@ def load(config: DatasetConfig, device: torch.device) -> ImageData:
     """
     try:
         reader = importlib.import_module(config.reader)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError, SyntaxError) as error:
         raise UserError(f"dataset.reader={config.reader}: cannot be imported ({error})") from error
+    if not hasattr(reader, "read"):
+        raise UserError(f"dataset.reader={config.reader}: the module has no read(config)")
     train, test = reader.read(config)
     for images, labels in (train, test):
-        found = {"image_channels": images.shape[1], "image_size": images.shape[2], "classes": int(labels.max()) + 1}
+        _, channels, *size = images.shape
+        found = {"image_channels": channels, "image_size": max(size), "classes": int(labels.max()) + 1}
         for key, value in found.items():
             if getattr(config, key) != value:
                 raise UserError(f"dataset.{key}={getattr(config, key)}: {config.name} has {value}")

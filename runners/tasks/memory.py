@@ -19,6 +19,7 @@ from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
 from runners import provenance, records
 from runners.cells import batch_name
 from runners.config import Config
+from runners.errors import UserError
 from runners.files import write_csv
 from runners.records import Record
 from runners.reporting import figures
@@ -42,6 +43,12 @@ class Settings:
 
 COUNTS = True
 """It counts, and needs no GPU."""
+
+
+def check(config: Config) -> None:
+    """Refuse another mode under the baseline's name."""
+    if config.mode.name == "exact" and config.mode.layers != "stock":
+        raise UserError("mode=exact is the baseline here, with stock layers: give your mode another name")
 
 
 def folder(config: Config) -> str:

@@ -89,7 +89,7 @@ def run(config: Config) -> list[Record]:
     chosen = kernels.choose(config.gpu.kernels, device)
     steps.configure_torch(network.used(config.gpu, device))
     card = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    requested = [config, *(replace(config, mode=mode(name)) for name in config.task.modes)]
+    requested = [config, *(replace(config, mode=mode(name, config.config_dir)) for name in config.task.modes)]
     if config.task.largest_batch:
         requested = [network.on_card(cell, card) for cell in requested]
     timed: list[_Timed] = []

@@ -28,11 +28,15 @@ KEPT = 2
 """Checkpoints that stay on disk: the newest, and one to fall back on."""
 
 
+NOT_OF_THE_RECIPE = ("root", "download", "label", "reader")
+"""Settings of a data set that change no number."""
+
+
 def deciding_fields(config: Config) -> dict[str, Any]:
     """Return the settings that decide a run's result, by name on the command line."""
     dataset, mode, gpu = asdict(config.dataset), asdict(config.mode), asdict(config.gpu)
     return {
-        **{f"dataset.{key}": value for key, value in dataset.items() if key not in ("root", "download", "label")},
+        **{f"dataset.{key}": value for key, value in dataset.items() if key not in NOT_OF_THE_RECIPE},
         **{f"mode.{key}": value for key, value in mode.items() if key not in MODE_LABELS},
         **{f"gpu.{key}": gpu[key] for key in ("device", "precision", "kernels", "deterministic")},
         "task.evaluate_every": config.task.evaluate_every,
