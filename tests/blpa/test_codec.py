@@ -187,3 +187,21 @@ def test_bits_without_a_code_are_refused(bits: int) -> None:
 def test_clip_that_is_no_width_is_refused(clip: float) -> None:
     with pytest.raises(ValueError, match=rf"clip = {clip}: must be a positive number"):
         Code(4, clip)
+
+
+@pytest.mark.parametrize("bits", ALLOWED_BITS)
+def test_a_gamma_of_minus_zero_is_one_of_zero(bits: int) -> None:
+    code, beta = Code(bits), torch.tensor([1.0, -1.0, 0.0])
+    for minus, plus in zip(code.grid(torch.full((3,), -0.0), beta), code.grid(torch.zeros(3), beta), strict=True):
+        assert torch.equal(minus, plus)
+
+
+@pytest.mark.parametrize("bits", ALLOWED_BITS)
+def test_a_nan_leaves_the_other_codes_of_its_byte_alone(bits: int) -> None:
+    code, x_hat = Code(bits), torch.randn(8, 3)
+    gamma, beta = torch.ones(3), torch.zeros(3)
+    expected = quantise(code, x_hat, gamma, beta)
+    x_hat[2, 1] = torch.nan
+    for found, whole in zip(quantise(code, x_hat, gamma, beta), expected, strict=True):
+        found[2, 1] = whole[2, 1]
+        assert torch.equal(found, whole)

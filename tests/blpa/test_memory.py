@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from blpa.codec import Code
 from blpa.kernels import Kernels
@@ -296,3 +298,35 @@ def test_largest_batch_fits_and_the_next_does_not(total_bytes: Callable[[int], i
 
 def test_no_batch_fits_a_budget_below_the_first_sample() -> None:
     assert largest_batch(lambda batch: 100 + 10 * batch, 109) == 0
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: torch.unsafe_chunk(x, 4, 1),
+        lambda x: torch._foreach_add([x, x], 1.0),
+        lambda x: torch._foreach_mul_([x.clone()], 2.0),
+        lambda x: x @ torch.ones(32, 8, device="meta"),
+        lambda x: F.batch_norm(x[0], torch.zeros(32, device="meta"), torch.ones(32, device="meta"), training=True),
+    ],
+    ids=["several views", "a list", "nothing", "a product by a view", "averages written to"],
+)
+def test_an_operation_counts_the_same_the_second_time(operation: Callable[[Tensor], Any]) -> None:
+    """Its results are made from those of the first, where they are nothing but new tensors."""
+    x = torch.ones(4, 16, 32, device="meta")
+    peaks, shapes = [], []
+    for _ in range(3):
+        with LiveBytes() as counter:
+            result = operation(x)
+        peaks.append(counter.peak_bytes)
+        shapes.append([tuple(leaf.shape) for leaf in tree_leaves(result) if isinstance(leaf, Tensor)])
+        del result
+    assert peaks[0] == peaks[1] == peaks[2] > 0
+    assert shapes[0] == shapes[1] == shapes[2]
+
+
+def test_what_is_made_has_the_default_dtype_of_now() -> None:
+    for dtype in (torch.float64, torch.float32):
+        with LiveBytes():
+            torch.set_default_dtype(dtype)
+            assert torch.ones(4, device=META).dtype == dtype
