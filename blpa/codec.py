@@ -155,6 +155,7 @@ class Code:
 
     def unpack(self, packed: Tensor, first_block: int, rows: int, dtype: torch.dtype) -> Tensor:
         """Codes [rows, C] of one row block or several, in the given dtype, from the packed bytes."""
+        packed = packed.to(torch.int32)  # which processors can shift, as they cannot bytes
         blocks: list[Tensor] = []
         for start in range(0, rows, packed.shape[0]):
             block = packed if rows - start >= packed.shape[0] else packed[: rows - start]
