@@ -59,7 +59,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         ("dataset.itertions=5", "unknown key 'dataset.itertions', did you mean iterations?; allowed in dataset: "),
         ("iterations=5", "unknown key 'iterations'; allowed: budget_minutes, "),
         ("mode.Bits=4", "unknown key 'mode.Bits', did you mean bits?; allowed in mode: activation_memory_budget, "),
-        ("nothing.like.it=1", "unknown key 'nothing'; allowed: budget_minutes, config_dir, dataset, depth, "),
+        ("nothing.like.it=1", "unknown key 'nothing'; allowed: budget_minutes, dataset, depth, "),
         ("+depht=20", "unknown key 'depht', did you mean depth?; allowed: "),
         ("~depth", "unknown key 'depth'"),
         ("dataset@mode=digits", "Could not override 'dataset@mode'."),
@@ -254,7 +254,7 @@ def test_help_shows_every_option_and_every_value_with_its_meaning(capsys: pytest
         }  # fmt: skip
     for task in options("task"):
         assert {f"task.{field.name}" for field in fields(task_module(task).Settings)} - shown <= {"task.name"}
-    assert "Training steps in all." in text
+    assert "Number of training steps." in text
 
 
 # What comes of a run

@@ -19,6 +19,7 @@ OF_TASK = {
     "gradient-error": ["mode=4bit", "task.steps=1"],
     "kernels": ["mode=4bit", "task.steps=1", "task.elements=4096"],
     "max-batch": ["mode=exact", "task.resolution=0.5"],
+    "memory": ["mode=4bit"],
     "runtime": ["mode=exact", "task.steps=1", "task.modes=[]"],
 }
 """What makes a task short."""
