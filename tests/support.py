@@ -80,6 +80,7 @@ def tiny_config(**recipe: Any) -> Config:
     """Twelve iterations of five an epoch, evaluated every 3 and saved every 4."""
     values: dict[str, Any] = {
         "name": "digits",
+        "reader": "runners.data.digits",
         "classes": 10,
         "image_size": 8,
         "image_channels": 1,
