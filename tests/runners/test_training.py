@@ -323,24 +323,23 @@ def digits_config() -> Config:
 
 def run_until(moment: str, run_dir: Path) -> None:
     """Train on the digits, and die at a moment: "step 3", "writing <file>" (half of it) or "written <file>"."""
-    learning_rate, move = loop.learning_rate, Path.replace
+    learning_rate, move = loop.learning_rate, os.replace
 
     def rate(recipe: DatasetConfig, iteration: int) -> float:
         if moment == f"step {iteration}":
             die()
         return learning_rate(recipe, iteration)
 
-    def move_or_die(part: Path, file: Path) -> Path:
-        name = file.name.rpartition("-")[0] or f"{file.name} of {part.read_text().count(chr(10)) - 1}"
+    def move_or_die(part: str, file: Path) -> None:
+        name = file.name.rpartition("-")[0] or f"{file.name} of {Path(part).read_text().count(chr(10)) - 1}"
         if moment == f"writing {name}":
-            os.truncate(part, part.stat().st_size // 2)
+            os.truncate(part, os.stat(part).st_size // 2)
             die()
         move(part, file)
         if moment == f"written {name}":
             die()
-        return file
 
-    loop.learning_rate, Path.replace = rate, move_or_die  # type: ignore[assignment, method-assign]
+    loop.learning_rate, os.replace = rate, move_or_die  # type: ignore[assignment]
     config = digits_config()
     loop.train(TinyNet(), load(config.dataset, CPU), config, device=CPU, run_dir=run_dir)
 
