@@ -21,8 +21,8 @@ GPU_TESTS := tests/runners/test_gpu.py tests/blpa/test_triton_ops.py
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard .venv/bin/python) $(PYTHON)),$(PYTHON))
 GPU_RUN = $(GPU_PYTHON) -m runners
 
-# make train-table BUDGET_MINUTES=9 stops in time and goes on when it is given again. CELLS='dataset=digits depth=29'
-# names other runs than the experiment's.
+# make train-table BUDGET_MINUTES=9 stops within 9 minutes; the same command resumes. CELLS='dataset=digits depth=29'
+# overrides values of the experiment.
 EXPERIMENT ?= table1
 BUDGET_MINUTES ?= null
 CELLS ?=

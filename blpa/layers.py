@@ -301,17 +301,20 @@ class StockConv2d(nn.Conv2d):
 
 def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
     """Whether calling the module is calling the layer's own forward and nothing else."""
-    own_hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    has_own_forward = type(module).forward is not layer.forward or "forward" in vars(module)
-    return not (has_own_forward or any(own_hooks) or _has_any_global_hook())
+    return type(module).forward is layer.forward and not (_is_changed(module) or _has_any_global_hook())
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Whether an instance has hooks or a forward of its own."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or "forward" in vars(module)
 
 
 def _check_is_stock(module: nn.Module, layer: type[nn.Module]) -> None:
     """Raise ValueError unless a module is a stock layer that does nothing but its own forward pass."""
     if type(module) is not layer:
         raise ValueError(f"layer is a {type(module).__name__}: must be a {layer.__name__}, and no subclass of it")
-    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-    if any(hooks) or "forward" in vars(module):
+    if _is_changed(module):
         raise ValueError(f"{layer.__name__} has hooks or a forward of its own: remove them first")
 
 

@@ -66,6 +66,8 @@ class LiveBytes(TorchDispatchMode):
         self.kinds_at_peak: dict[str, int] = {}
         self.timeline: list[int] = []
         self._counted: dict[int, str] = {}
+        # Shapes, strides and dtypes of the tensors that an operation on the meta device made.
+        self._results: dict[Hashable, list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]] = {}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -88,12 +90,39 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count the storages it made."""
-        result = _run(func, args, kwargs or {})
+        result = self._run(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf.untyped_storage())
         self.timeline.append(self.live_bytes)
         return result
+
+    def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an operation, or on the meta device make what the same operation made before.
+
+        For many operations PyTorch finds out the shapes in Python, which takes a hundred times as long as an empty
+        tensor, and a deep network repeats few operations. What returns a view or an argument runs as it is.
+        """
+        returns = func._schema.returns
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        makes_tensors = returns and all(str(value.type) == "Tensor" and not value.alias_info for value in returns)
+        if not makes_tensors or not all(tensor.is_meta for tensor in given):  # data on another device can decide shapes
+            return func(*args, **kwargs)
+        key = func, torch.get_default_dtype(), _key(args), _key(tuple(kwargs.items()))
+        found = self._results.get(key)
+        if found is None:
+            result = func(*args, **kwargs)
+            made = list(result) if isinstance(result, tuple | list) else [result]
+            storages = {tensor.untyped_storage()._cdata for tensor in given}
+            if all(
+                tensor is None
+                or (type(tensor) is Tensor and tensor.is_meta and tensor.untyped_storage()._cdata not in storages)
+                for tensor in made
+            ):
+                self._results[key] = [one if one is None else (one.shape, one.stride(), one.dtype) for one in made]
+            return result
+        tensors = [one and torch.empty_strided(one[0], one[1], dtype=one[2], device="meta") for one in found]
+        return tensors[0] if len(returns) == 1 else tuple(tensors)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()
@@ -110,38 +139,6 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, nbytes: int) -> None:
         self.kinds[self._counted.pop(key)] -= nbytes
         self.live_bytes -= nbytes
-
-
-_RESULTS: dict[Hashable, list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]] = {}
-"""Of operations on the meta device: shapes, strides and dtypes of the tensors that they made."""
-
-
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run an operation, or on the meta device make what the same operation made before.
-
-    For many operations PyTorch finds out the shapes in Python, which takes a hundred times as long as an empty tensor,
-    and a deep network repeats few operations. What returns a view or one of its arguments runs as it is.
-    """
-    returns = func._schema.returns
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    makes_tensors = returns and all(str(value.type) == "Tensor" and not value.alias_info for value in returns)
-    if not makes_tensors or not all(tensor.is_meta for tensor in given):  # data on another device can decide shapes
-        return func(*args, **kwargs)
-    key = func, torch.get_default_dtype(), _key(args), _key(tuple(kwargs.items()))
-    found = _RESULTS.get(key)
-    if found is None:
-        result = func(*args, **kwargs)
-        made = list(result) if isinstance(result, tuple | list) else [result]
-        storages = {tensor.untyped_storage()._cdata for tensor in given}
-        if all(
-            tensor is None
-            or (type(tensor) is Tensor and tensor.is_meta and tensor.untyped_storage()._cdata not in storages)
-            for tensor in made
-        ):
-            _RESULTS[key] = [one if one is None else (one.shape, one.stride(), one.dtype) for one in made]
-        return result
-    tensors = [one and torch.empty_strided(one[0], one[1], dtype=one[2], device="meta") for one in found]
-    return tensors[0] if len(returns) == 1 else tuple(tensors)
 
 
 def _key(value: Any) -> Hashable:

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -119,6 +120,11 @@ def overrides(config: Config) -> list[str]:
         given += [f"{key}={hydra_text(value)}" for key, value in _changed(config, group, base, config.experiment)]
     given += [f"{key}={hydra_text(getattr(config, key))}" for key in ("depth", "width", "seed")]
     return given if config.run == run_name(config) else [*given, f"run={hydra_text(config.run)}"]
+
+
+def command(config: Config) -> str:
+    """Return `overrides` as one line for a shell, as a record holds it."""
+    return shlex.join(overrides(config))
 
 
 def _changed(config: Config, group: str, name: str, experiment: str = "single") -> Iterator[tuple[str, Any]]:

@@ -28,10 +28,10 @@ from yaml import YAMLError
 
 from runners import CONF
 from runners.cells import folder_name, run_name, task_module, task_settings
-from runners.config import Config, check
+from runners.config import Config, check, one_of, options
 from runners.errors import UserError
 
-HYDRA_KEYS = ("hydra.launcher.", "hydra.sweep.", "hydra.job.env_set", "hydra.searchpath")
+HYDRA_KEYS = ("hydra.launcher.", "hydra.sweep.")
 """Prefixes of Hydra's own keys that have an effect here, besides the group hydra/launcher."""
 
 ConfigStore.instance().store(name="schema", node=Config)
@@ -116,10 +116,10 @@ def checked(run: DictConfig) -> Config:
 
 def _check(run: DictConfig) -> None:
     """Name a run, and check all but the settings of its task, which import torch."""
-    extra = set(run) - {field.name for field in fields(Config)}
-    if extra:
-        allowed = OmegaConf.masked_copy(run, [str(key) for key in run if key not in extra])
-        raise UserError(f"unknown key {(key := min(map(str, extra)))!r}{_allowed(key, allowed)}")
+    names = {field.name for field in fields(Config)}
+    if extra := sorted(str(key) for key in run if key not in names):
+        raise UserError(f"unknown key {extra[0]!r}{_allowed(extra[0], names)}")
+    one_of("task.name", run.task.name, options("task"))
     try:
         if OmegaConf.is_missing(run, "run"):
             run.run = run_name(cast(Config, run))
@@ -215,7 +215,7 @@ def _reason(error: BaseException) -> str:
         more = "; joblib and submitit come with the extra blpa[launchers]" if group == "hydra/launcher" else ""
         return f"{group}={name} is not allowed{hint(name, options)}; choose one of {', '.join(options)}{more}"
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(error.parent_node, DictConfig):
-        return f"unknown key {key!r}{_allowed(key, error.parent_node)}"
+        return f"unknown key {key!r}{_allowed(key, map(str, error.parent_node))}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: write key=value, with quotes around special characters"
     if lines[0].startswith("Ambiguous value for argument"):
@@ -229,9 +229,9 @@ def _reason(error: BaseException) -> str:
     return f"{key}: {lines[0]}" if key else lines[0]
 
 
-def _allowed(key: str, parent: DictConfig) -> str:
+def _allowed(key: str, names: Iterable[str]) -> str:
     """List the keys allowed in place of an unknown one, with a suggestion."""
-    names = {str(name) for name in parent} - {"hydra", "config_dir"}
+    names = set(names) - {"hydra", "config_dir"}
     names |= set() if "." in key else {"network"}
     group, _, name = key.rpartition(".")
     return f"{hint(name, names)}; allowed{f' in {group}' if group else ''}: {', '.join(sorted(names))}"

@@ -212,7 +212,6 @@ def check(config: Config) -> None:
     if config.gpu.memory_gib is not None:
         above_zero("gpu.memory_gib", config.gpu.memory_gib)
     at_least("gpu.allowance_mib", config.gpu.allowance_mib, 0)
-    _check_task(config.task)
     _check_depth(config.depth)
     above_zero("width", config.width)
     _check_size(config)
@@ -280,11 +279,6 @@ def _check_schedule(schedule: list[list[float]]) -> None:
         previous = end
     if previous != 1:
         raise UserError(f"dataset.schedule={schedule} is not allowed: its last end is 1, the end of the training")
-
-
-def _check_task(task: Any) -> None:
-    """Refuse a name that is no task's; composed settings are not typed yet."""
-    one_of("task.name", task["name"] if isinstance(task, dict) else task.name, options("task"))
 
 
 def _check_depth(depth: int) -> None:

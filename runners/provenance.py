@@ -2,9 +2,8 @@
 
 import importlib.metadata
 import platform
-import shlex
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 
 from runners import records
-from runners.cells import folder_name, overrides, recipe_changes
+from runners.cells import command, folder_name, recipe_changes, task_module
 from runners.config import Config
 from runners.records import Record, Settings
 from runners.training import network
@@ -77,11 +76,6 @@ def source(config: Config, device: torch.device, backend: str) -> dict[str, Any]
     }
 
 
-def command(config: Config) -> str:
-    """Return the arguments of blpa-run that repeat the run, as a record holds them."""
-    return shlex.join(overrides(config))
-
-
 def all_settings(config: Config, of_task: Settings) -> dict[str, Any]:
     """Return the settings of a record: those of its task, and what differs from the YAML files of recipe and mode."""
     return {**of_task, **recipe_changes(config)}
@@ -113,16 +107,13 @@ def record(config: Config, source: dict[str, Any], *, settings: Settings | None 
     return Record(**(configured | source | measured))
 
 
-def record_failure(
-    config: Config, reason: str, seconds: float, *, settings_of: Callable[[Config], Settings] | None = None
-) -> None:
+def record_failure(config: Config, reason: str, seconds: float) -> None:
     """Write the record of a cell that failed.
 
     Args:
         config: the run.
         reason: one line.
         seconds: how long it ran.
-        settings_of: the task's function of that name, where it has one.
     """
     iterations = config.dataset.iterations if config.task.name == "train" else 0
     device = torch.device("cuda" if config.gpu.device != "cpu" and torch.cuda.is_available() else "cpu")
@@ -130,6 +121,7 @@ def record_failure(
     made_by = source(config, device, config.gpu.kernels)
     if device.type == "cuda":
         config = network.on_card(config, torch.cuda.get_device_properties(device).total_memory)
+    settings_of = getattr(task_module(config.task.name), "settings_of", None)
     failed = record(
         config, made_by, settings=settings_of(config) if settings_of else None, metric="failed", unit="s",
         value=seconds, low=seconds, high=seconds, n=1, iterations=iterations, failure=reason,

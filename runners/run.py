@@ -5,7 +5,6 @@ of its process.
 """
 
 import importlib
-import shlex
 import sys
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from runners import fresh, records
-from runners.cells import folder_name, overrides, task_module
+from runners.cells import command, folder_name, task_module
 from runners.config import Config
 from runners.errors import (
     Busy,
@@ -89,8 +88,8 @@ def is_finished(config: Config) -> bool:
     folder = folder_name(config)
     if folder is None or not config.resume:
         return False
-    run_dir, command = Path(config.results) / "runs" / folder, shlex.join(overrides(config))
-    found = [r for r in (*records.read_run(run_dir), *records.read_divergence(run_dir)) if r.command == command]
+    run_dir = Path(config.results) / "runs" / folder
+    found = [r for r in (*records.read_run(run_dir), *records.read_divergence(run_dir)) if r.command == command(config)]
     if not found:
         return False
     return any(record.cuda for record in found) or not is_on_cuda(config)
@@ -98,7 +97,8 @@ def is_finished(config: Config) -> bool:
 
 def is_on_cuda(config: Config) -> bool:
     """Return whether a cell computes on a GPU, without making a CUDA context."""
-    if folder_name(config) is None or hasattr(task_module(config.task.name), "COUNTS") or config.gpu.device == "cpu":
+    needs_no_gpu = hasattr(task_module(config.task.name), "NEEDS_NO_GPU") or folder_name(config) is None
+    if needs_no_gpu or config.gpu.device == "cpu":
         return False
     return bool(importlib.import_module("torch").cuda.is_available())
 
@@ -225,8 +225,7 @@ def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") 
 
 def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
-        settings_of = getattr(task_module(config.task.name), "settings_of", None)
-        importlib.import_module("runners.provenance").record_failure(config, reason, seconds, settings_of=settings_of)
+        importlib.import_module("runners.provenance").record_failure(config, reason, seconds)
     except (OSError, RuntimeError) as error:  # a full disk or a failing GPU, perhaps the cause of the failure
         report_error(f"the failure could not be recorded: {classify(error)[1]}", 1)
 

@@ -10,6 +10,6 @@ and, if needed,
     check(config)       raise a UserError for settings that are not allowed
     folder(config)      folder under results/runs that the task writes; a task without one makes no records of its own
     settings_of(config) settings that decide its numbers and have no column of a record
-    COUNTS = True       the task counts and needs no GPU
+    NEEDS_NO_GPU = True       the task counts and needs no GPU
     in_turns(config, stopping)   run, but yield to other runs after each step
 """

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from blpa import kernels, memory
 from blpa.memory import GIB, MIB, TrainingBytes
 from runners import fresh, provenance, records
-from runners.cells import card_name
+from runners.cells import card_name, command
 from runners.config import Config
 from runners.errors import Stopped, UserError, first_line, is_out_of_memory, may_be_out_of_memory
 from runners.records import Record
@@ -192,7 +192,7 @@ def earlier_prediction(config: Config, cell: Config) -> Record | None:
     print(
         f"{_network(cell)}: largest batch {newest.value:.0f} in {cell.gpu.memory_gib:g} GiB (predicted, {newest.date})"
     )
-    return replace(newest, experiment=cell.experiment, command=provenance.command(config))
+    return replace(newest, experiment=cell.experiment, command=command(config))
 
 
 def better(probes: dict[str, Probe], predicted: int, resolution: float) -> tuple[str, int, int]:

@@ -41,8 +41,7 @@ class Settings:
     name: str
 
 
-COUNTS = True
-"""It counts, and needs no GPU."""
+NEEDS_NO_GPU = True
 
 
 def check(config: Config) -> None:

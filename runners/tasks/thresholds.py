@@ -42,8 +42,7 @@ class Settings:
     """File of the weights to analyse, of any mode."""
 
 
-COUNTS = True
-"""It counts, and needs no GPU."""
+NEEDS_NO_GPU = True
 
 
 def check(config: Config) -> None:

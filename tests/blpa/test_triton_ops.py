@@ -23,7 +23,7 @@ from blpa.kernels.triton_ops import TRITON  # noqa: E402
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1), (3, 17), (64, 16), (67, 5)]  # the interpreter takes some 20 ms for a tile
-if DEVICE.type == "cuda":  # whole tiles too, and so many of them that all loops turn
+if DEVICE.type == "cuda":  # whole tiles too, enough of them that every loop runs more than once
     SHAPES += [(1, 5), (2, 3), (130, 1), (259, 5), (300_001, 16), (70_001, 130)]
 SMALL_TILES = {"TILE_ELEMENTS": 64, "SUM_TILE_ELEMENTS": 128, "TILE_CHANNELS": 4, "PROGRAMS": 2}
 SHAPES_OF_SMALL_TILES = [(1, 1), (3, 5), (67, 5)]
@@ -33,7 +33,7 @@ all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 in_small_tiles = pytest.mark.skipif(
     DEVICE.type == "cuda", reason="there large activations make the loops turn; every size of a tile costs compiling"
 )
-"""In tiles so small that all loops turn more than once; of one dtype, which decides what a tile loads and stores."""
+"""In tiles so small that every loop runs more than once; of one dtype, which decides what a tile loads and stores."""
 
 
 @pytest.fixture(autouse=True)

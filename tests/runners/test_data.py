@@ -17,23 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support import make
 
 from runners.config import DatasetConfig
 from runners.data import Split, cifar, crop, digits, draw_crops, load, normalise
 
 CPU = torch.device("cpu")
-DIGITS = DatasetConfig(
-    name="digits",
-    reader="runners.data.digits",
-    classes=10,
-    image_size=8,
-    image_channels=1,
-    iterations=7,
-    batch_size=4,
-    schedule=[[1.0, 0.1]],
-    crop_padding=1,
-    flip=True,
-)
+DIGITS = replace(make().dataset, iterations=7, batch_size=4, schedule=[[1.0, 0.1]], flip=True)
 
 
 def generator(seed: int = 0) -> torch.Generator:
