@@ -97,6 +97,13 @@ def _has_words(error: BaseException | None, words: tuple[str, ...]) -> bool:
     return False
 
 
+def root_cause(error: BaseException) -> BaseException:
+    """Return the exception that led to all others of its chain."""
+    while (earlier := error.__cause__ or error.__context__) is not None:
+        error = earlier
+    return error
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an exception's message."""
     return next(iter(str(error).strip().splitlines()), "")

@@ -151,7 +151,8 @@ def table(results: Iterator[dict[str, Any]]) -> list[list[str]]:
     for found in results:
         part = found["part"]
         if "correct" in found:
-            rows.append(["kernels", "right", "right" if found["correct"] else f"WRONG: {found['wrong'][0]}", ""])
+            outcome = "right" if found["correct"] else f"WRONG: {found['wrong'][0]}"
+            rows.append([f"kernels, {found['codec']}", "right", outcome, ""])
         elif "same_bits" in found:
             name = f"captured steps, {found['mode']}, {found['precision']}"
             rows.append([name, "the same bits", "the same bits" if found["same_bits"] else "OTHER BITS", ""])

@@ -30,15 +30,15 @@ def test_all_of_it_runs_in_small_on_the_cpu(tmp_path: Path) -> None:
     by_part: dict[str, list[dict[str, Any]]] = {}
     for found in told:
         by_part.setdefault(found["part"], []).append(found)
-    (of_kernels,) = (found for found in by_part["kernels"] if "correct" in found)
-    assert (of_kernels["correct"], of_kernels["cases"]) == (True, 2 * 2 * 4)
+    of_kernels = [(row["codec"], row["correct"], row["cases"]) for row in by_part["kernels"] if "codec" in row]
+    assert of_kernels == [(codec, True, 2 * 2) for codec in ("4 bits", "8 bits", "2 bits", "full precision")]
     assert {(found["mode"], found["precision"]) for found in by_part["captured"] if found.get("same_bits")} == {
         (mode, precision) for mode in ("4bit", "exact") for precision in ("tf32", "bf16")
     }
     assert [found["mode"] for found in by_part["steps-164-bf16"] if "ms" in found] == ["exact", "4bit", "8bit", "2bit"]
-    assert [found["fits"] for found in by_part["batch-exact-164"] if "fits" in found] == [True]
+    assert [found["fits"] for found in by_part["batch-exact-164"] if "fits" in found] == [True, True]
     assert [found["cells"] for found in by_part["together-164-bf16"] if "cells" in found] == [1, 2]
-    assert "| kernels " in done.stdout
+    assert "| kernels, 4 bits " in done.stdout
     assert "| tf32, depth 1001, 8bit " in done.stdout
     assert "not timed" not in (tmp_path / "out/compiled-164-tf32.log").read_text()
 
@@ -124,14 +124,14 @@ def test_what_is_wrong_in_a_back_end_is_found(
 def test_wrong_kernels_and_other_bits_are_shown() -> None:
     rows = gpu_check.table(
         iter([
-            {"part": "kernels", "correct": False, "wrong": ["codes at [3, 4], torch.float32, 4 bits"]},
+            {"part": "kernels", "codec": "4 bits", "correct": False, "wrong": ["codes at [3, 4], torch.float32"]},
             {"part": "captured", "mode": "4bit", "precision": "tf32", "same_bits": False},
             {"part": "steps", "ended": "ended after 40 s"},
             {"part": "late", "skipped": True},
         ])
     )  # fmt: skip
     assert [row[2] for row in rows[1:]] == [
-        "WRONG: codes at [3, 4], torch.float32, 4 bits", "OTHER BITS", "failed (ended after 40 s)", "no time left",
+        "WRONG: codes at [3, 4], torch.float32", "OTHER BITS", "failed (ended after 40 s)", "no time left",
     ]  # fmt: skip
 
 

@@ -277,11 +277,14 @@ def test_a_probe_runs_its_steps_under_the_limit(gpu: SimpleNamespace) -> None:
     ],
     ids=str,
 )
-def test_out_of_memory_in_whatever_words_is_an_answer(gpu: SimpleNamespace, error: Exception) -> None:
+def test_out_of_memory_in_whatever_words_is_an_answer(
+    gpu: SimpleNamespace, error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
     gpu.error = error
     assert max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL) is None
     assert gpu.steps == [5, 5]
+    assert capsys.readouterr().err == f"batch 5: {error}\n"
 
 
 UNCLEAR = [
