@@ -72,7 +72,7 @@ class ResidualSum:
         return self._x, statistics
 
 
-def _sum(x: Tensor | ResidualSum) -> Tensor:
+def _as_tensor(x: Tensor | ResidualSum) -> Tensor:
     return x.value() if isinstance(x, ResidualSum) else x
 
 
@@ -137,7 +137,7 @@ class BatchNormReLU(nn.BatchNorm2d):
 
     def forward(self, x: Tensor | ResidualSum, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """Compute a [N, C, H, W]; `overwrite_x` allows a to overwrite x, for an x that nothing else reads."""
-        return Activation(*ops.batch_norm_relu(_sum(x), self.weight, self.bias, self._batch_norm(overwrite_x)))
+        return Activation(*ops.batch_norm_relu(_as_tensor(x), self.weight, self.bias, self._batch_norm(overwrite_x)))
 
     def _batch_norm(self, overwrite_x: bool) -> ops.BatchNorm:
         """Return the options of the ops for this call."""
@@ -249,7 +249,7 @@ class Conv2d(nn.Conv2d):
         """Return `after` of x, and x for the shortcut (ops.batch_norm_relu_conv2d_with_shortcut)."""
         bn, statistics = batch_norm_relu, None
         if not self._is_one_with(bn):
-            x = _sum(x)
+            x = _as_tensor(x)
             return cast(Tensor, self(bn(x))), x
         gamma, beta, options = bn.weight, bn.bias, bn._batch_norm(overwrite_x=False)
         if isinstance(x, ResidualSum):
@@ -291,7 +291,7 @@ class StockConv2d(nn.Conv2d):
 
     def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
         """Return `after` of x, and x for the shortcut."""
-        x = _sum(x)
+        x = _as_tensor(x)
         return cast(Tensor, self(batch_norm_relu(x))), x
 
     def add_shortcut(self, out: Tensor, shortcut: Tensor) -> Tensor:

@@ -246,9 +246,7 @@ def test_a_gpu_gets_the_kernels_in_triton(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_triton_is_refused_on_a_cpu() -> None:
-    with pytest.raises(
-        NotAvailable, match=r"kernels = triton: it is for CUDA GPUs, and the run is on the cpu; ask for"
-    ):
+    with pytest.raises(NotAvailable, match=r"kernels = triton: it is for CUDA GPUs, and the run is on the cpu; use"):
         choose("triton", CPU)
 
 
