@@ -1,9 +1,9 @@
-"""A convolution and its two gradients, each by itself.
+"""A convolution and its two gradients as separate functions.
 
     out = conv(a, W),    dW = conv_weight_grad(a, G),    dA = conv_input_grad(W, G)
 
-PyTorch's own function makes both gradients at once, from an a that it kept. Here a~ is made for dW alone and freed
-before dA, which is as large, is made.
+PyTorch's backward pass computes both gradients in one function, from the saved a. Here a~ is decoded for dW only and
+freed before dA is allocated, which has the same size.
 """
 
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ Pair = tuple[int, int]
 
 @dataclass(frozen=True)
 class Convolution:
-    """A convolution without bias; the fields are torch.nn.functional.conv2d's, a number for both directions or a pair.
+    """A convolution without bias; its options are those of torch.nn.functional.conv2d.
 
     Args:
-        stride: distance between the places where it is taken.
+        stride: step in pixels, one number or a (height, width) pair; so are the next two.
         padding: zeros added on each side.
-        dilation: distance between the weights.
+        dilation: distance between taps of the kernel.
         groups: groups of channels that do not mix.
     """
 
@@ -33,20 +33,20 @@ class Convolution:
     groups: int = 1
 
     def __call__(self, a: Tensor, weight: Tensor) -> Tensor:
-        """Out [N, C_out, H_out, W_out] of a [N, C, H, W] and W [C_out, C / groups, k_h, k_w]."""
-        if a.is_meta:  # there a convolution loses the memory format, and a copy would be counted
+        """Compute out [N, C_out, H_out, W_out] from a [N, C, H, W] and W [C_out, C / groups, k_h, k_w]."""
+        if a.is_meta:  # conv2d would lose the memory format there, and a copy would be counted
             return torch.empty(self._size(a, weight), dtype=a.dtype, device="meta", memory_format=torch.channels_last)
         return F.conv2d(a, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
     def is_pointwise(self, weight: Tensor) -> bool:
-        """Whether out is a product of rows: a 1x1 convolution that takes every pixel and mixes all channels."""
+        """Return whether out is a matrix product: a 1x1 convolution of stride 1 without padding or groups."""
         stride, padding, _ = self._pairs()
         return weight.shape[2:] == (1, 1) and (stride, padding, self.groups) == ((1, 1), (0, 0), 1)
 
     def weight_grad(self, grad: Tensor, a: Tensor, weight: Tensor) -> Tensor:
-        """Gradient dW for grad = G; a and W, of which only the shape is used, are of its dtype, and so is dW."""
+        """Compute dW from grad = G, a and the shape of W; all have one dtype."""
         stride, padding, dilation = self._pairs()
-        which = (False, True, False)  # the gradients of input, weight and bias
+        which = (False, True, False)  # gradient of input, weight, bias
         return cast(
             Tensor,
             torch.ops.aten.convolution_backward(
@@ -55,12 +55,12 @@ class Convolution:
         )
 
     def input_grad(self, grad: Tensor, weight: Tensor, size: torch.Size) -> Tensor:
-        """Gradient dA for an a of that size, in the dtype of grad = G and W: the transposed convolution of G."""
+        """Compute dA of shape `size`, the transposed convolution of grad = G; G, W and dA have one dtype."""
         if grad.is_meta:  # as above
             return torch.empty(size, dtype=grad.dtype, device="meta", memory_format=torch.channels_last)
         stride, padding, dilation = self._pairs()
         height_width, kernel = size[2:], weight.shape[2:]
-        # Rows and columns that the stride rounded away come back as output padding.
+        # Output padding restores rows and columns that the stride skipped at the end.
         lost = [
             height_width[i] - ((grad.shape[2 + i] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + 1)
             for i in range(2)
@@ -68,7 +68,6 @@ class Convolution:
         return F.conv_transpose2d(grad, weight, None, stride, padding, lost, self.groups, dilation)
 
     def _size(self, a: Tensor, weight: Tensor) -> tuple[int, int, int, int]:
-        """Shape of out."""
         stride, padding, dilation = self._pairs()
         height, width = (
             (a.shape[2 + i] + 2 * padding[i] - dilation[i] * (weight.shape[2 + i] - 1) - 1) // stride[i] + 1
@@ -84,12 +83,12 @@ class Convolution:
 
 
 def as_computed(weight: Tensor) -> Tensor:
-    """W in the dtype of the convolution: autocast's, where that is on.
+    """Return W in the dtype of the convolution: autocast's if it is on.
 
-    F.conv2d would make the same cast. Made here, it is there for the backward pass too, where autocast is off.
+    F.conv2d makes the same cast. Made here, it also serves the backward pass, where autocast is off.
     """
     device = weight.device.type
     is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not is_cast or weight.dtype == torch.float64:  # which autocast leaves alone
+    if not is_cast or weight.dtype == torch.float64:  # autocast leaves float64 unchanged
         return weight
     return weight.to(torch.get_autocast_dtype(device))

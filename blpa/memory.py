@@ -1,17 +1,15 @@
 """Bytes that training needs, counted without running it, and the largest batch that fits.
 
 On the meta device tensors have shapes and lifetimes but no data, so a whole step (forward, loss, backward) takes
-seconds for any network and batch. Every storage is counted from the operation that makes it until its last reference
-goes; the most that is alive at once is the step's peak. What a single operation allocates and frees inside itself (a
-convolution's workspace) is not seen.
-
-Whole training steps need, besides what a step allocates, the weights, the optimiser's state and the images:
+seconds for any network and batch. A storage counts from the operation that creates it until its last reference is
+dropped; the peak of the step is the largest sum of live storages. Memory that one operation allocates and frees
+internally (a convolution's workspace) is not counted. The usual way is to run the step and read the allocator's peak.
 
     training = weights + optimiser + images + peak of a step (gradients included)
 
-which grows with the batch by straight lines, so the largest batch that fits a budget takes a few counts to find.
+This is piecewise linear in the batch, so a few counts find the largest batch that fits a budget.
 
-Bytes kept have a formula. A unit whose activation is [M, C], with a K-bit code, keeps
+Saved bytes have a formula. A K-bit codec saves for an activation [M, C]
 
     C ceil(M / (8 / K))   packed codes
     36 C                  nine per-channel vectors
@@ -31,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels import Norm
 
 MIB, GIB = 2**20, 2**30
@@ -40,21 +38,21 @@ CODES = "codes, or 8-bit floats"
 VECTORS = "per-channel vectors"
 FULL_PRECISION = "kept at full precision"
 GRADIENTS = "gradients of the weights"
-PASSING = "passing: read once and freed"
-KEPT = (CODES, VECTORS, FULL_PRECISION)
-"""What is kept for the backward pass."""
-KINDS = (*KEPT, GRADIENTS, PASSING)
-"""What the bytes of a step are."""
+TEMPORARY = "temporary"
+SAVED = (CODES, VECTORS, FULL_PRECISION)
+"""Kinds of bytes that are saved for the backward pass."""
+KINDS = (*SAVED, GRADIENTS, TEMPORARY)
+"""Kinds of bytes of a step."""
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is active and still alive.
+    """Count the bytes of live storages created while this mode is active.
 
     Attributes:
-        live_bytes: alive now.
-        peak_bytes: the most that were alive at once.
-        kinds: bytes alive now of each kind; what `mark` has not named is passing.
-        kinds_at_peak: the same when the most were alive.
+        live_bytes: bytes alive now.
+        peak_bytes: largest live_bytes so far.
+        kinds: live bytes by kind; TEMPORARY unless marked.
+        kinds_at_peak: kinds at the peak.
         timeline: live_bytes after each operation.
     """
 
@@ -66,21 +64,21 @@ class LiveBytes(TorchDispatchMode):
         self.kinds_at_peak: dict[str, int] = {}
         self.timeline: list[int] = []
         self._counted: dict[int, str] = {}
-        # Shapes, strides and dtypes of the tensors that an operation on the meta device made.
+        # Shapes, strides and dtypes of the results of operations on the meta device.
         self._results: dict[Hashable, list[tuple[torch.Size, tuple[int, ...], torch.dtype] | None]] = {}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Run compiled code as compiled code; else PyTorch would quietly run the source instead."""
+        """Return true, so that compiled code runs compiled; by default PyTorch would run its source instead."""
         return True
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leave tensors out that were there before."""
+        """Exclude tensors that existed before."""
         for tensor in tensors:
             self._counted[tensor.untyped_storage()._cdata] = "ignored"
 
     def mark(self, tensor: Tensor, kind: str) -> None:
-        """Say what a tensor that is counted is."""
+        """Set the kind of a counted tensor."""
         storage = tensor.untyped_storage()
         before = self._counted.get(storage._cdata, "ignored")
         if before != "ignored":
@@ -89,7 +87,7 @@ class LiveBytes(TorchDispatchMode):
             self._counted[storage._cdata] = kind
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count the storages it made."""
+        """Run the operation and count the storages that it creates."""
         result = self._run(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -98,10 +96,10 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def _run(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an operation, or on the meta device make what the same operation made before.
+        """Run an operation, or on the meta device repeat the result of an equal operation.
 
-        For many operations PyTorch finds out the shapes in Python, which takes a hundred times as long as an empty
-        tensor, and a deep network repeats few operations. What returns a view or an argument runs as it is.
+        PyTorch computes the shapes of many operations in Python, which takes a hundred times as long as creating a
+        tensor, and a deep network repeats few operations. Operations that return a view or an argument always run.
         """
         returns = func._schema.returns
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -128,9 +126,9 @@ class LiveBytes(TorchDispatchMode):
         key, nbytes = storage._cdata, storage.nbytes()
         if key in self._counted:
             return
-        self._counted[key] = PASSING
+        self._counted[key] = TEMPORARY
         self.live_bytes += nbytes
-        self.kinds[PASSING] += nbytes
+        self.kinds[TEMPORARY] += nbytes
         if self.live_bytes > self.peak_bytes:
             self.peak_bytes = self.live_bytes
             self.kinds_at_peak = dict(self.kinds)
@@ -149,11 +147,10 @@ def _key(value: Any) -> Hashable:
 
 @contextmanager
 def meta_autocast() -> Iterator[None]:
-    """What torch.autocast in bfloat16 does to tensors of the meta device, for which PyTorch has none.
+    """Emulate torch.autocast in bfloat16 for the meta device, which PyTorch does not support.
 
-    Convolutions and linear layers get bfloat16 operands. They are all that autocast changes in a residual network:
-    batch norm, ReLU, pooling, padding and sums keep the dtype they are given. It is for the backward pass as well,
-    which recomputes the layers of a checkpointed segment.
+    Convolutions and linear layers get bfloat16 operands; autocast changes nothing else in a residual network. Keep it
+    active in the backward pass, which recomputes the layers of a checkpointed segment.
     """
 
     def in_bfloat16(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -172,12 +169,12 @@ def meta_autocast() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class PartBytes:
-    """What the forward pass of one part of a network, such as a block, leaves for the backward pass.
+    """Bytes that one part of a network, such as a block, saves for the backward pass.
 
     Attributes:
-        input_shape: [N, C, H, W] of what it read.
-        output_shape: [N, C, H, W] of what it put out.
-        kinds: bytes kept, of the kinds CODES, VECTORS and FULL_PRECISION.
+        input_shape: [N, C, H, W] of its input.
+        output_shape: [N, C, H, W] of its output.
+        kinds: saved bytes by kind: CODES, VECTORS and FULL_PRECISION.
     """
 
     input_shape: torch.Size
@@ -187,15 +184,15 @@ class PartBytes:
 
 @dataclass(frozen=True)
 class StepBytes:
-    """What one training step allocates beyond weights, optimiser state and its input.
+    """Bytes that one training step allocates besides weights, optimiser state and its input.
 
     Attributes:
-        peak_bytes: the most alive at once, gradients of the weights included.
-        forward_bytes: alive when the forward pass has ended: all that is kept, the logits and the loss.
-        kinds_at_peak: the peak's bytes by what they are: KINDS.
-        timeline: bytes alive after each operation.
-        forward_operations: how many of them belong to the forward pass.
-        kept_by_part: what the forward pass of each part left for the backward pass.
+        peak_bytes: largest number of live bytes, gradients of the weights included.
+        forward_bytes: live bytes after the forward pass: all saved tensors, the logits and the loss.
+        kinds_at_peak: bytes at the peak by kind: KINDS.
+        timeline: live bytes after each operation.
+        forward_operations: number of operations of the forward pass.
+        saved_by_part: bytes that each part saves.
     """
 
     peak_bytes: int
@@ -203,7 +200,7 @@ class StepBytes:
     kinds_at_peak: dict[str, int]
     timeline: list[int]
     forward_operations: int
-    kept_by_part: dict[str, PartBytes]
+    saved_by_part: dict[str, PartBytes]
 
 
 def step_bytes(
@@ -214,34 +211,34 @@ def step_bytes(
     bf16: bool = False,
     parts: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> StepBytes:
-    """Count one forward and backward pass.
+    """Count the bytes of one forward and backward pass.
 
     Args:
-        model: on the meta device, its gradients None (on another device the step runs, with eager kernels only).
+        model: on the meta device, without gradients. On another device the step runs, with eager kernels only.
         images: [N, C, H, W] on the same device.
         labels: class indices [N].
-        bf16: the forward pass is under autocast in bfloat16; the logits are float32 all the same.
-        parts: modules of the model, called one after the other, whose kept bytes are told apart.
+        bf16: forward pass under autocast in bfloat16; the logits are cast to float32.
+        parts: modules of the model, by name, called one after the other, whose saved bytes are listed.
     """
     counter = LiveBytes()
     counter.ignore([images, labels, *model.parameters(), *model.buffers()])
 
-    def saved(tensor: Tensor) -> Tensor:
+    def mark_saved(tensor: Tensor) -> Tensor:
         is_code = tensor.element_size() == 1  # ours, or a float8 copy
-        # Activations of nine images have as many rows, but all of them require a gradient.
+        # An activation of nine rows is no Norm: it requires a gradient.
         is_vectors = tensor.dim() == 2 and tensor.shape[0] == len(Norm._fields) and not tensor.requires_grad
         counter.mark(tensor, CODES if is_code else VECTORS if is_vectors else FULL_PRECISION)
-        return tensor.detach()  # an output that its own function saved would hold itself alive
+        return tensor.detach()  # an output saved by its own function would keep itself alive
 
     before: dict[str, int] = {}
-    kept_by_part: dict[str, PartBytes] = {}
+    saved_by_part: dict[str, PartBytes] = {}
 
     def entered(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        before.update({kind: counter.kinds[kind] for kind in KEPT})
+        before.update({kind: counter.kinds[kind] for kind in SAVED})
 
     def left(name: str, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        kinds = {kind: counter.kinds[kind] - before[kind] for kind in KEPT}
-        kept_by_part.setdefault(name, PartBytes(inputs[0].shape, output.shape, kinds))  # not of a recomputation
+        kinds = {kind: counter.kinds[kind] - before[kind] for kind in SAVED}
+        saved_by_part.setdefault(name, PartBytes(inputs[0].shape, output.shape, kinds))  # ignore recomputation
 
     handles = [
         handle
@@ -258,7 +255,7 @@ def step_bytes(
     is_meta = images.is_meta
     with (
         counter,
-        torch.autograd.graph.saved_tensors_hooks(saved, lambda tensor: tensor),
+        torch.autograd.graph.saved_tensors_hooks(mark_saved, lambda tensor: tensor),
         meta_autocast() if bf16 and is_meta else nullcontext(),
     ):
         with torch.autocast(images.device.type, torch.bfloat16) if bf16 and not is_meta else nullcontext():
@@ -270,20 +267,20 @@ def step_bytes(
     for handle in handles:
         handle.remove()
     return StepBytes(
-        counter.peak_bytes, forward_bytes, counter.kinds_at_peak, counter.timeline, forward_operations, kept_by_part
+        counter.peak_bytes, forward_bytes, counter.kinds_at_peak, counter.timeline, forward_operations, saved_by_part
     )
 
 
 @dataclass(frozen=True)
 class TrainingBytes:
-    """What whole training steps need.
+    """Bytes that training needs.
 
     Attributes:
         weight_bytes: parameters and buffers.
-        optimiser_bytes: what the optimiser keeps between steps.
+        optimiser_bytes: state of the optimiser.
         input_bytes: images and labels.
-        step: what a step allocates besides.
-        host_bytes: what it moves to the host's memory, which is no part of the total.
+        step: bytes that a step allocates besides.
+        host_bytes: bytes moved to the host's memory, not part of the total.
     """
 
     weight_bytes: int
@@ -294,7 +291,7 @@ class TrainingBytes:
 
     @property
     def total_bytes(self) -> int:
-        """The most that is needed at once."""
+        """Bytes needed at the peak of a step."""
         return self.weight_bytes + self.optimiser_bytes + self.input_bytes + self.step.peak_bytes
 
 
@@ -306,14 +303,14 @@ def training_bytes(
     bf16: bool = False,
     parts: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> TrainingBytes:
-    """Count one training step by stochastic gradient descent with momentum, whose state is a copy of the parameters.
+    """Count the bytes of training by stochastic gradient descent with momentum, one value per parameter.
 
     Args:
-        model: as step_bytes; so are images and labels.
+        model: as in step_bytes; so are images and labels.
         images: [N, C, H, W].
         labels: class indices [N].
-        bf16: as step_bytes; weights and momentum are float32.
-        parts: as step_bytes.
+        bf16: as in step_bytes; weights and momentum are float32.
+        parts: as in step_bytes.
     """
     parameters = list(model.parameters())
     return TrainingBytes(
@@ -325,19 +322,19 @@ def training_bytes(
 
 
 def largest_batch(total_bytes: Callable[[int], int], budget_bytes: int) -> int:
-    """The largest batch whose training fits a budget, both it and the next having been counted.
+    """Find the largest batch whose training fits a budget; it and the next larger one are counted.
 
     Args:
-        total_bytes: bytes that training with a batch takes; grows with the batch, nearly in a straight line.
-        budget_bytes: what there is.
+        total_bytes: maps a batch to the bytes of training; increasing, nearly linear.
+        budget_bytes: available bytes.
 
     Returns:
-        The batch; 0 where not even one sample fits.
+        The batch; 0 if not even one sample fits.
     """
     fits, too_large = (1, total_bytes(1)), (0, 0)
     if fits[1] > budget_bytes:
         return 0
-    step = 63  # of small batches other tensors are the largest: their slope would mislead
+    step = 63  # small batches have another slope, since other tensors are the largest
     while too_large[0] - fits[0] != 1:
         guess = fits[0] + step
         if too_large[0]:
@@ -352,15 +349,15 @@ def largest_batch(total_bytes: Callable[[int], int], budget_bytes: int) -> int:
     return fits[0]
 
 
-def kept_bytes(rows: int, channels: int, code: Code | None, *, element_bytes: int = 4) -> int:
-    """Bytes one unit keeps for the backward pass.
+def saved_bytes(rows: int, channels: int, codec: Codec | None, *, element_bytes: int = 4) -> int:
+    """Compute the bytes that a batch norm + ReLU saves for backward.
 
     Args:
         rows: M = N H W.
         channels: C.
-        code: the code, or None for one full-precision tensor.
-        element_bytes: bytes of an element of the activation.
+        codec: of the saved codes; None for one full-precision tensor.
+        element_bytes: bytes per element of the activation.
     """
     vector_bytes = len(Norm._fields) * max(4, element_bytes) * channels  # arithmetic is in float32 at least
-    value_bytes = rows * element_bytes if code is None else code.packed_rows(rows)
+    value_bytes = rows * element_bytes if codec is None else codec.packed_rows(rows)
     return value_bytes * channels + vector_bytes

@@ -1,10 +1,10 @@
-"""Batch norm + ReLU, and the convolutions that read it, with one code kept for the backward passes of both.
+"""Batch norm + ReLU, and the convolutions that read it, whose backward passes share the codes of one activation.
 
 Forward, exact (statistics per channel over N, H, W):
 
     x_hat = (x - mean) rstd,   y = gamma x_hat + beta,   a = max(y, 0),   out = conv(a, W)
 
-Backward, from G, the gradient of out, and the codes of x_hat, which give x_hat~, a~ and relu_mask = [y > 0]:
+Backward, from G, the gradient of out, and x_hat~, a~ and relu_mask = [y > 0], decoded from the codes of x_hat:
 
     dW = conv_weight_grad(a~, G)                                     approximate
     dA = conv_input_grad(W, G),     dY = dA relu_mask                exact, given G
@@ -12,11 +12,12 @@ Backward, from G, the gradient of out, and the codes of x_hat, which give x_hat~
     dgamma = sum dY x_hat~                                           approximate
     dX = gamma rstd (dY - mean(dY) - x_hat~ mean(dY x_hat~))         only the last term is approximate
 
-`batch_norm_relu_conv2d` is all of it, for an a that one convolution reads; where a shortcut reads x as well,
-`batch_norm_relu_conv2d_with_shortcut` adds the shortcut's gradient in the pass that writes dX; where x is a sum that a
-shortcut is part of, `add_shortcut` makes it in the pass that takes its statistics. Where a has other readers,
-`batch_norm_relu` makes a and a `Kept`, and every `conv2d` that reads a takes the Kept along, so all of them
-share its codes.
+PyTorch's functions save x and a at full precision.
+
+    batch_norm_relu_conv2d                  all of the above, if one convolution reads a
+    batch_norm_relu_conv2d_with_shortcut    if a shortcut reads x too: adds its gradient in the pass that writes dX
+    add_shortcut                            if x is a residual sum: computes it in the pass over x for the statistics
+    batch_norm_relu, conv2d                 if several convolutions read a: each gets a and its SavedActivation
 
 Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.
 """
@@ -29,39 +30,39 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.convolution import Convolution, as_computed
-from blpa.kernels import Averages, Kernels, Norm, compute_dtype
+from blpa.kernels import Kernels, Norm, RunningStats, compute_dtype
 from blpa.kernels.reference import REFERENCE
-from blpa.saved import Kept, Layout, rows
+from blpa.saved import Layout, SavedActivation, rows
 
 _PLAIN = Convolution()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class BatchNorm:
-    """How a batch norm and ReLU computes and what it keeps: everything but x, gamma and beta.
+    """Options and running statistics of a batch norm and ReLU: everything but x, gamma and beta.
 
     Args:
-        code: the code to keep; None keeps x itself, at full precision.
+        codec: of the saved codes; None saves x itself, at full precision.
         running_mean: running average [C], updated in training, used in evaluation; None uses the statistics of x.
         running_var: the same for the unbiased variance.
-        num_batches_tracked: batches that the averages have seen, int64 [], counted in training; None is not counted.
-        training: normalise by the statistics of x, or else by the running averages.
-        momentum: weight of the new value in the running averages.
+        num_batches_tracked: number of batches so far, int64 [], counted in training; None is not counted.
+        training: normalise by the statistics of x, else by the running statistics.
+        momentum: weight of the new value in the running statistics.
         eps: added to the variance.
-        overwrite_x: x is not read again, so a may take its place (it does not where x is what is kept, or is copied).
-        forward_from_code: a is decoded from the codes in the forward pass too, and gradients pass as if it were not:
-            the paper's naive baseline.
-        kernels: the back end.
-        counter: zeros, int32 [C], which belong to this batch norm: the backend counts in them (kernels.Kernels). One
-            stream at a time may use them, as it may the running averages; None makes some for every call.
+        overwrite_x: a may overwrite x, since nothing else reads x. It does not if x is saved or had to be copied.
+        forward_from_code: use the decoded a in the forward pass too; gradients are as without: the paper's naive
+            baseline.
+        kernels: the backend.
+        counter: int32 [C], zeros, for the backend (see kernels.Kernels); like the running statistics, used by one
+            stream at a time. None allocates one per call.
 
     Raises:
-        ValueError: forward_from_code has no code.
+        ValueError: forward_from_code without a codec.
     """
 
-    code: Code | None
+    codec: Codec | None
     running_mean: Tensor | None = None
     running_var: Tensor | None = None
     num_batches_tracked: Tensor | None = None
@@ -74,108 +75,109 @@ class BatchNorm:
     counter: Tensor | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what has no meaning."""
-        if self.forward_from_code and self.code is None:
-            raise ValueError("forward_from_code needs a code, and code is None")
+        """Check the fields."""
+        if self.forward_from_code and self.codec is None:
+            raise ValueError("forward_from_code = True, but codec = None: must have codes to decode")
 
     @property
     def has_constant_stats(self) -> bool:
-        """Whether the statistics that normalise x do not depend on it."""
+        """Whether running statistics are used, so that no gradient flows through them."""
         return not self.training and self.running_mean is not None and self.running_var is not None
 
     def vectors(
-        self, x: Tensor, gamma: Tensor, beta: Tensor, code: Code | None, *, add: Tensor | None = None
+        self, x: Tensor, gamma: Tensor, beta: Tensor, codec: Codec | None, *, add: Tensor | None = None
     ) -> Tensor:
-        """Norm [9, C] for x [M, C], which first becomes x + add; in training the running averages move towards it."""
+        """Compute the Norm [9, C] of x [M, C], or of x + add, written over x; update statistics in training."""
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
-            averages = None
+            running_stats = None
         elif self.training:
-            averages = Averages(mean, var, self.momentum, self.num_batches_tracked)
+            running_stats = RunningStats(mean, var, self.momentum, self.num_batches_tracked)
         else:
             var = var.to(compute_dtype(x.dtype))
-            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, code=code))
+            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, codec=codec))
         return self.kernels.channel_stats(
-            x, gamma, beta, eps=self.eps, code=code, averages=averages, add=add, counter=self.counter
+            x, gamma, beta, eps=self.eps, codec=codec, running_stats=running_stats, add=add, counter=self.counter
         )
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """One batch norm and ReLU, for an x that was looked at."""
+class _ForwardPass:
+    """The forward pass of a batch norm and ReLU whose arguments _prepare has checked."""
 
     bn: BatchNorm
     layout: Layout
     overwrite: bool
-    """a takes the place of x."""
+    """Write a over x."""
     vectors: Tensor | None = None
-    """The Norm of x, where it is known."""
+    """The Norm of x, if already computed."""
 
-    def __call__(self, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Kept]:
-        """Its forward pass: a, and what is kept."""
-        code, kernels = self.layout.code, self.layout.kernels
+    def __call__(self, x: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, SavedActivation]:
+        codec, kernels = self.layout.codec, self.layout.kernels
         x_rows = rows(x)
-        vectors = self.bn.vectors(x_rows, gamma, beta, code) if self.vectors is None else self.vectors
+        vectors = self.bn.vectors(x_rows, gamma, beta, codec) if self.vectors is None else self.vectors
         a = x if self.overwrite else torch.empty_like(x)
         a_rows = x_rows if self.overwrite else rows(a)
-        codes = kernels.normalise_rectify_encode(x_rows, vectors, code=code, out=a_rows)
+        codes = kernels.normalise_rectify_encode(x_rows, vectors, codec=codec, out=a_rows)
         if self.bn.forward_from_code:
             assert codes is not None
-            kernels.decode(codes, vectors, code=code, out=a_rows)
-        return a, Kept(x if codes is None else codes, vectors, self.layout)
+            kernels.decode(codes, vectors, codec=codec, out=a_rows)
+        return a, SavedActivation(x if codes is None else codes, vectors, self.layout)
 
 
-def _save(ctx: Any, kept: Kept, weight: Tensor, convolution: Convolution) -> Tensor:
-    """Save what _convolution_backward reads, and return W as the convolution computes with it."""
+def _save(ctx: Any, saved: SavedActivation, weight: Tensor, convolution: Convolution) -> Tensor:
+    """Save the tensors of _convolution_backward, and return W in the dtype of the convolution."""
     ctx.convolution, ctx.weight_dtype = convolution, weight.dtype
     weight = as_computed(weight)
-    kept.save(ctx, weight)
+    saved.save(ctx, weight)
     return weight
 
 
 def _convolution_backward(
     ctx: Any, grad: Tensor, *, wants_da: bool, wants_dw: bool
-) -> tuple[Kept, Tensor | None, Tensor | None]:
-    """The Kept, and gradients dA and dW where wanted; a~ is gone before dA is made, since the two are of one size."""
-    kept, (weight,) = Kept.saved(ctx)
-    convolution, layout = ctx.convolution, kept.layout
+) -> tuple[SavedActivation, Tensor | None, Tensor | None]:
+    """Return the saved activation, dA and dW. Free a~ before allocating dA: they have the same size."""
+    saved, (weight,) = SavedActivation.load(ctx)
+    convolution, layout = ctx.convolution, saved.layout
     da = dw = None
     if wants_dw:
-        dw = kept.pointwise_weight_grad(grad) if convolution.is_pointwise(weight) else None
+        dw = saved.pointwise_weight_grad(grad) if convolution.is_pointwise(weight) else None
         if dw is None:
-            dw = convolution.weight_grad(grad, kept.decode(grad.dtype), weight)
+            dw = convolution.weight_grad(grad, saved.decode(grad.dtype), weight)
         dw = dw.view(weight.shape).to(ctx.weight_dtype)
     if wants_da:
         da = convolution.input_grad(grad, weight, layout.shape).to(layout.dtype)
-    return kept, da, dw
+    return saved, da, dw
 
 
 class _BatchNormReLU(torch.autograd.Function):
-    """x, gamma, beta -> a; appends the Kept to `keep`."""
+    """x, gamma, beta -> a; appends the SavedActivation to `created`."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, unit: _Unit, keep: list[Kept]) -> Tensor:
-        a, kept = unit(x, gamma, beta)
-        if unit.overwrite:
+    def forward(
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, forward_pass: _ForwardPass, created: list[SavedActivation]
+    ) -> Tensor:
+        a, saved = forward_pass(x, gamma, beta)
+        if forward_pass.overwrite:
             ctx.mark_dirty(x)
-        kept.save(ctx)
-        ctx.constant_stats = unit.bn.has_constant_stats
-        keep.append(kept)
+        saved.save(ctx)
+        ctx.constant_stats = forward_pass.bn.has_constant_stats
+        created.append(saved)
         return a
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        kept, _ = Kept.saved(ctx)
-        return *kept.batch_norm_backward(grad, constant_stats=ctx.constant_stats), None, None
+        saved, _ = SavedActivation.load(ctx)
+        return *saved.batch_norm_backward(grad, constant_stats=ctx.constant_stats), None, None
 
 
 class _Conv2d(torch.autograd.Function):
-    """a, weight -> out; saves what a was made from, not a."""
+    """a, weight -> out; saves the codes of a, not a."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, weight: Tensor, kept: Kept, convolution: Convolution) -> Tensor:
-        weight = _save(ctx, kept, weight, convolution)
+    def forward(ctx: Any, a: Tensor, weight: Tensor, saved: SavedActivation, convolution: Convolution) -> Tensor:
+        weight = _save(ctx, saved, weight, convolution)
         return convolution(a, weight)
 
     @staticmethod
@@ -187,17 +189,26 @@ class _Conv2d(torch.autograd.Function):
 
 
 class _BatchNormReLUConv2d(torch.autograd.Function):
-    """x, gamma, beta, weight -> out, x; the two above in one, whose dA is nobody else's, so that dX takes its place."""
+    """x, gamma, beta, weight -> out, x: both of the above fused.
+
+    dA is private to this function, so dX is written over it.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, weight: Tensor, unit: _Unit, convolution: Convolution
+        ctx: Any,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        weight: Tensor,
+        forward_pass: _ForwardPass,
+        convolution: Convolution,
     ) -> tuple[Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)
-        a, kept = unit(x, gamma, beta)
-        weight = _save(ctx, kept, weight, convolution)
-        ctx.constant_stats = unit.bn.has_constant_stats
-        return convolution(a, weight), None if unit.overwrite else x
+        a, saved = forward_pass(x, gamma, beta)
+        weight = _save(ctx, saved, weight, convolution)
+        ctx.constant_stats = forward_pass.bn.has_constant_stats
+        return convolution(a, weight), None if forward_pass.overwrite else x
 
     @staticmethod
     @once_differentiable
@@ -205,24 +216,24 @@ class _BatchNormReLUConv2d(torch.autograd.Function):
         if grad is None:
             return grad_x, *(None,) * 5
         *wants_da, wants_dw = ctx.needs_input_grad[:4]
-        kept, da, dw = _convolution_backward(ctx, grad, wants_da=any(wants_da), wants_dw=wants_dw)
+        saved, da, dw = _convolution_backward(ctx, grad, wants_da=any(wants_da), wants_dw=wants_dw)
         dx = dgamma = dbeta = None
         if da is not None:
-            dx, dgamma, dbeta = kept.batch_norm_backward(
+            dx, dgamma, dbeta = saved.batch_norm_backward(
                 da, constant_stats=ctx.constant_stats, overwrite_grad=True, add=grad_x
             )
         return dx, dgamma, dbeta, dw, None, None
 
 
 class _AddShortcut(torch.autograd.Function):
-    """x, shortcut, gamma, beta -> their sum in the place of x, and its Norm."""
+    """x, shortcut, gamma, beta -> x + shortcut, written over x, and its Norm."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, shortcut: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm
     ) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)  # else the Norm would be given a gradient of zeros
-        vectors = bn.vectors(rows(x), gamma, beta, bn.code, add=rows(shortcut))
+        ctx.set_materialize_grads(False)  # else the Norm would get a gradient of zeros
+        vectors = bn.vectors(rows(x), gamma, beta, bn.codec, add=rows(shortcut))
         ctx.mark_dirty(x)
         ctx.mark_non_differentiable(vectors)
         return x, vectors
@@ -248,80 +259,79 @@ class _AveragePool(torch.autograd.Function):
 
 
 def average_pool(x: Tensor, stride: int) -> Tensor:
-    """Mean over windows of stride x stride; F.avg_pool2d would keep x, though its gradient needs no more than a size.
+    """Average over windows of stride x stride; F.avg_pool2d would save x, although its gradient needs only a shape.
 
     Args:
         x: [N, C, H, W].
         stride: a divisor of H and W.
 
     Raises:
-        ValueError: it is not.
+        ValueError: stride does not divide H and W.
     """
     if x.shape[2] % stride or x.shape[3] % stride:
         raise ValueError(f"x is {list(x.shape)}: height and width must be multiples of {stride}")
     return cast(Tensor, _AveragePool.apply(x, stride))
 
 
-def batch_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> tuple[Tensor, Kept | None]:
-    """Normalise, scale and rectify x, and keep a code of it for the backward pass.
+def batch_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> tuple[Tensor, SavedActivation | None]:
+    """Normalise, scale and rectify x, and save its codes for the backward pass.
 
     a = max(gamma (x - mean) / sqrt(var + eps) + beta, 0)
 
     Args:
-        x: float [N, C, H, W]; channels-last, else it is copied into that.
+        x: floating point [N, C, H, W]; copied unless channels-last.
         gamma: scale [C], of either sign or zero.
         beta: shift [C].
-        bn: the rest.
+        bn: options and running statistics.
 
     Returns:
-        a [N, C, H, W], channels-last, and what the convolutions that read a need; None in place of that where no
-        gradient is being recorded.
+        a [N, C, H, W], channels-last, and the argument `saved` of conv2d, None if no gradient is recorded.
 
     Raises:
-        ValueError: x is not floating point [N, C, H, W], gamma or beta is not [C], training has one value per channel
-            only, or overwrite_x would overwrite a leaf.
+        ValueError: x is not floating point [N, C, H, W], gamma or beta is not [C], training has only one value per
+            channel, or overwrite_x would overwrite a leaf.
 
     Source: Chakrabarti and Moseley, section 3; eps as theirs.
     """
-    recording = _is_recording(x, gamma, beta)
-    x, unit = _prepare(x, gamma, beta, bn, recording=recording)
-    keep: list[Kept] = []
-    a = _BatchNormReLU.apply(x, gamma, beta, unit, keep)
-    if not recording:
+    is_recording = _is_recording(x, gamma, beta)
+    x, forward_pass = _prepare(x, gamma, beta, bn, is_recording=is_recording)
+    created: list[SavedActivation] = []
+    a = _BatchNormReLU.apply(x, gamma, beta, forward_pass, created)
+    if not is_recording:
         return a, None
-    keep[0].made_a_version = a._version
-    return a, keep[0]
+    created[0].output_version = a._version
+    return a, created[0]
 
 
-def conv2d(a: Tensor, kept: Kept | None, weight: Tensor, *, convolution: Convolution = _PLAIN) -> Tensor:
-    """Convolve a, keeping for the backward pass not a but what it was made from.
+def conv2d(a: Tensor, saved: SavedActivation | None, weight: Tensor, *, convolution: Convolution = _PLAIN) -> Tensor:
+    """Convolve a, and save its codes for the backward pass instead of a.
 
     out = conv(a, W), without bias
 
     Args:
         a: output of batch_norm_relu [N, C, H, W], unchanged.
-        kept: what batch_norm_relu returned with it; None is a plain convolution.
+        saved: returned by batch_norm_relu with a; None for a plain convolution.
         weight: W [C_out, C / groups, k_h, k_w].
-        convolution: its stride, padding, dilation and groups.
+        convolution: stride, padding, dilation and groups.
 
     Returns:
         out [N, C_out, H_out, W_out].
 
     Raises:
-        ValueError: a is not of the shape that kept was made for, or was changed in place.
+        ValueError: a differs in shape from the saved activation, or was changed in place.
 
     Source: Chakrabarti and Moseley, section 3.
     """
-    if kept is None:
+    if saved is None:
         return convolution(a, weight)
-    if a.shape != kept.layout.shape:
-        made_for = list(kept.layout.shape)
+    if a.shape != saved.layout.shape:
+        made_for = list(saved.layout.shape)
         raise ValueError(
-            f"a is {list(a.shape)}, kept was made for {made_for}: pass on what one batch_norm_relu returned"
+            f"a is {list(a.shape)}, saved was made for {made_for}: pass on what one batch_norm_relu returned"
         )
-    if a._version != kept.made_a_version:
-        raise ValueError("a was changed in place since batch_norm_relu returned it: kept no longer tells what it was")
-    return cast(Tensor, _Conv2d.apply(a, weight, kept, convolution))
+    if a._version != saved.output_version:
+        raise ValueError("a was changed in place since batch_norm_relu returned it: saved is of its former value")
+    return cast(Tensor, _Conv2d.apply(a, weight, saved, convolution))
 
 
 def batch_norm_relu_conv2d(
@@ -333,53 +343,52 @@ def batch_norm_relu_conv2d(
     *,
     convolution: Convolution = _PLAIN,
 ) -> Tensor:
-    """Batch norm, ReLU and the only convolution that reads them, in one.
+    """Apply batch norm, ReLU and the only convolution that reads them, fused.
 
-    The same bits as conv2d of batch_norm_relu, for one function call instead of two; and the input gradient takes the
-    place of the gradient between them.
+    The result has the same bits as that of batch_norm_relu and conv2d; the input gradient overwrites the gradient of a.
 
     Args:
-        x: as batch_norm_relu; so are gamma, beta and bn.
+        x: as in batch_norm_relu; so are gamma, beta and bn.
         gamma: scale [C].
         beta: shift [C].
-        weight: as conv2d; so is convolution.
-        bn: the rest.
-        convolution: its stride, padding, dilation and groups.
+        weight: as in conv2d; so is convolution.
+        bn: options and running statistics.
+        convolution: stride, padding, dilation and groups.
 
     Returns:
         out [N, C_out, H_out, W_out].
 
     Raises:
-        ValueError: as batch_norm_relu.
+        ValueError: as for batch_norm_relu.
 
     Source: Chakrabarti and Moseley, section 3.
     """
     if not _is_recording(x, gamma, beta):
         a, _ = batch_norm_relu(x, gamma, beta, bn)
         return convolution(a, weight)
-    x, unit = _prepare(x, gamma, beta, bn, recording=True)
-    out, _ = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, unit, convolution)
+    x, forward_pass = _prepare(x, gamma, beta, bn, is_recording=True)
+    out, _ = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward_pass, convolution)
     return cast(Tensor, out)
 
 
 def add_shortcut(
     x: Tensor, shortcut: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm
 ) -> tuple[Tensor, Tensor | None]:
-    """Add a shortcut to x, in its place, and take the statistics of the sum in the same pass.
+    """Add a shortcut to x, in place, and compute the statistics of the sum in the same pass.
 
     Args:
-        x: [N, C, H, W], which nobody else reads.
+        x: [N, C, H, W], overwritten.
         shortcut: of the same shape.
-        gamma: of the batch norm that reads the sum next; so are beta and bn.
+        gamma: scale [C] of the batch norm that reads the sum next; beta and bn are its too.
         beta: shift [C].
-        bn: the rest.
+        bn: options and running statistics.
 
     Returns:
-        x + shortcut, and its statistics for batch_norm_relu_conv2d_with_shortcut; None where they are not taken here:
-        no gradient is being recorded, they are constant, or memory is not channels-last.
+        x + shortcut, and the argument `statistics` of batch_norm_relu_conv2d_with_shortcut, None if not computed here:
+        no gradient is recorded, the statistics are constant, or memory is not channels-last.
 
     Raises:
-        ValueError: as batch_norm_relu.
+        ValueError: as for batch_norm_relu.
 
     Source: the sum is He et al. 2016's.
     """
@@ -401,25 +410,25 @@ def batch_norm_relu_conv2d_with_shortcut(
     convolution: Convolution = _PLAIN,
     statistics: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """batch_norm_relu_conv2d, for an x that a shortcut reads as well.
+    """Apply batch_norm_relu_conv2d to an x that a shortcut reads too.
 
-    Autograd would make the sum of x's two gradients in a pass of its own over three tensors. Here the shortcut's
-    gradient comes in by the x that is returned, and the pass that writes dX adds it.
+    Autograd would add x's two gradients in a separate pass over three tensors. Here the pass that writes dX adds the
+    gradient of the returned x.
 
     Args:
-        x: as batch_norm_relu_conv2d; so are the others.
+        x: as in batch_norm_relu_conv2d; so are the others.
         gamma: scale [C].
         beta: shift [C].
-        weight: as conv2d.
-        bn: the rest; its overwrite_x is not for an x that is read again.
-        convolution: its stride, padding, dilation and groups.
-        statistics: what add_shortcut returned with x.
+        weight: as in conv2d.
+        bn: options and running statistics; overwrite_x must be false.
+        convolution: stride, padding, dilation and groups.
+        statistics: returned by add_shortcut with x; None computes them.
 
     Returns:
         out [N, C_out, H_out, W_out], and x for the shortcut.
 
     Raises:
-        ValueError: as batch_norm_relu, or overwrite_x is true.
+        ValueError: as for batch_norm_relu, or overwrite_x is true.
 
     Source: the sum is He et al. 2016's; the rest is Chakrabarti and Moseley, section 3.
     """
@@ -427,9 +436,9 @@ def batch_norm_relu_conv2d_with_shortcut(
         raise ValueError("overwrite_x = True, but a shortcut reads x again")
     if not (_is_recording(x, gamma, beta) and x.is_contiguous(memory_format=torch.channels_last)):
         return batch_norm_relu_conv2d(x, gamma, beta, weight, bn, convolution=convolution), x
-    x, unit = _prepare(x, gamma, beta, bn, recording=True)
-    unit = replace(unit, vectors=statistics)
-    out, x_again = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, unit, convolution)
+    x, forward_pass = _prepare(x, gamma, beta, bn, is_recording=True)
+    forward_pass = replace(forward_pass, vectors=statistics)
+    out, x_again = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward_pass, convolution)
     return cast(Tensor, out), cast(Tensor, x_again)
 
 
@@ -438,7 +447,7 @@ def _is_recording(*tensors: Tensor) -> bool:
 
 
 def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
-    """Refuse what no batch norm and ReLU can take."""
+    """Raise ValueError for arguments that batch_norm_relu does not allow."""
     if not x.is_floating_point() or x.dim() != 4 or not x.numel():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
     for name, vector in (("gamma", gamma), ("beta", beta)):
@@ -448,15 +457,17 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
         raise ValueError(f"x is {list(x.shape)}: training needs more than one value per channel")
 
 
-def _prepare(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, recording: bool) -> tuple[Tensor, _Unit]:
-    """Check the arguments of a batch norm and ReLU: x, channels-last, and what is done to it."""
+def _prepare(
+    x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, is_recording: bool
+) -> tuple[Tensor, _ForwardPass]:
+    """Check the arguments of a batch norm and ReLU; return x, channels-last, and its forward pass."""
     _check(x, gamma, beta, bn)
     channels_last = x.contiguous(memory_format=torch.channels_last)
-    code = bn.code if recording or bn.forward_from_code else None
-    keeps_x = recording and code is None
-    overwrite = (bn.overwrite_x or channels_last is not x) and not keeps_x
+    codec = bn.codec if is_recording or bn.forward_from_code else None
+    saves_x = is_recording and codec is None
+    overwrite = (bn.overwrite_x or channels_last is not x) and not saves_x
     owner = channels_last._base if channels_last._base is not None else channels_last
-    if overwrite and recording and owner.is_leaf and owner.requires_grad:
-        raise ValueError("overwrite_x = True, but x is a leaf that requires grad: its gradient is of the value it has")
-    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), code, bn.kernels, bn.counter)
-    return channels_last, _Unit(bn, layout, overwrite)
+    if overwrite and is_recording and owner.is_leaf and owner.requires_grad:
+        raise ValueError("overwrite_x = True, but x is a leaf that requires grad: its value must not change")
+    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), codec, bn.kernels, bn.counter)
+    return channels_last, _ForwardPass(bn, layout, overwrite)

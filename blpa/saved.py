@@ -1,10 +1,11 @@
-"""What one batch norm and ReLU leaves for the backward pass, its own and that of the convolutions that read it.
+"""Tensors that a batch norm + ReLU saves for backward, shared with the convolutions that consume its output.
 
-    4-bit unit      values = codes [N H W / 2, C] uint8,   vectors [9, C]
+    4 bits          values = codes [N H W / 2, C] uint8,   vectors [9, C]
     full precision  values = x [N, C, H, W],               vectors [9, C]
 
-Autograd saves the two tensors like any others, with each function that needs them, and frees them when the last one's
-backward pass is done. The vectors hold gamma and beta as they were in the forward pass.
+Stock layers save two full-precision tensors: batch norm its input, the convolutions theirs. Here all functions save the
+same two tensors, and autograd frees them after the last backward function. The vectors include gamma and beta as they
+were in the forward pass.
 """
 
 from dataclasses import dataclass
@@ -13,58 +14,68 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels import Kernels
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How to read the kept tensors: everything about them that is not a tensor."""
+    """How to decode the saved tensors: shape [N, C, H, W] and dtype of the activation, codec and backend."""
 
     shape: torch.Size
     dtype: torch.dtype
     parameter_dtypes: tuple[torch.dtype, torch.dtype]
-    """Of gamma and beta."""
-    code: Code | None
+    """Dtypes of gamma and beta."""
+    codec: Codec | None
     kernels: Kernels
     counter: Tensor | None
     """See Kernels."""
 
 
-class Kept:
-    """What one batch norm and ReLU leaves for the backward pass, its own and that of the convolutions that read it."""
+class SavedActivation:
+    """Tensors that one batch norm + ReLU saves for backward, and the functions that read them.
+
+    Args:
+        values: packed codes, uint8 [codec.packed_rows(N H W), C]; without a codec x [N, C, H, W].
+        vectors: Norm [9, C].
+        layout: how to decode them.
+    """
 
     def __init__(self, values: Tensor, vectors: Tensor, layout: Layout) -> None:
         self.values = values
         self.vectors = vectors
         self.layout = layout
-        self.made_a_version = 0  # autograd's count of changes to a, when it was made
+        self.output_version = 0  # of the output a: autograd counts changes in place
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are alive only because they are kept."""
+        """Bytes of the saved tensors."""
         return self.values.nbytes + self.vectors.nbytes
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """A~ [N, C, H, W], channels-last, in the given dtype."""
+        """Decode a~ [N, C, H, W], channels-last, in the given dtype."""
         shape, device = self.layout.shape, self.values.device
         a = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-        self.layout.kernels.decode(self._rows, self.vectors, code=self.layout.code, out=rows(a))
+        self.layout.kernels.decode(self._rows, self.vectors, codec=self.layout.codec, out=rows(a))
         return a
 
     def pointwise_weight_grad(self, grad: Tensor) -> Tensor | None:
-        """Gradient dW [C_out, C] of a 1x1 convolution for grad = G, where the backend makes it from the codes."""
-        kernels, code = self.layout.kernels, self.layout.code
+        """Compute dW [C_out, C] of a 1x1 convolution from grad = G; None if the backend needs a~ for it."""
+        kernels, codec = self.layout.kernels, self.layout.codec
         grad_rows = rows(grad.contiguous(memory_format=torch.channels_last))
-        return kernels.pointwise_weight_grad(grad_rows, self._rows, self.vectors, code=code)
+        return kernels.pointwise_weight_grad(grad_rows, self._rows, self.vectors, codec=codec)
 
     def batch_norm_backward(
         self, grad: Tensor, *, constant_stats: bool, overwrite_grad: bool = False, add: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients dX, dgamma and dbeta for grad = dA; `add`, a gradient that x has from elsewhere, is added to dX.
+        """Compute dX, dgamma and dbeta from grad = dA.
 
-        dX takes the place of grad only where that is known to be nobody else's: autograd may have handed its own
-        to hooks, callers or other functions too.
+        Args:
+            grad: dA [N, C, H, W].
+            constant_stats: the statistics did not depend on x.
+            overwrite_grad: dX may overwrite grad: the caller owns it. Autograd may have given the same tensor to hooks
+                or other functions.
+            add: another gradient of x [N, C, H, W], which is added to dX.
         """
         channels_last = grad.contiguous(memory_format=torch.channels_last)
         grad_rows = rows(channels_last)
@@ -74,7 +85,7 @@ class Kept:
             grad_rows,
             self._rows,
             self.vectors,
-            code=self.layout.code,
+            codec=self.layout.codec,
             constant_stats=constant_stats,
             out=grad_rows if overwrite else rows(dx),
             add=None if add is None else rows(add.contiguous(memory_format=torch.channels_last)),
@@ -84,22 +95,22 @@ class Kept:
         return dx, dgamma.to(gamma_dtype), dbeta.to(beta_dtype)
 
     def save(self, ctx: Any, *others: Tensor) -> None:
-        """Hand the tensors, and others after them, to autograd, and remember how to read them."""
+        """Save the tensors, others after them, and the layout for backward."""
         ctx.save_for_backward(self.values, self.vectors, *others)
         ctx.layout = self.layout
 
     @staticmethod
-    def saved(ctx: Any) -> tuple["Kept", list[Tensor]]:
-        """What `save` saved: the Kept and the others."""
-        values, vectors, *others = ctx.saved_tensors  # read once: each reading unpacks them anew
-        return Kept(values, vectors, ctx.layout), others
+    def load(ctx: Any) -> tuple["SavedActivation", list[Tensor]]:
+        """Return what `save` saved: this object and the others."""
+        values, vectors, *others = ctx.saved_tensors  # read once: each access unpacks them anew
+        return SavedActivation(values, vectors, ctx.layout), others
 
     @property
     def _rows(self) -> Tensor:
-        return self.values if self.layout.code else rows(self.values)
+        return self.values if self.layout.codec else rows(self.values)
 
 
 def rows(x: Tensor) -> Tensor:
-    """View the data of x [N, C, H, W] in channels-last memory as [N H W, C]."""
+    """View x [N, C, H, W], in channels-last memory, as [N H W, C]."""
     batch, channels, height, width = x.shape
     return x.as_strided((batch * height * width, channels), (channels, 1))

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels import Kernels, Norm, compute_dtype
 from blpa.kernels.reference import REFERENCE
 from blpa.models.preact_resnet import PreActResNet
@@ -21,7 +21,7 @@ from runners.training import loop
 
 CPU = torch.device("cpu")
 EPS = 1e-3
-CODES = [Code(8), Code(4), Code(2), None]
+CODECS = [Codec(8), Codec(4), Codec(2), None]
 CHANNELS = {
     "centred": torch.tensor([0.0, 1.0]),
     "ten thousand deviations from zero": torch.tensor([1e4, 1.0]),
@@ -182,37 +182,37 @@ def gradients(model: nn.Module) -> list[Tensor]:
 # ---- kernels against the reference
 
 
-class Unit(NamedTuple):
-    """What the kernels of one unit are given."""
+class KernelInputs(NamedTuple):
+    """Arguments of the kernel functions of one BN-ReLU-conv."""
 
     x: Tensor
     grad: Tensor
     vectors: Tensor
-    kept: Tensor
+    saved: Tensor
 
     @property
     def norm(self) -> Norm:
         return Norm(*self.vectors)
 
 
-def unit(shape: tuple[int, int], code: Code | None, dtype: torch.dtype = torch.float64) -> Unit:
-    """Random numbers; where there are channels enough, one has gamma = 0 and one gamma < 0."""
+def kernel_inputs(shape: tuple[int, int], codec: Codec | None, dtype: torch.dtype = torch.float64) -> KernelInputs:
+    """Draw random inputs; where there are channels enough, one has gamma = 0 and one gamma < 0."""
     generator = torch.Generator().manual_seed(shape[0])
     x, grad = (3 * torch.randn(2, *shape, generator=generator, dtype=torch.float64) + 1).to(dtype)
     gamma, beta, spread = torch.randn(3, shape[1], generator=generator, dtype=torch.float64).to(compute_dtype(dtype))
     gamma[1:2], gamma[2:3] = 0, -gamma[2:3].abs()
     mean, var = x.mean(0).to(gamma.dtype), 10 * (spread / 2).exp()
-    vectors = torch.stack(Norm.of(mean, var, gamma, beta, eps=EPS, code=code))
-    codes = REFERENCE.normalise_rectify_encode(x, vectors, code=code, out=torch.empty_like(x))
-    return Unit(x, grad, vectors, x if codes is None else codes)
+    vectors = torch.stack(Norm.of(mean, var, gamma, beta, eps=EPS, codec=codec))
+    codes = REFERENCE.normalise_rectify_encode(x, vectors, codec=codec, out=torch.empty_like(x))
+    return KernelInputs(x, grad, vectors, x if codes is None else codes)
 
 
-def recovered(u: Unit, code: Code | None) -> tuple[Tensor, Tensor]:
+def recovered(i: KernelInputs, codec: Codec | None) -> tuple[Tensor, Tensor]:
     """x_hat~ and relu_mask by the formulas, of whole matrices, with neither row blocks nor packing."""
-    x_hat = (u.x - u.norm.mean) * u.norm.rstd
-    y = u.norm.gamma * x_hat + u.norm.beta
-    if code is not None:
-        x_hat, y = code.decode(code.encode(x_hat, y, u.norm.grid), u.norm.grid)
+    x_hat = (i.x - i.norm.mean) * i.norm.rstd
+    y = i.norm.gamma * x_hat + i.norm.beta
+    if codec is not None:
+        x_hat, y = codec.decode(codec.encode(x_hat, y, i.norm.grid), i.norm.grid)
     return x_hat, y > 0
 
 
@@ -220,10 +220,10 @@ def assert_stats_are_accurate(kernels: Kernels, x: Tensor) -> None:
     """The mean to 8 roundings of the largest value; the variance to the square of that and 4 roundings a row of 64."""
     eps = torch.finfo(torch.float32).eps
     gamma, beta = torch.linspace(-2, 2, 2 * x.shape[1], device=x.device).view(2, -1)
-    vectors = kernels.channel_stats(x, gamma, beta, eps=EPS, code=Code(4))
+    vectors = kernels.channel_stats(x, gamma, beta, eps=EPS, codec=Codec(4))
     mean, var, *_ = vectors
     torch.testing.assert_close(  # what follows from them is another test's subject: here, that it does follow
-        vectors, torch.stack(Norm.of(mean, var, gamma, beta, eps=EPS, code=Code(4))), rtol=1e-6, atol=0
+        vectors, torch.stack(Norm.of(mean, var, gamma, beta, eps=EPS, codec=Codec(4))), rtol=1e-6, atol=0
     )
     exact_var, exact_mean = torch.var_mean(x.double(), 0, correction=0)
     mean_bound = 8 * eps * x.double().abs().amax(0)
@@ -232,29 +232,29 @@ def assert_stats_are_accurate(kernels: Kernels, x: Tensor) -> None:
 
 
 def assert_backward_is_the_references(
-    kernels: Kernels, u: Unit, code: Code | None, constant_stats: bool, *, adds: bool = False
+    kernels: Kernels, i: KernelInputs, codec: Codec | None, constant_stats: bool, *, adds: bool = False
 ) -> None:
     """The sums but for the order of their terms, and dX but for what comes of that."""
-    expected, actual = torch.empty_like(u.grad), u.grad.clone()
-    options = {"code": code, "constant_stats": constant_stats, "add": u.x.flip(0).contiguous() if adds else None}
-    expected_sums = REFERENCE.backward(u.grad, u.kept, u.vectors, **options, out=expected)
-    sums = kernels.backward(actual, u.kept, u.vectors, **options, out=actual)
+    expected, actual = torch.empty_like(i.grad), i.grad.clone()
+    options = {"codec": codec, "constant_stats": constant_stats, "add": i.x.flip(0).contiguous() if adds else None}
+    expected_sums = REFERENCE.backward(i.grad, i.saved, i.vectors, **options, out=expected)
+    sums = kernels.backward(actual, i.saved, i.vectors, **options, out=actual)
     # Two orders of a sum of M terms differ by at most M roundings of the sum of their sizes.
-    x_hat, relu_mask = recovered(u, code)
-    sizes = torch.stack([u.grad.abs() * relu_mask, (u.grad * x_hat).abs() * relu_mask]).sum(1)
-    off = len(u.x) * torch.finfo(sums.dtype).eps * sizes
+    x_hat, relu_mask = recovered(i, codec)
+    sizes = torch.stack([i.grad.abs() * relu_mask, (i.grad * x_hat).abs() * relu_mask]).sum(1)
+    off = len(i.x) * torch.finfo(sums.dtype).eps * sizes
     assert ((sums - expected_sums).abs() <= off).all()
     if constant_stats:
         assert torch.equal(actual, expected)
         return
     # The sums reach dX divided by M; and two roundings to its own dtype may differ by one of its units.
     through_sums = off[0] + x_hat.abs() * off[1]
-    bound = (u.norm.gamma * u.norm.rstd).abs() * through_sums / len(u.x)
-    rounding = torch.finfo(u.x.dtype).eps * expected.abs()
-    assert ((actual - expected).abs() <= bound + rounding + 4 * torch.finfo(sums.dtype).eps * scale(u, x_hat)).all()
+    bound = (i.norm.gamma * i.norm.rstd).abs() * through_sums / len(i.x)
+    rounding = torch.finfo(i.x.dtype).eps * expected.abs()
+    assert ((actual - expected).abs() <= bound + rounding + 4 * torch.finfo(sums.dtype).eps * scale(i, x_hat)).all()
 
 
-def scale(u: Unit, x_hat: Tensor) -> Tensor:
+def scale(i: KernelInputs, x_hat: Tensor) -> Tensor:
     """The sizes of what dX is the difference of."""
-    dbeta, dgamma = u.grad.abs().mean(0), (u.grad * x_hat).abs().mean(0)
-    return (u.norm.gamma * u.norm.rstd).abs() * (u.grad.abs() + dbeta + x_hat.abs() * dgamma)
+    dbeta, dgamma = i.grad.abs().mean(0), (i.grad * x_hat).abs().mean(0)
+    return (i.norm.gamma * i.norm.rstd).abs() * (i.grad.abs() + dbeta + x_hat.abs() * dgamma)

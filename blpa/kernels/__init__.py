@@ -1,21 +1,22 @@
-"""The functions that see every element of an activation, and their backends.
+"""The functions that process every element of an activation, and their backends.
 
 An activation [N, C, H, W] in channels-last memory is the matrix x [M, C], M = N H W. With the per-channel vectors of
-`Norm` and the code of codec.py:
+`Norm` and the codec of codec.py:
 
-    channel_stats             mean, var over M, and the Norm that follows from them
+    channel_stats             mean, var over M, and the Norm from them
     normalise_rectify_encode  x_hat = (x - mean) rstd, y = gamma x_hat + beta;  a = max(y, 0), and the code of x_hat
     decode                    a~ = max(gamma x_hat~ + beta, 0) where relu_mask, else 0
     backward                  dY = dA relu_mask;  dbeta = sum dY, dgamma = sum dY x_hat~
                               dX = gamma rstd (dY - dbeta / M - x_hat~ dgamma / M)
 
-    pointwise_weight_grad     dW = G^T a~ of a 1x1 convolution, where a backend makes it without writing a~
+    pointwise_weight_grad     dW = G^T a~ of a 1x1 convolution, if a backend can compute it without writing a~
 
-`code=None` stands for keeping x itself: x_hat~ is x_hat, and every function is exact.
+PyTorch's batch norm reads the saved x in its backward pass; these functions read codes. With codec=None, x itself is
+saved: x_hat~ is x_hat, and every function is exact.
 
-Back ends: `torch` is the specification, in eager PyTorch (reference.py); `inductor` is the same text through
-torch.compile (compiled.py); `triton` is written by hand for CUDA (triton_ops.py). All arithmetic is in `compute_dtype`,
-whatever the activation's dtype.
+Backends: `torch` is the specification, in eager PyTorch (reference.py); `inductor` is the same source compiled by
+torch.compile (compiled.py); `triton` is written by hand for CUDA (triton_ops.py). Arithmetic is in `compute_dtype` for
+every dtype of the activation.
 """
 
 import shutil
@@ -24,15 +25,15 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from blpa.codec import Code, Grid
+from blpa.codec import Codec, Grid
 
 
 class Norm(NamedTuple):
     """Per-channel vectors of one batch normalisation, [C] each.
 
-    They travel as one tensor, torch.stack(norm) [9, C] in the compute dtype, which is also what is kept for the
-    backward pass: a call with one small tensor costs less than one with nine. They weigh what the 4-bit codes of 72
-    rows weigh, less than a hundredth of a layer of 8 x 8 pixels at batch 128.
+    They are passed and saved as one tensor, torch.stack(norm) [9, C] in the compute dtype: a call with one small tensor
+    costs less than with nine. Its size is that of the 4-bit codes of 72 rows, less than a hundredth of a layer of 8 x 8
+    pixels at batch 128.
     """
 
     mean: Tensor
@@ -46,44 +47,44 @@ class Norm(NamedTuple):
     beta: Tensor
     """Shift."""
     bins_per_unit: Tensor
-    """This and the next three: where the code's bins lie (codec.Grid); 0 without a code."""
+    """This and the next three: the bins of the codec (codec.Grid); 0 without a codec."""
     bin_width: Tensor
     frac: Tensor
     zero: Tensor
 
     @staticmethod
-    def of(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, code: Code | None) -> "Norm":
-        """All of it, in the dtype of var, from what it follows from."""
+    def of(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, codec: Codec | None) -> "Norm":
+        """Compute all nine vectors from the statistics and gamma, beta; the result has var's dtype."""
         gamma, beta = gamma.to(var.dtype), beta.to(var.dtype)
-        grid = code.grid(gamma, beta) if code else Grid(*(torch.zeros_like(gamma),) * len(Grid._fields))
+        grid = codec.grid(gamma, beta) if codec else Grid(*(torch.zeros_like(gamma),) * len(Grid._fields))
         return Norm(mean.to(var.dtype), var, (var + eps).rsqrt(), gamma, beta, *grid)
 
     @property
     def grid(self) -> Grid:
-        """Where the code's bins lie."""
+        """The bins of the codec."""
         return Grid(self.bins_per_unit, self.bin_width, self.frac, self.zero)
 
 
-class Averages(NamedTuple):
-    """Running averages of a batch norm, [C] each, of any floating-point dtype."""
+class RunningStats(NamedTuple):
+    """Running statistics of a batch norm, [C] each, of any floating-point dtype; updated in place."""
 
     mean: Tensor
     var: Tensor
-    """Of the unbiased variance."""
+    """Running average of the unbiased variance."""
     momentum: float
     """Weight of the new value."""
     batches: Tensor | None = None
-    """How many batches there were, one whole number."""
+    """Number of batches so far, int64 []."""
 
 
 class Kernels(Protocol):
-    """The contract of a back end.
+    """The contract of a backend.
 
-    x, a, grad and out are contiguous [M, C], `vectors` is a Norm [9, C]; out is written whole and may be the input.
+    x, a, grad and out are contiguous [M, C]; `vectors` is a Norm [9, C]. Every element of `out` is written, and `out`
+    may be the input. `saved` is the packed codes, uint8 [codec.packed_rows(M), C], or x where codec is None.
 
-    `counter` is int32 [C], zero before and after: a backend may count in it which of its programs have added up their
-    rows, so that the last one adds up theirs. Two calls that may run at once need one each; where it is None, one is
-    made.
+    `counter` is int32 [C], zero before and after a call: a backend may count finished programs in it, so that the last
+    one adds up the partial sums. Concurrent calls need one each; None allocates one.
     """
 
     name: str
@@ -95,84 +96,110 @@ class Kernels(Protocol):
         beta: Tensor,
         *,
         eps: float,
-        code: Code | None,
-        averages: Averages | None = None,
+        codec: Codec | None,
+        running_stats: RunningStats | None = None,
         add: Tensor | None = None,
         counter: Tensor | None = None,
     ) -> Tensor:
-        """Norm [9, C] of the mean and biased variance of each column; running averages, if given, move towards them.
+        """Compute the Norm [9, C] from the mean and biased variance of each column.
 
-        Their count of batches, if given, is one more. With `add` [M, C], x first becomes x + add.
+        Args:
+            x: [M, C].
+            gamma: scale [C], of either sign or zero.
+            beta: shift [C].
+            eps: added to the variance.
+            codec: its grid is part of the result; None leaves that 0.
+            running_stats: updated with the mean and the unbiased variance.
+            add: [M, C]; x is first overwritten by x + add.
+            counter: see the class.
         """
 
-    def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
-        """Write a to `out`, which may be x; return the codes, uint8 [code.packed_rows(M), C], if there is a code."""
+    def normalise_rectify_encode(
+        self, x: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor
+    ) -> Tensor | None:
+        """Write a to `out`, which may be x; return the packed codes, None without a codec."""
 
-    def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
-        """Write a~ to `out`. `kept` is the packed codes, or x where code is None."""
+    def decode(self, saved: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor) -> None:
+        """Write a~ to `out`."""
 
     def backward(
         self,
         grad: Tensor,
-        kept: Tensor,
+        saved: Tensor,
         vectors: Tensor,
         *,
-        code: Code | None,
+        codec: Codec | None,
         constant_stats: bool,
         out: Tensor,
         add: Tensor | None = None,
         counter: Tensor | None = None,
     ) -> Tensor:
-        """Write dX to `out`, which may be grad = dA, and return dbeta and dgamma [2, C].
+        """Write dX to `out`, which may be grad = dA, and return dbeta and dgamma.
 
-        Constant statistics do not depend on x, so that dX = gamma rstd dY. `add` [M, C] is a gradient that x has from
-        another reader: then their sum is written.
+        Args:
+            grad: dA [M, C].
+            saved: see the class.
+            vectors: Norm [9, C].
+            codec: of the saved codes.
+            constant_stats: the statistics do not depend on x, so dX = gamma rstd dY.
+            out: [M, C].
+            add: another gradient of x [M, C], which is added to dX.
+            counter: see the class.
+
+        Returns:
+            [2, C], in the dtype of the vectors.
         """
 
-    def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor | None:
-        """Gradient dW [N, C] = G^T a~ of a 1x1 convolution, for grad = G [M, N], without a~ being written: float32.
+    def pointwise_weight_grad(
+        self, grad: Tensor, saved: Tensor, vectors: Tensor, *, codec: Codec | None
+    ) -> Tensor | None:
+        """Compute dW = G^T a~ of a 1x1 convolution from grad = G [M, N], without writing a~.
 
-        None where that would be slower than the product of G and the decoded a~, or less exact than PyTorch's of them.
+        Returns:
+            float32 [N, C]; None where it would be slower than PyTorch's product with the decoded a~, or less exact.
         """
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic and of the per-channel vectors: float64 stays, everything else is float32."""
+    """Return the dtype of the arithmetic and of the per-channel vectors: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-# Measured on two CPU cores, fp32, 4 bits: eager PyTorch needs about 25 ns an element and step more than compiled code,
-# and compiling the functions with nothing cached about 40 s.
+# Measured on two CPU cores, fp32, 4 bits: per element and step, eager PyTorch takes about 25 ns longer than compiled
+# code; compiling the functions without a cache takes about 40 s.
 _COMPILE_SECONDS = 40.0
 _SAVED_SECONDS_PER_ELEMENT = 25e-9
 
 
 class NotAvailable(RuntimeError):
-    """The backend that was asked for cannot run on this machine or device."""
+    """The requested backend cannot run on this machine or device."""
 
 
 def choose(name: str, device: torch.device, *, elements: float = float("inf")) -> Kernels:
     """Choose the backend of a run.
 
     Args:
-        name: torch, inductor, triton, or auto: triton on a GPU that it supports; on a CPU inductor, but torch for work
-            too small to repay compiling, and where there is no compiler.
-        device: where the run computes; on the meta device, which only counts, every back end does.
-        elements: activation elements that the run will encode in all; auto weighs them against the compiling.
+        name: torch, inductor, triton or auto. auto is triton on a supported GPU; on a CPU it is inductor if there is a
+            compiler and the run is long enough to repay compiling; else torch.
+        device: of the run; on the meta device, which only counts bytes, every backend is allowed.
+        elements: activation elements that the run encodes in total.
 
     Raises:
         ValueError: the name is unknown.
-        NotAvailable: the backend asked for cannot run on this machine or device.
+        NotAvailable: the requested backend cannot run on this machine or device.
     """
     if name not in ("auto", "torch", "inductor", "triton"):
         raise ValueError(f"kernels = {name}: must be auto, torch, inductor or triton")
     missing = {"torch": "", "inductor": _missing_for_inductor(device), "triton": _missing_for_triton(device)}
     if name == "auto":
-        pays = elements * _SAVED_SECONDS_PER_ELEMENT > _COMPILE_SECONDS
-        fastest_first = ("triton",) if device.type == "cuda" else ("inductor",) if pays else ()
-        name = next((back_end for back_end in fastest_first if not missing[back_end]), "torch")
+        name = "torch"
+        if device.type == "cuda":
+            if not missing["triton"]:
+                name = "triton"
+        elif elements * _SAVED_SECONDS_PER_ELEMENT > _COMPILE_SECONDS and not missing["inductor"]:
+            name = "inductor"
     if missing[name]:
-        raise NotAvailable(f"kernels = {name}: {missing[name]}; ask for kernels auto or torch")
+        raise NotAvailable(f"kernels = {name}: {missing[name]}; use kernels auto or torch")
     if name == "torch":
         from blpa.kernels.reference import REFERENCE
 
@@ -187,7 +214,7 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
 
 
 def _missing_for_inductor(device: torch.device) -> str:
-    """What torch.compile lacks to make code for this device; empty if nothing."""
+    """Return why torch.compile cannot compile for this device; empty if it can."""
     if device.type == "meta":
         return ""
     if device.type == "cuda":
@@ -197,7 +224,7 @@ def _missing_for_inductor(device: torch.device) -> str:
 
 
 def _missing_for_triton(device: torch.device) -> str:
-    """What kernels in Triton lack to run on this device; empty if nothing."""
+    """Return why Triton kernels cannot run on this device; empty if they can."""
     from torch.utils._triton import has_triton, has_triton_package
 
     if device.type == "meta":

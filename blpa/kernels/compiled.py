@@ -1,8 +1,8 @@
-"""The reference's four bodies through torch.compile: C++ on a CPU, Triton on a GPU. Back end `inductor`.
+"""The reference's four bodies compiled by torch.compile, to C++ for a CPU and Triton for a GPU: backend `inductor`.
 
-Shapes are dynamic, so a body is compiled once for each code and dtype, whatever the layer (and again where the rows do
-not divide evenly into blocks and strips, or there are fewer than 64). A compiled body is one loop
-over memory: what eager PyTorch writes to a dozen temporaries stays in registers.
+A compiled body is one loop over memory: eager PyTorch writes a dozen temporaries, which here stay in registers. Shapes
+are dynamic, so a body is compiled once per codec and dtype for all layers, and again for rows that do not divide evenly
+into blocks and strips, or are fewer than 64.
 """
 
 import functools
@@ -11,23 +11,23 @@ from typing import Any
 
 import torch
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels.reference import Body, RowBlockKernels
 
 
 @functools.cache
 def _compile(body: Body, variant: tuple[Any, ...], *constants: Any) -> Body:
-    # torch.compile takes an integer for a constant if it comes from the defaults of a function that is called, and for
-    # an unknown if from an argument: then every element would pay for computing 2^K.
+    # torch.compile treats an integer as a constant if it comes from the defaults of a called function, not if it is an
+    # argument: then 2^K would be computed for every element.
     with_constants = FunctionType(body.__code__, body.__globals__, body.__name__, constants)
 
     def call(*args: Any) -> None:
         with_constants(*args)
 
-    # It also gives up after a few variants of one code object: hence an object for each code and each variant.
-    name = "_".join([body.__name__, *(f"{c.bits}bit" for c in constants if isinstance(c, Code))])
+    # It also stops compiling after a few variants of one code object, so each codec and variant has its own.
+    name = "_".join([body.__name__, *(f"{c.bits}bit" for c in constants if isinstance(c, Codec))])
     call.__code__ = call.__code__.replace(co_name=name)
-    # The checks of sizes repeat what _variant decided, at a tenth of the cost of a call on a small activation.
+    # Size checks would repeat those of _variant, and cost a tenth of a call on a small activation.
     return torch.compile(call, dynamic=True, fullgraph=True, options={"size_asserts": False})
 
 

@@ -1,8 +1,8 @@
-"""The functions in plain PyTorch: the specification that every other backend is held to.
+"""The functions in plain PyTorch, backend `torch`: the specification of every other backend.
 
-Each is a body that only writes to tensors it is given, and a method that allocates them. The bodies see an activation
-as the row blocks whose codes share bytes (Code.row_blocks), so that compiled code reads and writes each element once,
-in one loop, in place where out is the input.
+Each function is a body, which only writes to its arguments, and a method, which allocates them. A body gets an
+activation as the row blocks whose codes share bytes (Codec.row_blocks), so that compiled code reads and writes each
+element once, in one loop. It works in place where out is None. kernels/__init__.py has the formulas.
 """
 
 import functools
@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blpa.codec import Code, where_positive
-from blpa.kernels import Averages, Norm, compute_dtype
+from blpa.codec import Codec, where_positive
+from blpa.kernels import Norm, RunningStats, compute_dtype
 
 Body = Callable[..., None]
 
 
 STRIP_ROWS = 64
-"""Rows of a strip. Sums over rows are made strip by strip, then over the strips: rounding grows with M / 64, not M, and
-a strip stays in a processor's nearest cache while its columns are summed one after another."""
+"""Rows of a strip. Rows are summed within strips, then over strips: rounding error grows with M / 64, not M, and the
+first-level cache holds a strip."""
 
 SMALL_ELEMENTS = 1 << 18
-"""Of an activation whose temporaries, a megabyte each, stay in a CPU's cache: a call costs what reading it does."""
+"""Elements of an activation whose temporaries, a megabyte each, fit in a CPU's cache: blocks would only add calls."""
 
 
 def strips(x: Tensor) -> list[Tensor]:
-    """View [M, C] as whole strips [M // 64, 64, C] and, where rows are left over, [1, M % 64, C]."""
+    """View [M, C] as whole strips [M // 64, 64, C] and, if rows remain, [1, M % 64, C]."""
     if x.shape[0] <= STRIP_ROWS:
         return [x.unsqueeze(0)]
     whole = x.shape[0] - x.shape[0] % STRIP_ROWS
@@ -36,22 +36,22 @@ def strips(x: Tensor) -> list[Tensor]:
 
 
 def total(parts: Sequence[Tensor]) -> Tensor:
-    """Sum of tensors of one shape; a single one is its own, without a call."""
+    """Add tensors of one shape; a single tensor is returned as it is."""
     return functools.reduce(torch.add, parts)
 
 
 def column_sum(x: Tensor) -> Tensor:
-    """Sum [C] of x [M, C] over M."""
+    """Sum x [M, C] over M."""
     return total([strip.sum(1).sum(0) for strip in strips(x)])
 
 
 def channel_stats(
-    x: Sequence[Tensor], vectors: Tensor, gamma: Tensor, beta: Tensor, eps: float, code: Code | None
+    x: Sequence[Tensor], vectors: Tensor, gamma: Tensor, beta: Tensor, eps: float, codec: Codec | None
 ) -> None:
-    """Norm of the columns of x, one block [M, C], in one reading of it.
+    """Compute the Norm of x, one block [M, C], in one pass over it.
 
-    A strip's mean and sum of squares are taken about its first row, a value of the same size as the others, so nothing
-    cancels; strips combine by the parallel axis theorem (Chan, Golub and LeVeque 1983).
+    A strip's mean and sum of squares are about its first row, a typical value, so nothing cancels. Strips are combined
+    by the parallel axis theorem (Chan, Golub and LeVeque 1983).
     """
     parts = []
     (block,) = x
@@ -61,7 +61,7 @@ def channel_stats(
         offset = centred.mean(1)
         squares = centred.square_().sum(1).addcmul_(offset, offset, value=-rows).clamp_min_(0)
         parts.append((rows, offset.add_(first[:, 0]), squares))
-    # The sum is of what means differ by, so that its rounding does not scale with the mean.
+    # Sum the differences from a pivot, so that rounding error does not grow with the mean.
     pivot = block[0].to(vectors.dtype)
     mean = pivot + total([(means - pivot).sum(0).mul_(rows) for rows, means, _ in parts]) / block.shape[0]
     about_mean = []
@@ -69,38 +69,38 @@ def channel_stats(
         off_mean = means - mean
         about_mean.append(squares.addcmul_(off_mean, off_mean, value=rows).sum(0))
     var = total(about_mean) / block.shape[0]
-    torch.stack(Norm.of(mean, var, gamma, beta, eps=eps, code=code), out=vectors)
+    torch.stack(Norm.of(mean, var, gamma, beta, eps=eps, codec=codec), out=vectors)
 
 
 def normalise_rectify_encode(
-    x: Sequence[Tensor], out: Sequence[Tensor] | None, codes: Tensor | None, vectors: Tensor, code: Code | None
+    x: Sequence[Tensor], out: Sequence[Tensor] | None, codes: Tensor | None, vectors: Tensor, codec: Codec | None
 ) -> None:
-    """Activation a, in place of x where out is None, and the packed codes of the blocks x."""
+    """Write a to out, or over x where out is None, and the packed codes of the blocks x to codes."""
     norm = Norm(*vectors.unbind(0))
     block_codes = []
     for x_block, out_block in zip(x, x if out is None else out, strict=True):
         x_hat = (x_block.to(vectors.dtype) - norm.mean).mul_(norm.rstd)
         y = (norm.gamma * x_hat).add_(norm.beta)
-        if code is not None:
-            block_codes.append(code.encode(x_hat, y, norm.grid))
+        if codec is not None:
+            block_codes.append(codec.encode(x_hat, y, norm.grid))
         out_block.copy_(y.clamp_min_(0))
-    if code is not None and codes is not None:
-        code.pack(block_codes, codes)
+    if codec is not None and codes is not None:
+        codec.pack(block_codes, codes)
 
 
-def recover(kept: Tensor, block: int, rows: int, norm: Norm, code: Code | None) -> tuple[Tensor, Tensor]:
-    """x_hat~, and a number of the sign of y, [rows, C] of one block."""
-    if code is not None:
-        return code.decode(code.unpack(kept, block, rows, norm.rstd.dtype), norm.grid)
-    x_hat = (kept.to(norm.rstd.dtype) - norm.mean).mul_(norm.rstd)
+def recover(saved: Tensor, block: int, rows: int, norm: Norm, codec: Codec | None) -> tuple[Tensor, Tensor]:
+    """Decode x_hat~ [rows, C] of one block, and numbers [rows, C] with the sign of y."""
+    if codec is not None:
+        return codec.decode(codec.unpack(saved, block, rows, norm.rstd.dtype), norm.grid)
+    x_hat = (saved.to(norm.rstd.dtype) - norm.mean).mul_(norm.rstd)
     return x_hat, (norm.gamma * x_hat).add_(norm.beta)
 
 
-def decode(out: Sequence[Tensor], kept: Tensor, vectors: Tensor, code: Code | None) -> None:
-    """a~ of the blocks out."""
+def decode(out: Sequence[Tensor], saved: Tensor, vectors: Tensor, codec: Codec | None) -> None:
+    """Write a~ to the blocks out."""
     norm = Norm(*vectors.unbind(0))
     for k, out_block in enumerate(out):
-        x_hat, sign = recover(kept, k, out_block.shape[0], norm, code)
+        x_hat, sign = recover(saved, k, out_block.shape[0], norm, codec)
         y = x_hat.mul_(norm.gamma).add_(norm.beta)
         out_block.copy_(where_positive(sign, y).clamp_min_(0))
 
@@ -108,27 +108,27 @@ def decode(out: Sequence[Tensor], kept: Tensor, vectors: Tensor, code: Code | No
 def backward(
     grad: Sequence[Tensor],
     out: Sequence[Tensor] | None,
-    kept: Tensor,
+    saved: Tensor,
     sums: Tensor,
     vectors: Tensor,
     add: Sequence[Tensor] | None,
-    code: Code | None,
+    codec: Codec | None,
     constant_stats: bool,
 ) -> None:
-    """Sums dbeta and dgamma over the blocks grad, and the input gradient of each, in its place where out is None."""
+    """Write dbeta and dgamma to sums [2, C], and dX to out, or over grad where out is None."""
     norm = Norm(*vectors.unbind(0))
     parts = []
     for k, grad_block in enumerate(grad):
-        x_hat, sign = recover(kept, k, grad_block.shape[0], norm, code)
+        x_hat, sign = recover(saved, k, grad_block.shape[0], norm, codec)
         dy = where_positive(sign, grad_block.to(sums.dtype))
         parts.append(torch.stack([column_sum(dy), column_sum(x_hat.mul_(dy))]))
-        del x_hat, sign, dy  # before the next block's are made
+        del x_hat, sign, dy  # before the next block allocates its own
     sums.copy_(total(parts))
-    # A product for each element costs nothing, a quotient would.
+    # Multiply by 1 / M: a division per element would cost time.
     mean_dy, mean_dy_x_hat = sums * (1 / sum(block.shape[0] for block in grad))
     scale = norm.gamma * norm.rstd
     for k, (grad_block, out_block) in enumerate(zip(grad, grad if out is None else out, strict=True)):
-        x_hat, sign = recover(kept, k, grad_block.shape[0], norm, code)
+        x_hat, sign = recover(saved, k, grad_block.shape[0], norm, codec)
         dx = where_positive(sign, grad_block.to(sums.dtype))
         if not constant_stats:
             dx.sub_(mean_dy).sub_(x_hat.mul_(mean_dy_x_hat))
@@ -137,14 +137,13 @@ def backward(
 
 
 class RowBlockKernels:
-    """A back end made of the bodies above; see kernels.Kernels for the contract.
+    """A backend made of the bodies above; see kernels.Kernels for the contract.
 
     Args:
-        name: the back end's name.
-        fuse: turns a body into one that computes the same without allocating anything as large as an activation. Called
-            with the body, a variant (what else about the arguments changes the shape of the computation), and values
-            for the body's last parameters. Where rows do not divide evenly it may still need a temporary. None leaves
-            the bodies alone.
+        name: the backend's name.
+        fuse: called with a body, a variant (see _variant) and values of the body's last parameters; returns a function
+            that computes the same without allocating activation-sized tensors, except perhaps one where rows do not
+            divide evenly. None runs the bodies eagerly.
     """
 
     def __init__(self, name: str, fuse: Callable[..., Body] | None = None) -> None:
@@ -152,18 +151,18 @@ class RowBlockKernels:
         self._fuse = fuse
 
     def __repr__(self) -> str:
-        """The same in every process, as the representation of layers that hold this is."""
+        """Return the same text in every process, for the text of layers that contain this."""
         return f"<kernels {self.name}>"
 
-    def _blocks(self, x: Tensor, code: Code | None) -> list[Tensor]:
-        """What a body is given of [M, C]: its row blocks, or where calls cost more than memory, all of them in one."""
+    def _blocks(self, x: Tensor, codec: Codec | None) -> list[Tensor]:
+        """Split [M, C] into row blocks; a small eager activation stays whole, where calls cost more than memory."""
         is_small = self._fuse is None and x.numel() <= SMALL_ELEMENTS
-        return [x] if code is None or is_small else code.row_blocks(x)
+        return [x] if codec is None or is_small else codec.row_blocks(x)
 
     def _run(self, body: Body, blocks: list[Tensor], *args: Any, constants: tuple[Any, ...] = ()) -> None:
         if self._fuse is None:
             body(blocks, *args, *constants)
-        elif not blocks[0].is_meta:  # there only what is allocated counts, and a fused body allocates nothing
+        elif not blocks[0].is_meta:  # on meta only allocations count, and a fused body has none
             rows = tuple(block.shape[0] for block in blocks)
             absent = tuple(arg is None for arg in args)
             variant = _variant(rows, blocks[0].shape[1], blocks[0].dtype, absent)
@@ -176,8 +175,8 @@ class RowBlockKernels:
         beta: Tensor,
         *,
         eps: float,
-        code: Code | None,
-        averages: Averages | None = None,
+        codec: Codec | None,
+        running_stats: RunningStats | None = None,
         add: Tensor | None = None,
         counter: Tensor | None = None,
     ) -> Tensor:
@@ -185,35 +184,37 @@ class RowBlockKernels:
         if add is not None:
             x.add_(add)
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=compute_dtype(x.dtype))
-        # As plain tensors: torch.compile makes new code for each size of a Parameter.
-        self._run(channel_stats, [x], vectors, gamma.detach(), beta.detach(), constants=(eps, code))
-        if averages:
+        # Detached: torch.compile would compile again for each size of a Parameter.
+        self._run(channel_stats, [x], vectors, gamma.detach(), beta.detach(), constants=(eps, codec))
+        if running_stats:
             mean, var = vectors[:2]
             unbiased = var * (x.shape[0] / (x.shape[0] - 1))
-            averages.mean.lerp_(mean.to(averages.mean.dtype), averages.momentum)
-            averages.var.lerp_(unbiased.to(averages.var.dtype), averages.momentum)
-            if averages.batches is not None:
-                averages.batches.add_(1)
+            running_stats.mean.lerp_(mean.to(running_stats.mean.dtype), running_stats.momentum)
+            running_stats.var.lerp_(unbiased.to(running_stats.var.dtype), running_stats.momentum)
+            if running_stats.batches is not None:
+                running_stats.batches.add_(1)
         return vectors
 
-    def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
+    def normalise_rectify_encode(
+        self, x: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor
+    ) -> Tensor | None:
         """See Kernels."""
-        codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
-        out_blocks = None if out is x else self._blocks(out, code)
-        self._run(normalise_rectify_encode, self._blocks(x, code), out_blocks, codes, vectors, constants=(code,))
+        codes = None if codec is None else x.new_empty(codec.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
+        out_blocks = None if out is x else self._blocks(out, codec)
+        self._run(normalise_rectify_encode, self._blocks(x, codec), out_blocks, codes, vectors, constants=(codec,))
         return codes
 
-    def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
+    def decode(self, saved: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor) -> None:
         """See Kernels."""
-        self._run(decode, self._blocks(out, code), kept, vectors, constants=(code,))
+        self._run(decode, self._blocks(out, codec), saved, vectors, constants=(codec,))
 
     def backward(
         self,
         grad: Tensor,
-        kept: Tensor,
+        saved: Tensor,
         vectors: Tensor,
         *,
-        code: Code | None,
+        codec: Codec | None,
         constant_stats: bool,
         out: Tensor,
         add: Tensor | None = None,
@@ -221,20 +222,24 @@ class RowBlockKernels:
     ) -> Tensor:
         """See Kernels."""
         sums = vectors.new_empty(2, grad.shape[1])
-        out_blocks = None if out is grad else self._blocks(out, code)
-        add_blocks = None if add is None else self._blocks(add, code)
-        constants = code, constant_stats
-        self._run(backward, self._blocks(grad, code), out_blocks, kept, sums, vectors, add_blocks, constants=constants)
+        out_blocks = None if out is grad else self._blocks(out, codec)
+        add_blocks = None if add is None else self._blocks(add, codec)
+        constants = codec, constant_stats
+        self._run(
+            backward, self._blocks(grad, codec), out_blocks, saved, sums, vectors, add_blocks, constants=constants
+        )
         return sums
 
-    def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor | None:
+    def pointwise_weight_grad(
+        self, grad: Tensor, saved: Tensor, vectors: Tensor, *, codec: Codec | None
+    ) -> Tensor | None:
         """See Kernels."""
         return None
 
 
 @functools.cache
 def _variant(rows: tuple[int, ...], channels: int, dtype: torch.dtype, absent: tuple[bool, ...]) -> tuple[Any, ...]:
-    """What about the arguments changes the computation: above all how each block's rows divide into strips."""
+    """Return the properties of the arguments that change the computation, such as how rows divide into strips."""
     divisions = [(n == rows[0], n % STRIP_ROWS == 0, n <= STRIP_ROWS, min(n, 2)) for n in rows]
     return dtype, channels == 1, absent, *divisions
 

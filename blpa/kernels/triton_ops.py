@@ -1,25 +1,25 @@
 """The functions of a backend as Triton kernels, written by hand: backend `triton`.
 
-A program takes a tile [BLOCKS, ROWS, CHANNELS] of the activation: the rows that share ROWS rows of bytes (the row
-blocks of Code.row_blocks) in CHANNELS neighbouring columns. Every row of a tile is contiguous in memory, every byte of
-codes has one owner, and each element is read once and written once a kernel, in place where out is the input:
+A program processes a tile [BLOCKS, ROWS, CHANNELS] of the activation: the rows that share ROWS rows of bytes (the row
+blocks of Codec.row_blocks) in CHANNELS neighbouring columns. Every row of a tile is contiguous in memory, one program
+writes each byte of codes, and a kernel reads and writes each element once, in place where out is the input:
 
-                                bytes an element, fp32, K bits
+                                bytes per element, fp32, K bits
     channel_stats               4                    reads x; with a shortcut 12: reads both, writes the sum
     normalise_rectify_encode    4 + 4 + K/8          reads x, writes a and the codes
     decode                      K/8 + 4              reads the codes, writes a~
     backward                    2 (4 + K/8) + 4      reads dA and the codes twice, writes dX
-    pointwise_weight_grad       K/8, and 4 of G      reads the codes and G, writes sums of parts
+    pointwise_weight_grad       K/8, and 4 of G      reads the codes and G, writes partial sums
 
-Sums over rows are made in an order that depends on the shape alone, so that the same input gives the same bits. For
-statistics and gradients a lane of a tile adds up at most 64 rows, a program its lanes, and the program that ends last
-adds up what all of them left; a counter, the only thing that is atomic, shows which one that is. Products go through at
-most 64 tiles of 64 rows per program, and a second launch adds those up.
+The order of a sum over rows depends on the shape only, so the same input gives the same bits. For statistics and
+gradients, a lane of a tile sums at most 64 rows, a program sums its lanes, and the last program to finish sums the
+partial results of all; an atomic counter shows which one is last. A weight gradient takes at most 64 tiles of 64 rows
+per program, and a second launch sums the partial results.
 
-Products and sums are not contracted to fused multiply-adds: the sign of y decides the mask in two kernels, and a code
-must be the reference's, to the bit. A tile's first element is found in 64 bits; within a tile 32 are enough.
+Fused multiply-adds are off: the sign of y decides the mask in two kernels, and codes equal the reference's to the bit.
+The offset of a tile needs 64 bits; offsets within a tile fit in 32.
 
-The kernels are operations of torch.library, which torch.compile and torch.export see as one node each.
+Each kernel is an operation of torch.library, one node for torch.compile and torch.export.
 """
 
 import torch
@@ -27,33 +27,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from blpa.codec import Code
-from blpa.kernels import Averages, Norm
+from blpa.codec import Codec
+from blpa.kernels import Norm, RunningStats
 
 TILE_ELEMENTS, SUM_TILE_ELEMENTS = 2048, 4096
-"""Elements of a tile, for 4 warps and for the 8 of a sum: 16 per thread, so that four loads of 16 bytes are under way
-in fp32, and registers are left for other programs."""
+"""Elements of a tile, for 4 warps and for the 8 of a sum: 16 per thread, so that a thread has four 16-byte loads in
+flight in fp32, and registers remain for other programs."""
 TILE_CHANNELS = 64
-"""Columns of a tile at most. With 128 each thread would hold vectors of all of its rows' columns, and move them through
-shared memory to get there."""
+"""Largest number of columns of a tile. With 128, the per-channel vectors would pass through shared memory."""
 PROGRAMS = 264
-"""Programs that sums are divided among before lanes grow longer: two for each multiprocessor of a large card, and few
-enough for the last one to add up."""
+"""Number of programs a sum is split into: two per multiprocessor of a large GPU, and the last program's sum stays
+short."""
 LANE_ROWS = 64
-"""Rows that one lane adds up at most, the reference's strip."""
+"""Largest number of rows that one lane sums, the reference's strip."""
 PRODUCT_ROWS = 64
-"""Rows of a tile of a product: with twice as many a thread needs up to all of its 255 registers."""
+"""Rows of a tile of a weight gradient: with twice as many, a thread needs up to all of its 255 registers."""
 PRODUCT_ELEMENTS = 64 * 256
-"""Weights of a product at most, those of the paper's largest 1x1 convolution: with more, arithmetic decides, and
-cuDNN's tiles are larger than these."""
+"""Largest number of weights for pointwise_weight_grad, as in the paper's largest 1x1 convolution: with more, arithmetic
+decides the time, and cuDNN's tiles are larger than these."""
 
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
-"""Of the compiler: threads enough for a tile, and no fused multiply-adds."""
+"""Compiler options: threads for one tile, and no fused multiply-adds."""
 SUM_OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
-"""The same for products, which need registers, and for sums, whose last program needs many loads under way."""
+"""The same for weight gradients, which need registers, and sums, whose last program needs many loads in flight."""
 
 MEAN, VAR, RSTD, GAMMA, BETA, BINS_PER_UNIT, BIN_WIDTH, FRAC, ZERO = map(tl.constexpr, range(len(Norm._fields)))
-"""Rows of the Norm [9, C]."""
+"""Rows of a Norm [9, C]."""
 
 
 @triton.jit
@@ -63,7 +62,7 @@ def _vector(vectors, row: tl.constexpr, c, C):
 
 @triton.jit
 def _tile(row, column, M, C, R, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
-    """Columns, offsets and mask of a tile of the activation, and of the bytes that its rows share."""
+    """Return the columns, and the offsets and mask of a tile of the activation and of its bytes of codes."""
     c = column * CHANNELS + tl.arange(0, CHANNELS)
     first, r = row * ROWS, tl.arange(0, ROWS)
     byte_offset = first.to(tl.int64) * C + (r[:, None] * C + c[None, :])
@@ -75,16 +74,16 @@ def _tile(row, column, M, C, R, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNE
 
 
 @triton.jit
-def _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS: tl.constexpr, BLOCKS: tl.constexpr):
-    """x_hat~, y~ and relu_mask of a tile, from its codes, or from x where BITS is 0."""
+def _recover(saved, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS: tl.constexpr, BLOCKS: tl.constexpr):
+    """Decode x_hat~, y~ and relu_mask of a tile from its codes, or from x where BITS is 0."""
     gamma, beta = _vector(vectors, GAMMA, c, C), _vector(vectors, BETA, c, C)
     if BITS == 0:
-        x = tl.load(kept + offset, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(saved + offset, mask=mask, other=0.0).to(tl.float32)
         x_hat = (x - _vector(vectors, MEAN, c, C)) * _vector(vectors, RSTD, c, C)
         y = gamma * x_hat + beta
         relu_mask = y > 0
     else:
-        packed = tl.load(kept + byte_offset, mask=byte_mask, other=0).to(tl.int32)
+        packed = tl.load(saved + byte_offset, mask=byte_mask, other=0).to(tl.int32)
         shift = tl.arange(0, BLOCKS)[:, None, None] * BITS
         code = ((packed[None, :, :] >> shift) & ((1 << BITS) - 1)).to(tl.float32)
         centre = code + (0.5 - (1 << (BITS - 1))) - _vector(vectors, FRAC, c, C)
@@ -96,7 +95,7 @@ def _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS: tl
 
 @triton.jit
 def _decoded(y, relu_mask):
-    """a~, which is never negative; the sign of y~ may be wrong where y is next to 0."""
+    """Return a~ >= 0; y~ may have the wrong sign where y is close to 0."""
     return tl.where(relu_mask & ~(y <= 0), y, 0.0)
 
 
@@ -118,24 +117,24 @@ def _normalise_rectify_encode(
         code = tl.minimum(tl.maximum(tl.floor(bins) + (1 << (BITS - 1)), lowest), highest).to(tl.int32)
         code = tl.where(mask, code, 0) << (tl.arange(0, BLOCKS)[:, None, None] * BITS)
         tl.store(codes + byte_offset, tl.sum(code, axis=0).to(tl.uint8), mask=byte_mask)
-    a = tl.where(y <= 0, 0.0, y)  # a NaN stays one, as it must to be noticed
+    a = tl.where(y <= 0, 0.0, y)  # a NaN stays NaN, so that it shows
     tl.store(out + offset, a.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "R"])
 def _decode(
-    out, kept, vectors, M, C, R,
+    out, saved, vectors, M, C, R,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), tl.program_id(1), M, C, R, BLOCKS, ROWS, CHANNELS)
-    _, y, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
+    _, y, relu_mask = _recover(saved, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
     tl.store(out + offset, _decoded(y, relu_mask).to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _is_last(counter, programs):
-    """Whether the other programs of these columns have all stored their part; if so, the counter is zero again."""
-    tl.debug_barrier()  # every thread of this program has stored its part before one of them counts
+    """Return whether all other programs of these columns have stored their part; if so, reset the counter."""
+    tl.debug_barrier()  # all threads store their part before one of them counts
     before = tl.atomic_add(counter + tl.program_id(1), 1, sem="acq_rel", scope="gpu")
     is_last = before == programs - 1
     if is_last:
@@ -145,23 +144,23 @@ def _is_last(counter, programs):
 
 @triton.jit
 def _part(partial, row: tl.constexpr, p, programs, c, C):
-    """One vector of each of the programs p, from partial [programs, 2, C], past caches that may hold older values."""
+    """Load a vector of each program p from partial [programs, 2, C], bypassing caches with stale values."""
     mask = (p < programs)[:, None] & (c < C)[None, :]
     return tl.load(partial + (p[:, None] * 2 + row) * C + c[None, :], mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit(do_not_specialize=["M", "R", "steps"])
 def _weight_gradient(
-    grad, kept, vectors, partial, M, C, R, N, steps,
+    grad, saved, vectors, partial, M, C, R, N, steps,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
-    """G^T a~ over `steps` tiles per program, into partial [programs, N, C] for G [M, N]; a~ is written nowhere."""
+    """Write G^T a~ of `steps` tiles per program to partial [programs, N, C], for G [M, N]."""
     program, column, output = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     total = tl.full([OUTPUTS, CHANNELS], 0.0, dtype=tl.float32)
     for step in range(steps):
         tile = program * steps + step
         c, offset, mask, byte_offset, byte_mask = _tile(tile, column, M, C, R, BLOCKS, ROWS, CHANNELS)
-        _, y, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
+        _, y, relu_mask = _recover(saved, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
         _, offset, mask, _, _ = _tile(tile, output, M, N, R, BLOCKS, ROWS, OUTPUTS)
         g = tl.load(grad + offset, mask=mask, other=0.0)
         a = _decoded(y, relu_mask).to(g.dtype)
@@ -174,10 +173,10 @@ def _weight_gradient(
 
 @triton.jit(do_not_specialize=["M", "R", "steps", "programs"])
 def _gradient_sums(
-    grad, kept, vectors, partial, counter, sums, M, C, R, steps, programs,
+    grad, saved, vectors, partial, counter, sums, M, C, R, steps, programs,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """dbeta, dgamma and both divided by M, into sums [4, C]: sums of dY and dY x_hat~, `steps` tiles per program."""
+    """Write dbeta, dgamma and both divided by M to sums [4, C]; `steps` tiles per program."""
     program, column = tl.program_id(0), tl.program_id(1)
     columns = column * CHANNELS + tl.arange(0, CHANNELS)
     here = columns < C
@@ -186,7 +185,7 @@ def _gradient_sums(
     for step in range(steps):
         tile = program * steps + step
         c, offset, mask, byte_offset, byte_mask = _tile(tile, column, M, C, R, BLOCKS, ROWS, CHANNELS)
-        x_hat, _, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
+        x_hat, _, relu_mask = _recover(saved, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
         dy = tl.where(relu_mask, tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32), 0.0)
         sum_dy += tl.sum(dy, axis=0)
         sum_dy_x_hat += tl.sum(dy * x_hat, axis=0)
@@ -210,12 +209,12 @@ def _gradient_sums(
 
 @triton.jit(do_not_specialize=["M", "R"])
 def _input_gradient(
-    grad, out, kept, vectors, means, add, M, C, R,
+    grad, out, saved, vectors, means, add, M, C, R,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     CONSTANT_STATS: tl.constexpr, ADDS: tl.constexpr,
 ):  # fmt: skip
     c, offset, mask, byte_offset, byte_mask = _tile(tl.program_id(0), tl.program_id(1), M, C, R, BLOCKS, ROWS, CHANNELS)
-    x_hat, _, relu_mask = _recover(kept, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
+    x_hat, _, relu_mask = _recover(saved, vectors, c, C, offset, mask, byte_offset, byte_mask, BITS, BLOCKS)
     dx = tl.where(relu_mask, tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32), 0.0)
     if not CONSTANT_STATS:
         dx = dx - _vector(means, 0, c, C) - x_hat * _vector(means, 1, c, C)
@@ -227,7 +226,7 @@ def _input_gradient(
 
 @triton.jit
 def _lerp(start, end, weight):
-    """As torch.lerp, which is exact at both ends."""
+    """Interpolate as torch.lerp, which is exact at both ends."""
     return tl.where(weight < 0.5, start + weight * (end - start), end - (end - start) * (1 - weight))
 
 
@@ -236,7 +235,7 @@ def _write_norm(
     mean, var, gamma, beta, vectors, running_mean, running_var, batches, c, M, C, eps, bin_width, momentum,
     LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The Norm [9, C] of these columns; the running averages move, and the batch is counted."""
+    """Write the Norm [9, C] of these columns; update the running statistics and the count of batches."""
     here = c < C
     scale = tl.load(gamma + c, mask=here, other=0.0).to(tl.float32)
     shift = tl.load(beta + c, mask=here, other=0.0).to(tl.float32)
@@ -254,9 +253,9 @@ def _write_norm(
         down = tl.floor(edge)
         rest = edge - down
         is_odd = down - 2 * tl.floor(down / 2) == 1
-        nearest = down + tl.where((rest > 0.5) | ((rest == 0.5) & is_odd), 1.0, 0.0)  # halves to the even one
+        nearest = down + tl.where((rest > 0.5) | ((rest == 0.5) & is_odd), 1.0, 0.0)  # halves to even
         frac = edge - nearest
-        frac = tl.where(frac == frac, frac, 0.0)  # infinity less infinity: no edge within reach, so no shift
+        frac = tl.where(frac == frac, frac, 0.0)  # infinity minus infinity: no edge in range, so no shift
         zero = tl.minimum(tl.maximum(LEVELS // 2 - nearest, 1.0), LEVELS - 1.0)
         bins_per_unit = tl.div_rn(sign, tl.full([CHANNELS], bin_width, dtype=tl.float32))
         width = sign * bin_width
@@ -271,7 +270,7 @@ def _write_norm(
         new_mean, new_var = _lerp(old_mean, mean, momentum), _lerp(old_var, unbiased, momentum)
         tl.store(running_mean + c, new_mean.to(running_mean.dtype.element_ty), mask=here)
         tl.store(running_var + c, new_var.to(running_var.dtype.element_ty), mask=here)
-    if COUNTS:  # noqa: SIM102  a constant, which Triton must meet by itself
+    if COUNTS:  # noqa: SIM102  Triton needs a constexpr condition of its own
         if tl.program_id(1) == 0:
             tl.store(batches, tl.load(batches) + 1)
 
@@ -283,10 +282,10 @@ def _channel_stats(
     LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, ADDS: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """The Norm of x, from means and sums of squares about them, `steps` tiles per program, in partial [programs, 2, C].
+    """Write the Norm of x from partial [programs, 2, C]: mean and sum of squares about it of `steps` tiles per program.
 
-    Where ADDS, x first becomes x + add. Lanes are summed about the program's first row, a value of the same size as the
-    others, so nothing cancels; lanes and programs combine by the parallel axis theorem.
+    If ADDS, x is first overwritten by x + add. Lanes are summed about the program's first row, a typical value, so
+    nothing cancels. Lanes and programs are combined by the parallel axis theorem.
     """
     program, column, lane = tl.program_id(0), tl.program_id(1), tl.arange(0, ROWS)
     c = column * CHANNELS + tl.arange(0, CHANNELS)
@@ -297,7 +296,7 @@ def _channel_stats(
     if ADDS:
         first += tl.load(add + first_offset, mask=here, other=0.0).to(tl.float32)
         first = first.to(x.dtype.element_ty).to(tl.float32)
-        tl.debug_barrier()  # every thread has read the first row before one of them writes the sum there
+        tl.debug_barrier()  # all threads read the first row before one overwrites it
     total = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
     squares = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
     for step in range(steps):
@@ -321,7 +320,7 @@ def _channel_stats(
     tl.store(to, first + mean, mask=here)
     tl.store(to + C, tl.sum(lane_squares + lane_rows * off_mean * off_mean, axis=0), mask=here)
     if _is_last(counter, programs):
-        # The sum is of what means differ by, so that its rounding does not scale with the mean.
+        # Sum the differences from a pivot, so that rounding error does not grow with the mean.
         pivot = tl.load(partial + c, mask=here, other=0.0, cache_modifier=".cg")
         lanes = tl.full([ROWS, CHANNELS], 0.0, dtype=tl.float32)
         for start in range(0, programs, ROWS):
@@ -349,7 +348,7 @@ def _launch(kernel: "triton.JITFunction", grid: tuple[int, ...], *args: object, 
 
 
 def _division(tiles: int, across: int, longest: int) -> tuple[int, int]:
-    """How many tiles one program of a sum goes through, at most `longest`, and how many programs that makes."""
+    """Return the number of tiles per program of a sum, at most `longest`, and the number of programs."""
     steps = min(triton.cdiv(tiles * across, PROGRAMS), longest)
     return steps, triton.cdiv(tiles, steps)
 
@@ -378,9 +377,9 @@ def channel_stats(
     x: Tensor, gamma: Tensor, beta: Tensor, vectors: Tensor, counter: Tensor | None, running_mean: Tensor | None,
     running_var: Tensor | None, batches: Tensor | None, momentum: float, eps: float, bin_width: float, levels: int,
 ) -> None:  # fmt: skip
-    """Write the Norm of x [M, C] to `vectors` [9, C], move the running averages, if there are any, and count."""
-    averages = running_mean, running_var, batches, momentum
-    _launch_channel_stats(x, None, gamma, beta, vectors, counter, *averages, eps, bin_width, levels)
+    """Write the Norm of x [M, C] to `vectors` [9, C], and update the running statistics, if given."""
+    running_stats = running_mean, running_var, batches, momentum
+    _launch_channel_stats(x, None, gamma, beta, vectors, counter, *running_stats, eps, bin_width, levels)
 
 
 @torch.library.custom_op(
@@ -391,47 +390,47 @@ def add_channel_stats(
     running_mean: Tensor | None, running_var: Tensor | None, batches: Tensor | None, momentum: float, eps: float,
     bin_width: float, levels: int,
 ) -> None:  # fmt: skip
-    """Write x + add to x, and then as channel_stats."""
-    averages = running_mean, running_var, batches, momentum
-    _launch_channel_stats(x, add, gamma, beta, vectors, counter, *averages, eps, bin_width, levels)
+    """Write x + add to x, then do as channel_stats."""
+    running_stats = running_mean, running_var, batches, momentum
+    _launch_channel_stats(x, add, gamma, beta, vectors, counter, *running_stats, eps, bin_width, levels)
 
 
 def _zeros(counter: Tensor | None, x: Tensor) -> Tensor:
-    """The counter of a sum over x [M, C], one for each tile of columns: as it is given, or made."""
+    """Return the counter, or a new one for x [M, C]: a zero per tile of columns."""
     return x.new_zeros(x.shape[1], dtype=torch.int32) if counter is None else counter
 
 
 @torch.library.custom_op("blpa::normalise_rectify_encode", mutates_args=("out", "codes"))
 def normalise_rectify_encode(x: Tensor, vectors: Tensor, out: Tensor, codes: Tensor | None, bits: int) -> None:
-    """Write a to `out` and the packed codes to `codes`; without any, bits is 0."""
+    """Write a to `out` and the packed codes to `codes`; bits is 0 without codes."""
     grid, sizes, constants = _tiles(x, bits)
-    codes = vectors if codes is None else codes  # never looked at
+    codes = vectors if codes is None else codes  # not read
     _launch(_normalise_rectify_encode, grid, x, out, codes, vectors, *sizes, **constants)
 
 
 @torch.library.custom_op("blpa::decode", mutates_args=("out",))
-def decode(kept: Tensor, vectors: Tensor, out: Tensor, bits: int) -> None:
+def decode(saved: Tensor, vectors: Tensor, out: Tensor, bits: int) -> None:
     """Write a~ to `out`, from codes, or from x where bits is 0."""
     grid, sizes, constants = _tiles(out, bits)
-    _launch(_decode, grid, out, kept, vectors, *sizes, **constants)
+    _launch(_decode, grid, out, saved, vectors, *sizes, **constants)
 
 
 @torch.library.custom_op("blpa::backward", mutates_args=("out", "sums"))
 def backward(
-    grad: Tensor, kept: Tensor, vectors: Tensor, counter: Tensor | None, out: Tensor, sums: Tensor, add: Tensor | None,
+    grad: Tensor, saved: Tensor, vectors: Tensor, counter: Tensor | None, out: Tensor, sums: Tensor, add: Tensor | None,
     bits: int, constant_stats: bool,
 ) -> None:  # fmt: skip
-    """Write dX, plus `add` if there is any, to `out`, and dbeta, dgamma and both divided by M to `sums` [4, C]."""
+    """Write dX, plus `add` if given, to `out`, and dbeta, dgamma and both divided by M to `sums` [4, C]."""
     (tiles, across), sizes, constants = _tiles(grad, bits, SUM_TILE_ELEMENTS)
     steps, programs = _division(tiles, across, LANE_ROWS // constants["BLOCKS"])
     partial = sums.new_empty(programs, 2, grad.shape[1])
     _launch(
-        _gradient_sums, (programs, across), grad, kept, vectors, partial, _zeros(counter, grad), sums, *sizes, steps,
+        _gradient_sums, (programs, across), grad, saved, vectors, partial, _zeros(counter, grad), sums, *sizes, steps,
         programs, **constants, **SUM_OPTIONS,
     )  # fmt: skip
     grid, sizes, constants = _tiles(grad, bits)
     _launch(
-        _input_gradient, grid, grad, out, kept, vectors, sums[2:], grad if add is None else add, *sizes, **constants,
+        _input_gradient, grid, grad, out, saved, vectors, sums[2:], grad if add is None else add, *sizes, **constants,
         CONSTANT_STATS=constant_stats, ADDS=add is not None,
     )  # fmt: skip
 
@@ -439,7 +438,7 @@ def backward(
 def _tiles(
     x: Tensor, bits: int, elements: int | None = None
 ) -> tuple[tuple[int, int], tuple[int, int, int], dict[str, int]]:
-    """The grid over an activation, its sizes M, C and R, and the constants of its tiles of that many elements."""
+    """Return the grid over an activation, its sizes M, C and R, and the constants of tiles of `elements`."""
     rows, channels = x.shape
     blocks = 8 // bits if bits else 1
     width = min(triton.next_power_of_2(channels), TILE_CHANNELS)
@@ -451,16 +450,16 @@ def _tiles(
 
 
 @torch.library.custom_op("blpa::pointwise_weight_grad", mutates_args=("partial",))
-def pointwise_weight_grad(grad: Tensor, kept: Tensor, vectors: Tensor, partial: Tensor, bits: int, steps: int) -> None:
-    """Write G^T a~ to `partial` [programs, N, C], for G [M, N], `steps` tiles by each program."""
+def pointwise_weight_grad(grad: Tensor, saved: Tensor, vectors: Tensor, partial: Tensor, bits: int, steps: int) -> None:
+    """Write G^T a~ of `steps` tiles per program to `partial` [programs, N, C], for G [M, N]."""
     programs, outputs, channels = partial.shape
     sizes, constants = _product_tiles(grad, channels, bits)
     grid = programs, triton.cdiv(channels, constants["CHANNELS"]), triton.cdiv(outputs, constants["OUTPUTS"])
-    _launch(_weight_gradient, grid, grad, kept, vectors, partial, *sizes, steps, **constants, **SUM_OPTIONS)
+    _launch(_weight_gradient, grid, grad, saved, vectors, partial, *sizes, steps, **constants, **SUM_OPTIONS)
 
 
 def _product_tiles(grad: Tensor, channels: int, bits: int) -> tuple[tuple[int, int, int, int], dict[str, int]]:
-    """The sizes M, C, R and N of a weight gradient, and the constants of its tiles; tensor cores take 16 at least."""
+    """Return sizes M, C, R, N of a weight gradient and its tiles' constants; tensor cores need sides >= 16."""
     rows, outputs = grad.shape
     blocks = 8 // bits if bits else 1
     wide, high = (min(max(triton.next_power_of_2(n), 16), TILE_CHANNELS) for n in (channels, outputs))
@@ -469,16 +468,16 @@ def _product_tiles(grad: Tensor, channels: int, bits: int) -> tuple[tuple[int, i
 
 
 for operation in (channel_stats, add_channel_stats, normalise_rectify_encode, decode, backward, pointwise_weight_grad):
-    operation.register_fake(lambda *args: None)  # they only write to what they are given
+    operation.register_fake(lambda *args: None)  # they only write to their arguments
 
 
 class TritonKernels:
-    """The back end; see kernels.Kernels for the contract."""
+    """The backend; see kernels.Kernels for the contract."""
 
     name = "triton"
 
     def __repr__(self) -> str:
-        """The same in every process, as the representation of layers that hold this is."""
+        """Return the same text in every process, for the text of layers that contain this."""
         return f"<kernels {self.name}>"
 
     def channel_stats(
@@ -488,16 +487,16 @@ class TritonKernels:
         beta: Tensor,
         *,
         eps: float,
-        code: Code | None,
-        averages: Averages | None = None,
+        codec: Codec | None,
+        running_stats: RunningStats | None = None,
         add: Tensor | None = None,
         counter: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
-        _refuse_float64(x)
+        _check_dtype(x)
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=torch.float32)
-        mean, var, momentum, batches = averages or (None, None, 0.0, None)
-        bin_width, levels = (code.bin_width, code.levels) if code else (0.0, 0)
+        mean, var, momentum, batches = running_stats or (None, None, 0.0, None)
+        bin_width, levels = (codec.bin_width, codec.levels) if codec else (0.0, 0)
         others = gamma.detach(), beta.detach(), vectors, counter, mean, var, batches, momentum, eps, bin_width, levels
         if add is None:
             channel_stats(x, *others)
@@ -505,64 +504,66 @@ class TritonKernels:
             add_channel_stats(x, add, *others)
         return vectors
 
-    def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
+    def normalise_rectify_encode(
+        self, x: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor
+    ) -> Tensor | None:
         """See Kernels."""
-        _refuse_float64(x)
-        codes = None if code is None else x.new_empty(code.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
-        normalise_rectify_encode(x, vectors, out, codes, code.bits if code else 0)
+        _check_dtype(x)
+        codes = None if codec is None else x.new_empty(codec.packed_rows(x.shape[0]), x.shape[1], dtype=torch.uint8)
+        normalise_rectify_encode(x, vectors, out, codes, codec.bits if codec else 0)
         return codes
 
-    def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
+    def decode(self, saved: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor) -> None:
         """See Kernels."""
-        _refuse_float64(out)
-        decode(kept, vectors, out, code.bits if code else 0)
+        _check_dtype(out)
+        decode(saved, vectors, out, codec.bits if codec else 0)
 
     def backward(
         self,
         grad: Tensor,
-        kept: Tensor,
+        saved: Tensor,
         vectors: Tensor,
         *,
-        code: Code | None,
+        codec: Codec | None,
         constant_stats: bool,
         out: Tensor,
         add: Tensor | None = None,
         counter: Tensor | None = None,
     ) -> Tensor:
         """See Kernels."""
-        _refuse_float64(grad)
+        _check_dtype(grad)
         sums = vectors.new_empty(4, grad.shape[1])
-        backward(grad, kept, vectors, counter, out, sums, add, code.bits if code else 0, constant_stats)
+        backward(grad, saved, vectors, counter, out, sums, add, codec.bits if codec else 0, constant_stats)
         return sums[:2]
 
-    def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor | None:
+    def pointwise_weight_grad(
+        self, grad: Tensor, saved: Tensor, vectors: Tensor, *, codec: Codec | None
+    ) -> Tensor | None:
         """See Kernels."""
-        (_, outputs), (_, channels) = grad.shape, kept.shape
+        (_, outputs), (_, channels) = grad.shape, saved.shape
         if outputs * channels > PRODUCT_ELEMENTS or not _has_tensor_cores_for(grad):
             return None
-        bits = code.bits if code else 0
+        bits = codec.bits if codec else 0
         (rows, *_), constants = _product_tiles(grad, channels, bits)
         across = triton.cdiv(channels, constants["CHANNELS"]) * triton.cdiv(outputs, constants["OUTPUTS"])
         steps, programs = _division(triton.cdiv(rows, PRODUCT_ROWS), across, LANE_ROWS)
         partial = vectors.new_empty(programs, outputs, channels)
-        pointwise_weight_grad(grad, kept, vectors, partial, bits, steps)
+        pointwise_weight_grad(grad, saved, vectors, partial, bits, steps)
         return partial.sum(0)
 
 
 def _has_tensor_cores_for(x: Tensor) -> bool:
-    """Whether factors of this dtype may be multiplied by tensor cores; strict float32 may not, by their tf32."""
+    """Return whether tensor cores may multiply this dtype; strict float32 may not be rounded to tf32."""
     convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     may_round = x.dtype != torch.float32 or convolutions.fp32_precision == "tf32"
     if x.device.type == "cuda":
         return may_round and torch.cuda.get_device_capability(x.device) >= (8, 0)
-    return may_round and not x.is_meta  # there a~ is counted, which is more
+    return may_round and not x.is_meta  # count a~ there, the upper bound
 
 
-def _refuse_float64(x: Tensor) -> None:
+def _check_dtype(x: Tensor) -> None:
     if x.dtype == torch.float64:
-        raise ValueError(
-            "kernels = triton: computes in float32 and is given float64; ask for kernels torch or inductor"
-        )
+        raise ValueError("kernels = triton: computes in float32, not float64; use kernels torch or inductor")
 
 
 TRITON = TritonKernels()

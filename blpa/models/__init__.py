@@ -1,1 +1,1 @@
-"""Networks, written once for every mode."""
+"""Networks whose layers come from a factory, stock or coded."""

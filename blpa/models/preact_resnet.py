@@ -2,12 +2,11 @@
 
     stem      3x3 convolution, 16 channels
     3 groups  n blocks each, c = 16, 32, 64; the first block of groups 2 and 3 halves height and width
-    block     x + conv1x1(4c) . unit . conv3x3(c) . unit . conv1x1(c) . unit (x),   unit = ReLU . batch norm
+    block     x + conv1x1(4c) . relu . bn . conv3x3(c) . relu . bn . conv1x1(c) . relu . bn (x)
     head      batch norm, ReLU, average over the image, linear
 
-depth = 9 n + 2. Shortcuts have no parameters: average pooling by the stride, then zero channels added equally on both
-sides.
-The first block's shortcut starts from the stem's batch norm and ReLU, later ones from the sum before batch norm.
+depth = 9 n + 2. Differences from He et al.: shortcuts have no parameters, only average pooling by the stride and zero
+channels, equally many on both sides. The first block's shortcut starts after its first batch norm and ReLU.
 """
 
 import math
@@ -31,7 +30,7 @@ class Bottleneck(nn.Module):
         in_channels: channels of x.
         channels: channels c inside; the output has 4 c.
         stride: of the first convolution and the shortcut.
-        layers: makes the layers.
+        layers: factory of the layers.
         shortcut_from_activation: the shortcut starts after the first batch norm and ReLU, not at x.
     """
 
@@ -50,8 +49,8 @@ class Bottleneck(nn.Module):
         self.shortcut_from_activation = shortcut_from_activation
 
     def forward(self, x: Tensor | ResidualSum) -> Tensor | ResidualSum:
-        """[N, C, H, W] -> [N, 4 c, H / stride, W / stride]; coded layers leave the sum at the end to the next block."""
-        # Memory is freed as names are rebound: no name here outlives the last use of its tensor.
+        """Compute [N, 4 c, H / stride, W / stride] from [N, C, H, W]; coded layers defer the sum to the next block."""
+        # Rebinding names frees memory: no name here outlives the last use of its tensor.
         if self.shortcut_from_activation:
             activation: Activation = self.bn1(x, overwrite_x=True)
             shortcut = self.shortcut(activation.value)
@@ -62,10 +61,10 @@ class Bottleneck(nn.Module):
             shortcut = self.shortcut(x)
         out = self.conv2.after(self.bn2, out, overwrite_x=True)
         out = self.conv3.after(self.bn3, out, overwrite_x=True)
-        return self.conv3.add_shortcut(out, shortcut)  # no layer keeps what it put out, so the sum takes its place
+        return self.conv3.add_shortcut(out, shortcut)  # no layer saves its output, so the sum overwrites it
 
     def shortcut(self, x: Tensor) -> Tensor:
-        """X, pooled and widened to the shape of the block's output."""
+        """Pool x and add zero channels, to the shape of the block's output."""
         if self.stride > 1:
             x = average_pool(x, self.stride)
         if self.added_channels:
@@ -79,7 +78,7 @@ class PreActResNet(nn.Module):
 
     Args:
         depth: 9 n + 2 layers.
-        layers: makes the layers: blpa.StockLayers or blpa.CodedLayers, with eps=1e-3 as in the paper.
+        layers: factory of the layers, blpa.StockLayers or blpa.CodedLayers, with eps=1e-3 in the paper.
         classes: number of classes.
         image_channels: channels of an image.
         width: factor on every channel count.
@@ -115,7 +114,7 @@ class PreActResNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Convolutions N(0, 2 / (k k C_in)), classifier N(0, 1 / C_in), gamma 1, biases 0."""
+        """Initialise convolutions N(0, 2 / (k k C_in)), classifier N(0, 1 / C_in), gamma 1, biases 0."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, std=math.sqrt(2 / module.weight[0].numel()))
@@ -126,8 +125,8 @@ class PreActResNet(nn.Module):
                 module.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [N, image_channels, H, W], H and W multiples of 4 -> logits [N, classes]."""
+        """Compute logits [N, classes] from images [N, image_channels, H, W], H and W multiples of 4."""
         x = self.blocks(self.stem(images))
         activation = self.bn(x, overwrite_x=True).value
-        # Averaged as [N, H, W, C], so that the gradient is channels-last from the start.
+        # Average over [N, H, W, C], so that the gradient is channels-last.
         return cast(Tensor, self.classifier(activation.permute(0, 2, 3, 1).mean((1, 2))))

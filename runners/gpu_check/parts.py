@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from blpa import kernels
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 from blpa.memory import GIB, MIB
@@ -29,7 +29,7 @@ from runners.training.network import EPS
 SHAPES = ((131072, 16), (131072, 64), (32768, 32), (8192, 256), (40001, 20))
 """Rows and channels: activations of the network at batch 128, and one of odd size."""
 
-CODES = (Code(4), Code(8), Code(2), None)
+CODECS = (Codec(4), Codec(8), Codec(2), None)
 """Codecs whose kernels are compared; None saves x itself."""
 
 FRACTIONS = (1.0, 0.9, 0.8, 0.7)
@@ -93,19 +93,19 @@ def kernels_are_right(check: Check) -> bool:
     A codec has a process of its own: with an empty cache most of the time goes into compiling.
     """
     all_right = True
-    with ProcessPoolExecutor(len(CODES), mp_context=get_context("forkserver")) as pool:
-        for name, cases, wrong in pool.map(partial(wrong_cases, check.is_dry), CODES):
+    with ProcessPoolExecutor(len(CODECS), mp_context=get_context("forkserver")) as pool:
+        for name, cases, wrong in pool.map(partial(wrong_cases, check.is_dry), CODECS):
             check.write(codec=name, cases=cases, wrong=wrong, correct=not wrong)
             all_right = all_right and not wrong
     return all_right
 
 
-def wrong_cases(is_dry: bool, code: Code | None) -> tuple[str, int, list[str]]:
+def wrong_cases(is_dry: bool, codec: Codec | None) -> tuple[str, int, list[str]]:
     """Compare the kernel functions of a codec with the reference.
 
     Args:
         is_dry: as in Check.
-        code: the codec.
+        codec: the codec.
 
     Returns:
         Its name, the number of cases, and what is wrong.
@@ -117,13 +117,13 @@ def wrong_cases(is_dry: bool, code: Code | None) -> tuple[str, int, list[str]]:
     wrong = [
         f"{name} at [{rows}, {channels}], {dtype}"
         for rows, channels, dtype in cases
-        for name in differences(backend, rows, channels, dtype=dtype, code=code, device=device)
+        for name in differences(backend, rows, channels, dtype=dtype, codec=codec, device=device)
     ]
-    return "full precision" if code is None else f"{code.bits} bits", len(cases), wrong
+    return "full precision" if codec is None else f"{codec.bits} bits", len(cases), wrong
 
 
 def differences(
-    backend: Kernels, rows: int, channels: int, *, dtype: torch.dtype, code: Code | None, device: torch.device
+    backend: Kernels, rows: int, channels: int, *, dtype: torch.dtype, codec: Codec | None, device: torch.device
 ) -> list[str]:
     """Compare a backend with the reference: codes and activations bit by bit, sums and gradients within a tolerance.
 
@@ -132,7 +132,7 @@ def differences(
         rows: rows of the activation.
         channels: channels of the activation.
         dtype: dtype of the activation.
-        code: codec of the saved codes; None saves x itself.
+        codec: of the saved codes; None saves x itself.
         device: where to compute.
 
     Returns:
@@ -141,28 +141,30 @@ def differences(
     x, grad, other = (3 * torch.randn(3, rows, channels, device=device) + 1).to(dtype)
     counter = torch.zeros(channels, dtype=torch.int32, device=device)  # as in a layer
     gamma, beta = torch.randn(2, channels, device=device)
-    vectors = backend.channel_stats(x, gamma, beta, eps=EPS, code=code, counter=counter)
+    vectors = backend.channel_stats(x, gamma, beta, eps=EPS, codec=codec, counter=counter)
     var, mean = torch.var_mean(x.double(), 0, correction=0)
     # NaN shows an output that is not written.
     a, reference_a, decoded, reference_decoded, reference_dx = (torch.full_like(x, torch.nan) for _ in range(5))
-    codes = backend.normalise_rectify_encode(x, vectors, code=code, out=a)
-    reference_codes = REFERENCE.normalise_rectify_encode(x, vectors, code=code, out=reference_a)
+    codes = backend.normalise_rectify_encode(x, vectors, codec=codec, out=a)
+    reference_codes = REFERENCE.normalise_rectify_encode(x, vectors, codec=codec, out=reference_a)
     saved = x if reference_codes is None else reference_codes
-    backend.decode(saved, vectors, code=code, out=decoded)
-    REFERENCE.decode(saved, vectors, code=code, out=reference_decoded)
+    backend.decode(saved, vectors, codec=codec, out=decoded)
+    REFERENCE.decode(saved, vectors, codec=codec, out=reference_decoded)
     dx = grad.clone()  # written over, as in the network
-    backward = partial(backend.backward, kept=saved, vectors=vectors, code=code, constant_stats=False, counter=counter)
+    backward = partial(
+        backend.backward, saved=saved, vectors=vectors, codec=codec, constant_stats=False, counter=counter
+    )
     sums = backward(dx, out=dx, add=other)
     sums_again = backward(grad, out=torch.empty_like(grad))
     reference_sums = REFERENCE.backward(
-        grad, saved, vectors, code=code, constant_stats=False, out=reference_dx, add=other
+        grad, saved, vectors, codec=codec, constant_stats=False, out=reference_dx, add=other
     )
     # The sum x + other, written over a copy of x, and its statistics; dW [16, C] of a 1x1 convolution.
     total = x.clone()
-    of_total = backend.channel_stats(total, gamma, beta, eps=EPS, code=code, add=other)
-    of_sum = backend.channel_stats(x + other, gamma, beta, eps=EPS, code=code)
+    of_total = backend.channel_stats(total, gamma, beta, eps=EPS, codec=codec, add=other)
+    of_sum = backend.channel_stats(x + other, gamma, beta, eps=EPS, codec=codec)
     grad_out = torch.randn(rows, 16, device=device).to(dtype)
-    weight_grad = backend.pointwise_weight_grad(grad_out, saved, vectors, code=code)
+    weight_grad = backend.pointwise_weight_grad(grad_out, saved, vectors, codec=codec)
     products = grad_out.double().T @ reference_decoded.double()
     sizes = grad_out.double().abs().T @ reference_decoded.double().abs()
     # tf32 truncates each factor by at most 2^-10; float32 sums round by at most rows 2^-24 of their sizes.

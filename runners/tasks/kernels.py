@@ -123,12 +123,12 @@ def _functions(
     """Measure the four functions and a copy on one activation; batch 0 marks the one that is not of the network."""
     dtype = torch.bfloat16 if config.gpu.precision == "bf16" else torch.float32
     x, grad = torch.randn(2, rows, channels, device=device, dtype=dtype)
-    code = network.codec(config.mode)
-    e, k = dtype.itemsize, code.bits / 8 if code else dtype.itemsize
+    codec = network.codec(config.mode)
+    e, k = dtype.itemsize, codec.bits / 8 if codec else dtype.itemsize
     moved = {
         "copy": 2 * e,
         "channel_stats": e,
-        "normalise_rectify_encode": 2 * e + (k if code else 0),
+        "normalise_rectify_encode": 2 * e + (k if codec else 0),
         "decode": k + e,
         "backward": 3 * e + 2 * k,
     }
@@ -151,27 +151,27 @@ def _functions(
 
 def _calls(backend: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Config) -> dict[str, Call]:
     """Make a call of each function of a backend; none writes over its input, so repeats do the same work."""
-    code = network.codec(config.mode)
+    codec = network.codec(config.mode)
     gamma, beta = torch.linspace(-2, 2, 2 * x.shape[1], device=x.device).view(2, -1)
-    vectors = backend.channel_stats(x, gamma, beta, eps=EPS, code=code)
-    codes = backend.normalise_rectify_encode(x, vectors, code=code, out=out)
+    vectors = backend.channel_stats(x, gamma, beta, eps=EPS, codec=codec)
+    codes = backend.normalise_rectify_encode(x, vectors, codec=codec, out=out)
     saved = x if codes is None else codes
     counter = torch.zeros(x.shape[1], dtype=torch.int32, device=x.device)  # as in a layer
 
     def encode() -> Tensor:
-        backend.normalise_rectify_encode(x, vectors, code=code, out=out)
+        backend.normalise_rectify_encode(x, vectors, codec=codec, out=out)
         return out
 
     def decode() -> Tensor:
-        backend.decode(saved, vectors, code=code, out=out)
+        backend.decode(saved, vectors, codec=codec, out=out)
         return out
 
     return {
-        "channel_stats": lambda: backend.channel_stats(x, gamma, beta, eps=EPS, code=code, counter=counter),
+        "channel_stats": lambda: backend.channel_stats(x, gamma, beta, eps=EPS, codec=codec, counter=counter),
         "normalise_rectify_encode": encode,
         "decode": decode,
         "backward": lambda: backend.backward(
-            grad, saved, vectors, code=code, constant_stats=False, out=out, counter=counter
+            grad, saved, vectors, codec=codec, constant_stats=False, out=out, counter=counter
         ),
     }
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from blpa import kernels
-from blpa.memory import KEPT, KINDS, MIB, PartBytes, TrainingBytes, kept_bytes
+from blpa.memory import KINDS, MIB, SAVED, PartBytes, TrainingBytes, saved_bytes
 from runners import provenance, records
 from runners.cells import batch_name
 from runners.config import Config
@@ -78,7 +78,7 @@ def run(config: Config) -> list[Record]:
     print(by_size(counted[config.mode.name], batch))
     if config.mode.layers == "coded":
         saved, formula = (sum(block[column] for block in blocks) for column in ("saved", "formula"))
-        print(f"saved by the blocks: {saved} bytes counted, {formula} by blpa.memory.kept_bytes")
+        print(f"saved by the blocks: {saved} bytes counted, {formula} by blpa.memory.saved_bytes")
     lines = [point for mode, total in counted.items() for point in timeline(mode, total, batch)]
     write_csv(results / "memory" / f"{name}.csv", lines)
     print(figures.draw_memory(results, name, read_labels(config.config_dir)))
@@ -136,11 +136,11 @@ def by_block(config: Config, counted: TrainingBytes) -> list[Row]:
             "block": name,
             "channels": part.output_shape[1],
             "height": part.output_shape[2],
-            **{kind: part.kinds[kind] for kind in KEPT},
+            **{kind: part.kinds[kind] for kind in SAVED},
             "saved": sum(part.kinds.values()),
             "formula": _formula(config, part),
         }
-        for name, part in counted.step.kept_by_part.items()
+        for name, part in counted.step.saved_by_part.items()
     ]
 
 
@@ -148,11 +148,11 @@ def _formula(config: Config, part: PartBytes) -> int | None:
     """Compute the bytes that a block saves: its three BN-ReLU-convs read the input, and 1/4 of the output twice."""
     if config.mode.layers != "coded":
         return None
-    code = network.codec(config.mode)
+    codec = network.codec(config.mode)
     rows_in, rows_out = (shape.numel() // shape[1] for shape in (part.input_shape, part.output_shape))
     element_bytes = 2 if network.precision(config.gpu, META) == "bf16" else 4
-    first = kept_bytes(rows_in, part.input_shape[1], code, element_bytes=element_bytes)
-    return first + 2 * kept_bytes(rows_out, part.output_shape[1] // 4, code, element_bytes=element_bytes)
+    first = saved_bytes(rows_in, part.input_shape[1], codec, element_bytes=element_bytes)
+    return first + 2 * saved_bytes(rows_out, part.output_shape[1] // 4, codec, element_bytes=element_bytes)
 
 
 def by_size(counted: TrainingBytes, batch: int) -> str:
@@ -162,12 +162,12 @@ def by_size(counted: TrainingBytes, batch: int) -> str:
         counted: the bytes of training with the blocks as parts; blocks of one size are consecutive.
         batch: samples per step.
     """
-    rows = [["blocks", "output", *KEPT, "saved, MiB per sample"]]
+    rows = [["blocks", "output", *SAVED, "saved, MiB per sample"]]
     for (_, channels, height, width), alike in groupby(
-        counted.step.kept_by_part.values(), key=lambda part: part.output_shape
+        counted.step.saved_by_part.values(), key=lambda part: part.output_shape
     ):
         blocks = list(alike)
-        saved = [sum(part.kinds[kind] for part in blocks) for kind in KEPT]
+        saved = [sum(part.kinds[kind] for part in blocks) for kind in SAVED]
         cells = [f"{value / batch / MIB:.3f}" for value in (*saved, sum(saved))]
         rows.append([str(len(blocks)), f"{channels} x {height} x {width}", *cells])
     return aligned(rows)

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels.reference import REFERENCE
 from runners import provenance, records
 from runners.cells import checkpoint_name
@@ -71,14 +71,14 @@ def run(config: Config) -> list[Record]:
     if config.mode.bits is None:
         raise UserError(f"mode={config.mode.name}: saves no codes; choose one that does, mode=4bit")
     results, run_dir = Path(config.results), network.run_folder(config)
-    code = Code(config.mode.bits, config.mode.clip)
+    codec = Codec(config.mode.bits, config.mode.clip)
     gammas, betas = zip(*_batch_norms(config), strict=True)
     thirds = [slice(len(gammas) * k // 3, len(gammas) * (k + 1) // 3) for k in range(3)]
     parts = {part: (torch.cat(gammas[of]), torch.cat(betas[of])) for part, of in zip(PARTS, thirds, strict=True)}
-    everything = shares(torch.cat(gammas), torch.cat(betas), code)
-    columns = {"all": everything, **{part: shares(*vectors, code) for part, vectors in parts.items()}}
+    everything = shares(torch.cat(gammas), torch.cat(betas), codec)
+    columns = {"all": everything, **{part: shares(*vectors, codec) for part, vectors in parts.items()}}
     rows = [[name, *(f"{column[name]:.2f}" for column in columns.values())] for name in everything]
-    print(aligned([[f"% of the channels, {code.bits} bits, clip {code.clip:g}", *columns], *rows]))
+    print(aligned([[f"% of the channels, {codec.bits} bits, clip {codec.clip:g}", *columns], *rows]))
     shift = _shift(torch.cat(gammas), torch.cat(betas))
     print(f"beta / |gamma| of {len(shift)} channels: {shift.min():.2f} to {shift.max():.2f}")
     bins = [row for part, vectors in parts.items() for row in histogram(part, *vectors)]
@@ -101,20 +101,20 @@ def settings_of(config: Config) -> dict[str, str]:
     return {"checkpoint": Path(str(config.task.checkpoint)).stem}
 
 
-def shares(gamma: Tensor, beta: Tensor, code: Code) -> dict[str, float]:
+def shares(gamma: Tensor, beta: Tensor, codec: Codec) -> dict[str, float]:
     """Compute the percentage of channels whose threshold a codec without guards would lose.
 
     Args:
         gamma: scale of every channel [C].
         beta: shift [C].
-        code: the codec.
+        codec: of the layer.
     """
     shift = _shift(gamma, beta)
-    last_edge = code.clip - code.bin_width
+    last_edge = codec.clip - codec.bin_width
     found = {
         "threshold above the bins": shift < -last_edge,
         "threshold below the bins": shift > last_edge,
-        "threshold beyond clip": shift.abs() > code.clip,
+        "threshold beyond clip": shift.abs() > codec.clip,
         "gamma not positive": gamma <= 0,
     }
     return {name: 100 * channels.double().mean().item() for name, channels in found.items()}

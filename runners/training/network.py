@@ -27,7 +27,7 @@ import torch
 from torch import nn
 
 from blpa import kernels, memory
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels import Kernels
 from blpa.layers import CodedLayers, Layers, StockLayers
 from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS, PreActResNet
@@ -108,13 +108,13 @@ def used(gpu: GpuConfig, device: torch.device) -> GpuConfig:
     return replace(gpu, precision=precision(gpu, device))
 
 
-def codec(mode: ModeConfig) -> Code | None:
+def codec(mode: ModeConfig) -> Codec | None:
     """Make the codec of a mode; None where it saves full precision.
 
     Raises:
         ValueError: no codec has these bits or this clip.
     """
-    return None if mode.bits is None else Code(mode.bits, mode.clip)
+    return None if mode.bits is None else Codec(mode.bits, mode.clip)
 
 
 def layers(mode: ModeConfig, kernels: Kernels) -> Layers:
@@ -129,7 +129,7 @@ def layers(mode: ModeConfig, kernels: Kernels) -> Layers:
     """
     if mode.layers != "coded":
         return StockLayers(eps=EPS)
-    return CodedLayers(code=codec(mode), forward_from_code=mode.forward_from_code, kernels=kernels, eps=EPS)
+    return CodedLayers(codec=codec(mode), forward_from_code=mode.forward_from_code, kernels=kernels, eps=EPS)
 
 
 def build(config: Config, kernels: Kernels) -> PreActResNet:

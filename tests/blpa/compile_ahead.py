@@ -44,7 +44,7 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tu
     types = dict.fromkeys(INTEGERS, "i32") | dict.fromkeys(FLOATS, "fp32")
     types |= dict.fromkeys(("x", "out", "grad", "add"), f"*{dtype}")
     types |= {"batches": "*i64", "counter": "*i32"}
-    types |= dict.fromkeys(("kept", "codes"), "*u8" if bits else f"*{dtype}")
+    types |= dict.fromkeys(("saved", "codes"), "*u8" if bits else f"*{dtype}")
     given = constants(name, bits) | dict.fromkeys(ones, 1)
     known = {key: value for key, value in given.items() if key in kernel.arg_names}
     signature = {key: "constexpr" if key in known else types.get(key, "*fp32") for key in kernel.arg_names}

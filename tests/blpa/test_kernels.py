@@ -5,10 +5,18 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from support import CHANNELS, CODES, EPS, assert_backward_is_the_references, assert_stats_are_accurate, recovered, unit
+from support import (
+    CHANNELS,
+    CODECS,
+    EPS,
+    assert_backward_is_the_references,
+    assert_stats_are_accurate,
+    kernel_inputs,
+    recovered,
+)
 from torch import Tensor
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels import NotAvailable, choose
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE
@@ -16,7 +24,7 @@ from blpa.kernels.reference import REFERENCE
 CPU = torch.device("cpu")
 ODD_SHAPES = [(1, 1), (1, 5), (2, 3), (3, 17), (5, 1), (63, 16), (64, 64), (65, 3), (127, 5), (130, 1), (130, 17)]
 
-all_codes = pytest.mark.parametrize("code", CODES, ids=str)
+all_codecs = pytest.mark.parametrize("codec", CODECS, ids=str)
 odd_shapes = pytest.mark.parametrize("shape", ODD_SHAPES, ids=str)
 
 
@@ -34,75 +42,75 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 
 
 @odd_shapes
-@all_codes
-def test_normalise_rectify_encode(shape: tuple[int, int], code: Code | None) -> None:
-    u = unit(shape, code)
-    out = torch.empty_like(u.x)
-    codes = REFERENCE.normalise_rectify_encode(u.x, u.vectors, code=code, out=out)
-    assert_same(out, (u.norm.gamma * (u.x - u.norm.mean) * u.norm.rstd + u.norm.beta).relu())
-    if code is None:
+@all_codecs
+def test_normalise_rectify_encode(shape: tuple[int, int], codec: Codec | None) -> None:
+    i = kernel_inputs(shape, codec)
+    out = torch.empty_like(i.x)
+    codes = REFERENCE.normalise_rectify_encode(i.x, i.vectors, codec=codec, out=out)
+    assert_same(out, (i.norm.gamma * (i.x - i.norm.mean) * i.norm.rstd + i.norm.beta).relu())
+    if codec is None:
         assert codes is None
     else:
         assert codes is not None
-        assert (codes.dtype, codes.shape) == (torch.uint8, (code.packed_rows(shape[0]), shape[1]))
+        assert (codes.dtype, codes.shape) == (torch.uint8, (codec.packed_rows(shape[0]), shape[1]))
 
 
 @odd_shapes
-@all_codes
-def test_decode(shape: tuple[int, int], code: Code | None) -> None:
-    u = unit(shape, code)
-    out = torch.empty_like(u.x)
-    REFERENCE.decode(u.kept, u.vectors, code=code, out=out)
-    x_hat, relu_mask = recovered(u, code)
-    assert_same(out, (u.norm.gamma * x_hat + u.norm.beta).relu() * relu_mask)
+@all_codecs
+def test_decode(shape: tuple[int, int], codec: Codec | None) -> None:
+    i = kernel_inputs(shape, codec)
+    out = torch.empty_like(i.x)
+    REFERENCE.decode(i.saved, i.vectors, codec=codec, out=out)
+    x_hat, relu_mask = recovered(i, codec)
+    assert_same(out, (i.norm.gamma * x_hat + i.norm.beta).relu() * relu_mask)
 
 
 @odd_shapes
-@all_codes
+@all_codecs
 @pytest.mark.parametrize("constant_stats", [False, True])
-def test_backward(shape: tuple[int, int], code: Code | None, constant_stats: bool) -> None:
-    u = unit(shape, code)
-    out = torch.empty_like(u.grad)
-    dbeta, dgamma = REFERENCE.backward(u.grad, u.kept, u.vectors, code=code, constant_stats=constant_stats, out=out)
-    x_hat, relu_mask = recovered(u, code)
-    dy = u.grad * relu_mask
+def test_backward(shape: tuple[int, int], codec: Codec | None, constant_stats: bool) -> None:
+    i = kernel_inputs(shape, codec)
+    out = torch.empty_like(i.grad)
+    dbeta, dgamma = REFERENCE.backward(i.grad, i.saved, i.vectors, codec=codec, constant_stats=constant_stats, out=out)
+    x_hat, relu_mask = recovered(i, codec)
+    dy = i.grad * relu_mask
     assert_same(dbeta, dy.sum(0))
     assert_same(dgamma, (dy * x_hat).sum(0))
     through_statistics = 0 if constant_stats else dy.mean(0) + x_hat * (dy * x_hat).mean(0)
-    dx = u.norm.gamma * u.norm.rstd * (dy - through_statistics)
+    dx = i.norm.gamma * i.norm.rstd * (dy - through_statistics)
     assert_same(out, dx)
-    options = {"code": code, "constant_stats": constant_stats, "out": out}
-    REFERENCE.backward(u.grad, u.kept, u.vectors, **options, add=u.x)
-    assert_same(out, dx + u.x)
+    options = {"codec": codec, "constant_stats": constant_stats, "out": out}
+    REFERENCE.backward(i.grad, i.saved, i.vectors, **options, add=i.x)
+    assert_same(out, dx + i.x)
 
 
-@all_codes
-def test_writing_over_the_input_changes_no_bit(code: Code | None) -> None:
-    u = unit((130, 5), code, torch.float32)
-    fresh, in_place = torch.empty_like(u.x), u.x.clone()
-    codes = REFERENCE.normalise_rectify_encode(u.x, u.vectors, code=code, out=fresh)
-    codes_in_place = REFERENCE.normalise_rectify_encode(in_place, u.vectors, code=code, out=in_place)
+@all_codecs
+def test_writing_over_the_input_changes_no_bit(codec: Codec | None) -> None:
+    i = kernel_inputs((130, 5), codec, torch.float32)
+    fresh, in_place = torch.empty_like(i.x), i.x.clone()
+    codes = REFERENCE.normalise_rectify_encode(i.x, i.vectors, codec=codec, out=fresh)
+    codes_in_place = REFERENCE.normalise_rectify_encode(in_place, i.vectors, codec=codec, out=in_place)
     assert torch.equal(in_place, fresh)
     assert codes is codes_in_place is None or torch.equal(codes_in_place, codes)
 
-    in_place = u.grad.clone()
-    sums = REFERENCE.backward(u.grad, u.kept, u.vectors, code=code, constant_stats=False, out=fresh)
-    sums_in_place = REFERENCE.backward(in_place, u.kept, u.vectors, code=code, constant_stats=False, out=in_place)
+    in_place = i.grad.clone()
+    sums = REFERENCE.backward(i.grad, i.saved, i.vectors, codec=codec, constant_stats=False, out=fresh)
+    sums_in_place = REFERENCE.backward(in_place, i.saved, i.vectors, codec=codec, constant_stats=False, out=in_place)
     assert torch.equal(in_place, fresh)
     assert torch.equal(sums_in_place, sums)
 
 
-@all_codes
-def test_bf16_is_float32_arithmetic_rounded_once(code: Code | None) -> None:
-    half = unit((130, 5), code, torch.bfloat16)
-    single = half._replace(x=half.x.float(), grad=half.grad.float(), kept=half.kept if code else half.kept.float())
+@all_codecs
+def test_bf16_is_float32_arithmetic_rounded_once(codec: Codec | None) -> None:
+    half = kernel_inputs((130, 5), codec, torch.bfloat16)
+    single = half._replace(x=half.x.float(), grad=half.grad.float(), saved=half.saved if codec else half.saved.float())
     results = []
-    for u in (half, single):
-        a, decoded, dx = (torch.empty_like(u.x) for _ in range(3))
-        codes = REFERENCE.normalise_rectify_encode(u.x, u.vectors, code=code, out=a)
-        REFERENCE.decode(u.kept, u.vectors, code=code, out=decoded)
-        sums = REFERENCE.backward(u.grad, u.kept, u.vectors, code=code, constant_stats=False, out=dx)
-        vectors = REFERENCE.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=code)
+    for i in (half, single):
+        a, decoded, dx = (torch.empty_like(i.x) for _ in range(3))
+        codes = REFERENCE.normalise_rectify_encode(i.x, i.vectors, codec=codec, out=a)
+        REFERENCE.decode(i.saved, i.vectors, codec=codec, out=decoded)
+        sums = REFERENCE.backward(i.grad, i.saved, i.vectors, codec=codec, constant_stats=False, out=dx)
+        vectors = REFERENCE.channel_stats(i.x, i.norm.gamma, i.norm.beta, eps=EPS, codec=codec)
         results.append([a.bfloat16(), decoded.bfloat16(), dx.bfloat16(), sums, vectors, codes])
     for of_half, of_single in zip(*results, strict=True):
         assert of_half is of_single is None or torch.equal(of_half, of_single)
@@ -132,52 +140,52 @@ Shapes = list[tuple[int, int]]
 
 
 def compiled_cases(shapes: Shapes) -> pytest.MarkDecorator:
-    """One code in these shapes, the others in one."""
+    """Parametrize with one codec in these shapes and the others in one shape."""
     cases = [
-        (Code(4), torch.float32, shapes),
-        (Code(2), torch.bfloat16, [(131, 5)]),
-        (Code(8), torch.float32, [(131, 5)]),
+        (Codec(4), torch.float32, shapes),
+        (Codec(2), torch.bfloat16, [(131, 5)]),
+        (Codec(8), torch.float32, [(131, 5)]),
         (None, torch.float64, [(131, 5)]),
     ]
     names = ["4bit-float32", "2bit-bfloat16", "8bit-float32", "exact-float64"]
-    return pytest.mark.parametrize(("code", "dtype", "shapes"), cases, ids=names)
+    return pytest.mark.parametrize(("codec", "dtype", "shapes"), cases, ids=names)
 
 
 @needs_compiler
 @compiled_cases(FEW_SHAPES)
-def test_compiled_activations_are_the_references(code: Code | None, dtype: torch.dtype, shapes: Shapes) -> None:
+def test_compiled_activations_are_the_references(codec: Codec | None, dtype: torch.dtype, shapes: Shapes) -> None:
     for shape in shapes:
-        u = unit(shape, code, dtype)
-        expected, actual = torch.empty_like(u.x), u.x.clone()
-        REFERENCE.normalise_rectify_encode(u.x, u.vectors, code=code, out=expected)
-        codes = COMPILED.normalise_rectify_encode(actual, u.vectors, code=code, out=actual)
+        i = kernel_inputs(shape, codec, dtype)
+        expected, actual = torch.empty_like(i.x), i.x.clone()
+        REFERENCE.normalise_rectify_encode(i.x, i.vectors, codec=codec, out=expected)
+        codes = COMPILED.normalise_rectify_encode(actual, i.vectors, codec=codec, out=actual)
         assert torch.equal(actual, expected)  # to the bit: contraction of a * b + c is off in compiled code
-        assert codes is None or torch.equal(codes, u.kept)
+        assert codes is None or torch.equal(codes, i.saved)
 
 
 @needs_compiler
 @compiled_cases(FEW_SHAPES[:2])
-def test_compiled_decode_is_the_references(code: Code | None, dtype: torch.dtype, shapes: Shapes) -> None:
+def test_compiled_decode_is_the_references(codec: Codec | None, dtype: torch.dtype, shapes: Shapes) -> None:
     for shape in shapes:
-        u = unit(shape, code, dtype)
-        expected, actual = torch.empty_like(u.x), torch.empty_like(u.x)
+        i = kernel_inputs(shape, codec, dtype)
+        expected, actual = torch.empty_like(i.x), torch.empty_like(i.x)
         for kernels, out in ((REFERENCE, expected), (COMPILED, actual)):
-            kernels.decode(u.kept, u.vectors, code=code, out=out)
+            kernels.decode(i.saved, i.vectors, codec=codec, out=out)
         assert torch.equal(actual, expected)
 
 
 @needs_compiler
 @compiled_cases([*FEW_SHAPES, (128, 5)])
-def test_compiled_backward_is_the_references(code: Code | None, dtype: torch.dtype, shapes: Shapes) -> None:
+def test_compiled_backward_is_the_references(codec: Codec | None, dtype: torch.dtype, shapes: Shapes) -> None:
     for shape in shapes:
-        assert_backward_is_the_references(COMPILED, unit(shape, code, dtype), code, False, adds=True)
+        assert_backward_is_the_references(COMPILED, kernel_inputs(shape, codec, dtype), codec, False, adds=True)
 
 
 @needs_compiler
 @pytest.mark.parametrize("constant_stats", [False, True])
 def test_compiled_backward_without_a_shortcut_is_the_references(constant_stats: bool) -> None:
-    u = unit((131, 5), Code(4), torch.float32)
-    assert_backward_is_the_references(COMPILED, u, Code(4), constant_stats)
+    i = kernel_inputs((131, 5), Codec(4), torch.float32)
+    assert_backward_is_the_references(COMPILED, i, Codec(4), constant_stats)
 
 
 @needs_compiler
@@ -192,37 +200,39 @@ def test_compiled_channel_stats_are_accurate(channel: str) -> None:
 @needs_compiler
 def test_one_compilation_serves_every_number_of_channels() -> None:
     """Given Parameters, as layers give them, of which torch.compile would fix the sizes."""
-    code = Code(4)
+    codec = Codec(4)
     with torch.no_grad():
         for channels in (16, 12, 20):
             x, gamma = torch.randn(640, channels), torch.nn.Parameter(torch.ones(channels))
             # The second sizes tell the compiler that sizes change; from the third on nothing may be compiled.
             with torch.compiler.set_stance("fail_on_recompile" if channels == 20 else "default"):
-                vectors = COMPILED.channel_stats(x, gamma, gamma, eps=EPS, code=code)
-                codes = COMPILED.normalise_rectify_encode(x, vectors, code=code, out=torch.empty_like(x))
-                COMPILED.decode(codes, vectors, code=code, out=x)
-                COMPILED.backward(x, codes, vectors, code=code, constant_stats=False, out=x)
+                vectors = COMPILED.channel_stats(x, gamma, gamma, eps=EPS, codec=codec)
+                codes = COMPILED.normalise_rectify_encode(x, vectors, codec=codec, out=torch.empty_like(x))
+                COMPILED.decode(codes, vectors, codec=codec, out=x)
+                COMPILED.backward(x, codes, vectors, codec=codec, constant_stats=False, out=x)
 
 
 @needs_compiler
 def test_compiled_functions_allocate_no_activation(allocator_peak: Callable[[Callable[[], object]], int]) -> None:
-    code = Code(4)
-    u = unit((8192, 16), code, torch.float32)
+    codec = Codec(4)
+    i = kernel_inputs((8192, 16), codec, torch.float32)
     functions = {
-        "channel_stats": lambda: COMPILED.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=code),
-        "normalise_rectify_encode": lambda: COMPILED.normalise_rectify_encode(u.x, u.vectors, code=code, out=u.x),
-        "decode": lambda: COMPILED.decode(u.kept, u.vectors, code=code, out=u.x),
-        "backward": lambda: COMPILED.backward(u.grad, u.kept, u.vectors, code=code, constant_stats=False, out=u.grad),
+        "channel_stats": lambda: COMPILED.channel_stats(i.x, i.norm.gamma, i.norm.beta, eps=EPS, codec=codec),
+        "normalise_rectify_encode": lambda: COMPILED.normalise_rectify_encode(i.x, i.vectors, codec=codec, out=i.x),
+        "decode": lambda: COMPILED.decode(i.saved, i.vectors, codec=codec, out=i.x),
+        "backward": lambda: COMPILED.backward(
+            i.grad, i.saved, i.vectors, codec=codec, constant_stats=False, out=i.grad
+        ),
     }
     for name, function in functions.items():
         function()  # compiled first
-        allowed = u.kept.nbytes if name == "normalise_rectify_encode" else 0  # the codes that it returns
+        allowed = i.saved.nbytes if name == "normalise_rectify_encode" else 0  # the codes that it returns
         # Sums are made over strips of 64 rows first, and a few such sums are less than an eighth of the activation.
-        assert allocator_peak(function) - allowed <= u.x.nbytes / 8, name
+        assert allocator_peak(function) - allowed <= i.x.nbytes / 8, name
 
 
 @needs_compiler
-def test_every_name_gives_its_back_end() -> None:
+def test_every_name_gives_its_backend() -> None:
     assert choose("torch", CPU) is REFERENCE
     assert choose("inductor", CPU) is COMPILED
     assert choose("auto", CPU) is COMPILED
@@ -236,9 +246,7 @@ def test_a_gpu_gets_the_kernels_in_triton(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_triton_is_refused_on_a_cpu() -> None:
-    with pytest.raises(
-        NotAvailable, match=r"kernels = triton: it is for CUDA GPUs, and the run is on the cpu; ask for"
-    ):
+    with pytest.raises(NotAvailable, match=r"kernels = triton: it is for CUDA GPUs, and the run is on the cpu; use"):
         choose("triton", CPU)
 
 
@@ -246,7 +254,7 @@ def test_auto_compiles_for_long_work_only() -> None:
     assert choose("auto", CPU, elements=1e6) is REFERENCE
 
 
-def test_unknown_back_end_is_refused() -> None:
+def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match=r"kernels = cuda: must be auto, torch, inductor or triton"):
         choose("cuda", CPU)
 

@@ -76,7 +76,7 @@ def launches_of_a_step(monkeypatch: pytest.MonkeyPatch, *, depth: int, precision
     return counted.counts
 
 
-UNITS, POINTWISE = 162, 106
+BN_RELU_CONVS, POINTWISE = 162, 106
 """BN-ReLU-convs of depth 164, and those of them whose convolution is 1x1 and of stride 1."""
 
 
@@ -86,13 +86,13 @@ def test_a_step_of_depth_164_launches_few_kernels(precision: str, most: int, mon
     counts = launches_of_a_step(monkeypatch, depth=164, precision=precision)
     assert counts.total() <= most
     for kernel in ("_channel_stats", "_normalise_rectify_encode", "_gradient_sums", "_input_gradient"):
-        assert counts[kernel] == UNITS + 1
-    assert (counts["_weight_gradient"], counts["_decode"]) == (POINTWISE, UNITS - POINTWISE)
+        assert counts[kernel] == BN_RELU_CONVS + 1
+    assert (counts["_weight_gradient"], counts["_decode"]) == (POINTWISE, BN_RELU_CONVS - POINTWISE)
 
 
 def test_bf16_casts_a_weight_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """And the gradient of one, where a product of bfloat16 made it: in the backward pass no weight is cast."""
     casts = [launches_of_a_step(monkeypatch, depth=29, precision=p)["_to_copy"] for p in ("tf32", "bf16")]
-    units, pointwise = 27, 16
+    bn_relu_convs, pointwise = 27, 16
     # Besides: images, stem's and classifier's weights, bias and logits, and on the way back all but the images.
-    assert casts[1] - casts[0] == units + (units - pointwise) + 5 + 4
+    assert casts[1] - casts[0] == bn_relu_convs + (bn_relu_convs - pointwise) + 5 + 4

@@ -1,4 +1,4 @@
-"""The layers stand in for PyTorch's own: same keys, same numbers, same running averages."""
+"""The layers stand in for PyTorch's own: same keys, same numbers, same running statistics."""
 
 import weakref
 from collections.abc import Callable
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels.compiled import COMPILED
 from blpa.layers import (
     Activation,
@@ -23,8 +23,8 @@ from blpa.layers import (
 )
 
 BATCH_NORMS: dict[str, Callable[..., nn.BatchNorm2d]] = {
-    "coded": lambda channels, **others: BatchNormReLU(channels, code=Code(4), **others),
-    "one copy": lambda channels, **others: BatchNormReLU(channels, code=None, **others),
+    "coded": lambda channels, **others: BatchNormReLU(channels, codec=Codec(4), **others),
+    "one copy": lambda channels, **others: BatchNormReLU(channels, codec=None, **others),
     "stock": StockBatchNormReLU,
 }
 batch_norms = pytest.mark.parametrize("kind", BATCH_NORMS)
@@ -76,31 +76,31 @@ def test_a_tensor_is_no_activation() -> None:
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "groups": 2}], ids=str)
 def test_convolution_is_stock(layer: type[nn.Conv2d], options: dict[str, int]) -> None:
     conv = layer(4, 2, 3, bias=False, **options).double()
-    unit = BatchNormReLU(4, code=Code(4)).double()
-    activation = unit(images())
+    bn_relu = BatchNormReLU(4, codec=Codec(4)).double()
+    activation = bn_relu(images())
     expected = F.conv2d(activation.value, conv.weight, **options)
     assert torch.equal(conv(activation), expected)
     assert torch.equal(conv(Activation(activation.value, None)), expected)
 
 
 def test_stock_layers_keep_nothing_of_ours() -> None:
-    assert StockBatchNormReLU(4).double()(images()).kept is None
+    assert StockBatchNormReLU(4).double()(images()).saved is None
 
 
 def test_coded_layers_keep_codes_and_one_copy_keeps_x() -> None:
     x = images().contiguous(memory_format=torch.channels_last).requires_grad_()
-    coded, one_copy = (BATCH_NORMS[kind](4).double()(x).kept for kind in ("coded", "one copy"))
+    coded, one_copy = (BATCH_NORMS[kind](4).double()(x).saved for kind in ("coded", "one copy"))
     assert coded.values.dtype == torch.uint8
     assert one_copy.values.data_ptr() == x.data_ptr()
 
 
 def test_activation_takes_the_place_of_x_only_where_told() -> None:
-    unit = BatchNormReLU(4, code=Code(4)).double()
+    bn_relu = BatchNormReLU(4, codec=Codec(4)).double()
     x = images().contiguous(memory_format=torch.channels_last)
     before = x.clone()
-    assert unit(x).value.data_ptr() != x.data_ptr()
+    assert bn_relu(x).value.data_ptr() != x.data_ptr()
     assert torch.equal(x, before)
-    assert unit(x, overwrite_x=True).value.data_ptr() == x.data_ptr()
+    assert bn_relu(x, overwrite_x=True).value.data_ptr() == x.data_ptr()
 
 
 @pytest.mark.parametrize("layers", ["coded", "one copy", "stock"])
@@ -128,7 +128,7 @@ def test_convolution_after_a_batch_norm_is_one_after_the_other(layers: str) -> N
     ],
 )
 def test_hooks_on_the_layers_are_called(kind: str, on_conv: bool) -> None:
-    bn, conv = BatchNormReLU(4, code=Code(4)).double(), Conv2d(4, 2, 3, bias=False).double()
+    bn, conv = BatchNormReLU(4, codec=Codec(4)).double(), Conv2d(4, 2, 3, bias=False).double()
     x = images().requires_grad_()
     expected = conv.after(bn, x)
     for after in (conv.after, lambda bn, x: conv.after_with_shortcut(bn, x)[0]):
@@ -142,7 +142,7 @@ def test_hooks_on_the_layers_are_called(kind: str, on_conv: bool) -> None:
 
 
 def test_global_hooks_are_called() -> None:
-    bn, conv = BatchNormReLU(4, code=Code(4)).double(), Conv2d(4, 2, 3, bias=False).double()
+    bn, conv = BatchNormReLU(4, codec=Codec(4)).double(), Conv2d(4, 2, 3, bias=False).double()
     calls: list[nn.Module] = []
     handle = nn.modules.module.register_module_forward_hook(lambda module, *others: calls.append(module))
     conv.after(bn, images())
@@ -158,14 +158,18 @@ class Doubled(Conv2d):
 
 
 def test_a_layer_with_its_own_forward_is_called() -> None:
-    bn, doubled, patched = BatchNormReLU(4, code=Code(4)).double(), Doubled(4, 2, 3).double(), Conv2d(4, 2, 3).double()
+    bn, doubled, patched = (
+        BatchNormReLU(4, codec=Codec(4)).double(),
+        Doubled(4, 2, 3).double(),
+        Conv2d(4, 2, 3).double(),
+    )
     patched.forward = lambda activation: activation.value[:, :1]
     for conv in (doubled, patched):
         assert torch.equal(conv.after(bn, images()), conv(bn(images())))
 
 
-def test_text_of_a_layer_names_its_code_and_back_end() -> None:
-    assert "code=Code(bits=4, clip=3.0), kernels=torch" in repr(BatchNormReLU(4, code=Code(4)))
+def test_text_of_a_layer_names_its_code_and_backend() -> None:
+    assert "codec=Codec(bits=4, clip=3.0), kernels=torch" in repr(BatchNormReLU(4, codec=Codec(4)))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +188,7 @@ def test_a_residual_sum_is_made_by_whoever_reads_it_first_and_lets_its_shortcut_
         lambda bn, total: total.value(),
     ]
     for read in readers:
-        for bn in (BatchNormReLU(4, code=Code(4)).double(), StockBatchNormReLU(4).double()):
+        for bn in (BatchNormReLU(4, codec=Codec(4)).double(), StockBatchNormReLU(4).double()):
             x, shortcut = (images(seed).contiguous(memory_format=torch.channels_last) for seed in (0, 1))
             expected, alive = x + shortcut, weakref.ref(shortcut)
             total = conv.add_shortcut(x, shortcut)
@@ -201,14 +205,14 @@ def test_a_batch_norm_counts_from_zero_wherever_it_is_moved_to() -> None:
     def counter(bn: BatchNormReLU) -> Tensor | None:
         return bn._batch_norm(overwrite_x=False).counter
 
-    bn = BatchNormReLU(4, code=Code(4))
+    bn = BatchNormReLU(4, codec=Codec(4))
     first = counter(bn)
     assert first is not None
     assert torch.equal(first, torch.zeros(4, dtype=torch.int32))
     assert counter(bn) is first
     bn.to("meta")
     assert counter(bn) is not first
-    bn.to_empty(device="cpu").load_state_dict(BatchNormReLU(4, code=Code(4)).state_dict())
+    bn.to_empty(device="cpu").load_state_dict(BatchNormReLU(4, codec=Codec(4)).state_dict())
     again = counter(bn)
     assert again is not None
     assert not again.any()
@@ -219,7 +223,7 @@ def test_a_batch_norm_counts_from_zero_wherever_it_is_moved_to() -> None:
 
 def test_defaults_are_the_stock_layers() -> None:
     stock, ours = nn.BatchNorm2d(4), BatchNormReLU(4)
-    assert (ours.eps, ours.momentum, ours.code) == (stock.eps, stock.momentum, Code(4))
+    assert (ours.eps, ours.momentum, ours.codec) == (stock.eps, stock.momentum, Codec(4))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -228,9 +232,9 @@ def test_from_a_stock_batch_norm_it_is_the_same_one(training: bool, tracks: bool
     stock = nn.BatchNorm2d(4, eps=0.1, momentum=0.3, track_running_stats=tracks, dtype=torch.float64).train(training)
     nn.init.normal_(stock.weight)
     stock.bias.requires_grad_(False)
-    ours = BatchNormReLU.from_stock(stock, code=None)
+    ours = BatchNormReLU.from_stock(stock, codec=None)
     assert type(ours) is BatchNormReLU
-    assert (ours.eps, ours.momentum, ours.training, ours.code) == (0.1, 0.3, training, None)
+    assert (ours.eps, ours.momentum, ours.training, ours.codec) == (0.1, 0.3, training, None)
     shared = list(stock.named_parameters()) + list(stock.named_buffers())
     assert shared == list(ours.named_parameters()) + list(ours.named_buffers())
     assert not ours.bias.requires_grad
@@ -243,11 +247,11 @@ def test_from_a_stock_batch_norm_it_is_the_same_one(training: bool, tracks: bool
         torch.testing.assert_close(stock.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 
 
-def test_from_a_stock_batch_norm_takes_a_code_and_a_back_end() -> None:
+def test_from_a_stock_batch_norm_takes_a_code_and_a_backend() -> None:
     stock = nn.BatchNorm2d(4)
-    assert BatchNormReLU.from_stock(stock).code == Code(4)
-    ours = BatchNormReLU.from_stock(stock, code=Code(8), kernels=COMPILED)
-    assert (ours.code, ours.kernels) == (Code(8), COMPILED)
+    assert BatchNormReLU.from_stock(stock).codec == Codec(4)
+    ours = BatchNormReLU.from_stock(stock, codec=Codec(8), kernels=COMPILED)
+    assert (ours.codec, ours.kernels) == (Codec(8), COMPILED)
 
 
 @pytest.mark.parametrize("options", [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "groups": 2}], ids=str)
@@ -276,7 +280,7 @@ def hooked() -> nn.BatchNorm2d:
     return bn
 
 
-def without_averages() -> nn.BatchNorm2d:
+def without_running_stats() -> nn.BatchNorm2d:
     bn = nn.BatchNorm2d(4)
     bn.track_running_stats = False
     return bn
@@ -289,7 +293,7 @@ def without_averages() -> nn.BatchNorm2d:
         (StockBatchNormReLU(4), r"^layer is a StockBatchNormReLU: must be a BatchNorm2d, and no subclass of it$"),
         (nn.BatchNorm1d(4), r"^layer is a BatchNorm1d: must be a BatchNorm2d, and no subclass of it$"),
         (hooked(), r"^BatchNorm2d has hooks or a forward of its own: remove them first$"),
-        (without_averages(), r"^track_running_stats = False: must say whether there are averages$"),
+        (without_running_stats(), r"^track_running_stats = False: must match its running statistics$"),
     ],
 )
 def test_stock_batch_norm_that_ours_does_not_stand_for_is_refused(bn: nn.BatchNorm2d, message: str) -> None:
@@ -328,16 +332,16 @@ def test_factories_make_layers_of_their_kind(layers: Layers) -> None:
     assert conv.bias is None
 
 
-@pytest.mark.parametrize("code", [Code(8), Code(2, clip=1.7), None], ids=str)
-def test_last_batch_norm_saves_no_code(code: Code | None) -> None:
+@pytest.mark.parametrize("codec", [Codec(8), Codec(2, clip=1.7), None], ids=str)
+def test_last_batch_norm_saves_no_code(codec: Codec | None) -> None:
     """No convolution reads its activation: its code would be made only to be decoded at once."""
-    layers = CodedLayers(code=code, kernels=COMPILED)
-    assert layers.batch_norm_relu(8).code == code
-    assert layers.last_batch_norm_relu(8).code is None
+    layers = CodedLayers(codec=codec, kernels=COMPILED)
+    assert layers.batch_norm_relu(8).codec == codec
+    assert layers.last_batch_norm_relu(8).codec is None
     assert layers.batch_norm_relu(8).kernels is layers.last_batch_norm_relu(8).kernels is COMPILED
 
 
 def test_last_batch_norm_of_the_naive_baseline_is_naive_too() -> None:
-    last = CodedLayers(code=Code(8), forward_from_code=True).last_batch_norm_relu(8)
-    assert last.code == Code(8)
+    last = CodedLayers(codec=Codec(8), forward_from_code=True).last_batch_norm_relu(8)
+    assert last.codec == Codec(8)
     assert last.forward_from_code

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels import Kernels
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE
@@ -20,8 +20,8 @@ from blpa.memory import (
     MIB,
     VECTORS,
     LiveBytes,
-    kept_bytes,
     largest_batch,
+    saved_bytes,
     step_bytes,
     training_bytes,
 )
@@ -48,7 +48,7 @@ def network(build: Callable[..., PreActResNet]) -> Network:
     return of_mode
 
 
-def code_of(mode: str) -> Code | None:
+def codec_of(mode: str) -> Codec | None:
     return codec(config.mode(mode))
 
 
@@ -90,21 +90,21 @@ def test_storages_that_follow_each_other_at_one_address_are_all_counted() -> Non
     assert counter.peak_bytes == 120
 
 
-# ---- bytes kept -----------------------------------------------------------------------------------------------------
+# ---- saved bytes ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("code", "nbytes"),
-    [(Code(8), 7 * 3 + 108), (Code(4), 4 * 3 + 108), (Code(2), 2 * 3 + 108), (None, 4 * 7 * 3 + 108)],
+    ("codec", "nbytes"),
+    [(Codec(8), 7 * 3 + 108), (Codec(4), 4 * 3 + 108), (Codec(2), 2 * 3 + 108), (None, 4 * 7 * 3 + 108)],
     ids=str,
 )
-def test_formula_of_bytes_kept(code: Code | None, nbytes: int) -> None:
+def test_formula_of_saved_bytes(codec: Codec | None, nbytes: int) -> None:
     """Seven rows of three channels: 7, 4 and 2 rows of bytes, or x, and nine vectors of three float32."""
-    assert kept_bytes(7, 3, code) == nbytes
+    assert saved_bytes(7, 3, codec) == nbytes
 
 
-def units(depth: int, batch: int) -> Iterator[tuple[int, int]]:
-    """M and C of every unit that is coded, from METHOD, section 4, for 32x32 input."""
+def coded_shapes(depth: int, batch: int) -> Iterator[tuple[int, int]]:
+    """M and C of every coded activation, from METHOD, section 4, for 32x32 input."""
     channels_in, side = 16, 32
     for group, c in enumerate((16, 32, 64)):
         for block in range((depth - 2) // 9):
@@ -116,30 +116,30 @@ def units(depth: int, batch: int) -> Iterator[tuple[int, int]]:
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "2bit"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_networks_keep_what_the_formula_says_to_the_byte(name: str, batch: int, network: Network) -> None:
+def test_networks_save_what_the_formula_gives_to_the_byte(name: str, batch: int, network: Network) -> None:
     """All else that is alive after the forward pass is alike in both modes, so their difference is the formula's."""
     with_codes, with_x = (
         step_bytes(*network(which, 29, batch, COMPILED)).forward_bytes for which in (name, "exact-one-copy")
     )
-    saved = sum(kept_bytes(*unit, None) - kept_bytes(*unit, code_of(name)) for unit in units(29, batch))
+    saved = sum(saved_bytes(*shape, None) - saved_bytes(*shape, codec_of(name)) for shape in coded_shapes(29, batch))
     assert with_x - with_codes == saved
 
 
 @pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
 def test_little_else_is_alive_after_the_forward_pass(name: str, network: Network) -> None:
-    """The last unit's x and vectors; its activation's mean; the logits' log-softmax, the loss and its divisor."""
+    """The last x and vectors; its activation's mean; the logits' log-softmax, the loss and its divisor."""
     batch = 4
-    codes = sum(kept_bytes(*unit, code_of(name)) for unit in units(20, batch))
-    head = kept_bytes(64 * batch, 256, None) + 4 * batch * (256 + 10) + 4 + 4
+    codes = sum(saved_bytes(*shape, codec_of(name)) for shape in coded_shapes(20, batch))
+    head = saved_bytes(64 * batch, 256, None) + 4 * batch * (256 + 10) + 4 + 4
     assert step_bytes(*network(name, 20, batch, COMPILED)).forward_bytes == codes + head
 
 
 @pytest.mark.parametrize(
     ("depth", "elements"), [(164, 3_096_576), (254, 4_816_896), (488, 9_289_728), (1001, 19_095_552)]
 )
-def test_quantised_elements_a_sample(depth: int, elements: int) -> None:
+def test_quantised_elements_per_sample(depth: int, elements: int) -> None:
     """METHOD, section 4."""
-    assert sum(rows * channels for rows, channels in units(depth, batch=1)) == elements
+    assert sum(rows * channels for rows, channels in coded_shapes(depth, batch=1)) == elements
 
 
 # ---- the step -------------------------------------------------------------------------------------------------------
@@ -197,9 +197,9 @@ def test_a_step_in_bf16_counts_on_the_meta_device_as_autocast_makes_it(
 @pytest.mark.parametrize("name", ["8bit", "4bit", "2bit", "exact-one-copy"])
 def test_bf16_keeps_codes_of_the_same_bytes_and_x_of_half(name: str, network: Network) -> None:
     model, images, labels = network(name, 11, 2, COMPILED)
-    kept = step_bytes(model, images, labels, bf16=True, parts={"blocks": model.blocks}).kept_by_part["blocks"]
-    formula = sum(kept_bytes(*unit, code_of(name), element_bytes=2) for unit in units(11, 2))
-    assert sum(kept.kinds.values()) == formula
+    saved = step_bytes(model, images, labels, bf16=True, parts={"blocks": model.blocks}).saved_by_part["blocks"]
+    formula = sum(saved_bytes(*shape, codec_of(name), element_bytes=2) for shape in coded_shapes(11, 2))
+    assert sum(saved.kinds.values()) == formula
 
 
 @pytest.mark.parametrize(("depth", "promised_mib"), [(164, 2.10), (1001, 9.80)])
@@ -230,15 +230,15 @@ def test_every_block_keeps_what_the_formula_says_and_what_it_is(name: str, netwo
     batch = 3
     model, images, labels = network(name, 29, batch, COMPILED)
     parts = {str(number): block for number, block in enumerate(model.blocks)}
-    kept = step_bytes(model, images, labels, parts=parts).kept_by_part
-    assert list(kept) == list(parts)
-    of_units = list(units(29, batch))
-    for number, part in enumerate(kept.values()):
-        three = of_units[3 * number : 3 * number + 3]
-        assert sum(part.kinds.values()) == sum(kept_bytes(*unit, code_of(name)) for unit in three)
+    saved = step_bytes(model, images, labels, parts=parts).saved_by_part
+    assert list(saved) == list(parts)
+    shapes = list(coded_shapes(29, batch))
+    for number, part in enumerate(saved.values()):
+        three = shapes[3 * number : 3 * number + 3]
+        assert sum(part.kinds.values()) == sum(saved_bytes(*shape, codec_of(name)) for shape in three)
         assert part.kinds[VECTORS] == sum(9 * 4 * channels for _, channels in three)
-        assert (part.kinds[CODES] > 0) == (code_of(name) is not None)
-        assert (part.kinds[FULL_PRECISION] > 0) == (code_of(name) is None)
+        assert (part.kinds[CODES] > 0) == (codec_of(name) is not None)
+        assert (part.kinds[FULL_PRECISION] > 0) == (codec_of(name) is None)
 
 
 def test_activations_of_nine_images_are_no_vectors(network: Network) -> None:

@@ -48,21 +48,21 @@ def test_parameter_count(depth: int, classes: int) -> None:
     assert sum(parameter.numel() for parameter in model.parameters()) == parameter_count(depth, classes)
 
 
-def test_quantised_elements_a_sample(build: Build) -> None:
-    """METHOD, section 4, at depth 164. At 8 bits an element is a byte; besides, a unit keeps nine vectors."""
-    kept_bytes = []
+def test_quantised_elements_per_sample(build: Build) -> None:
+    """METHOD, section 4, at depth 164. At 8 bits an element is a byte; besides, an activation has nine vectors."""
+    saved_bytes = []
 
-    def count(unit: nn.BatchNorm2d, _: object, activation: Activation) -> None:
-        kept_bytes.append(activation.kept.nbytes - 9 * 4 * unit.num_features)
+    def count(bn_relu: nn.BatchNorm2d, _: object, activation: Activation) -> None:
+        saved_bytes.append(activation.saved.nbytes - 9 * 4 * bn_relu.num_features)
 
     with torch.device("meta"):
         model = build("8bit", 164, kernels=COMPILED)
         for block in model.blocks:
-            for unit in (block.bn1, block.bn2, block.bn3):
-                unit.register_forward_hook(count)
+            for bn_relu in (block.bn1, block.bn2, block.bn3):
+                bn_relu.register_forward_hook(count)
         model(torch.empty(1, 3, 32, 32))
-    assert sum(kept_bytes) == 3_096_576
-    assert len(kept_bytes) == 162
+    assert sum(saved_bytes) == 3_096_576
+    assert len(saved_bytes) == 162
 
 
 @pytest.mark.parametrize("name", [*RUN, "fewer-features"])
@@ -83,21 +83,21 @@ def test_weights_of_every_mode_load_into_every_other(source: str, network: Netwo
 def functional(state: dict[str, Tensor], x: Tensor, blocks_per_group: int) -> Tensor:
     """The network in training, in nothing but torch.nn.functional and METHOD's words."""
 
-    def unit(x: Tensor, name: str) -> Tensor:
+    def bn_relu(x: Tensor, name: str) -> Tensor:
         vectors = (state[f"{name}.{key}"].clone() for key in ("running_mean", "running_var", "weight", "bias"))
         return F.relu(F.batch_norm(x, *vectors, training=True, eps=1e-3))
 
     x = F.conv2d(x, state["stem.weight"], padding=1)
     for k in range(3 * blocks_per_group):
         stride = 2 if k in (blocks_per_group, 2 * blocks_per_group) else 1
-        a = unit(x, f"blocks.{k}.bn1")
+        a = bn_relu(x, f"blocks.{k}.bn1")
         shortcut = F.avg_pool2d(a if k == 0 else x, stride)
         out = F.conv2d(a, state[f"blocks.{k}.conv1.weight"], stride=stride)
-        out = F.conv2d(unit(out, f"blocks.{k}.bn2"), state[f"blocks.{k}.conv2.weight"], padding=1)
-        out = F.conv2d(unit(out, f"blocks.{k}.bn3"), state[f"blocks.{k}.conv3.weight"])
+        out = F.conv2d(bn_relu(out, f"blocks.{k}.bn2"), state[f"blocks.{k}.conv2.weight"], padding=1)
+        out = F.conv2d(bn_relu(out, f"blocks.{k}.bn3"), state[f"blocks.{k}.conv3.weight"])
         missing = out.shape[1] - shortcut.shape[1]
         x = out + F.pad(shortcut, (0, 0, 0, 0, missing // 2, missing // 2))
-    return F.linear(unit(x, "bn").mean((2, 3)), state["classifier.weight"], state["classifier.bias"])
+    return F.linear(bn_relu(x, "bn").mean((2, 3)), state["classifier.weight"], state["classifier.bias"])
 
 
 @pytest.mark.parametrize("name", EXACT_FORWARD)
@@ -139,11 +139,11 @@ def test_evaluation_uses_the_running_averages(name: str, network: Network) -> No
 def test_zero_initialised_gamma_is_trained(name: str, network: Network) -> None:
     model = network(name)
     zeroed = [block.bn3 for block in model.blocks]
-    for unit in zeroed:
-        nn.init.zeros_(unit.weight)
-        nn.init.ones_(unit.bias)
+    for bn_relu in zeroed:
+        nn.init.zeros_(bn_relu.weight)
+        nn.init.ones_(bn_relu.bias)
     gradients(model)
-    assert all(unit.weight.grad.count_nonzero() == unit.num_features for unit in zeroed)
+    assert all(bn_relu.weight.grad.count_nonzero() == bn_relu.num_features for bn_relu in zeroed)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_zero_initialised_gamma_is_trained(name: str, network: Network) -> None:
 def test_width_is_a_factor_on_every_channel_count(width: float, channels: list[int]) -> None:
     with torch.device("meta"):
         model = PreActResNet(11, layers=StockLayers(), classes=10, width=width)
-    assert [unit.bn1.num_features for unit in model.blocks] + [model.bn.num_features] == channels
+    assert [block.bn1.num_features for block in model.blocks] + [model.bn.num_features] == channels
 
 
 def test_fewer_features_is_a_quarter_of_the_width(build: Build) -> None:

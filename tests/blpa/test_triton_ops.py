@@ -5,12 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from support import CHANNELS, CODES, EPS, Unit, assert_backward_is_the_references, assert_stats_are_accurate, unit
+from support import (
+    CHANNELS,
+    CODECS,
+    EPS,
+    KernelInputs,
+    assert_backward_is_the_references,
+    assert_stats_are_accurate,
+    kernel_inputs,
+)
 from torch import Tensor
 
 from blpa import memory
-from blpa.codec import Code
-from blpa.kernels import Averages
+from blpa.codec import Codec
+from blpa.kernels import RunningStats
 from blpa.kernels.reference import REFERENCE
 from blpa.layers import CodedLayers
 from blpa.models.preact_resnet import PreActResNet
@@ -28,7 +36,7 @@ if DEVICE.type == "cuda":  # whole tiles too, enough of them that every loop run
 SMALL_TILES = {"TILE_ELEMENTS": 64, "SUM_TILE_ELEMENTS": 128, "TILE_CHANNELS": 4, "PROGRAMS": 2}
 SHAPES_OF_SMALL_TILES = [(1, 1), (3, 5), (67, 5)]
 
-all_codes = pytest.mark.parametrize("code", CODES, ids=str)
+all_codecs = pytest.mark.parametrize("codec", CODECS, ids=str)
 all_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 in_small_tiles = pytest.mark.skipif(
     DEVICE.type == "cuda", reason="there large activations make the loops turn; every size of a tile costs compiling"
@@ -51,8 +59,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton_ops, name, size)
 
 
-def on_device(u: Unit) -> Unit:
-    return Unit(*(tensor.to(DEVICE) for tensor in u))
+def on_device(i: KernelInputs) -> KernelInputs:
+    return KernelInputs(*(tensor.to(DEVICE) for tensor in i))
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -62,60 +70,62 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return values.to(dtype)
 
 
-def assert_activations_are_the_references(shapes: list[tuple[int, int]], code: Code | None, dtype: torch.dtype) -> None:
+def assert_activations_are_the_references(
+    shapes: list[tuple[int, int]], codec: Codec | None, dtype: torch.dtype
+) -> None:
     """To the bit, as are the codes and what is decoded."""
     for shape in shapes:
-        u = on_device(unit(shape, code, dtype))
-        expected, out, in_place = torch.empty_like(u.x, dtype=torch.float32), torch.empty_like(u.x), u.x.clone()
-        expected_codes = REFERENCE.normalise_rectify_encode(u.x, u.vectors, code=code, out=expected)
-        for x, to in ((u.x, out), (in_place, in_place)):
-            codes = TRITON.normalise_rectify_encode(x, u.vectors, code=code, out=to)
+        i = on_device(kernel_inputs(shape, codec, dtype))
+        expected, out, in_place = torch.empty_like(i.x, dtype=torch.float32), torch.empty_like(i.x), i.x.clone()
+        expected_codes = REFERENCE.normalise_rectify_encode(i.x, i.vectors, codec=codec, out=expected)
+        for x, to in ((i.x, out), (in_place, in_place)):
+            codes = TRITON.normalise_rectify_encode(x, i.vectors, codec=codec, out=to)
             assert torch.equal(to, rounded(expected, dtype))
             assert codes is expected_codes is None or torch.equal(codes, expected_codes)
-        REFERENCE.decode(u.kept, u.vectors, code=code, out=expected)
-        TRITON.decode(u.kept, u.vectors, code=code, out=out)
+        REFERENCE.decode(i.saved, i.vectors, codec=codec, out=expected)
+        TRITON.decode(i.saved, i.vectors, codec=codec, out=out)
         assert torch.equal(out, rounded(expected, dtype))
 
 
-@all_codes
+@all_codecs
 @all_dtypes
-def test_activations_and_codes_are_the_references_to_the_bit(code: Code | None, dtype: torch.dtype) -> None:
-    assert_activations_are_the_references(SHAPES, code, dtype)
+def test_activations_and_codes_are_the_references_to_the_bit(codec: Codec | None, dtype: torch.dtype) -> None:
+    assert_activations_are_the_references(SHAPES, codec, dtype)
 
 
-@all_codes
+@all_codecs
 @in_small_tiles
 @pytest.mark.usefixtures("small_tiles")
-def test_activations_of_small_tiles_are_the_references(code: Code | None) -> None:
-    assert_activations_are_the_references(SHAPES_OF_SMALL_TILES, code, torch.float32)
+def test_activations_of_small_tiles_are_the_references(codec: Codec | None) -> None:
+    assert_activations_are_the_references(SHAPES_OF_SMALL_TILES, codec, torch.float32)
 
 
-@all_codes
+@all_codecs
 @all_dtypes
 @pytest.mark.parametrize("constant_stats", [False, True])
-def test_backward_is_the_references(code: Code | None, dtype: torch.dtype, constant_stats: bool) -> None:
+def test_backward_is_the_references(codec: Codec | None, dtype: torch.dtype, constant_stats: bool) -> None:
     if DEVICE.type == "cpu" and dtype == torch.bfloat16:
         pytest.skip("Triton's interpreter rounds to bfloat16 towards zero")
     for shape in SHAPES:
         for adds in (False, True):
-            u = on_device(unit(shape, code, dtype))
-            assert_backward_is_the_references(TRITON, u, code, constant_stats, adds=adds)
+            i = on_device(kernel_inputs(shape, codec, dtype))
+            assert_backward_is_the_references(TRITON, i, codec, constant_stats, adds=adds)
 
 
-@all_codes
+@all_codecs
 @pytest.mark.parametrize("constant_stats", [False, True])
 @in_small_tiles
 @pytest.mark.usefixtures("small_tiles")
-def test_backward_of_small_tiles_is_the_references(code: Code | None, constant_stats: bool) -> None:
+def test_backward_of_small_tiles_is_the_references(codec: Codec | None, constant_stats: bool) -> None:
     for shape in SHAPES_OF_SMALL_TILES:
-        u = unit(shape, code, torch.float32)
-        assert_backward_is_the_references(TRITON, u, code, constant_stats, adds=constant_stats)
+        i = kernel_inputs(shape, codec, torch.float32)
+        assert_backward_is_the_references(TRITON, i, codec, constant_stats, adds=constant_stats)
 
 
-@all_codes
+@all_codecs
 @all_dtypes
 def test_a_pointwise_weight_gradient_is_the_product_with_the_decoded_activation(
-    code: Code | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    codec: Codec | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each factor is the reference's to the bit, so only the rounding of sums differs.
 
@@ -126,11 +136,11 @@ def test_a_pointwise_weight_gradient_is_the_product_with_the_decoded_activation(
         pytest.skip("Triton's interpreter multiplies the bits of bfloat16 as whole numbers")
     monkeypatch.setattr(triton_ops, "PROGRAMS", 2)  # so that a program goes through several tiles
     for (rows, channels), outputs in (((1, 5), 3), ((130, 16), 64), ((259, 70), 20), ((64, 16), 16)):
-        u = on_device(unit((rows, channels), code, dtype))
+        i = on_device(kernel_inputs((rows, channels), codec, dtype))
         grad = torch.randn(rows, outputs, generator=torch.Generator().manual_seed(0)).to(DEVICE, dtype)
-        a = torch.empty_like(u.x)
-        TRITON.decode(u.kept, u.vectors, code=code, out=a)
-        actual = TRITON.pointwise_weight_grad(grad, u.kept, u.vectors, code=code)
+        a = torch.empty_like(i.x)
+        TRITON.decode(i.saved, i.vectors, codec=codec, out=a)
+        actual = TRITON.pointwise_weight_grad(grad, i.saved, i.vectors, codec=codec)
         assert actual is not None
         assert actual.dtype == torch.float32
         expected, sizes = grad.double().T @ a.double(), grad.double().abs().T @ a.double().abs()
@@ -140,12 +150,12 @@ def test_a_pointwise_weight_gradient_is_the_product_with_the_decoded_activation(
 
 
 def test_a_weight_gradient_that_products_would_be_better_for_is_left_to_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    u = on_device(unit((64, 16), Code(4), torch.float32))
+    i = on_device(kernel_inputs((64, 16), Codec(4), torch.float32))
     wide = torch.ones(64, triton_ops.PRODUCT_ELEMENTS // 16 + 1, device=DEVICE)
-    assert TRITON.pointwise_weight_grad(wide, u.kept, u.vectors, code=Code(4)) is None
+    assert TRITON.pointwise_weight_grad(wide, i.saved, i.vectors, codec=Codec(4)) is None
     monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(conv=SimpleNamespace(fp32_precision="ieee")))
-    assert TRITON.pointwise_weight_grad(u.grad, u.kept, u.vectors, code=Code(4)) is None
-    assert TRITON.pointwise_weight_grad(u.grad.half(), u.kept, u.vectors, code=Code(4)) is not None
+    assert TRITON.pointwise_weight_grad(i.grad, i.saved, i.vectors, codec=Codec(4)) is None
+    assert TRITON.pointwise_weight_grad(i.grad.half(), i.saved, i.vectors, codec=Codec(4)) is not None
 
 
 @pytest.mark.parametrize("channel", CHANNELS)
@@ -185,11 +195,11 @@ def test_one_outlier_in_small_tiles_spoils_no_statistics(row: int) -> None:
 
 def assert_a_sum_has_the_bits_of_either_alone(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
     for shape in shapes:
-        u = on_device(unit(shape, None, dtype))
-        x, expected = u.x.clone(), u.x + u.grad
-        vectors = TRITON.channel_stats(x, u.norm.gamma, u.norm.beta, eps=EPS, code=None, add=u.grad)
+        i = on_device(kernel_inputs(shape, None, dtype))
+        x, expected = i.x.clone(), i.x + i.grad
+        vectors = TRITON.channel_stats(x, i.norm.gamma, i.norm.beta, eps=EPS, codec=None, add=i.grad)
         assert torch.equal(x, expected)
-        assert torch.equal(vectors, TRITON.channel_stats(x, u.norm.gamma, u.norm.beta, eps=EPS, code=None))
+        assert torch.equal(vectors, TRITON.channel_stats(x, i.norm.gamma, i.norm.beta, eps=EPS, codec=None))
 
 
 @all_dtypes
@@ -206,14 +216,14 @@ def test_a_sum_in_small_tiles_has_the_bits_of_either_alone() -> None:
 
 
 def assert_a_counter_is_zero_again_and_changes_no_bit() -> None:
-    u = on_device(unit((67, 5), Code(4), torch.float32))
+    i = on_device(kernel_inputs((67, 5), Codec(4), torch.float32))
     counter = torch.zeros(5, dtype=torch.int32, device=DEVICE)
     results = []
     for given in (None, counter, counter):
-        out = torch.empty_like(u.x)
-        vectors = TRITON.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=Code(4), counter=given)
+        out = torch.empty_like(i.x)
+        vectors = TRITON.channel_stats(i.x, i.norm.gamma, i.norm.beta, eps=EPS, codec=Codec(4), counter=given)
         sums = TRITON.backward(
-            u.grad, u.kept, u.vectors, code=Code(4), constant_stats=False, out=out, counter=given
+            i.grad, i.saved, i.vectors, codec=Codec(4), constant_stats=False, out=out, counter=given
         )  # fmt: skip
         results.append((vectors, out, sums))
         assert not counter.any()
@@ -231,27 +241,31 @@ def test_a_counter_of_several_programs_is_zero_again_and_changes_no_bit() -> Non
     assert_a_counter_is_zero_again_and_changes_no_bit()
 
 
-@all_codes
-def test_the_grid_is_the_references_also_where_gamma_is_zero_and_the_edge_between_two_bins(code: Code | None) -> None:
-    clip = code.bin_width if code else 0.375
+@all_codecs
+def test_the_grid_is_the_references_also_where_gamma_is_zero_and_the_edge_between_two_bins(codec: Codec | None) -> None:
+    clip = codec.bin_width if codec else 0.375
     gamma = torch.tensor([0.0, 0.0, -0.0, 1.0, 1.0, -1.0, 1e-6, 1e6, 2.0], device=DEVICE)
     beta = torch.tensor([0.0, 1.0, -1.0, 0.5 * clip, 1.5 * clip, -2.5 * clip, 1e6, 1e-6, 0.49999997 * 2 * clip],
                         device=DEVICE)  # fmt: skip
     x = torch.randn(5, len(gamma), generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    actual, expected = (k.channel_stats(x, gamma, beta, eps=EPS, code=code) for k in (TRITON, REFERENCE))
+    actual, expected = (k.channel_stats(x, gamma, beta, eps=EPS, codec=codec) for k in (TRITON, REFERENCE))
     assert torch.equal(actual[3:], expected[3:])
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.1, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_running_averages_move_as_the_references(momentum: float, dtype: torch.dtype) -> None:
-    u = on_device(unit((130, 5), None, torch.float32))
+    i = on_device(kernel_inputs((130, 5), None, torch.float32))
     results = []
     for kernels in (TRITON, REFERENCE):
         batches = torch.tensor(2**40, device=DEVICE)
-        averages = Averages(torch.arange(5.0).to(DEVICE, dtype), torch.ones(5).to(DEVICE, dtype), momentum, batches)
-        vectors = kernels.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=None, averages=averages)
-        results.append(torch.stack(averages[:2]).float())
+        running_stats = RunningStats(
+            torch.arange(5.0).to(DEVICE, dtype), torch.ones(5).to(DEVICE, dtype), momentum, batches
+        )
+        vectors = kernels.channel_stats(
+            i.x, i.norm.gamma, i.norm.beta, eps=EPS, codec=None, running_stats=running_stats
+        )
+        results.append(torch.stack(running_stats[:2]).float())
         assert batches == 2**40 + 1
         if momentum == 1 and dtype == torch.float32:
             assert torch.equal(results[-1], torch.stack([vectors[0], vectors[1] * (130 / 129)]))
@@ -261,30 +275,30 @@ def test_running_averages_move_as_the_references(momentum: float, dtype: torch.d
 
 
 def test_a_value_that_is_not_a_number_stays_one() -> None:
-    u = on_device(unit((130, 5), Code(4), torch.float32))
-    u.x[7, 3] = float("nan")
-    TRITON.normalise_rectify_encode(u.x, u.vectors, code=Code(4), out=u.x)
-    assert u.x.isnan().sum() == 1
+    i = on_device(kernel_inputs((130, 5), Codec(4), torch.float32))
+    i.x[7, 3] = float("nan")
+    TRITON.normalise_rectify_encode(i.x, i.vectors, codec=Codec(4), out=i.x)
+    assert i.x.isnan().sum() == 1
 
 
-@all_codes
-def test_the_same_input_gives_the_same_bits(code: Code | None) -> None:
+@all_codecs
+def test_the_same_input_gives_the_same_bits(codec: Codec | None) -> None:
     rows = 300_000 if DEVICE.type == "cuda" else 67
-    u = on_device(unit((rows, 17), code, torch.float32))
+    i = on_device(kernel_inputs((rows, 17), codec, torch.float32))
     results = []
     for _ in range(3):
-        out = torch.empty_like(u.grad)
-        sums = TRITON.backward(u.grad, u.kept, u.vectors, code=code, constant_stats=False, out=out)
-        vectors = TRITON.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=code)
+        out = torch.empty_like(i.grad)
+        sums = TRITON.backward(i.grad, i.saved, i.vectors, codec=codec, constant_stats=False, out=out)
+        vectors = TRITON.channel_stats(i.x, i.norm.gamma, i.norm.beta, eps=EPS, codec=codec)
         results.append((sums, out, vectors))
     for others in results[1:]:
         assert all(map(torch.equal, others, results[0]))
 
 
 def test_float64_is_refused() -> None:
-    u = on_device(unit((2, 3), None))
-    with pytest.raises(ValueError, match=r"kernels = triton: computes in float32 and is given float64; ask for"):
-        TRITON.channel_stats(u.x, u.norm.gamma, u.norm.beta, eps=EPS, code=None)
+    i = on_device(kernel_inputs((2, 3), None))
+    with pytest.raises(ValueError, match=r"kernels = triton: computes in float32, not float64; use"):
+        TRITON.channel_stats(i.x, i.norm.gamma, i.norm.beta, eps=EPS, codec=None)
 
 
 @triton.jit
@@ -312,41 +326,41 @@ def test_offsets_beyond_two_to_the_31_are_right() -> None:
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU with 30 GiB")
 def test_an_activation_of_more_than_two_to_the_31_elements() -> None:
     """Its last rows are those of a small activation that ends alike."""
-    code, channels, few = Code(4), 16, 1024
+    codec, channels, few = Codec(4), 16, 1024
     rows = 2**27 + 2**26 + 2 * few
     if torch.cuda.mem_get_info()[0] < 30 * 2**30:
         pytest.skip("needs 30 GiB of the GPU")
-    small = on_device(unit((2 * few, channels), code, torch.bfloat16))
+    small = on_device(kernel_inputs((2 * few, channels), codec, torch.bfloat16))
     x = torch.zeros(rows, channels, dtype=torch.bfloat16, device=DEVICE)
-    packed = code.packed_rows(rows)
+    packed = codec.packed_rows(rows)
     x[packed - few : packed], x[-few:] = small.x[:few], small.x[few:]
-    codes = TRITON.normalise_rectify_encode(x, small.vectors, code=code, out=x)
+    codes = TRITON.normalise_rectify_encode(x, small.vectors, codec=codec, out=x)
     a, expected = torch.empty_like(small.x), torch.empty_like(small.x)
-    small_codes = TRITON.normalise_rectify_encode(small.x, small.vectors, code=code, out=a)
+    small_codes = TRITON.normalise_rectify_encode(small.x, small.vectors, codec=codec, out=a)
     assert torch.equal(codes[-few:], small_codes)
     assert torch.equal(torch.cat([x[packed - few : packed], x[-few:]]), a)
-    TRITON.decode(small_codes, small.vectors, code=code, out=expected)
-    TRITON.decode(codes, small.vectors, code=code, out=x)
+    TRITON.decode(small_codes, small.vectors, codec=codec, out=expected)
+    TRITON.decode(codes, small.vectors, codec=codec, out=x)
     assert torch.equal(torch.cat([x[packed - few : packed], x[-few:]]), expected)
     x[packed - few : packed], x[-few:] = small.grad[:few], small.grad[few:]
-    TRITON.backward(x, codes, small.vectors, code=code, constant_stats=True, out=x)
-    TRITON.backward(small.grad, small_codes, small.vectors, code=code, constant_stats=True, out=expected)
+    TRITON.backward(x, codes, small.vectors, codec=codec, constant_stats=True, out=x)
+    TRITON.backward(small.grad, small_codes, small.vectors, codec=codec, constant_stats=True, out=expected)
     assert torch.equal(torch.cat([x[packed - few : packed], x[-few:]]), expected)
 
 
 def _all_four(x: Tensor, grad: Tensor, gamma: Tensor, beta: Tensor) -> tuple[Tensor, ...]:
-    code, a, dx = Code(4), torch.empty_like(x), torch.empty_like(x)
-    vectors = TRITON.channel_stats(x, gamma, beta, eps=EPS, code=code)
-    codes = TRITON.normalise_rectify_encode(x, vectors, code=code, out=a)
+    codec, a, dx = Codec(4), torch.empty_like(x), torch.empty_like(x)
+    vectors = TRITON.channel_stats(x, gamma, beta, eps=EPS, codec=codec)
+    codes = TRITON.normalise_rectify_encode(x, vectors, codec=codec, out=a)
     assert codes is not None
-    sums = TRITON.backward(grad, codes, vectors, code=code, constant_stats=False, out=dx)
-    TRITON.decode(codes, vectors, code=code, out=a)
+    sums = TRITON.backward(grad, codes, vectors, codec=codec, constant_stats=False, out=dx)
+    TRITON.decode(codes, vectors, codec=codec, out=a)
     return a, dx, sums
 
 
 def test_compile_and_export_see_one_node_a_function() -> None:
-    u = on_device(unit((130, 5), Code(4), torch.float32))
-    arguments = u.x, u.grad, u.norm.gamma, u.norm.beta
+    i = on_device(kernel_inputs((130, 5), Codec(4), torch.float32))
+    arguments = i.x, i.grad, i.norm.gamma, i.norm.beta
     expected = _all_four(*arguments)
     graphs = []
 
@@ -370,27 +384,27 @@ def test_compile_and_export_see_one_node_a_function() -> None:
 
 
 def test_the_operations_keep_their_promises_to_torch_library() -> None:
-    u = on_device(unit((13, 5), Code(4), torch.float32))
-    mean, var, gamma, beta, *_ = u.vectors
-    sums, codes = torch.empty(4, 5, device=DEVICE), torch.empty_like(u.kept)
+    i = on_device(kernel_inputs((13, 5), Codec(4), torch.float32))
+    mean, var, gamma, beta, *_ = i.vectors
+    sums, codes = torch.empty(4, 5, device=DEVICE), torch.empty_like(i.saved)
     batches, counter = torch.tensor(0, device=DEVICE), torch.zeros(5, dtype=torch.int32, device=DEVICE)
     torch.library.opcheck(
         triton_ops.channel_stats,
-        (u.x, gamma, beta, u.vectors.clone(), counter, mean.clone(), var.clone(), batches, 0.1, EPS, 0.375, 16),
+        (i.x, gamma, beta, i.vectors.clone(), counter, mean.clone(), var.clone(), batches, 0.1, EPS, 0.375, 16),
     )
     torch.library.opcheck(
         triton_ops.add_channel_stats,
-        (u.x.clone(), u.grad, gamma, beta, u.vectors.clone(), None, None, None, None, 0.0, EPS, 0.375, 16),
+        (i.x.clone(), i.grad, gamma, beta, i.vectors.clone(), None, None, None, None, 0.0, EPS, 0.375, 16),
     )
-    without = (u.x, gamma, beta, u.vectors.clone(), None, None, None, None, 0.0, EPS, 0.0, 0)
+    without = (i.x, gamma, beta, i.vectors.clone(), None, None, None, None, 0.0, EPS, 0.0, 0)
     torch.library.opcheck(triton_ops.channel_stats, without)
-    torch.library.opcheck(triton_ops.normalise_rectify_encode, (u.x, u.vectors, torch.empty_like(u.x), codes, 4))
-    torch.library.opcheck(triton_ops.decode, (u.kept, u.vectors, torch.empty_like(u.x), 4))
+    torch.library.opcheck(triton_ops.normalise_rectify_encode, (i.x, i.vectors, torch.empty_like(i.x), codes, 4))
+    torch.library.opcheck(triton_ops.decode, (i.saved, i.vectors, torch.empty_like(i.x), 4))
     torch.library.opcheck(
-        triton_ops.backward, (u.grad, u.kept, u.vectors, counter, torch.empty_like(u.x), sums, None, 4, False)
+        triton_ops.backward, (i.grad, i.saved, i.vectors, counter, torch.empty_like(i.x), sums, None, 4, False)
     )
     partial = torch.empty(1, 5, 5, device=DEVICE)
-    torch.library.opcheck(triton_ops.pointwise_weight_grad, (u.grad, u.kept, u.vectors, partial, 4, 1))
+    torch.library.opcheck(triton_ops.pointwise_weight_grad, (i.grad, i.saved, i.vectors, partial, 4, 1))
 
 
 def test_the_meta_device_counts_what_it_counts_of_the_reference() -> None:
@@ -401,7 +415,7 @@ def test_the_meta_device_counts_what_it_counts_of_the_reference() -> None:
             images, labels = torch.empty(8, 3, 32, 32), torch.empty(8, dtype=torch.int64)
             counted.append(memory.step_bytes(model, images, labels))
     assert counted[0].forward_bytes == counted[1].forward_bytes
-    # A unit's sums have two rows more, the means; nothing else lives longer or is larger than the reference's.
+    # The sums have two rows more, the means; nothing else lives longer or is larger than the reference's.
     assert counted[0].peak_bytes <= counted[1].peak_bytes
 
 

@@ -45,13 +45,13 @@ def step(build: Build) -> Step:
 
 
 def test_the_compiler_keeps_what_it_is_told_to(step: Step) -> None:
-    kept = {name: step(name).forward_bytes for name in ("exact", "compiled", "compiled-budget-0.5",
+    saved = {name: step(name).forward_bytes for name in ("exact", "compiled", "compiled-budget-0.5",
                                                               "compiled-budget-0.2", "compiled-fp8")}  # fmt: skip
-    assert kept["compiled"] == kept["exact"]
-    # A block's input is kept whatever the budget; of the rest, half or less.
-    assert kept["compiled-budget-0.2"] < kept["compiled-budget-0.5"] < 0.6 * kept["exact"]
+    assert saved["compiled"] == saved["exact"]
+    # A block's input is saved whatever the budget; of the rest, half or less.
+    assert saved["compiled-budget-0.2"] < saved["compiled-budget-0.5"] < 0.6 * saved["exact"]
     # A quarter of the bytes, and a scale in float32 for each row of 8 to 32 pixels.
-    assert 1 / 4 < kept["compiled-fp8"] / kept["exact"] < 1 / 4 + 1 / 8 + 0.02
+    assert 1 / 4 < saved["compiled-fp8"] / saved["exact"] < 1 / 4 + 1 / 8 + 0.02
 
 
 def test_blocks_of_one_shape_share_a_graph(step: Step) -> None:

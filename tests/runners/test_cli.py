@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from runners import CONF, cli, records
 from runners.cells import recipe_changes, task_module
 from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig, check, options
@@ -309,7 +309,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, bug: Excepti
 
 
 def test_what_the_library_refuses_is_a_bug_of_the_runner_that_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train, "run", lambda config: Code(bits=3))
+    monkeypatch.setattr(train, "run", lambda config: Codec(bits=3))
     with pytest.raises(ValueError, match=r"^bits = 3: must be 8, 4 or 2$"):
         cli.main([])
 

@@ -28,7 +28,7 @@ OF_TASK = {
 @pytest.mark.parametrize("experiment", options("experiment"))
 def test_an_experiment_leaves_its_records(experiment: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("torch.compile", lambda function, **_: function)  # of the unit of stock layers in kernels
+    monkeypatch.setattr("torch.compile", lambda function, **_: function)  # of the stock BN-ReLU-conv in task=kernels
     task = composed([f"experiment={experiment}", "gpu.memory_gib=1"])[0].task
     listed = option("experiment", experiment).get("hydra", {}).get("sweeper", {}).get("params", {})
     first = {key: str(values).partition(",")[0] for key, values in listed.items() if key not in ("network", "mode")}

@@ -231,10 +231,10 @@ def test_the_compiler_s_modes_run_and_are_recorded(name: str) -> None:
 def test_inductor_s_kernels_train_like_triton_s(tmp_path: Path) -> None:
     """Sums in other orders, and fused multiply-adds: twelve steps later the losses still agree to a hundredth."""
     losses = []
-    for back_end in ("inductor", "triton"):
+    for backend in ("inductor", "triton"):
         config = config_of("4bit", depth=11)
-        config.gpu.kernels = back_end
-        losses.append(train(config, tmp_path / back_end).train_loss)
+        config.gpu.kernels = backend
+        losses.append(train(config, tmp_path / backend).train_loss)
     assert losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 
@@ -301,9 +301,9 @@ def test_steps_are_timed_by_the_device_s_clock(tmp_path: Path) -> None:
     assert all(record.cuda and record.value > 0 for record in found)
 
 
-@pytest.mark.parametrize("back_end", ["triton", "inductor"])
-def test_kernels_are_measured(back_end: str, tmp_path: Path) -> None:
-    arguments = ["task=kernels", "mode=4bit", f"gpu.kernels={back_end}", "task.elements=1048576", "task.steps=3"]
+@pytest.mark.parametrize("backend", ["triton", "inductor"])
+def test_kernels_are_measured(backend: str, tmp_path: Path) -> None:
+    arguments = ["task=kernels", "mode=4bit", f"gpu.kernels={backend}", "task.elements=1048576", "task.steps=3"]
     assert cli.main([*arguments, f"results={tmp_path}"]) == 0
     (file,) = tmp_path.glob("runs/*/records.json")
     shares = [record.value for record in records.read(file) if record.metric.endswith("_share_of_copy")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels.reference import REFERENCE
 from runners import gpu_check
 from runners.gpu_check.parts import PARTS, Check, Part, differences
@@ -70,32 +70,34 @@ class Wrong:
             vectors[0, 0] *= 1.01 if self.broken == "statistics of the sum" else 1
         return vectors
 
-    def pointwise_weight_grad(self, grad: Tensor, kept: Tensor, vectors: Tensor, *, code: Code | None) -> Tensor:
-        a = torch.empty(len(grad), kept.shape[1], dtype=grad.dtype)
-        REFERENCE.decode(kept, vectors, code=code, out=a)
+    def pointwise_weight_grad(self, grad: Tensor, saved: Tensor, vectors: Tensor, *, codec: Codec | None) -> Tensor:
+        a = torch.empty(len(grad), saved.shape[1], dtype=grad.dtype)
+        REFERENCE.decode(saved, vectors, codec=codec, out=a)
         return (1.01 if self.broken == "weight gradient" else 1) * grad.float().T @ a.float()
 
-    def normalise_rectify_encode(self, x: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> Tensor | None:
-        codes = REFERENCE.normalise_rectify_encode(x, vectors, code=code, out=out)
+    def normalise_rectify_encode(
+        self, x: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor
+    ) -> Tensor | None:
+        codes = REFERENCE.normalise_rectify_encode(x, vectors, codec=codec, out=out)
         if self.broken == "activation":
             out[-1, -1] += 1
         if self.broken == "codes" and codes is not None:
             codes[-1, -1] += 1
         return codes
 
-    def decode(self, kept: Tensor, vectors: Tensor, *, code: Code | None, out: Tensor) -> None:
-        REFERENCE.decode(kept, vectors, code=code, out=out)
+    def decode(self, saved: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor) -> None:
+        REFERENCE.decode(saved, vectors, codec=codec, out=out)
         if self.broken == "decoded activation":
             out[0] = torch.nan  # as where it is not written
 
-    def backward(self, grad: Tensor, kept: Tensor, vectors: Tensor, **options: Any) -> Tensor:
+    def backward(self, grad: Tensor, saved: Tensor, vectors: Tensor, **options: Any) -> Tensor:
         if self.broken == "the shortcut's gradient":
             options["add"] = None
-        sums = REFERENCE.backward(grad, kept, vectors, **options)
+        sums = REFERENCE.backward(grad, saved, vectors, **options)
         return 1.01 * sums if self.broken == "sums" else sums
 
 
-@pytest.mark.parametrize("code", [Code(4), None], ids=str)
+@pytest.mark.parametrize("codec", [Codec(4), None], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     ("broken", "found"),
@@ -113,12 +115,12 @@ class Wrong:
         ("the shortcut's gradient", ["input gradient"]),
     ],
 )
-def test_what_is_wrong_in_a_back_end_is_found(
-    broken: str, found: list[str], code: Code | None, dtype: torch.dtype
+def test_what_is_wrong_in_a_backend_is_found(
+    broken: str, found: list[str], codec: Codec | None, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
-    told = differences(Wrong(broken), 1000, 8, dtype=dtype, code=code, device=CPU)
-    assert told == ([] if broken == "codes" and code is None else found)
+    told = differences(Wrong(broken), 1000, 8, dtype=dtype, codec=codec, device=CPU)
+    assert told == ([] if broken == "codes" and codec is None else found)
 
 
 def test_wrong_kernels_and_other_bits_are_shown() -> None:

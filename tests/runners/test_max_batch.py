@@ -96,7 +96,7 @@ def test_memory_shows_kinds_blocks_and_a_picture(capsys: pytest.CaptureFixture[s
     assert [block["block"] for block in blocks] == ["block 1", "block 2", "block 3"]
     assert all(block["saved"] == block["formula"] for block in blocks)
     total = sum(int(block["saved"]) for block in blocks)
-    assert f"saved by the blocks: {total} bytes counted, {total} by blpa.memory.kept_bytes" in out
+    assert f"saved by the blocks: {total} bytes counted, {total} by blpa.memory.saved_bytes" in out
     lines = pd.read_csv(f"results/memory/{name}.csv")
     assert {mode: line["mib"].max() for mode, line in lines.groupby("mode")} == pytest.approx(
         {"exact": exact.value, "4bit": coded.value},
@@ -111,7 +111,7 @@ def test_memory_shows_kinds_blocks_and_a_picture(capsys: pytest.CaptureFixture[s
 
 def test_memory_of_stock_layers_has_no_formula(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["task=memory", "run=a", "dataset.batch_size=4", *TINY, "mode=checkpoint"]) == 0
-    assert "kept_bytes" not in capsys.readouterr().out
+    assert "saved_bytes" not in capsys.readouterr().out
 
 
 def test_the_paper_s_card_is_told_by_its_budget_and_default_settings() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE
 from blpa.layers import CodedLayers, Layers, StockLayers
@@ -16,12 +16,12 @@ MODES: dict[str, tuple[ModeConfig, Layers]] = {
     "fewer-features": (ModeConfig(layers="stock", width_factor=0.25), STOCK),
     "naive-8bit": (
         ModeConfig(layers="coded", bits=8, forward_from_code=True),
-        CodedLayers(code=Code(8), forward_from_code=True, eps=EPS),
+        CodedLayers(codec=Codec(8), forward_from_code=True, eps=EPS),
     ),
-    "8bit": (ModeConfig(layers="coded", bits=8), CodedLayers(code=Code(8), eps=EPS)),
-    "4bit": (ModeConfig(layers="coded", bits=4), CodedLayers(code=Code(4), eps=EPS)),
-    "2bit": (ModeConfig(layers="coded", bits=2, clip=1.7), CodedLayers(code=Code(2, clip=1.7), eps=EPS)),
-    "exact-one-copy": (ModeConfig(layers="coded"), CodedLayers(code=None, eps=EPS)),
+    "8bit": (ModeConfig(layers="coded", bits=8), CodedLayers(codec=Codec(8), eps=EPS)),
+    "4bit": (ModeConfig(layers="coded", bits=4), CodedLayers(codec=Codec(4), eps=EPS)),
+    "2bit": (ModeConfig(layers="coded", bits=2, clip=1.7), CodedLayers(codec=Codec(2, clip=1.7), eps=EPS)),
+    "exact-one-copy": (ModeConfig(layers="coded"), CodedLayers(codec=None, eps=EPS)),
     "checkpoint": (ModeConfig(layers="checkpoint"), STOCK),
     "offload": (ModeConfig(layers="offload"), STOCK),
     "compiled": (ModeConfig(layers="compiled"), STOCK),
@@ -43,7 +43,7 @@ def test_file_describes_the_mode_and_its_layers(name: str) -> None:
     assert network.layers(described, REFERENCE) == layers
 
 
-def test_layers_compute_on_the_back_end_that_was_chosen() -> None:
+def test_layers_compute_on_the_backend_that_was_chosen() -> None:
     layers = network.layers(mode("4bit"), COMPILED)
     assert layers.batch_norm_relu(8).kernels is layers.last_batch_norm_relu(8).kernels is COMPILED
 

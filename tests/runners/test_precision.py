@@ -91,7 +91,7 @@ def test_the_default_is_auto() -> None:
     assert config.GpuConfig().precision == "auto"
 
 
-def test_a_back_end_that_cannot_run_here_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_backend_that_cannot_run_here_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*TINY, "mode=4bit", "gpu.kernels=triton"]) == 1
-    line = "kernels = triton: it is for CUDA GPUs, and the run is on the cpu; ask for kernels auto or torch"
+    line = "kernels = triton: it is for CUDA GPUs, and the run is on the cpu; use kernels auto or torch"
     assert capsys.readouterr().err.splitlines() == [f"blpa-run: error: {line}"]

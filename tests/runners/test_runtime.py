@@ -146,7 +146,7 @@ def test_at_the_largest_batch_each_is_timed_at_its_own_and_measured_counts_befor
     assert found["ratio_to_exact"].value == pytest.approx((4 / 20) / (1 / 2))
 
 
-def test_a_prediction_is_found_whatever_back_end_runs_here() -> None:
+def test_a_prediction_is_found_whatever_backend_runs_here() -> None:
     """Max-batch counts by the one that auto takes on the meta device, which may be none that this machine has."""
     options = ["mode=4bit", "gpu.kernels=auto", "gpu.memory_gib=0.502"]
     assert cli.main([*NETWORK, "task=max-batch", *options]) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support import composed
 
-from blpa.codec import Code
+from blpa.codec import Codec
 from blpa.kernels.reference import REFERENCE
 from runners import cli, records
 from runners.tasks import thresholds
@@ -26,20 +26,20 @@ def test_shares_are_of_the_channels_beyond_each_edge(bits: int, above: float, be
     """Last edges at 3 - d: 2.977, 2.625 and 1.5."""
     gamma = torch.tensor([1.0, 2.0, -1.0, 0.5, 0.0])
     beta = torch.tensor([-2.7, -8.0, 2.0, 0.1, 0.0])
-    found = thresholds.shares(gamma, beta, Code(bits))
+    found = thresholds.shares(gamma, beta, Codec(bits))
     assert found == {
         "threshold above the bins": pytest.approx(above),
         "threshold below the bins": pytest.approx(0 if bits > 2 else 20),
         "threshold beyond clip": pytest.approx(20),
         "gamma not positive": pytest.approx(40),
     }
-    mirrored = thresholds.shares(-gamma, -beta, Code(bits))
+    mirrored = thresholds.shares(-gamma, -beta, Codec(bits))
     assert mirrored["threshold below the bins"] == pytest.approx(above)
 
 
 def test_a_code_without_guards_would_mask_just_those() -> None:
     """Zero is held to L - 1 exactly where the threshold lies above the bins by half a bin or more."""
-    code = Code(4)
+    code = Codec(4)
     shift = torch.linspace(-6, 6, 4801)
     gamma = torch.ones_like(shift)
     held = code.levels // 2 - (shift / code.bin_width).round() > code.levels - 1
