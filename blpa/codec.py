@@ -43,7 +43,7 @@ class Grid(NamedTuple):
 
 @dataclass(frozen=True)
 class Codec:
-    """Encode x_hat in [-clip, clip] with `bits` bits per element, and decode it.
+    """Encode x_hat with `bits` bits per element, and decode it; values beyond +-clip fall into the outermost bins.
 
     Args:
         bits: 8, 4 or 2.

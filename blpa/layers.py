@@ -161,7 +161,8 @@ class BatchNormReLU(nn.BatchNorm2d):
     def _zero_counter(self) -> Tensor | None:
         """Return zeros for the backend (see kernels.Kernels) on the device of the weight.
 
-        They are not a buffer: code that initialises buffers could change them, and state_dict would gain a key.
+        They are not a buffer, which to_empty and code that initialises buffers would change. None in a capture that is
+        the first call on its device: the backend then makes some.
         """
         device = self.weight.device
         if self._counter.device != device:
@@ -236,7 +237,16 @@ class Conv2d(nn.Conv2d):
     def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
         """Apply a BatchNormReLU whose output nothing else reads, and this layer, fused (ops.batch_norm_relu_conv2d).
 
-        The two are called one after the other if one has hooks or an overridden forward.
+        The two are called one after the other if batch_norm_relu is another class, or one of them has hooks or an
+        overridden forward.
+
+        Args:
+            batch_norm_relu: the layer before this one.
+            x: [N, C, H, W].
+            overwrite_x: allow a to overwrite x, for an x that nothing else reads.
+
+        Returns:
+            out [N, C_out, H_out, W_out].
         """
         bn = batch_norm_relu
         if not self._is_one_with(bn):

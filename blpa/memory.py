@@ -36,7 +36,7 @@ MIB, GIB = 2**20, 2**30
 
 CODES = "codes, or 8-bit floats"
 VECTORS = "per-channel vectors"
-FULL_PRECISION = "kept at full precision"
+FULL_PRECISION = "saved at full precision"
 GRADIENTS = "gradients of the weights"
 TEMPORARY = "temporary"
 SAVED = (CODES, VECTORS, FULL_PRECISION)
@@ -219,6 +219,9 @@ def step_bytes(
         labels: class indices [N].
         bf16: forward pass under autocast in bfloat16; the logits are cast to float32.
         parts: modules of the model, by name, called one after the other, whose saved bytes are listed.
+
+    Returns:
+        The peak, what is alive after each operation, and what each part saves.
     """
     counter = LiveBytes()
     counter.ignore([images, labels, *model.parameters(), *model.buffers()])
@@ -311,6 +314,9 @@ def training_bytes(
         labels: class indices [N].
         bf16: as in step_bytes; weights and momentum are float32.
         parts: as in step_bytes.
+
+    Returns:
+        The bytes of weights, optimiser, images and step.
     """
     parameters = list(model.parameters())
     return TrainingBytes(
@@ -357,6 +363,9 @@ def saved_bytes(rows: int, channels: int, codec: Codec | None, *, element_bytes:
         channels: C.
         codec: of the saved codes; None for one full-precision tensor.
         element_bytes: bytes per element of the activation.
+
+    Returns:
+        The bytes.
     """
     vector_bytes = len(Norm._fields) * max(4, element_bytes) * channels  # arithmetic is in float32 at least
     value_bytes = rows * element_bytes if codec is None else codec.packed_rows(rows)

@@ -136,7 +136,7 @@ def _save(ctx: Any, saved: SavedActivation, weight: Tensor, convolution: Convolu
 def _convolution_backward(
     ctx: Any, grad: Tensor, *, wants_da: bool, wants_dw: bool
 ) -> tuple[SavedActivation, Tensor | None, Tensor | None]:
-    """Return the saved activation, dA and dW. Free a~ before allocating dA: they have the same size."""
+    """Return the saved activation, dA and dW, None where not wanted. a~ is freed before dA, as large, is allocated."""
     saved, (weight,) = SavedActivation.load(ctx)
     convolution, layout = ctx.convolution, saved.layout
     da = dw = None
@@ -264,6 +264,9 @@ def average_pool(x: Tensor, stride: int) -> Tensor:
     Args:
         x: [N, C, H, W].
         stride: a divisor of H and W.
+
+    Returns:
+        [N, C, H / stride, W / stride].
 
     Raises:
         ValueError: stride does not divide H and W.
@@ -468,6 +471,6 @@ def _prepare(
     overwrite = (bn.overwrite_x or channels_last is not x) and not saves_x
     owner = channels_last._base if channels_last._base is not None else channels_last
     if overwrite and is_recording and owner.is_leaf and owner.requires_grad:
-        raise ValueError("overwrite_x = True, but x is a leaf that requires grad: its value must not change")
+        raise ValueError("overwrite_x = True, but x is a leaf that requires grad: must be False for it")
     layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), codec, bn.kernels, bn.counter)
     return channels_last, _ForwardPass(bn, layout, overwrite)

@@ -76,6 +76,9 @@ class SavedActivation:
             overwrite_grad: dX may overwrite grad: the caller owns it. Autograd may have given the same tensor to hooks
                 or other functions.
             add: another gradient of x [N, C, H, W], which is added to dX.
+
+        Returns:
+            dX [N, C, H, W]; dgamma and dbeta [C] in their parameters' dtypes.
         """
         channels_last = grad.contiguous(memory_format=torch.channels_last)
         grad_rows = rows(channels_last)

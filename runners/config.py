@@ -248,7 +248,7 @@ def _check_mode(mode: ModeConfig) -> None:
     if mode.bits not in (None, 2, 4, 8):
         raise UserError(f"mode.bits={mode.bits} is not allowed: choose 2, 4 or 8, or null for full precision")
     if mode.bits is not None and mode.layers != "coded":
-        raise UserError(f"mode.bits={mode.bits} needs mode.layers=coded: {mode.layers} layers keep no codes")
+        raise UserError(f"mode.bits={mode.bits} needs mode.layers=coded: {mode.layers} layers save no codes")
     if mode.forward_from_code and mode.bits is None:
         raise UserError("mode.forward_from_code=true needs codes to feed forward: give mode.bits 2, 4 or 8")
     if mode.segments is not None:

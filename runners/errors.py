@@ -77,31 +77,31 @@ PERHAPS_OUT_OF_MEMORY = (
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Return whether the message of an exception, or of one that led to it, names a lack of memory."""
-    return _has_words(error, OUT_OF_MEMORY)
+    return _with_words(error, OUT_OF_MEMORY) is not None
 
 
 def may_be_out_of_memory(error: BaseException | None) -> bool:
     """Return whether lack of memory may be the cause, although no message names it."""
-    return _has_words(error, PERHAPS_OUT_OF_MEMORY)
+    return _with_words(error, PERHAPS_OUT_OF_MEMORY) is not None
 
 
-def _has_words(error: BaseException | None, words: tuple[str, ...]) -> bool:
-    """Return whether the message of an exception, or of one of its causes and contexts, has one of these words.
+def missing_memory(error: BaseException) -> str:
+    """Return the first line of the message that names the lack of memory, for an error that is_out_of_memory."""
+    found = _with_words(error, OUT_OF_MEMORY)
+    assert found is not None
+    return first_line(found)
+
+
+def _with_words(error: BaseException | None, words: tuple[str, ...]) -> BaseException | None:
+    """Return the first of an exception, its causes and contexts whose message has one of these words.
 
     When a CUDA graph runs out of memory during its capture, the last exception is that the capture cannot be ended.
     """
     while error is not None:
         if isinstance(error, RuntimeError) and any(word in str(error) for word in words):
-            return True
+            return error
         error = error.__cause__ or error.__context__
-    return False
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """Return the exception that led to all others of its chain."""
-    while (earlier := error.__cause__ or error.__context__) is not None:
-        error = earlier
-    return error
+    return None
 
 
 def first_line(error: BaseException) -> str:

@@ -109,7 +109,7 @@ class Kernels(Protocol):
             beta: shift [C].
             eps: added to the variance.
             codec: its grid is part of the result; None leaves that 0.
-            running_stats: updated with the mean and the unbiased variance.
+            running_stats: updated with the mean and the unbiased variance; its `batches` rises by 1.
             add: [M, C]; x is first overwritten by x + add.
             counter: see the class.
         """
@@ -117,10 +117,20 @@ class Kernels(Protocol):
     def normalise_rectify_encode(
         self, x: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor
     ) -> Tensor | None:
-        """Write a to `out`, which may be x; return the packed codes, None without a codec."""
+        """Write a [M, C] to `out`, which may be x, and encode x_hat.
+
+        Args:
+            x: [M, C].
+            vectors: Norm [9, C].
+            codec: of the codes; None makes none.
+            out: [M, C].
+
+        Returns:
+            The packed codes, uint8 [codec.packed_rows(M), C]; None without a codec.
+        """
 
     def decode(self, saved: Tensor, vectors: Tensor, *, codec: Codec | None, out: Tensor) -> None:
-        """Write a~ to `out`."""
+        """Write a~ [M, C] to `out`, from the saved codes, or from x without a codec; vectors as above."""
 
     def backward(
         self,
@@ -179,10 +189,13 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
     """Choose the backend of a run.
 
     Args:
-        name: torch, inductor, triton or auto. auto is triton on a supported GPU; on a CPU it is inductor if there is a
-            compiler and the run is long enough to repay compiling; else torch.
+        name: torch, inductor, triton or auto. auto is triton on a supported GPU; on other devices it is inductor if
+            there is a compiler and the run is long enough to repay compiling; else torch.
         device: of the run; on the meta device, which only counts bytes, every backend is allowed.
         elements: activation elements that the run encodes in total.
+
+    Returns:
+        The backend.
 
     Raises:
         ValueError: the name is unknown.

@@ -2,7 +2,7 @@
 
 A compiled body is one loop over memory: eager PyTorch writes a dozen temporaries, which here stay in registers. Shapes
 are dynamic, so a body is compiled once per codec and dtype for all layers, and again for rows that do not divide evenly
-into blocks and strips, or are fewer than 64.
+into blocks and strips, or are at most 64, and for a single row or channel.
 """
 
 import functools

@@ -155,7 +155,7 @@ class RowBlockKernels:
         return f"<kernels {self.name}>"
 
     def _blocks(self, x: Tensor, codec: Codec | None) -> list[Tensor]:
-        """Split [M, C] into row blocks; a small eager activation stays whole, where calls cost more than memory."""
+        """Split [M, C] into row blocks; not without a codec, nor if small and eager: calls cost more than memory."""
         is_small = self._fuse is None and x.numel() <= SMALL_ELEMENTS
         return [x] if codec is None or is_small else codec.row_blocks(x)
 

@@ -233,7 +233,7 @@ def _lerp(start, end, weight):
 @triton.jit
 def _write_norm(
     mean, var, gamma, beta, vectors, running_mean, running_var, batches, c, M, C, eps, bin_width, momentum,
-    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, CHANNELS: tl.constexpr,
+    LEVELS: tl.constexpr, HAS_RUNNING_STATS: tl.constexpr, COUNTS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Write the Norm [9, C] of these columns; update the running statistics and the count of batches."""
     here = c < C
@@ -263,7 +263,7 @@ def _write_norm(
     tl.store(vectors + BIN_WIDTH * C + c, width, mask=here)
     tl.store(vectors + FRAC * C + c, frac, mask=here)
     tl.store(vectors + ZERO * C + c, zero, mask=here)
-    if HAS_AVERAGES:
+    if HAS_RUNNING_STATS:
         unbiased = var * (M.to(tl.float64) / (M - 1)).to(tl.float32)
         old_mean = tl.load(running_mean + c, mask=here, other=0.0).to(tl.float32)
         old_var = tl.load(running_var + c, mask=here, other=0.0).to(tl.float32)
@@ -279,7 +279,7 @@ def _write_norm(
 def _channel_stats(
     x, add, partial, counter, gamma, beta, vectors, running_mean, running_var, batches,
     M, C, steps, programs, eps, bin_width, momentum,
-    LEVELS: tl.constexpr, HAS_AVERAGES: tl.constexpr, COUNTS: tl.constexpr, ADDS: tl.constexpr,
+    LEVELS: tl.constexpr, HAS_RUNNING_STATS: tl.constexpr, COUNTS: tl.constexpr, ADDS: tl.constexpr,
     ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Write the Norm of x from partial [programs, 2, C]: mean and sum of squares about it of `steps` tiles per program.
@@ -339,7 +339,7 @@ def _channel_stats(
         var = tl.sum(lanes, axis=0) / M.to(tl.float32)
         _write_norm(
             mean, var, gamma, beta, vectors, running_mean, running_var, batches, c, M, C, eps, bin_width, momentum,
-            LEVELS, HAS_AVERAGES, COUNTS, CHANNELS,
+            LEVELS, HAS_RUNNING_STATS, COUNTS, CHANNELS,
         )  # fmt: skip
 
 
@@ -367,7 +367,7 @@ def _launch_channel_stats(
         gamma, beta, vectors,
         *(vectors if given is None else given for given in (running_mean, running_var, batches)),
         rows, channels, steps, programs, eps, bin_width, momentum,
-        LEVELS=levels, HAS_AVERAGES=running_mean is not None, COUNTS=batches is not None, ADDS=add is not None,
+        LEVELS=levels, HAS_RUNNING_STATS=running_mean is not None, COUNTS=batches is not None, ADDS=add is not None,
         ROWS=constants["ROWS"], CHANNELS=constants["CHANNELS"], **SUM_OPTIONS,
     )  # fmt: skip
 
@@ -396,7 +396,7 @@ def add_channel_stats(
 
 
 def _zeros(counter: Tensor | None, x: Tensor) -> Tensor:
-    """Return the counter, or a new one for x [M, C]: a zero per tile of columns."""
+    """Return the counter, or zeros int32 [C] for x [M, C], of which each tile of columns uses one."""
     return x.new_zeros(x.shape[1], dtype=torch.int32) if counter is None else counter
 
 

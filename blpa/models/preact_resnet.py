@@ -5,8 +5,8 @@
     block     x + conv1x1(4c) . relu . bn . conv3x3(c) . relu . bn . conv1x1(c) . relu . bn (x)
     head      batch norm, ReLU, average over the image, linear
 
-depth = 9 n + 2. Differences from He et al.: shortcuts have no parameters, only average pooling by the stride and zero
-channels, equally many on both sides. The first block's shortcut starts after its first batch norm and ReLU.
+depth = 9 n + 2. The first block's shortcut starts after its first batch norm and ReLU. Difference from He et al.:
+shortcuts have no parameters, only average pooling by the stride and zero channels, equally many on both sides.
 """
 
 import math
@@ -125,7 +125,14 @@ class PreActResNet(nn.Module):
                 module.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute logits [N, classes] from images [N, image_channels, H, W], H and W multiples of 4."""
+        """Compute the logits.
+
+        Args:
+            images: floating point [N, image_channels, H, W], H and W multiples of 4.
+
+        Returns:
+            [N, classes].
+        """
         x = self.blocks(self.stem(images))
         activation = self.bn(x, overwrite_x=True).value
         # Average over [N, H, W, C], so that the gradient is channels-last.

@@ -166,7 +166,7 @@ def table(results: Iterator[dict[str, Any]]) -> list[list[str]]:
         elif "ms_per_cell" in found:
             rows.append([f"bf16, 4bit, {found['cells']} side by side", "", f"{found['ms_per_cell']:.1f} ms each", ""])
         elif found.get("fits"):
-            name = f"largest batch in 11 GiB, depth {found['depth']}, {found['mode']}, {found['segments']} segments"
+            name = f"batch in 11 GiB, depth {found['depth']}, {found['mode']}, {found['segments']} segments"
             rows.append([name, str(found["predicted"]), f"{found['batch']} fits", ""])
         elif "copy_tb_per_s" in found:
             rows.append(["copy", "", f"{found['copy_tb_per_s']} TB/s", ""])

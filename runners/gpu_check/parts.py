@@ -4,7 +4,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -90,25 +90,33 @@ def machine(check: Check) -> bool:
 def kernels_are_right(check: Check) -> bool:
     """Compare every kernel function with the reference, at the network's shapes, in fp32 and bf16, for every codec.
 
-    A codec has a process of its own: with an empty cache most of the time goes into compiling.
+    Each codec has its own process, since compiling takes most of the time, and reports when it ends.
     """
+    context = get_context("forkserver")
+    context.set_forkserver_preload(fresh.IMPORTED_AHEAD)
     all_right = True
-    with ProcessPoolExecutor(len(CODECS), mp_context=get_context("forkserver")) as pool:
-        for name, cases, wrong in pool.map(partial(wrong_cases, check.is_dry), CODECS):
+    with ProcessPoolExecutor(len(CODECS), mp_context=context) as pool:
+        running = {pool.submit(wrong_cases, check.is_dry, codec): codec for codec in CODECS}
+        for done in as_completed(running):
+            name = "full precision" if (codec := running[done]) is None else f"{codec.bits} bits"
+            if (error := done.exception()) is None:
+                cases, wrong = done.result()
+            else:
+                cases, wrong = 0, [f"not compared: {type(error).__name__}: {error}"[:500]]
             check.write(codec=name, cases=cases, wrong=wrong, correct=not wrong)
             all_right = all_right and not wrong
     return all_right
 
 
-def wrong_cases(is_dry: bool, codec: Codec | None) -> tuple[str, int, list[str]]:
-    """Compare the kernel functions of a codec with the reference.
+def wrong_cases(is_dry: bool, codec: Codec | None) -> tuple[int, list[str]]:
+    """Compare the kernel functions with the reference.
 
     Args:
         is_dry: as in Check.
-        codec: the codec.
+        codec: codec of the saved codes; None saves x itself.
 
     Returns:
-        Its name, the number of cases, and what is wrong.
+        The number of cases, and what is wrong.
     """
     device = torch.device("cpu" if is_dry else "cuda")
     backend = kernels.choose("auto", device, elements=0)
@@ -119,7 +127,7 @@ def wrong_cases(is_dry: bool, codec: Codec | None) -> tuple[str, int, list[str]]
         for rows, channels, dtype in cases
         for name in differences(backend, rows, channels, dtype=dtype, codec=codec, device=device)
     ]
-    return "full precision" if codec is None else f"{codec.bits} bits", len(cases), wrong
+    return len(cases), wrong
 
 
 def differences(
@@ -253,9 +261,9 @@ class Times:
 
 
 def largest_batch(check: Check, mode: str, depth: int) -> bool:
-    """Find the largest of a few fractions of the predicted batch that fits the memory of the paper's card."""
+    """Try half of the predicted batch, then find the largest of a few fractions that fits the paper's card."""
     memory = "0.502" if check.is_dry else "11"
-    # Deterministic, as the task's default: cuDNN's search for fast convolutions takes memory that is not counted.
+    # Deterministic, as a sweep's cells are: cuDNN's search for fast convolutions takes memory that is not counted.
     given = f"gpu.memory_gib={memory}", "gpu.deterministic=true"
     config = check.config(mode, depth, "tf32", "max-batch", *given)
     limit = int(float(memory) * GIB) - config.gpu.allowance_mib * MIB
@@ -274,8 +282,8 @@ def largest_batch(check: Check, mode: str, depth: int) -> bool:
                 return True
         return False
 
-    fits(0.5)  # shows what is reserved beyond the count
-    any(fits(fraction) for fraction in FRACTIONS)
+    if fits(0.5):  # shows what is reserved beyond the count
+        any(fits(fraction) for fraction in FRACTIONS)
     return True
 
 

@@ -27,7 +27,7 @@ from blpa.memory import GIB, MIB, TrainingBytes
 from runners import fresh, provenance, records
 from runners.cells import card_name, command
 from runners.config import Config
-from runners.errors import Stopped, UserError, first_line, is_out_of_memory, may_be_out_of_memory, root_cause
+from runners.errors import Stopped, UserError, first_line, is_out_of_memory, may_be_out_of_memory, missing_memory
 from runners.records import Record
 from runners.training import network, segments, steps
 from runners.training.network import META
@@ -344,7 +344,7 @@ def fits_in(config: Config, batch: int, count: int, limit: int, kind: str) -> in
         torch.cuda.synchronize()
     except RuntimeError as error:
         if is_out_of_memory(error):
-            print(f"batch {batch}: {first_line(root_cause(error))}", file=sys.stderr)
+            print(f"batch {batch}, {kind} segments: {missing_memory(error)}", file=sys.stderr)
             return None
         if may_be_out_of_memory(error):
             raise Unclear(first_line(error)) from error

@@ -168,7 +168,7 @@ def test_a_layer_with_its_own_forward_is_called() -> None:
         assert torch.equal(conv.after(bn, images()), conv(bn(images())))
 
 
-def test_text_of_a_layer_names_its_code_and_backend() -> None:
+def test_text_of_a_layer_names_its_codec_and_backend() -> None:
     assert "codec=Codec(bits=4, clip=3.0), kernels=torch" in repr(BatchNormReLU(4, codec=Codec(4)))
 
 
@@ -247,7 +247,7 @@ def test_from_a_stock_batch_norm_it_is_the_same_one(training: bool, tracks: bool
         torch.testing.assert_close(stock.state_dict()[name], value, rtol=1e-12, atol=1e-12)
 
 
-def test_from_a_stock_batch_norm_takes_a_code_and_a_backend() -> None:
+def test_from_a_stock_batch_norm_takes_a_codec_and_a_backend() -> None:
     stock = nn.BatchNorm2d(4)
     assert BatchNormReLU.from_stock(stock).codec == Codec(4)
     ours = BatchNormReLU.from_stock(stock, codec=Codec(8), kernels=COMPILED)

@@ -104,7 +104,7 @@ def test_formula_of_saved_bytes(codec: Codec | None, nbytes: int) -> None:
 
 
 def coded_shapes(depth: int, batch: int) -> Iterator[tuple[int, int]]:
-    """M and C of every coded activation, from METHOD, section 4, for 32x32 input."""
+    """M and C of every coded activation, from the paper, section 4, for 32x32 input."""
     channels_in, side = 16, 32
     for group, c in enumerate((16, 32, 64)):
         for block in range((depth - 2) // 9):
@@ -138,7 +138,7 @@ def test_little_else_is_alive_after_the_forward_pass(name: str, network: Network
     ("depth", "elements"), [(164, 3_096_576), (254, 4_816_896), (488, 9_289_728), (1001, 19_095_552)]
 )
 def test_quantised_elements_per_sample(depth: int, elements: int) -> None:
-    """METHOD, section 4."""
+    """The paper, section 4."""
     assert sum(rows * channels for rows, channels in coded_shapes(depth, batch=1)) == elements
 
 
@@ -204,12 +204,12 @@ def test_bf16_keeps_codes_of_the_same_bytes_and_x_of_half(name: str, network: Ne
 
 @pytest.mark.parametrize(("depth", "promised_mib"), [(164, 2.10), (1001, 9.80)])
 def test_peak_of_a_step_at_4_bits_is_within_the_promise(depth: int, promised_mib: float, network: Network) -> None:
-    """MiB a sample, batch 256, 32x32 input, float32, on the back end that makes no temporaries."""
+    """MiB per sample, batch 256, 32x32 input, float32, on the backend that makes no temporaries."""
     assert step_bytes(*network("4bit", depth, 256, COMPILED)).peak_bytes / 256 / MIB <= promised_mib
 
 
 def test_peak_of_stock_layers(network: Network) -> None:
-    """METHOD, section 7, rounded there to 0.1 MiB a sample."""
+    """Two float32 tensors per BN-ReLU-conv, and the peak above them: 23.88 MiB per sample in the README."""
     assert step_bytes(*network("exact", 164, 256)).peak_bytes / 256 / MIB == pytest.approx(23.9, abs=0.05)
 
 
@@ -221,7 +221,7 @@ def test_kinds_at_the_peak_add_up_to_it(name: str, network: Network) -> None:
     step = step_bytes(*network(name, 29, 8, COMPILED))
     assert sum(step.kinds_at_peak.values()) == step.peak_bytes
     assert max(step.timeline) <= step.peak_bytes  # what an operation makes and frees at once is in the peak alone
-    logits = 4 * 8 * 10  # which the loss's own operation still held
+    logits = 4 * 8 * 10  # which the loss's own operation still references
     assert step.timeline[step.forward_operations - 1] == step.forward_bytes + logits
 
 

@@ -1,4 +1,4 @@
-"""The autograd functions against METHOD's closed form and against PyTorch's own layers, and what they refuse.
+"""The autograd functions against the closed form and against PyTorch's own layers, and what they refuse.
 
 Almost all in float64, where a wrong formula and a rounding are ten orders of magnitude apart.
 """
@@ -106,7 +106,7 @@ both_ways = pytest.mark.parametrize("bn_relu_conv", [in_two, in_one])
 def closed_form(
     i: Inputs, read: Read, w: list[Tensor], grad: Tensor, codec: Codec | None, *, training: bool = True
 ) -> list[Tensor]:
-    """dX, dgamma, dbeta and dW by METHOD, section 2, from plain tensor arithmetic and the codec alone."""
+    """dX, dgamma, dbeta and dW by the formulas of ops.py, from plain tensor arithmetic and the codec alone."""
     x, gamma, beta = (leaf.detach() for leaf in i.leaves)
     shape = x.permute(0, 2, 3, 1).shape
     x_rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
@@ -502,7 +502,7 @@ def test_naive_baseline_feeds_the_decoded_activation_forward(codec: Codec) -> No
 
 
 @all_codecs
-def test_nothing_is_kept_where_no_gradient_is_recorded(codec: Codec | None) -> None:
+def test_nothing_is_saved_where_no_gradient_is_recorded(codec: Codec | None) -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     expected = ours(i, by_one_conv, w, codec)
     with torch.no_grad():
@@ -630,7 +630,7 @@ def test_gamma_and_beta_may_change_before_the_backward_pass(codec: Codec | None,
     assert all(map(torch.equal, torch.autograd.grad(loss, i.leaves), expected))
 
 
-def test_kept_input_changed_before_the_backward_pass_is_refused() -> None:
+def test_saved_input_changed_before_the_backward_pass_is_refused() -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     x = i.x * 1
     a, saved = batch_norm_relu(x, i.gamma, i.beta, BatchNorm(codec=None))
@@ -668,7 +668,7 @@ def test_where_the_weight_alone_is_trained_its_gradient_is_exact(bn_relu_conv: B
     assert_all_close(torch.autograd.grad(out, w, grad), [exact])
 
 
-def test_kept_of_another_shape_is_refused() -> None:
+def test_saved_of_another_shape_is_refused() -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     a, saved = batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(codec=Codec(4)))
     with pytest.raises(ValueError, match=r"a is \[2, 4, 5, 4\], saved was made for \[3, 4, 5, 4\]"):
@@ -691,7 +691,7 @@ def test_input_without_meaning_is_refused(x: Tensor, gamma: Tensor, message: str
         batch_norm_relu(x, gamma, torch.zeros(3), BatchNorm(codec=Codec(4)))
 
 
-def test_naive_baseline_without_a_code_is_refused() -> None:
+def test_naive_baseline_without_a_codec_is_refused() -> None:
     with pytest.raises(ValueError, match=r"forward_from_code = True, but codec = None"):
         BatchNorm(codec=None, forward_from_code=True)
 

@@ -31,7 +31,7 @@ def network(build: Build) -> Network:
 
 
 def parameter_count(depth: int, classes: int) -> int:
-    """Counted from METHOD, section 4."""
+    """Counted from the paper, section 4."""
     count, channels_in = 3 * 3 * 3 * 16, 16
     for c in (16, 32, 64):
         for _ in range((depth - 2) // 9):
@@ -49,7 +49,7 @@ def test_parameter_count(depth: int, classes: int) -> None:
 
 
 def test_quantised_elements_per_sample(build: Build) -> None:
-    """METHOD, section 4, at depth 164. At 8 bits an element is a byte; besides, an activation has nine vectors."""
+    """The paper, section 4, at depth 164. At 8 bits an element is a byte; besides, an activation has nine vectors."""
     saved_bytes = []
 
     def count(bn_relu: nn.BatchNorm2d, _: object, activation: Activation) -> None:
@@ -81,7 +81,7 @@ def test_weights_of_every_mode_load_into_every_other(source: str, network: Netwo
 
 
 def functional(state: dict[str, Tensor], x: Tensor, blocks_per_group: int) -> Tensor:
-    """The network in training, in nothing but torch.nn.functional and METHOD's words."""
+    """The network in training, in nothing but torch.nn.functional and the paper's words."""
 
     def bn_relu(x: Tensor, name: str) -> Tensor:
         vectors = (state[f"{name}.{key}"].clone() for key in ("running_mean", "running_var", "weight", "bias"))

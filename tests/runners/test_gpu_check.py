@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from blpa.codec import Codec
 from blpa.kernels.reference import REFERENCE
 from runners import gpu_check
+from runners.gpu_check import parts
 from runners.gpu_check.parts import PARTS, Check, Part, differences
 
 CPU = torch.device("cpu")
@@ -30,8 +32,8 @@ def test_all_of_it_runs_in_small_on_the_cpu(tmp_path: Path) -> None:
     by_part: dict[str, list[dict[str, Any]]] = {}
     for found in told:
         by_part.setdefault(found["part"], []).append(found)
-    of_kernels = [(row["codec"], row["correct"], row["cases"]) for row in by_part["kernels"] if "codec" in row]
-    assert of_kernels == [(codec, True, 2 * 2) for codec in ("4 bits", "8 bits", "2 bits", "full precision")]
+    of_kernels = {row["codec"]: (row["correct"], row["cases"]) for row in by_part["kernels"] if "codec" in row}
+    assert of_kernels == dict.fromkeys(("4 bits", "8 bits", "2 bits", "full precision"), (True, 2 * 2))
     assert {(found["mode"], found["precision"]) for found in by_part["captured"] if found.get("same_bits")} == {
         (mode, precision) for mode in ("4bit", "exact") for precision in ("tf32", "bf16")
     }
@@ -121,6 +123,20 @@ def test_what_is_wrong_in_a_backend_is_found(
     torch.manual_seed(0)
     told = differences(Wrong(broken), 1000, 8, dtype=dtype, codec=codec, device=CPU)
     assert told == ([] if broken == "codes" and codec is None else found)
+
+
+def test_a_codec_that_cannot_be_compared_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong_cases(is_dry: bool, codec: Codec | None) -> tuple[int, list[str]]:
+        if codec == Codec(4):
+            raise RuntimeError("of the test's own")
+        return 10, []
+
+    monkeypatch.setattr(parts, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
+    monkeypatch.setattr(parts, "wrong_cases", wrong_cases)
+    assert not parts.kernels_are_right(Check("kernels", tmp_path, is_dry=True))
+    assert {line["codec"]: line["wrong"] for line in lines(tmp_path)} == {
+        "4 bits": ["not compared: RuntimeError: of the test's own"], "8 bits": [], "2 bits": [], "full precision": [],
+    }  # fmt: skip
 
 
 def test_wrong_kernels_and_other_bits_are_shown() -> None:

@@ -53,7 +53,7 @@ def test_every_layer_has_a_row_and_the_figure_is_drawn_again(capsys: pytest.Capt
     layers = pd.read_csv(f"results/gradients/{name}.csv")
     assert len(layers) == 11
     assert (layers["layer"].iloc[0], layers["layer"].iloc[-1]) == ("stem", "classifier")
-    # It reads the last activation, which is kept at full precision; float32 rounds sums of 8 products by 8 2^-24.
+    # It reads the last activation, which is saved at full precision; float32 rounds sums of 8 products by 8 2^-24.
     assert layers["error_median"].iloc[-1] < 1e-5
     out, _ = capsys.readouterr()
     assert "exact, between batches: spread " in out

@@ -34,7 +34,7 @@ def measured(*arguments: str) -> list[Record]:
     return records.read(file)
 
 
-def test_every_function_and_unit_is_measured_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_function_and_bn_relu_conv_is_measured_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     found = measured("mode=4bit")
     shapes = [f"{rows} rows of {channels} channels" for rows, channels in [*SHAPES, (512, 64)]]
     units = [f"BN-ReLU-conv {unit}" for unit in ("1x1 64 to 16", "3x3 16 to 16", "1x1 16 to 64")]

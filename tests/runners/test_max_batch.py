@@ -284,7 +284,7 @@ def test_out_of_memory_in_whatever_words_is_an_answer(
     gpu.error = error
     assert max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL) is None
     assert gpu.steps == [5, 5]
-    assert capsys.readouterr().err == f"batch 5: {error}\n"
+    assert capsys.readouterr().err == f"batch 5, usual segments: {error}\n"
 
 
 UNCLEAR = [
@@ -360,11 +360,14 @@ def test_a_batch_just_below_two_to_the_31_elements_may_want_memory(monkeypatch: 
     assert not probed(monkeypatch, config, 2**15 - 1, {2**14 - 1: 2**30})
 
 
-def test_out_of_memory_is_an_answer_where_the_graph_half_recorded_fails_last(gpu: SimpleNamespace) -> None:
+def test_out_of_memory_is_an_answer_where_the_graph_half_captured_fails_last(
+    gpu: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     (config,) = cells(["task=max-batch", "gpu=gtx1080ti", *TINY])
     gpu.error = RuntimeError("CUDA error: operation failed due to a previous error during capture")
     gpu.error.__context__ = max_batch.torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert max_batch.fits_in(config, 5, 3, 2**31, segments.USUAL) is None
+    assert capsys.readouterr().err == "batch 5, usual segments: CUDA out of memory. Tried to allocate 2.00 GiB\n"
 
 
 def test_other_errors_of_a_probe_are_no_answer(gpu: SimpleNamespace) -> None:

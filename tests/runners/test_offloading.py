@@ -121,7 +121,7 @@ def counted(name: str, depth: int, device: str, build: Build) -> tuple[float, fl
 
 
 def test_what_leaves_the_device_is_not_counted_there_and_depth_costs_nothing(build: Build) -> None:
-    """METHOD's 3,096,576 elements per sample at depth 164, once as x and twice as ReLU's output."""
+    """The 3,096,576 encoded elements per sample at depth 164, once as x and twice as ReLU's output."""
     deep, shallow = (counted("offload", depth, "meta", build) for depth in (164, 29))
     assert deep[0] == pytest.approx(1.0, abs=0.005)  # four activations of 64 channels
     assert shallow[0] == pytest.approx(1.0, abs=0.005)

@@ -37,14 +37,14 @@ def test_shares_are_of_the_channels_beyond_each_edge(bits: int, above: float, be
     assert mirrored["threshold below the bins"] == pytest.approx(above)
 
 
-def test_a_code_without_guards_would_mask_just_those() -> None:
-    """Zero is held to L - 1 exactly where the threshold lies above the bins by half a bin or more."""
-    code = Codec(4)
+def test_a_codec_without_guards_would_mask_just_those() -> None:
+    """`zero` is clamped to L - 1 exactly where the threshold lies above the bins by half a bin or more."""
+    codec = Codec(4)
     shift = torch.linspace(-6, 6, 4801)
     gamma = torch.ones_like(shift)
-    held = code.levels // 2 - (shift / code.bin_width).round() > code.levels - 1
-    found = thresholds.shares(gamma, shift, code)["threshold above the bins"]
-    assert 100 * held.double().mean().item() == pytest.approx(found, abs=100 * 0.5 * code.bin_width / 12 + 0.05)
+    is_clamped = codec.levels // 2 - (shift / codec.bin_width).round() > codec.levels - 1
+    found = thresholds.shares(gamma, shift, codec)["threshold above the bins"]
+    assert 100 * is_clamped.double().mean().item() == pytest.approx(found, abs=100 * 0.5 * codec.bin_width / 12 + 0.05)
 
 
 def test_the_histogram_counts_every_channel_once() -> None:
