@@ -1,8 +1,13 @@
 """What several test files share."""
 
+import copy
+import functools
 import gc
+import io
 import os
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
 
 import pytest
 
@@ -18,13 +23,60 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf
 from torch.profiler import ProfilerActivity, profile
 
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 from blpa.models.preact_resnet import PreActResNet
-from runners import config
+from runners import compose, config, fresh
 from runners.training import network
+
+# What a child process would import by itself before its first training step, and the test that it takes its function
+# from: the server from which they are forked imports it once.
+fresh.IMPORTED_AHEAD += ["torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "pytest"]
+
+
+def pytest_collection_finish() -> None:
+    """Have no collection of garbage look again through all that was imported, which takes a quarter of a second."""
+    gc.collect()
+    gc.freeze()
+
+
+_load = OmegaConf.load
+
+
+@functools.cache
+def _parsed(text: str) -> Any:
+    return _load(io.StringIO(text))
+
+
+def _load_once(file: str | Path | TextIO) -> Any:
+    """What OmegaConf.load returns, without parsing a text twice: every configuration is composed of 18 files."""
+    text = Path(file).read_text(encoding="utf-8") if isinstance(file, str | Path) else file.read()
+    return copy.deepcopy(_parsed(text))
+
+
+OmegaConf.load = _load_once  # type: ignore[method-assign, assignment]
+
+_compose = compose.compose
+
+
+@functools.cache
+def _composed(name: str, overrides: tuple[str, ...], has_hydra: bool, folder: str) -> DictConfig:
+    return _compose(name, list(overrides), return_hydra_config=has_hydra)
+
+
+def _compose_once(name: str, overrides: list[str], return_hydra_config: bool = False) -> DictConfig:
+    """What hydra.compose returns of conf/, without composing the same twice; Hydra's own part names the folder."""
+    if "provider=command-line" in str(GlobalHydra.instance().config_loader().get_search_path()):
+        return _compose(name, overrides, return_hydra_config=return_hydra_config)  # the user's options may change
+    folder = str(Path.cwd()) if return_hydra_config else ""
+    return copy.deepcopy(_composed(name, tuple(overrides), return_hydra_config, folder))
+
+
+compose.compose = _compose_once
 
 
 @pytest.fixture

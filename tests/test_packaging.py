@@ -57,7 +57,7 @@ def test_the_installed_command_finds_its_configuration_in_an_empty_folder(wheel:
     command = [sys.executable, site / "bin" / "blpa-run", "mode=exact", "depth=1001", "--cfg", "job"]
     done = run(*command, folder=empty, path=site)
     assert "run: cifar10-exact-depth1001-width1-seed0" in done.stdout, done.stderr
-    where = "import runners, blpa; print(runners.CONF, blpa.__file__)"
+    where = "import runners; from importlib.util import find_spec; print(runners.CONF, find_spec('blpa').origin)"
     done = run(sys.executable, "-c", where, folder=empty, path=site)
     assert done.stdout.split() == [str(site / "runners" / "conf"), str(site / "blpa" / "__init__.py")]
     assert list(empty.iterdir()) == []

@@ -13,7 +13,7 @@ from runners.config import Config
 from runners.errors import OutOfTime
 from runners.training import budget
 
-TRAINING = [*TINY, "dataset.iterations=4"]
+TRAINING = [*TINY, "dataset.iterations=3"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,24 +37,24 @@ def test_no_budget_is_no_end() -> None:
 def test_a_training_run_stops_in_time_and_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     """A budget of less than a run keeps for its end: each call makes one step."""
     alone = [argument for argument in TRAINING if argument != "-m"]
-    for iteration in (1, 2, 3):
+    for iteration in (1, 2):
         assert cli.main([*alone, "budget_minutes=0.01"]) == OutOfTime.exit_code
         err = capsys.readouterr().err
-        assert f"budget_minutes=0.01 are over at iteration {iteration} of 4; started again, the run goes on" in err
+        assert f"budget_minutes=0.01 are over at iteration {iteration} of 3; started again, the run goes on" in err
     assert cli.main([*alone, "budget_minutes=0.01"]) == 0
     assert cli.main([*alone, "results=whole"]) == 0
     assert measured("results") == measured("whole") != []
 
 
 def test_a_queue_that_is_stopped_again_and_again_ends_as_one_that_never_was(capsys: pytest.CaptureFixture[str]) -> None:
-    cells = [*TRAINING, "mode=4bit,exact", "seed=0,1"]
+    cells = [*TINY, "dataset.iterations=2", "mode=4bit,exact,8bit"]
     calls = 1
     while cli.main([*cells, "budget_minutes=0.01"]) == OutOfTime.exit_code:
         calls += 1
-    assert calls == 4 * 4  # cells and steps: the last step of a cell ends its call, for what is left is too little
+    assert calls == 3 * 2  # cells and steps: the last step of a cell ends its call, for what is left is too little
     err = capsys.readouterr().err
-    assert "4 cells: 0 done, 0 finished before (resume=false does them again), 0 failed, 4 left when budget" in err
-    assert "4 cells: 1 done, 2 finished before (resume=false does them again), 0 failed, 1 left when budget" in err
+    assert "3 cells: 0 done, 0 finished before (resume=false does them again), 0 failed, 3 left when budget" in err
+    assert "3 cells: 1 done, 1 finished before (resume=false does them again), 0 failed, 1 left when budget" in err
     assert not list(Path("results").glob("runs/*/failure.json"))
     assert cli.main([*cells, "results=whole"]) == 0
     assert measured("results") == measured("whole") != []

@@ -13,6 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from support import composed
 
 from blpa.codec import Codec
 from runners import CONF, cli, records
@@ -128,7 +129,7 @@ def test_a_mistake_is_one_line_that_names_it(
         (["mode=glob(x*)"], "mode=glob(x*) names no value at all"),
         (["seed=interval(0,3)"], "seed=interval(0,3): BasicSweeper does not support sweep type : INTERVAL_SWEEP"),
         (["seed=range(1,10,0)"], "seed=range(1,10,0): range() arg 3 must not be zero"),
-        (["experiment=table1", "depth=165"], "depth=165 is not 9n + 2"),
+        (["experiment=demo", "depth=165"], "depth=165 is not 9n + 2"),
     ],
 )
 def test_every_cell_of_a_sweep_is_checked_before_the_first_runs(
@@ -186,16 +187,16 @@ def test_the_demo_runs_five_modes_on_digits(ran: list[Config]) -> None:
     assert all(config.run.startswith("demo-digits-") for config in ran)
 
 
-def test_table1_runs_the_papers_cells_and_2_bits_in_the_order_of_value(ran: list[Config]) -> None:
-    assert cli.main(["experiment=table1", "-m"]) == 0
-    assert len({config.run for config in ran}) == len(ran) == 2 * 6 * 3
-    assert {config.depth for config in ran} == {164}
+def test_table1_is_the_papers_cells_and_2_bits_in_the_order_of_value() -> None:
+    cells = composed(["experiment=table1"], multirun=True)
+    assert len({config.run for config in cells}) == len(cells) == 2 * 6 * 3
+    assert {config.depth for config in cells} == {164}
     modes = ["4bit", "exact", "naive-8bit", "8bit", "fewer-features", "2bit"]
-    assert [(config.seed, config.dataset.name, config.mode.name) for config in ran[:13]] == [
+    assert [(config.seed, config.dataset.name, config.mode.name) for config in cells[:13]] == [
         *((0, "cifar10", mode) for mode in modes), *((0, "cifar100", mode) for mode in modes), (1, "cifar10", "4bit"),
     ]  # fmt: skip
-    assert {config.gpu.precision for config in ran} == {"tf32"}
-    for config in ran:
+    assert {config.gpu.precision for config in cells} == {"tf32"}
+    for config in cells:
         group = (
             *(getattr(config.dataset, name) for name in ("name", "iterations", "batch_size")),
             recipe_changes(config),

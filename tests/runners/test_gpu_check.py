@@ -1,8 +1,8 @@
 """runners/gpu_check: all of it in small on the CPU, what it finds wrong, what becomes of a part that fails."""
 
 import json
+import runpy
 import signal
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,11 +22,16 @@ from runners.gpu_check.parts import PARTS, Check, Part, differences
 CPU = torch.device("cpu")
 
 
-def test_all_of_it_runs_in_small_on_the_cpu(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "runners.gpu_check", "--dry-run", "--seconds", "600", "--out", "out"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+def test_all_of_it_runs_in_small_on_the_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["gpu_check", "--dry-run", "--seconds", "600", "--out", "out"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("runners.gpu_check", run_name="__main__")
+    out, err = capfd.readouterr()
+    assert ended.value.code == 0, err
+    assert err == ""
     told = [json.loads(line) for line in (tmp_path / "out/results.jsonl").read_text().splitlines()]
     assert [(found["part"], found["ended"]) for found in told if "ended" in found] == [(p.name, 0) for p in PARTS]
     by_part: dict[str, list[dict[str, Any]]] = {}
@@ -40,8 +45,8 @@ def test_all_of_it_runs_in_small_on_the_cpu(tmp_path: Path) -> None:
     assert [found["mode"] for found in by_part["steps-164-bf16"] if "ms" in found] == ["exact", "4bit", "8bit", "2bit"]
     assert [found["fits"] for found in by_part["batch-exact-164"] if "fits" in found] == [True, True]
     assert [found["cells"] for found in by_part["together-164-bf16"] if "cells" in found] == [1, 2]
-    assert "| kernels, 4 bits " in done.stdout
-    assert "| tf32, depth 1001, 8bit " in done.stdout
+    assert "| kernels, 4 bits " in out
+    assert "| tf32, depth 1001, 8bit " in out
     assert "not timed" not in (tmp_path / "out/compiled-164-tf32.log").read_text()
 
 

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from joblib.externals.loky import get_reusable_executor
 
 from runners import CONF, cli, records
 from runners.errors import OutOfTime
+from runners.training import budget
 
 TINY = ["dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "dataset.iterations=1", "gpu=cpu", "-m"]
 
@@ -25,7 +29,9 @@ def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("launcher", [["joblib", "n_jobs=2"], ["submitit_local", "timeout_min=5"]], ids=lambda x: x[0])
-def test_every_cell_leaves_its_records_and_finished_ones_are_left_out(launcher: list[str]) -> None:
+def test_every_cell_leaves_its_records_and_finished_ones_are_left_out(
+    launcher: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     name, option = launcher
     chosen = [f"hydra/launcher={name}", f"hydra.launcher.{option}"]
     done = launch("mode=exact,4bit", *chosen)
@@ -34,27 +40,63 @@ def test_every_cell_leaves_its_records_and_finished_ones_are_left_out(launcher: 
     assert {record.mode for record in records.collect(results)} == {"exact", "4bit"}
     assert [path.name for path in Path.cwd().iterdir()] == ["results"]
     before = {file: file.stat().st_mtime_ns for file in results.glob("runs/*/records.json")}
-    again = launch("mode=exact,4bit", *chosen)
-    assert again.returncode == 0 and again.stderr.startswith("2 cells, 2 finished before\n2 cells: 0 done, ")
+    assert cli.main([*TINY, "mode=exact,4bit", *chosen]) == 0
+    assert capsys.readouterr().err.startswith("2 cells, 2 finished before\n2 cells: 0 done, ")
     assert before == {file: file.stat().st_mtime_ns for file in results.glob("runs/*/records.json")}
 
 
-def test_a_budget_stops_the_runs_of_every_job_and_they_go_on() -> None:
-    cells = ["mode=exact,4bit", "dataset.iterations=100000", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2"]
-    stopped = launch(*cells, "budget_minutes=0.3")
-    assert stopped.returncode == OutOfTime.exit_code, stopped.stderr
-    assert stopped.stderr.count("budget_minutes=0.3 are over at iteration") == 2
-    assert "2 cells: 0 done, 0 finished before (resume=false does them again), 0 failed, 2 left when " in stopped.stderr
-    again = launch(*cells, "budget_minutes=0.3")
-    assert again.stderr.count("going on from") == 2
+LATE = """
+import time
+from runners.data import digits
+from runners.training import budget
+
+def read(config):
+    budget.BEGAN = time.monotonic() - 599
+    return digits.read(config)
+"""
+"""A reader of data that takes all but a second of ten minutes."""
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[None]:
+    """What joblib begins in this process, and keeps for later launches, ends with this module."""
+    yield
+    get_reusable_executor().shutdown(kill_workers=True)
+
+
+@pytest.fixture
+def joblib(workers: None) -> list[str]:
+    """How to launch two jobs at a time from this process; the workers may have begun in another test's folder."""
+    return ["hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"results={Path.cwd() / 'results'}"]
+
+
+def test_a_budget_stops_the_runs_of_every_job_and_they_go_on(
+    joblib: list[str], capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("own").mkdir()
+    Path("own/late.py").write_text(LATE)
+    monkeypatch.setattr(budget, "BEGAN", time.monotonic())
+    late = [f"--config-dir={Path.cwd() / 'own'}", "dataset.reader=late", "budget_minutes=10"]
+    cells = [*TINY, *late, "dataset.iterations=3"]
+    assert cli.main([*cells, "mode=exact,4bit", *joblib]) == OutOfTime.exit_code
+    err = capfd.readouterr().err
+    assert err.count("budget_minutes=10 are over at iteration 1 of 3") == 2
+    assert "2 cells: 0 done, 0 finished before (resume=false does them again), 0 failed, 2 left when " in err
+    for mode in ("exact", "4bit"):
+        assert cli.main([*cells, f"mode={mode}"]) == OutOfTime.exit_code
+        err = capfd.readouterr().err
+        assert "going on from" in err
+        assert "budget_minutes=10 are over at iteration 2 of 3" in err
+        monkeypatch.setattr(budget, "BEGAN", time.monotonic())
     assert not list(Path("results").glob("runs/*/*.json"))
 
 
-def test_a_cell_that_fails_is_recorded_and_does_not_stop_the_rest() -> None:
-    arguments = ["task=gradient-error", "task.steps=1", "mode=fewer-features,4bit", "hydra/launcher=joblib"]
-    done = launch(*arguments)
-    assert done.returncode == 1
-    assert "blpa-run: error: failed: " in done.stderr.splitlines()[-1]
+def test_a_cell_that_fails_is_recorded_and_does_not_stop_the_rest(
+    joblib: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["task=gradient-error", "task.steps=1", "mode=fewer-features,4bit"]
+    assert cli.main([*TINY, *arguments, *joblib]) == 1
+    assert "blpa-run: error: failed: " in capfd.readouterr().err.splitlines()[-1]
     found = records.collect(Path("results"))
     assert {(record.mode, bool(record.failure)) for record in found} == {("fewer-features", True), ("4bit", False)}
 

@@ -62,7 +62,9 @@ def test_an_unknown_profile_is_one_line(tmp_path: Path) -> None:
     assert "PROFILE=papre is not allowed: choose demo or paper" in done.stderr
 
 
-@pytest.mark.parametrize(("target", "of_sweep"), [("gpu-bench", 0), ("gpu-bench", 3), ("train-table", 3)])
+@pytest.mark.parametrize(
+    ("target", "of_sweep"), [("gpu-bench", 0), ("gpu-bench", 3), ("train-table", 0), ("train-table", 3)]
+)
 def test_tables_are_printed_after_a_sweep_whatever_became_of_it(target: str, of_sweep: int, tmp_path: Path) -> None:
     python = stand_in(tmp_path, f'case "$*" in *experiment=*) exit {of_sweep};; esac\n')
     done = make(tmp_path, target, f"PYTHON={python}", "BUDGET_MINUTES=9")

@@ -1,14 +1,12 @@
 """Which precision a run is in, by name or by PyTorch's default for the device, and that records tell it."""
 
 import dataclasses
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from runners import cli, config, records
+from runners import cli, config, fresh, records
 from runners.config import GpuConfig
 from runners.training import checkpoints, network, steps
 
@@ -47,10 +45,13 @@ def test_auto_is_pytorch_s_default_for_convolutions(
     assert network.used(gpu, device) == dataclasses.replace(gpu, precision=used)
 
 
+def allows_tf32_for_convolutions() -> bool:
+    return torch.backends.cudnn.allow_tf32
+
+
 def test_pytorch_s_default_is_what_auto_takes_it_for() -> None:
-    """In a process that has set nothing: tf32 is allowed for convolutions."""
-    code = "import torch; print(torch.backends.cudnn.allow_tf32)"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "True\n"
+    """In a process that has set nothing."""
+    assert fresh.call(allows_tf32_for_convolutions)
 
 
 def test_torch_is_not_configured_for_a_precision_that_is_none() -> None:

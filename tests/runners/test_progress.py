@@ -1,5 +1,7 @@
 """runners/tasks/progress.py: how far runs are, and that they can be moved."""
 
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -83,16 +85,17 @@ def test_checkpoints_to_be_kept_are_no_later_one_s_to_replace() -> None:
     assert [checkpoints.iteration_of(file) for file in checkpoints.checkpoints(run_dir)] == [3, 6, 8]
 
 
-def test_make_train_table_goes_on_call_by_call(tmp_path: Path) -> None:
-    """Each call ends in time, until nothing is left."""
+def test_make_train_table_goes_on_call_by_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A call ends in time, and the next one, here of the command that make's own line is, leaves nothing."""
     cells = "dataset=digits depth=11 width=0.25 dataset.iterations=2 seed=0 mode=4bit gpu=cpu gpu.kernels=torch"
     command = ["make", "train-table", f"PYTHON={sys.executable}", f"OUT={tmp_path}/queue", f"CELLS={cells}"]
-    said = []
-    for is_last in (False, True):
-        done = subprocess.run([*command, "BUDGET_MINUTES=0.01"], cwd=CONF.parent, capture_output=True, text=True)
-        assert (done.returncode == 0) == is_last, done.stderr
-        said.append(done)
-    assert f"Error {OutOfTime.exit_code}" in said[0].stderr
-    assert "budget_minutes=0.01 are over at iteration 1 of 2" in said[0].stderr
-    assert "| table1-digits-4bit-depth11-width0.25-tf32-seed0 | 1 " in said[0].stdout
-    assert "(n=1)" not in said[0].stdout and "(n=1)" in said[1].stdout
+    done = subprocess.run([*command, "BUDGET_MINUTES=0.01"], cwd=CONF.parent, capture_output=True, text=True)
+    assert done.returncode != 0, done.stderr
+    assert f"Error {OutOfTime.exit_code}" in done.stderr
+    assert "budget_minutes=0.01 are over at iteration 1 of 2" in done.stderr
+    assert "| table1-digits-4bit-depth11-width0.25-tf32-seed0 | 1 " in done.stdout
+    assert "(n=1)" not in done.stdout
+    (line,) = re.findall(r"^.* -m runners (experiment=.*); code=", done.stdout, re.MULTILINE)
+    assert cli.main(shlex.split(line)) == 0
+    assert cli.main(["task=tables", "task.tables=[errors]", "results=queue"]) == 0
+    assert "(n=1)" in capsys.readouterr().out

@@ -1,6 +1,8 @@
 """runners/tasks/runtime.py, with steps that take the time they are told to."""
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -114,19 +116,25 @@ def test_a_mode_that_does_not_fit_says_so(monkeypatch: pytest.MonkeyPatch, capsy
     assert capsys.readouterr().err.endswith("blpa-run: error: does not fit: CUDA out of memory\n")
 
 
+@functools.cache
+def largest_batch(mode: str) -> Record:
+    """What max-batch records of a mode."""
+    assert cli.main([*NETWORK, "task=max-batch", "gpu.memory_gib=0.502", f"mode={mode}"]) == 0
+    (file,) = Path("results/runs").glob("a-max-batch-*/records.json")
+    (record,) = records.read(file)
+    file.unlink()
+    return record
+
+
 def found_batches(batches: dict[str, int], *, predicted: bool = True, kind: str = "") -> None:
     for mode, batch in batches.items():
-        assert cli.main([*NETWORK, "task=max-batch", "gpu.memory_gib=0.502", f"mode={mode}"]) == 0
-        (file,) = Path("results/runs").glob("a-max-batch-*/records.json")
-        (record,) = records.read(file)
         changes = {
             "value": batch,
             "predicted": predicted,
             "device": "none" if predicted else "a card",
             "segments": kind,
         }
-        records.write([Record(**(vars(record) | changes))], Path(f"results/runs/{mode}-{predicted}"))
-        file.unlink()
+        records.write([replace(largest_batch(mode), **changes)], Path(f"results/runs/{mode}-{predicted}"))
 
 
 def test_at_the_largest_batch_each_is_timed_at_its_own_and_measured_counts_before_predicted(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from support import CPU, TinyNet, assert_same_end, tiny_config, tiny_data, train
 from torch import nn
 
-from runners import errors
+from runners import errors, fresh
 from runners.config import Config, DatasetConfig, GpuConfig
 from runners.data import Split, load, normalise
 from runners.training import loop, steps
@@ -346,9 +346,7 @@ def run_until(moment: str, run_dir: Path) -> None:
 
 def exit_code(moment: str, run_dir: Path) -> int | None:
     context = multiprocessing.get_context("forkserver")
-    # Imported once, in a process that computes nothing; each run is forked from it.
-    imported = ["torch._dynamo", "sklearn.datasets", "sklearn.model_selection", "runners.training.loop"]
-    context.set_forkserver_preload(imported)
+    context.set_forkserver_preload(fresh.IMPORTED_AHEAD)  # once, in a process that computes nothing; forks are cheap
     process = context.Process(target=run_until, args=(moment, run_dir))
     process.start()
     process.join()
