@@ -34,7 +34,7 @@ def constants(name: str, bits: int) -> dict[str, int | bool]:
     *_, tile = triton_ops._tiles(x, bits, elements)
     if name == "_weight_gradient":
         *_, tile = triton_ops._product_tiles(x, CHANNELS, bits)
-    given = {"HAS_AVERAGES": True, "COUNTS": True, "CONSTANT_STATS": False, "ADDS": True}
+    given = {"HAS_RUNNING_STATS": True, "COUNTS": True, "CONSTANT_STATS": False, "ADDS": True}
     return tile | {"LEVELS": 1 << bits if bits else 0} | given
 
 
