@@ -1,7 +1,8 @@
 """A sweep of training runs side by side on one GPU, each on a CUDA stream of its own: jobs=2.
 
-Processes take turns on a GPU, and a small run leaves most of it idle. By a model, not yet measured, several streams of
-one process use it better. The runs take turns at launching a step, and the device executes the steps of all of them.
+Processes take turns on a GPU, and a small run leaves most of it idle. Several streams of one process can use it better:
+on an H100 six cells of depth 164 in bf16 took 9.0 ms per step and cell, three took 10.3; one alone has not been timed.
+The runs take turns at launching a step, and the device executes the steps of all of them.
 
 With gpu.deterministic=true a run ends with the same bits as alone. With false cuDNN picks its convolutions by timing
 them, and work on other streams can change its choice.
