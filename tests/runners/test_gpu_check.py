@@ -17,7 +17,8 @@ from blpa.codec import Codec
 from blpa.kernels.reference import REFERENCE
 from runners import gpu_check
 from runners.gpu_check import parts
-from runners.gpu_check.parts import PARTS, Check, Part, differences
+from runners.gpu_check.comparison import differences
+from runners.gpu_check.parts import PARTS, Check, Part
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,104 @@
+"""Compare a kernel backend with the reference, at the shapes of the network."""
+
+from functools import partial
+
+import torch
+
+from blpa import kernels
+from blpa.codec import Codec
+from blpa.kernels import Kernels
+from blpa.kernels.reference import REFERENCE
+from runners.training.network import EPS
+
+SHAPES = ((131072, 16), (131072, 64), (32768, 32), (8192, 256), (40001, 20))
+"""Rows and channels: activations of the network at batch 128, and one of odd size."""
+
+CODECS = (Codec(4), Codec(8), Codec(2), None)
+"""Codecs whose kernels are compared; None saves x itself."""
+
+
+def wrong_cases(is_dry: bool, codec: Codec | None) -> tuple[int, list[str]]:
+    """Compare the kernel functions with the reference.
+
+    Args:
+        is_dry: as in Check.
+        codec: codec of the saved codes; None saves x itself.
+
+    Returns:
+        The number of cases, and what is wrong.
+    """
+    device = torch.device("cpu" if is_dry else "cuda")
+    backend = kernels.choose("auto", device, elements=0)
+    shapes = ((333, 16), (40, 5)) if is_dry else SHAPES
+    cases = [(rows, channels, dtype) for rows, channels in shapes for dtype in (torch.float32, torch.bfloat16)]
+    wrong = [
+        f"{name} at [{rows}, {channels}], {dtype}"
+        for rows, channels, dtype in cases
+        for name in differences(backend, rows, channels, dtype=dtype, codec=codec, device=device)
+    ]
+    return len(cases), wrong
+
+
+def differences(
+    backend: Kernels, rows: int, channels: int, *, dtype: torch.dtype, codec: Codec | None, device: torch.device
+) -> list[str]:
+    """Compare a backend with the reference: codes and activations bit by bit, sums and gradients within a tolerance.
+
+    Args:
+        backend: the backend.
+        rows: rows of the activation.
+        channels: channels of the activation.
+        dtype: dtype of the activation.
+        codec: of the saved codes; None saves x itself.
+        device: where to compute.
+
+    Returns:
+        Names of the results that differ; empty where all agree.
+    """
+    x, grad, other = (3 * torch.randn(3, rows, channels, device=device) + 1).to(dtype)
+    counter = torch.zeros(channels, dtype=torch.int32, device=device)  # as in a layer
+    gamma, beta = torch.randn(2, channels, device=device)
+    vectors = backend.channel_stats(x, gamma, beta, eps=EPS, codec=codec, counter=counter)
+    var, mean = torch.var_mean(x.double(), 0, correction=0)
+    # NaN shows an output that is not written.
+    a, reference_a, decoded, reference_decoded, reference_dx = (torch.full_like(x, torch.nan) for _ in range(5))
+    codes = backend.normalise_rectify_encode(x, vectors, codec=codec, out=a)
+    reference_codes = REFERENCE.normalise_rectify_encode(x, vectors, codec=codec, out=reference_a)
+    saved = x if reference_codes is None else reference_codes
+    backend.decode(saved, vectors, codec=codec, out=decoded)
+    REFERENCE.decode(saved, vectors, codec=codec, out=reference_decoded)
+    dx = grad.clone()  # written over, as in the network
+    backward = partial(
+        backend.backward, saved=saved, vectors=vectors, codec=codec, constant_stats=False, counter=counter
+    )
+    sums = backward(dx, out=dx, add=other)
+    sums_again = backward(grad, out=torch.empty_like(grad))
+    reference_sums = REFERENCE.backward(
+        grad, saved, vectors, codec=codec, constant_stats=False, out=reference_dx, add=other
+    )
+    # The sum x + other, written over a copy of x, and its statistics; dW [16, C] of a 1x1 convolution.
+    total = x.clone()
+    of_total = backend.channel_stats(total, gamma, beta, eps=EPS, codec=codec, add=other)
+    of_sum = backend.channel_stats(x + other, gamma, beta, eps=EPS, codec=codec)
+    grad_out = torch.randn(rows, 16, device=device).to(dtype)
+    weight_grad = backend.pointwise_weight_grad(grad_out, saved, vectors, codec=codec)
+    products = grad_out.double().T @ reference_decoded.double()
+    sizes = grad_out.double().abs().T @ reference_decoded.double().abs()
+    # tf32 truncates each factor by at most 2^-10; float32 sums round by at most rows 2^-24 of their sizes.
+    bound = (2.0**-9 + rows * 2.0**-24) * sizes
+    # dX = gamma rstd (dY - ...) + other: it is rounded to the activation's dtype, after sums in another order.
+    near = 2e-2 if dtype == torch.bfloat16 else 1e-4
+    are_right = {
+        "mean": torch.allclose(vectors[0].double(), mean, rtol=1e-5, atol=1e-5),
+        "variance": torch.allclose(vectors[1].double(), var, rtol=1e-4, atol=1e-5),
+        "activation": torch.equal(a, reference_a),
+        "codes": codes is None or reference_codes is None or torch.equal(codes, reference_codes),
+        "decoded activation": torch.equal(decoded, reference_decoded),
+        "sums": torch.allclose(sums, reference_sums, rtol=1e-3, atol=rows * 1e-5),
+        "input gradient": torch.allclose(dx.float(), reference_dx.float(), rtol=near, atol=near),
+        "sums once more": torch.equal(sums_again, sums) and not counter.any(),
+        "sum": torch.equal(total, x + other),
+        "statistics of the sum": torch.equal(of_total, of_sum),
+        "weight gradient": weight_grad is None or bool(((weight_grad - products).abs() <= bound).all()),
+    }
+    return [name for name, is_right in are_right.items() if not is_right]
