@@ -240,4 +240,4 @@ def _allowed(key: str, names: Iterable[str]) -> str:
 def hint(wrong: str, right: Iterable[str]) -> str:
     """Suggest the closest allowed name, if any."""
     close = difflib.get_close_matches(wrong, list(right), n=1)
-    return f", did you mean {close[0]}?" if close else ""
+    return f" (did you mean {close[0]}?)" if close else ""

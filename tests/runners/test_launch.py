@@ -104,8 +104,8 @@ def test_a_cell_that_fails_is_recorded_and_does_not_stop_the_rest(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["hydra/launcher=jobib"], "hydra/launcher=jobib is not allowed, did you mean joblib?; choose one of basic, "),
-        (["hydra/launcher=joblib", "hydra.launcher.n_jbos=2"], "unknown key 'hydra.launcher.n_jbos', did you mean n_"),
+        (["hydra/launcher=jobib"], "hydra/launcher=jobib is not allowed (did you mean joblib?); choose one of basic, "),
+        (["hydra/launcher=joblib", "hydra.launcher.n_jbos=2"], "unknown key 'hydra.launcher.n_jbos' (did you mean n_"),
         (["hydra/launcher=joblib", "hydra.launcher.n_jobs=many"], "hydra.launcher.n_jobs: Value 'many'"),
         (["hydra/launcher=joblib,basic"], "hydra/launcher=joblib,basic is not allowed: one launcher runs the whole"),
         (["hydra/launcher=joblib", "seed=0,-1"], "seed=-1 is not allowed"),

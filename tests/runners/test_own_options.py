@@ -59,7 +59,7 @@ def test_a_data_set_s_reader_lies_beside_its_options(capsys: pytest.CaptureFixtu
     [
         (["--config-dir=nowhere"], "--config-dir=nowhere: there is no such folder"),
         (["config_dir=mine"], "config_dir= is not allowed: give the folder by --config-dir"),
-        (["--config-dir", "mine", "mode=5bit"], "mode=5bit is not allowed, did you mean "),
+        (["--config-dir", "mine", "mode=5bit"], "mode=5bit is not allowed (did you mean "),
     ],
     ids=str,
 )
