@@ -21,7 +21,7 @@ def wrong_cases(is_dry: bool, codec: Codec | None) -> tuple[int, list[str]]:
     """Compare the kernel functions with the reference.
 
     Args:
-        is_dry: as in Check.
+        is_dry: run at small size on the CPU.
         codec: codec of the saved codes; None saves x itself.
 
     Returns:

@@ -167,7 +167,7 @@ class Times:
 def largest_batch(check: Check, mode: str, depth: int) -> bool:
     """Try half of the predicted batch, then find the largest of a few fractions that fits the paper's card."""
     memory = "0.502" if check.is_dry else "11"
-    # Deterministic, as a sweep's cells are: cuDNN's search for fast convolutions takes memory that is not counted.
+    # Deterministic: cuDNN's search for fast convolutions takes memory that is not counted.
     given = f"gpu.memory_gib={memory}", "gpu.deterministic=true"
     config = check.config(mode, depth, "tf32", "max-batch", *given)
     limit = int(float(memory) * GIB) - config.gpu.allowance_mib * MIB

@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from runners.config import MODE_LABELS, Config
+from runners.cells import IGNORED
+from runners.config import Config
 from runners.errors import CannotWrite, UserError
 from runners.files import write_whole
 
@@ -28,16 +29,16 @@ KEPT = 2
 """Checkpoints that stay on disk: the newest, and one to fall back on."""
 
 
-NOT_OF_THE_RECIPE = ("root", "download", "label", "reader")
-"""Settings of a data set that change no number."""
-
-
 def deciding_fields(config: Config) -> dict[str, Any]:
     """Return the settings that decide a run's result, by name on the command line."""
-    dataset, mode, gpu = asdict(config.dataset), asdict(config.mode), asdict(config.gpu)
+    gpu = asdict(config.gpu)
+    named = {
+        f"{group}.{key}": value
+        for group, values in (("dataset", config.dataset), ("mode", config.mode))
+        for key, value in asdict(values).items()
+    }
     return {
-        **{f"dataset.{key}": value for key, value in dataset.items() if key not in NOT_OF_THE_RECIPE},
-        **{f"mode.{key}": value for key, value in mode.items() if key not in MODE_LABELS},
+        **{key: value for key, value in named.items() if key not in (*IGNORED, "dataset.reader")},
         **{f"gpu.{key}": gpu[key] for key in ("device", "precision", "kernels", "deterministic")},
         "task.evaluate_every": config.task.evaluate_every,
         "depth": config.depth,

@@ -47,6 +47,7 @@ def compile_kernel(name: str, dtype: str, bits: int, architecture: int, ones: tu
     types |= dict.fromkeys(("saved", "codes"), "*u8" if bits else f"*{dtype}")
     given = constants(name, bits) | dict.fromkeys(ones, 1)
     known = {key: value for key, value in given.items() if key in kernel.arg_names}
+    assert known.keys() >= {parameter.name for parameter in kernel.params if parameter.is_constexpr}
     signature = {key: "constexpr" if key in known else types.get(key, "*fp32") for key in kernel.arg_names}
     divisible = [
         key.startswith("*") or (key != "constexpr" and name in ("C", "N") and "C" not in ones)
