@@ -9,13 +9,21 @@ files.
 
 from blpa import kernels, memory
 from blpa.codec import Codec
+from blpa.convert import convert, restore
+from blpa.explain import explain
+from blpa.gradient_error import gradient_error
 from blpa.layers import Activation, BatchNormReLU, CodedLayers, Conv2d, StockLayers
 from blpa.models.preact_resnet import PreActResNet
 
 __version__ = "0.1.0"
 
 __all__ = [  # noqa: RUF022 (in groups)
-    # What users call: a network, and the factories of its layers.
+    # What users call: any network converted, what that saves, and what it costs.
+    "convert",
+    "restore",
+    "explain",
+    "gradient_error",
+    # The paper's network, and the factories of its layers.
     "PreActResNet",
     "StockLayers",
     "CodedLayers",
@@ -27,5 +35,5 @@ __all__ = [  # noqa: RUF022 (in groups)
     # Modules: kernels.choose gives the backend or raises kernels.NotAvailable; memory counts the bytes of training.
     "kernels",
     "memory",
-    # Not public, may change: ops, saved, convolution, and the rest of kernels.
+    # Not public, may change: coded, ops, saved, convolution, and the rest of kernels.
 ]

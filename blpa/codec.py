@@ -15,17 +15,25 @@ its bin among L = 2^K bins of equal width d = 2 clip / L over [-clip, clip]:
 A usual quantiser has a fixed grid, and values near ReLU's threshold decode to the wrong sign. Here the gradient of ReLU
 is exact. frac and zero follow from gamma and beta, so K bits per element are all that is stored.
 
+Two other grids serve activations in general (convert.py). With clip="range" the bins cover each channel's own
+[low, high] with width d = (high - low) / (L - 1): at 8 bits rounding is small, so what a clip cuts off would decide.
+And what is nowhere negative has no use for negative codes: code 0 is 0, L - 1 bins cover (0, top].
+
 Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.2. Departures: the grid covers the data for any beta / gamma,
 both ends of the range are guarded, and gamma may be negative or zero (README, "Departures").
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 ALLOWED_BITS = (8, 4, 2)
+
+RECTIFIED_CLIP = 1.5
+"""Top of the grid of a rectified channel in root mean squares, over clip: 4.5 for clip 3. A rectified standard normal
+has a root mean square of 0.71, so this is 3.2 standard deviations of what was rectified."""
 
 
 class Grid(NamedTuple):
@@ -36,7 +44,7 @@ class Grid(NamedTuple):
     bin_width: Tensor
     """s d: converts bins to x_hat."""
     frac: Tensor
-    """Shift of the grid, in bins, within [-1/2, 1/2]."""
+    """Shift of the grid in bins, within [-1/2, 1/2] unless the range is the channel's own."""
     zero: Tensor
     """The first code of a positive y, a whole number within [1, L - 1]."""
 
@@ -47,21 +55,22 @@ class Codec:
 
     Args:
         bits: 8, 4 or 2.
-        clip: half-width of the range in standard deviations, > 0; 3 in the paper.
+        clip: half-width of the range in standard deviations, > 0; 3 in the paper. "range" is each channel's own
+            [low, high], for `convert` only.
 
     Raises:
         ValueError: bits or clip is not allowed.
     """
 
     bits: int
-    clip: float = 3.0
+    clip: float | Literal["range"] = 3.0
 
     def __post_init__(self) -> None:
         """Check the fields."""
         if self.bits not in ALLOWED_BITS:
             raise ValueError(f"bits = {self.bits}: must be 8, 4 or 2")
-        if not 0 < self.clip < float("inf"):
-            raise ValueError(f"clip = {self.clip}: must be a positive number of standard deviations")
+        if self.clip != "range" and not (isinstance(self.clip, int | float) and 0 < self.clip < float("inf")):
+            raise ValueError(f'clip = {self.clip!r}: must be a positive number of standard deviations or "range"')
 
     @property
     def levels(self) -> int:
@@ -75,7 +84,13 @@ class Codec:
 
     @property
     def bin_width(self) -> float:
-        """Width of a bin, d = 2 clip / L, in standard deviations."""
+        """Width of a bin, d = 2 clip / L, in standard deviations.
+
+        Raises:
+            ValueError: the range is the channel's own.
+        """
+        if self.clip == "range":
+            raise ValueError('clip = "range": must be a number here')
         return 2 * self.clip / self.levels
 
     def packed_rows(self, rows: int) -> int:
@@ -103,6 +118,48 @@ class Codec:
             frac=edge.sub_(nearest),
             zero=nearest.neg_().add_(self.levels // 2).clamp_(1, self.levels - 1),
         )
+
+    def grid_of_range(self, gamma: Tensor, beta: Tensor, low: Tensor, high: Tensor) -> Grid:
+        """Place the bins of each channel over its own range, an edge where y changes sign.
+
+        Args:
+            gamma: scale [C], of either sign or zero.
+            beta: shift [C].
+            low: least x_hat of each channel [C].
+            high: largest x_hat of each channel [C].
+
+        Returns:
+            A grid for `encode` and `decode`, whatever the clip.
+        """
+        sign = torch.ones_like(gamma).copysign_(gamma + 0.0)
+        low, high = torch.minimum(low * sign, high * sign), torch.maximum(low * sign, high * sign)  # of s x_hat
+        # One bin to spare, since an edge in the range shifts the bins by up to one. A constant channel has no width.
+        width = ((high - low) / (self.levels - 1)).clamp_min_(torch.finfo(gamma.dtype).tiny ** 0.5)
+        edge = -beta / gamma.abs()
+        bins = (edge / width).nan_to_num_(nan=0.0, posinf=2.0**30, neginf=-(2.0**30))
+        frac = torch.where((edge > low) & (edge < high), bins.ceil() - bins, 0.0)
+        first = (low / width + frac).floor_()  # becomes code 0
+        return Grid(
+            bins_per_unit=sign / width,
+            bin_width=sign * width,
+            frac=frac - first - self.levels // 2,
+            zero=(bins + frac).round_().sub_(first).clamp_(1, self.levels - 1),
+        )
+
+    def rectified_grid(self, high: Tensor, root_mean_square: Tensor) -> Grid:
+        """Place the bins of channels that are nowhere negative: 0 has code 0, to be decoded to max(., 0) = 0.
+
+        Args:
+            high: largest value of each channel [C].
+            root_mean_square: of each channel [C].
+
+        Returns:
+            A grid for gamma = 1 and beta = 0.
+        """
+        top = high if self.clip == "range" else torch.minimum(high, RECTIFIED_CLIP * self.clip * root_mean_square)
+        width = (top / (self.levels - 1)).clamp_min(torch.finfo(high.dtype).tiny ** 0.5)
+        first = torch.ones_like(width)
+        return Grid(width.reciprocal(), width, first - self.levels // 2, first)
 
     def encode(self, x_hat: Tensor, y: Tensor, grid: Grid) -> Tensor:
         """Compute the code of each element.

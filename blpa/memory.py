@@ -77,10 +77,18 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tensors:
             self._counted[tensor.untyped_storage()._cdata] = "ignored"
 
+    def kind_of(self, tensor: Tensor) -> str:
+        """Return the kind of a tensor's storage; "ignored" if it existed before."""
+        return self._counted.get(tensor.untyped_storage()._cdata, "ignored")
+
+    def is_counted(self, tensor: Tensor) -> bool:
+        """Return whether a tensor's storage was created while this mode was active."""
+        return self.kind_of(tensor) != "ignored"
+
     def mark(self, tensor: Tensor, kind: str) -> None:
         """Set the kind of a counted tensor."""
         storage = tensor.untyped_storage()
-        before = self._counted.get(storage._cdata, "ignored")
+        before = self.kind_of(tensor)
         if before != "ignored":
             self.kinds[before] -= storage.nbytes()
             self.kinds[kind] += storage.nbytes()
@@ -88,6 +96,8 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count the storages that it creates."""
+        if func is torch.ops.aten.add.Tensor and _is_sum_of_gradients(args):
+            func = torch.ops.aten.add_.Tensor
         result = self._run(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -137,6 +147,13 @@ class LiveBytes(TorchDispatchMode):
     def _free(self, key: int, nbytes: int) -> None:
         self.kinds[self._counted.pop(key)] -= nbytes
         self.live_bytes -= nbytes
+
+
+def _is_sum_of_gradients(args: tuple[Any, ...]) -> bool:
+    """Return whether autograd adds two gradients of one tensor: in place, unless a mode like LiveBytes is active."""
+    in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()  # recomputation records
+    first, second = args[:2]
+    return in_backward and first.is_meta and isinstance(second, Tensor) and first.shape == second.shape
 
 
 def _key(value: Any) -> Hashable:

@@ -110,11 +110,12 @@ def shares(gamma: Tensor, beta: Tensor, codec: Codec) -> dict[str, float]:
         codec: of the layer.
     """
     shift = _shift(gamma, beta)
-    last_edge = codec.clip - codec.bin_width
+    clip = codec.levels * codec.bin_width / 2
+    last_edge = clip - codec.bin_width
     found = {
         "threshold above the bins": shift < -last_edge,
         "threshold below the bins": shift > last_edge,
-        "threshold beyond clip": shift.abs() > codec.clip,
+        "threshold beyond clip": shift.abs() > clip,
         "gamma not positive": gamma <= 0,
     }
     return {name: 100 * channels.double().mean().item() for name, channels in found.items()}

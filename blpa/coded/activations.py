@@ -1,0 +1,172 @@
+"""Activation functions that save the code of their input or output, shared with what reads the output.
+
+    relu, leaky_relu          a tagged y: its code; else relu a code of a, leaky_relu of y         dY exact, given dA
+    relu6, hardtanh           one bit, whether y lies between the ends                             dY exact, given dA
+    silu, gelu, hardswish     a tagged y: its code; else a code of y                    dY = f'(y~) dA, approximate
+
+PyTorch's functions save y or a at full precision. A code keeps the sign of y, hence the exact gradients; the derivative
+of a smooth function has an error of at most sup |f''| times half a bin, which every layer below gets too.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blpa.codec import Codec
+from blpa.coded.mode import Coding, is_recording, may_overwrite
+from blpa.coded.once import differentiable_once
+from blpa.coded.tensors import Coded, Layout, channel_of, is_worth_a_code, load, save, saved_of, tag
+from blpa.kernels.any_layout import Elementwise
+
+Call = Callable[[Tensor], Tensor]
+
+
+class _Elementwise(torch.autograd.Function):
+    """y -> a = f(y), and the codes of a; with codes of y given, it saves those."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, call: Call, function: Elementwise, saved: Coded | None, channel: int, codec: Codec | None
+    ) -> Any:
+        a = call(y)
+        if a is y:
+            ctx.mark_dirty(y)
+        ctx.function = function
+        ctx.set_materialize_grads(False)
+        if saved is not None:
+            save(ctx, saved)
+            return a
+        saved = Coded.of(a, channel, codec)
+        save(ctx, saved)
+        ctx.mark_non_differentiable(*saved.tensors)
+        return a, *saved.tensors
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        dy = None
+        if grad is not None:
+            saved = load(ctx)[0]
+            dy = saved.elementwise_grad(grad, ctx.function)
+        return dy, *(None,) * 5
+
+
+class _Masked(torch.autograd.Function):
+    """y -> call(y), whose gradient is that of its output where mask(y) holds, else 0; saves one bit per element."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, call: Call, mask: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.save_for_backward(pack_bits(mask(y)))  # of y before it is overwritten
+        a = call(y)
+        if a is y:
+            ctx.mark_dirty(y)
+        return a
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (bits,) = ctx.saved_tensors
+        return grad.masked_fill(~unpack_bits(bits, grad.shape), 0), None, None
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool tensor into bytes, eight elements each, in the order of its contiguous memory."""
+    flat = mask.reshape(-1).view(torch.uint8)
+    packed = flat.new_zeros(-(-flat.numel() // 8))
+    for k, block in enumerate(flat.split(packed.numel())) if packed.numel() else ():
+        packed[: block.numel()] |= block << k
+    return packed
+
+
+def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
+    """Return the bool tensor of this shape that was packed."""
+    flat = torch.empty(shape.numel(), dtype=torch.bool, device=packed.device)
+    for k, block in enumerate(flat.split(packed.numel())) if packed.numel() else ():
+        block.copy_((packed[: block.numel()] >> k) & 1)
+    return flat.view(shape)
+
+
+def _activation(coding: Coding, y: Tensor, call: Call, function: Elementwise, *, inplace: bool) -> Any:
+    channel = channel_of(y)
+    if not is_recording(y) or not is_worth_a_code(y, channel) or (inplace and not may_overwrite(y)):
+        return NotImplemented
+    coding.coded_calls += 1
+    saved = saved_of(y)
+    if not isinstance(saved, Coded) or not saved.is_plain:
+        if function.name == "relu":  # a has its sign, and half the range
+            a, values, vectors = _Elementwise.apply(y, call, function, None, channel, coding.codec)
+            return tag(a, Coded(values, vectors, Layout.of(a, channel, coding.codec)), channel)
+        saved = Coded.of(y, channel, coding.codec)
+    a = _Elementwise.apply(y, call, function, saved, channel, coding.codec)
+    return tag(a, saved.after(function), saved.layout.channel)
+
+
+def relu(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
+    """Coded torch.nn.functional.relu and torch.relu."""
+    call = torch.relu_ if inplace else torch.relu
+    return _activation(coding, input, call, Elementwise("relu"), inplace=inplace)
+
+
+def relu_(coding: Coding, function: Any, input: Tensor) -> Any:
+    """Coded torch.relu_."""
+    return relu(coding, function, input, inplace=True)
+
+
+def leaky_relu(
+    coding: Coding, function: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
+) -> Any:
+    """Coded torch.nn.functional.leaky_relu; not where a negative slope makes the sign of the output useless."""
+    return _activation(
+        coding, input, lambda y: function(y, negative_slope, inplace), Elementwise("leaky_relu", (negative_slope,)),
+        inplace=inplace,
+    )  # fmt: skip
+
+
+def silu(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
+    """Coded torch.nn.functional.silu."""
+    return _activation(coding, input, lambda y: function(y, inplace), Elementwise("silu"), inplace=inplace)
+
+
+def hardswish(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
+    """Coded torch.nn.functional.hardswish."""
+    return _activation(coding, input, lambda y: function(y, inplace), Elementwise("hardswish"), inplace=inplace)
+
+
+def gelu(coding: Coding, function: Any, input: Tensor, *, approximate: str = "none") -> Any:
+    """Coded torch.nn.functional.gelu."""
+    return _activation(
+        coding,
+        input,
+        lambda y: function(y, approximate=approximate),
+        Elementwise("gelu", (approximate,)),
+        inplace=False,
+    )
+
+
+def hardtanh(
+    coding: Coding,
+    function: Any,
+    input: Tensor,
+    min_val: float = -1.0,
+    max_val: float = 1.0,
+    inplace: bool = False,
+) -> Any:
+    """Coded torch.nn.functional.hardtanh."""
+    return _clamped(coding, input, lambda y: function(y, min_val, max_val, inplace), min_val, max_val, inplace)
+
+
+def relu6(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
+    """Coded torch.nn.functional.relu6."""
+    return _clamped(coding, input, lambda y: function(y, inplace), 0.0, 6.0, inplace)
+
+
+def _clamped(coding: Coding, y: Tensor, call: Call, low: float, high: float, inplace: bool) -> Any:
+    if not is_recording(y) or (inplace and not may_overwrite(y)):
+        return NotImplemented
+    coding.coded_calls += 1
+    saved, channel = saved_of(y), channel_of(y)
+    a = _Masked.apply(y, call, lambda y: (y > low) & (y < high))
+    clamped = Elementwise("hardtanh", (low, high))
+    return tag(a, saved.after(clamped) if isinstance(saved, Coded) and saved.is_plain else None, channel)

@@ -1,0 +1,216 @@
+"""The mode that sends the functions of a network to their coded versions, while a converted module's forward runs.
+
+PyTorch passes every function that Python code calls to the innermost TorchFunctionMode, whoever calls it: a module, a
+forward written by hand, a library. So nothing in the network is replaced.
+"""
+
+import functools
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from types import FunctionType
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from blpa.codec import Codec
+from blpa.coded.tensors import Coded, Saved, channel_of, is_worth_a_code, saved_of, tag
+
+EIGHT_BITS = Codec(8, "range")
+"""Of what has no sign to preserve and errors that compound: attention, and functions that have no coded version."""
+
+Handler = Callable[..., Any]
+
+COMPOSITES = frozenset({F.multi_head_attention_forward})
+"""Functions that PyTorch writes in Python, and inside which it would have the mode off."""
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a module saves its activations.
+
+    Args:
+        codec: of the codes; None saves exact tensors by the same functions.
+        attention: codes of attention's queries, keys, values and output; None saves them exactly.
+        others: codes of what functions without a coded version save; None saves it exactly.
+    """
+
+    codec: Codec | None
+    attention: Codec | None = EIGHT_BITS
+    others: Codec | None = None
+
+
+class Listener(Protocol):
+    """Who counts what a network saves."""
+
+    def called(self, function: Any) -> None:
+        """Hear that the network calls a function."""
+
+    def saved(self, tensor: Tensor) -> Any:
+        """Hear that this tensor is saved."""
+
+
+class Coding(TorchFunctionMode):
+    """Send functions to the coded versions.
+
+    Args:
+        handlers: coded versions by function: handler(coding, function, *args, **kwargs). One that returns
+            NotImplemented leaves the call to the function itself.
+        policy: None leaves all calls to the functions themselves.
+        inputs: the network's, which its caller holds anyway.
+        listener: hears of each function, and of codes that hooks around the network do not see.
+
+    Attributes:
+        coded_calls: number of calls to coded versions that saved codes.
+    """
+
+    def __init__(
+        self,
+        handlers: Mapping[Any, Handler],
+        policy: Policy | None,
+        inputs: list[Tensor],
+        listener: "Listener | None" = None,
+    ) -> None:
+        super().__init__()
+        self.listener = listener
+        self.handlers = handlers
+        self.policy = policy
+        self.coded_calls = 0
+        self._inputs = {tensor.untyped_storage()._cdata for tensor in inputs if type(tensor) is Tensor}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the coded version of a function, or the function."""
+        kwargs = kwargs or {}
+        if func in COMPOSITES:
+            with self:
+                return _body_of(func)(*args, **kwargs)
+        if self.listener is not None:
+            self.listener.called(func)
+        if self.policy is None or not torch.is_grad_enabled() or _is_checkpointed():
+            return func(*args, **kwargs)
+        handler = self.handlers.get(func)
+        result = NotImplemented if handler is None else handler(self, func, *args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        with self.coding_others():
+            return func(*args, **kwargs)
+
+    @property
+    def codec(self) -> Codec | None:
+        """Codec of the policy."""
+        assert self.policy is not None
+        return self.policy.codec
+
+    def coding_others(self) -> AbstractContextManager[Any]:
+        """Return a context in which functions without a coded version save codes, if the policy wants it."""
+        codec = self.policy.others if self.policy else None
+        return nullcontext() if codec is None else coding_saved_tensors(self, codec, lambda tensor: True)
+
+    def is_input(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is an input of the network or a view of one."""
+        return tensor.untyped_storage()._cdata in self._inputs
+
+    def saved_of(self, x: Tensor, channel: int) -> Saved | None:
+        """Return what a function that reads x saves of it: what the tag holds, else a code of its own.
+
+        Args:
+            x: the tensor.
+            channel: its channel dimension.
+
+        Returns:
+            None if x is better saved as it is: a parameter, an input of the network, or too small.
+        """
+        saved = saved_of(x)
+        if saved is None:
+            is_held = (x.is_leaf and x.requires_grad) or self.is_input(x)
+            if is_held or not is_worth_a_code(x, channel):
+                return None
+            saved = Coded.of(x, channel, self.codec)
+            tag(x, saved, channel)
+        self.coded_calls += 1
+        return saved
+
+
+class Thread(threading.local):
+    """What a thread runs."""
+
+    mode: Coding | None = None
+    """While a converted module's forward runs."""
+    is_stock = False
+    """Run converted modules as PyTorch's own."""
+    listener: Listener | None = None
+    """Of the next mode."""
+
+
+THREAD = Thread()
+
+
+def is_recording(*tensors: Any) -> bool:
+    """Return whether a function of these arguments records a gradient, and all are plain floating-point tensors."""
+    found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    return any(tensor.requires_grad for tensor in found) and all(
+        type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.layout == torch.strided
+        for tensor in found
+    )
+
+
+def may_overwrite(x: Tensor) -> bool:
+    """Return whether an autograd function may overwrite x: not a view, whose base it would have to know, nor a leaf."""
+    return not (x._is_view() or (x.is_leaf and x.requires_grad))
+
+
+def coding_saved_tensors(
+    coding: Coding, codec: Codec, is_chosen: Callable[[Tensor], bool], made: list[tuple[int, Coded]] | None = None
+) -> AbstractContextManager[Any]:
+    """Return a context in which PyTorch's functions save codes of the large tensors that they save.
+
+    Args:
+        coding: the mode.
+        codec: of the codes.
+        is_chosen: which tensors; others are saved as they are.
+        made: gets the storage's address and the codes of each, to be compared while the tensors are alive.
+    """
+
+    def pack(tensor: Tensor) -> Tensor | Saved:
+        is_small = not is_worth_a_code(tensor, -1)
+        is_held = tensor.is_leaf and tensor.requires_grad
+        if is_held or is_small or not tensor.is_floating_point() or coding.is_input(tensor) or not is_chosen(tensor):
+            return tensor
+        saved = saved_of(tensor)
+        if saved is None:
+            saved = Coded.of(tensor.detach(), -1 if tensor.dim() < 4 else channel_of(tensor), codec)
+        if made is not None and isinstance(saved, Coded):
+            made.append((tensor.untyped_storage()._cdata, saved))
+        coding.coded_calls += 1
+        if coding.listener is not None:
+            for made_tensor in saved.tensors:
+                coding.listener.saved(made_tensor)
+        return saved
+
+    def unpack(saved: Tensor | Saved) -> Tensor:
+        return saved if isinstance(saved, Tensor) else saved.value()
+
+    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+
+
+@functools.cache
+def _body_of(function: Any) -> Handler:
+    """Return a copy of a function that PyTorch writes in Python, which does not offer itself to the mode first."""
+    without_offer = {**function.__globals__, "has_torch_function": lambda tensors: False}
+    name, defaults, closure = function.__name__, function.__defaults__, function.__closure__
+    body = FunctionType(function.__code__, without_offer, name, defaults, closure)
+    body.__kwdefaults__ = function.__kwdefaults__
+    return body
+
+
+def _is_checkpointed() -> bool:
+    """Return whether torch.utils.checkpoint (the non-reentrant one) runs this function for the first or second time.
+
+    It compares what is saved in both runs, and saves nothing of the first, so codes would only be in its way.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"

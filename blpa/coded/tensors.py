@@ -1,0 +1,222 @@
+"""What is saved in place of a tensor, and the tag by which the functions that read the tensor find it.
+
+    Coded     the codes of one tensor: a = f(y~), perhaps viewed in another shape
+    Joined    the codes of several tensors, of which the tensor is the concatenation
+
+A coded function puts a tag on its output. The next function that reads the tensor saves what the tag holds, and no code
+of its own. A tag counts only while the tensor is unchanged: autograd counts changes in place, and the tag remembers the
+count. So a change between two functions costs a code, and never correctness. Nothing is looked up by address.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blpa.codec import Codec
+from blpa.kernels import any_layout
+from blpa.kernels.any_layout import Elementwise, rows_of
+
+MIN_ROWS = 32
+"""Elements of a channel that are worth a code: the seven vectors of fewer take as much as they save."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the codes of a tensor lie in memory: its shape, strides and dtype, its channel dimension, and the codec."""
+
+    shape: torch.Size
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    channel: int
+    codec: Codec | None
+
+    @staticmethod
+    def of(x: Tensor, channel: int, codec: Codec | None) -> "Layout":
+        """Return the layout of x, with contiguous strides unless x is channels-last."""
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        is_dense = x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
+        strides = x.stride() if is_dense else torch.empty(x.shape, device="meta").stride()
+        return Layout(x.shape, strides, x.dtype, channel, codec)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """View a tensor of this shape as [R, S, C]; copied if its memory allows no such view."""
+        return rows_of(x, self.channel, self.codec.codes_per_byte if self.codec else 1)
+
+    def empty(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """Allocate a tensor of this layout, whose `rows` is a view."""
+        return torch.empty_strided(self.shape, self.strides, dtype=dtype or self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Codes of one tensor.
+
+    Args:
+        values: from any_layout.encode.
+        vectors: any_layout.Vectors [7, C].
+        layout: of the tensor that was encoded.
+        function: the tensor is function(y); None where it is y itself.
+        views: then viewed by these functions, one after the other.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    layout: Layout
+    function: Elementwise | None = None
+    views: tuple[Callable[[Tensor], Tensor], ...] = ()
+
+    @staticmethod
+    @torch.no_grad()
+    def of(x: Tensor, channel: int, codec: Codec | None) -> "Coded":
+        """Encode x itself, whatever computed it: about each channel's mean, or a rectified channel from 0."""
+        layout = Layout.of(x, channel, codec)
+        rows = layout.rows(x)
+        vectors = any_layout.vectors_of(any_layout.channel_stats(rows), None, None, codec)
+        return Coded(any_layout.encode(rows, rows, vectors, codec), vectors, layout)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors to save."""
+        return self.values, self.vectors
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Coded":
+        """Return the same with other tensors in their places."""
+        values, vectors = tensors
+        return replace(self, values=values, vectors=vectors)
+
+    def after(self, function: Elementwise) -> "Coded":
+        """Return the codes of function(y), which are those of y."""
+        return replace(self, function=function)
+
+    def viewed(self, view: Callable[[Tensor], Tensor]) -> "Coded":
+        """Return the codes of a view, which are the same."""
+        return replace(self, views=(*self.views, view))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor is y itself, neither a function nor a view of it."""
+        return self.function is None and not self.views
+
+    def value(self) -> Tensor:
+        """Decode the tensor."""
+        out = self.layout.empty(self.values.device)
+        any_layout.decode(*self._saved, self.function, self.layout.rows(out))
+        for view in self.views:
+            out = view(out)
+        return out
+
+    def elementwise_grad(self, grad: Tensor, function: Elementwise) -> Tensor:
+        """Compute dY from grad = dA of a = function(y)."""
+        out = self.layout.empty(grad.device, grad.dtype)
+        any_layout.elementwise_grad(self.layout.rows(grad), *self._saved, function, self.layout.rows(out))
+        return out
+
+    def norm_grad(
+        self,
+        norm_grad: Callable[..., tuple[Tensor, Tensor]],
+        grad: Tensor,
+        scale: Tensor,
+        wants_dx: bool,
+        **options: Any,
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Compute dX, dgamma and dbeta from grad = dY by a function of any_layout."""
+        out = self.layout.empty(grad.device, grad.dtype) if wants_dx else None
+        out_rows = None if out is None else self.layout.rows(out)
+        return out, *norm_grad(self.layout.rows(grad), *self._saved, scale, out_rows, **options)
+
+    @property
+    def _saved(self) -> tuple[Tensor, Tensor, Codec | None]:
+        return self.values, self.vectors, self.layout.codec
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Codes of several tensors that a concatenation joins along `dim`."""
+
+    parts: tuple[Coded, ...]
+    dim: int
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors to save."""
+        return tuple(tensor for part in self.parts for tensor in part.tensors)
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> "Joined":
+        """Return the same with other tensors in their places."""
+        pairs = zip(tensors[::2], tensors[1::2], strict=True)
+        return Joined(tuple(part.with_tensors(pair) for part, pair in zip(self.parts, pairs, strict=True)), self.dim)
+
+    def value(self) -> Tensor:
+        """Decode the parts and join them."""
+        return torch.cat([part.value() for part in self.parts], self.dim)
+
+
+Saved = Coded | Joined
+
+
+def save(ctx: Any, saved: Saved, *others: Tensor | None) -> None:
+    """Save the tensors for backward, others after them, so that autograd frees them."""
+    ctx.save_for_backward(*saved.tensors, *others)
+    empty = torch.empty(0)
+    ctx.saved, ctx.saved_count = saved.with_tensors([empty] * len(saved.tensors)), len(saved.tensors)
+
+
+def load(ctx: Any) -> tuple[Any, list[Tensor]]:
+    """Return what `save` saved: the codes and the others."""
+    tensors = ctx.saved_tensors  # read once: each access unpacks them anew
+    return ctx.saved.with_tensors(tensors[: ctx.saved_count]), list(tensors[ctx.saved_count :])
+
+
+class _Tag:
+    """What is known of a tensor at one count of its changes; copies and pickles of the tensor know nothing."""
+
+    def __init__(self, saved: Saved | None, channel: int | None, version: int) -> None:
+        self.saved, self.channel, self.version = saved, channel, version
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
+_NAME = "_blpa_tag"
+
+
+def tag(tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
+    """Put a tag on a tensor: what is saved of it, and which dimension holds its channels."""
+    tensor._blpa_tag = _Tag(saved, channel, tensor._version)  # type: ignore[attr-defined]
+    return tensor
+
+
+def untag(tensor: Tensor) -> None:
+    """Take the tag off a tensor."""
+    if getattr(tensor, _NAME, None) is not None:
+        del tensor._blpa_tag  # type: ignore[attr-defined]
+
+
+def saved_of(tensor: Tensor) -> Saved | None:
+    """Return what is saved of a tensor; None without a tag, or if the tensor was changed since."""
+    found = getattr(tensor, _NAME, None)
+    return found.saved if found is not None and found.version == tensor._version else None
+
+
+def channel_of(tensor: Tensor) -> int:
+    """Return the dimension of the channels: as its maker knows it, else 1, or the last of [N, tokens, C]."""
+    found = getattr(tensor, _NAME, None)
+    if found is not None and found.channel is not None:
+        return int(found.channel)
+    return -1 if tensor.dim() == 3 else min(1, tensor.dim() - 1)
+
+
+def is_worth_a_code(x: Tensor, channel: int) -> bool:
+    """Return whether a code of x takes less memory than x."""
+    return x.dim() > 0 and x.numel() >= MIN_ROWS * x.shape[channel] > 0
+
+
+def shape_only(shape: Sequence[int], like: Tensor) -> Tensor:
+    """Return a tensor of this shape in the memory of one element, for functions that read its shape alone."""
+    return like.new_zeros(()).expand(shape)

@@ -1,0 +1,261 @@
+"""Convert any network: its forward pass stays PyTorch's own, its activations are saved as codes.
+
+    blpa.convert(model, bits=4)
+    ...                           train as before
+    blpa.restore(model)
+
+`convert` changes nothing of a module but its class, to a subclass whose forward runs the module's own with a mode on
+(blpa/coded). Modules, parameters, buffers, hooks, repr and state_dict stay the same objects, so optimisers, checkpoints
+and distributed wrappers need no change. Other libraries replace modules, and miss what a network computes by functions.
+"""
+
+import difflib
+import fnmatch
+import functools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from blpa.codec import ALLOWED_BITS, Codec
+from blpa.coded import FUNCTIONS, Coding, Policy
+from blpa.coded.mode import EIGHT_BITS, THREAD
+from blpa.coded.tensors import untag
+
+DEFAULT_CODECS = {8: Codec(8, "range"), 4: Codec(4, 3.0), 2: Codec(2, 1.7)}
+"""At 8 bits rounding is small, and what a clip cuts off decides; at 4 and 2 bits rounding decides."""
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def convert(
+    model: Model,
+    bits: int | Codec | None = 4,
+    *,
+    layers: Mapping[str, int | Codec | None] | None = None,
+    attention: Literal[8] | None = 8,
+    others: Literal[8] | None = None,
+) -> Model:
+    """Save the activations of a network as codes for the backward pass; outputs and statistics stay the same bits.
+
+    Args:
+        model: any network, changed in place; a converted one gets the new settings.
+        bits: 8, 4, 2 or a Codec. None saves exact tensors by the same functions, to tell their error from the codes'.
+        layers: other settings by pattern over the names in `named_modules()`, such as {"layer4.*": 8, "head": None};
+            a module takes its ancestors' pattern too, and the last that matches counts. None is PyTorch's own.
+        attention: bits for queries, keys, values and output of attention, 8 for any `bits`; None saves them exactly.
+        others: bits for what functions without a coded version save, 8; None saves it exactly. Their errors are not
+            known: `gradient_error` measures them.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: model is not an nn.Module.
+        ValueError: a setting is not allowed, a pattern matches no module, or the model is scripted, compiled or
+            sharded.
+
+    Source: the codes are Chakrabarti and Moseley's, section 3.2; for other layers README, "Any network".
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: must be a torch.nn.Module")
+    for name, value in (("attention", attention), ("others", others)):
+        if value not in (8, None) or isinstance(value, bool):
+            raise ValueError(f"{name} = {value!r}: must be 8 or None")
+    _check(model)
+
+    def policy(bits: int | Codec | None) -> Policy:
+        return Policy(_codec(bits), EIGHT_BITS if attention else None, EIGHT_BITS if others else None)
+
+    policies = _policies(
+        model, policy(bits), {pattern: b if b is None else policy(b) for pattern, b in (layers or {}).items()}
+    )
+    set_policies(model, policies)
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undo `convert`: give every module its own class back, in place.
+
+    Args:
+        model: converted, or not.
+
+    Returns:
+        The model.
+    """
+    for module in model.modules():
+        module.__class__ = _stock_class(module)
+    return model
+
+
+def is_converted(model: nn.Module) -> bool:
+    """Return whether `convert` was called on a model, or on one that contains it."""
+    return isinstance(model, _Coded)
+
+
+def set_policies(model: nn.Module, policies: Mapping[nn.Module, Policy | None]) -> None:
+    """Convert each module of a model to its policy, in place."""
+    for module, policy in policies.items():
+        module.__class__ = _coded_class(_stock_class(module), policy, module is model)  # type: ignore[arg-type]
+
+
+def policy_of(module: nn.Module) -> Policy | None:
+    """Return how a module saves its activations; None as PyTorch does."""
+    return module._blpa_policy if isinstance(module, _Coded) else None
+
+
+@contextmanager
+def stock() -> Iterator[None]:
+    """Run converted networks of this thread as PyTorch's own."""
+    before, THREAD.is_stock = THREAD.is_stock, True
+    try:
+        yield
+    finally:
+        THREAD.is_stock = before
+
+
+class _Coded(nn.Module):
+    """What the subclasses have in common; the first of their bases, so that it comes before the module's class."""
+
+    _blpa_stock: type[nn.Module]
+    _blpa_policy: Policy | None
+    _blpa_is_root: bool
+
+    def __init_subclass__(cls) -> None:
+        """Hide the subclass from a user's class that registers its own."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy and pickle as the module's class, to be converted again."""
+        state = cast(tuple[Any, ...], super().__reduce_ex__(2))[2:]
+        return _rebuild, (self._blpa_stock, self._blpa_policy, self._blpa_is_root), *state
+
+    def __prepare_scriptable__(self) -> Any:
+        """Refuse torch.jit.script."""
+        raise RuntimeError("torch.jit.script of a converted network is not supported: blpa.restore the model first")
+
+
+def _rebuild(stock: type[nn.Module], policy: Policy | None, is_root: bool) -> nn.Module:
+    coded: type[nn.Module] = _coded_class(stock, policy, is_root)  # type: ignore[arg-type]
+    return coded.__new__(coded)
+
+
+@functools.cache
+def _coded_class(stock: type[nn.Module], policy: Policy | None, is_root: bool) -> type[nn.Module]:
+    """Make the subclass of a module's class, of the same name, whose forward runs with the mode on."""
+
+    @functools.wraps(stock.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, functools.partial(stock.forward, self), policy, is_root, args, kwargs)
+
+    namespace = {
+        "__module__": stock.__module__,
+        "__qualname__": stock.__qualname__,
+        "__doc__": stock.__doc__,
+        "forward": forward,
+        "_blpa_stock": stock,
+        "_blpa_policy": policy,
+        "_blpa_is_root": is_root,
+    }
+    return cast(type[nn.Module], type(stock)(stock.__name__, (_Coded, stock), namespace))  # type: ignore[misc]
+
+
+def _run(
+    module: nn.Module, forward: Callable[..., Any], policy: Policy | None, is_root: bool, args: Any, kwargs: Any
+) -> Any:
+    """Run a forward with the mode on: entered by the outermost converted module, changed by those inside."""
+    if not torch.is_grad_enabled() or THREAD.is_stock:
+        return forward(*args, **kwargs)
+    _check_transforms()
+    mode = THREAD.mode
+    if mode is not None:
+        before, mode.policy = mode.policy, policy
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            mode.policy = before
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    mode = Coding(FUNCTIONS, policy, inputs, THREAD.listener)
+    THREAD.mode = mode
+    try:
+        with mode:
+            output = forward(*args, **kwargs)
+    finally:
+        THREAD.mode = None
+    for leaf in tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            untag(leaf)
+    if (
+        is_root
+        and policy
+        and not mode.coded_calls
+        and any(parameter.requires_grad for parameter in module.parameters())
+    ):
+        warnings.warn(
+            f"{type(module).__name__} is converted, but its forward pass saved no codes: its tensors are too small, "
+            "it is checkpointed, or its functions have no coded version (blpa.explain lists them)",
+            stacklevel=3,
+        )
+    return output
+
+
+def _check_transforms() -> None:
+    """Raise RuntimeError under a transform of PyTorch's that cannot see codes."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
+        raise RuntimeError(
+            "torch.compile, export and tracing of a converted network are not supported: blpa.restore the model first"
+        )
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "torch.func transforms of a converted network are not supported: blpa.restore the model first"
+        )
+
+
+def _check(model: nn.Module) -> None:
+    """Raise ValueError for a model that cannot be converted."""
+    for name, module in model.named_modules():
+        what = f"module {name!r}" if name else "model"
+        bases = {base.__name__ for base in type(module).__mro__}
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ValueError(
+                f"{what} is a {type(module).__name__}: must be a plain module; convert before torch.jit.script"
+            )
+        if "OptimizedModule" in bases or module._compiled_call_impl is not None:
+            raise ValueError(f"{what} is compiled: must be a plain module, for torch.compile of codes is not supported")
+        if bases & {"FSDPModule", "FullyShardedDataParallel"}:
+            raise ValueError(f"{what} is sharded by FSDP: must be a plain module; convert, then shard")
+
+
+def _codec(bits: int | Codec | None) -> Codec | None:
+    """Return the codec of a number of bits."""
+    if bits is None or isinstance(bits, Codec):
+        return bits
+    if isinstance(bits, bool) or bits not in ALLOWED_BITS:
+        raise ValueError(f"bits = {bits!r}: must be 8, 4, 2, a blpa.Codec or None")
+    return DEFAULT_CODECS[bits]
+
+
+def _policies(model: nn.Module, default: Policy, layers: Mapping[str, Policy | None]) -> dict[nn.Module, Policy | None]:
+    """Return the policy of each module: of the last pattern that matches its name or that of a module around it."""
+    names = [name for name, _ in model.named_modules()]
+    for pattern in layers:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[1:4]
+            raise ValueError(f"layers: {pattern!r} matches no module; the nearest names are {', '.join(near)}")
+    policies: dict[nn.Module, Policy | None] = {}
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        around = {".".join(parts[:k]) for k in range(1, len(parts) + 1)} | {name}
+        matching = [
+            policy for pattern, policy in layers.items() if any(fnmatch.fnmatchcase(n, pattern) for n in around)
+        ]
+        policies[module] = matching[-1] if matching else default
+    return policies
+
+
+def _stock_class(module: nn.Module) -> type[nn.Module]:
+    """Return a module's own class."""
+    return type(module)._blpa_stock if isinstance(module, _Coded) else type(module)

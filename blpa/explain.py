@@ -1,0 +1,468 @@
+"""Explain what a network saves for the backward pass, as PyTorch runs it and converted, without running it.
+
+Both are run on the meta device, where tensors have shapes and lifetimes but no data (memory.py), so any network and
+batch takes seconds on any machine. Attention and dropout count as their CUDA kernels save: PyTorch would run others on
+the meta device. Not counted: memory that one operation allocates and frees internally.
+"""
+
+import copy
+import importlib
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from blpa.codec import Codec
+from blpa.coded.mode import THREAD
+from blpa.convert import convert, is_converted, policy_of, set_policies
+from blpa.memory import GIB, MIB, TEMPORARY, LiveBytes, largest_batch
+
+RESERVED_BYTES = 512 * MIB
+"""Of a card, for the CUDA context and workspaces."""
+
+EXACT, WEIGHT, SMOOTH = "exact", "exact; of the weight approximate", "approximate: f' at the code"
+GRADIENT = {
+    "batch_norm": "exact but for the variance term",
+    "instance_norm": "exact but for the variance term",
+    "group_norm": "exact but for the variance term",
+    "layer_norm": "exact but for the variance term",
+    "rms_norm": "exact but for the variance term",
+    "silu": SMOOTH,
+    "gelu": SMOOTH,
+    "hardswish": SMOOTH,
+    "scaled_dot_product_attention": "approximate: 8 bits",
+    "mul": "exact; of the factor approximate",
+} | {name: WEIGHT for name in ("conv1d", "conv2d", "conv3d", "linear")}
+"""Gradient that a coded function passes on, given that of its output; exact unless listed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor that a network saves for the backward pass.
+
+    Attributes:
+        module: name of the module that saves it first.
+        function: function that saves it first.
+        shape: of the tensor.
+        savers: all functions that save it, as "module: function".
+        stock_bytes: bytes that PyTorch saves.
+        coded_bytes: bytes that the converted network saves in its place; 0 where another row's codes serve.
+        gradient: what the coded functions compute, given the gradient of their output; "not coded" if nothing changes.
+    """
+
+    module: str
+    function: str
+    shape: tuple[int, ...]
+    savers: tuple[str, ...]
+    stock_bytes: int
+    coded_bytes: int
+    gradient: str
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """Bytes of a training step: alive after the forward pass, and at the peak, gradients of the weights included."""
+
+    kept: int
+    peak: int
+    at_peak: tuple[tuple[str, int], ...]
+    """The largest tensors alive at the peak."""
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a network saves, as PyTorch runs it and converted; print it for a table.
+
+    Attributes:
+        title: of the table.
+        batch: samples of the inputs.
+        rows: the saved tensors, and at last what is alive beside them; they add up to what is kept.
+        stock: bytes as PyTorch runs it.
+        coded: bytes of the converted network.
+        fixed_bytes: weights, buffers and an optimiser's momentum.
+        notes: what is largest at the peak, what is not coded, advice.
+        step_bytes: maps (coded, batch) to the bytes of a step; None if it ran with data, whose batch cannot change.
+    """
+
+    title: str
+    batch: int
+    rows: list[Row]
+    stock: Bytes
+    coded: Bytes
+    fixed_bytes: int
+    notes: list[str]
+    step_bytes: Callable[[bool, int], int] | None
+
+    def largest_batch(self, gib: float = 11.0, *, coded: bool = True) -> int:
+        """Find the largest batch that fits a card, with SGD and momentum; 512 MiB are taken off.
+
+        Args:
+            gib: memory of the card in GiB.
+            coded: of the converted network, else as PyTorch runs it.
+
+        Returns:
+            The batch, 0 if not even one sample fits.
+
+        Raises:
+            ValueError: gib is not positive, or the network was not counted on the meta device.
+        """
+        if not gib > 0:
+            raise ValueError(f"gib = {gib}: must be positive")
+        if self.step_bytes is None:
+            raise ValueError("the largest batch needs inputs without data: the network ran with its data")
+        count = self.step_bytes
+        return largest_batch(lambda batch: self.fixed_bytes + count(coded, batch), int(gib * GIB) - RESERVED_BYTES)
+
+    def to_pandas(self) -> Any:
+        """Return the rows as a pandas.DataFrame."""
+        return importlib.import_module("pandas").DataFrame([asdict(row) for row in self.rows])
+
+    def __str__(self) -> str:
+        """Return the table: MiB per sample by kind of saved tensor."""
+
+        def mib(nbytes: int) -> str:
+            return f"{nbytes / self.batch / MIB:.2f}"
+
+        kinds: dict[tuple[str, str], list[Row]] = {}
+        for row in self.rows:
+            functions = " + ".join(dict.fromkeys(saver.rpartition(": ")[2] for saver in row.savers))
+            kinds.setdefault((functions, row.gradient), []).append(row)
+        lines = [(self.title, "MiB per sample: stock", "coded", "gradient, given the output's")]
+        small = [0, 0]
+        for (functions, gradient), rows in sorted(
+            kinds.items(), key=lambda kind: -sum(row.stock_bytes for row in kind[1])
+        ):
+            stock, coded = (sum(getattr(row, f"{which}_bytes") for row in rows) for which in ("stock", "coded"))
+            if max(stock / max(1, self.stock.kept), coded / max(1, self.coded.kept)) < 0.001:
+                small = [small[0] + stock, small[1] + coded]
+            else:
+                large = [row for row in rows if max(row.stock_bytes, row.coded_bytes) > 1e-4 * self.coded.kept]
+                lines.append((f"  {functions}, {len(large)}", mib(stock), mib(coded), gradient))
+        lines.append(("  all else", mib(small[0]), mib(small[1]), ""))
+        ratio = self.stock.kept / max(1, self.coded.kept)
+        lines.append(
+            ("saved after the forward pass", mib(self.stock.kept), mib(self.coded.kept), f"{ratio:.1f} times less")
+        )
+        ratio = self.stock.peak / max(1, self.coded.peak)
+        lines.append(("peak of a step", mib(self.stock.peak), mib(self.coded.peak), f"{ratio:.1f} times less"))
+        if self.step_bytes is not None:
+            stock_batch, coded_batch = (str(self.largest_batch(coded=is_coded)) for is_coded in (False, True))
+            lines.append(("largest batch in 11 GiB (less 0.5; SGD)", stock_batch, coded_batch, ""))
+        widths = [max(len(line[k]) for line in lines) for k in range(3)]
+        table = [
+            f"{line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}  {line[3]}".rstrip()
+            for line in lines
+        ]
+        return "\n".join([*table, *self.notes])
+
+
+def explain(model: nn.Module, *inputs: Any, bits: int | Codec | None = 4, **kwargs: Any) -> Explanation:
+    """Count what a network saves, and needs at the peak of a training step, as PyTorch runs it and converted.
+
+    Nothing is trained, and neither the model nor its inputs change: both are counted on the meta device. A network
+    whose forward pass depends on data runs on a copy of the model and the inputs in the CPU's memory.
+
+    Args:
+        model: any network; a converted one is explained with its own settings.
+        *inputs: arguments of its forward, on any device; meta tensors will do.
+        bits: as in `convert`, for a model that is not converted.
+        **kwargs: keyword arguments of its forward.
+
+    Returns:
+        The explanation: print it, or read its rows.
+
+    Raises:
+        ValueError: as for `convert`, the inputs hold no tensor, or no output requires grad.
+    """
+    given = inputs, kwargs
+    batch = _batch(given)
+    copy_, notes = _converted_copy(model, "meta", bits), []
+    arguments = _to(given, "meta")
+    try:
+        (stock, stock_tensors), (coded, coded_tensors) = (
+            _count(copy_, arguments, is_coded) for is_coded in (False, True)
+        )
+    except (NotImplementedError, RuntimeError) as error:
+        if any(tensor.is_meta for tensor in _tensors(given)):
+            raise
+        notes.append(
+            f"run on the CPU, temporaries of the codes counted, since on the meta device: {_first_line(error)}"
+        )
+        copy_, arguments = _converted_copy(model, "cpu", bits), _to(given, "cpu")
+        (stock, stock_tensors), (coded, coded_tensors) = (
+            _count(copy_, arguments, is_coded) for is_coded in (False, True)
+        )
+    momentum = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    rows = _rows(stock_tensors, coded_tensors)
+    rest = [stock.kept - sum(row.stock_bytes for row in rows), coded.kept - sum(row.coded_bytes for row in rows)]
+    rows.append(Row("", "outputs and loss", (), (": outputs and loss",), rest[0], rest[1], ""))
+    return Explanation(
+        title=f"{type(model).__name__}, {_settings(copy_)}, input {_shapes(arguments)}",
+        batch=batch,
+        rows=rows,
+        stock=stock,
+        coded=coded,
+        fixed_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + momentum,
+        notes=[*notes, *_advice(rows, stock, coded, batch, copy_)],
+        step_bytes=None
+        if notes
+        else lambda is_coded, size: _count(copy_, _resized(arguments, batch, size), is_coded)[0].peak,
+    )
+
+
+def _converted_copy(model: nn.Module, device: str, bits: int | Codec | None) -> nn.Module:
+    """Copy a model to the meta device, where its weights take no memory, or to the CPU; convert it unless it is."""
+    to_device: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        moved = torch.empty_like(tensor, device="meta") if device == "meta" else tensor.detach().to(device, copy=True)
+        is_parameter = isinstance(tensor, nn.Parameter)
+        to_device[id(tensor)] = nn.Parameter(moved, tensor.requires_grad) if is_parameter else moved
+    copied = copy.deepcopy(model, to_device)
+    return copied if is_converted(copied) else convert(copied, bits)
+
+
+class _LikeCuda(TorchFunctionMode):
+    """Run attention and dropout on the meta device by the operations of a GPU, which save the least."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        if isinstance(first, Tensor) and first.is_meta:
+            if func is F.scaled_dot_product_attention:
+                return self._attention(*args, **kwargs)
+            if func in (F.dropout, torch.dropout):
+                return self._dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
+        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
+    ) -> Any:  # fmt: skip
+        if enable_gqa:
+            repeats = query.shape[-3] // key.shape[-3]
+            key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
+        if attn_mask is not None:
+            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
+            attn_mask = attn_mask.to(query.dtype) if attn_mask.dtype == torch.bool else attn_mask
+        attend = torch.ops.aten._scaled_dot_product_efficient_attention
+        return attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
+
+    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+        return torch.ops.aten.native_dropout(x, p, True)[0] if training and p > 0 else x
+
+
+@dataclass
+class _Tensor:
+    """A saved tensor of one run."""
+
+    storage: Any
+    nbytes: int
+    shape: tuple[int, ...]
+    savers: list[tuple[str, str, int]]
+    """Module, function, and how often the module has called it."""
+
+
+class _Recorder:
+    """Hear what a network saves, and which module and function runs (blpa.coded.mode.Listener)."""
+
+    def __init__(self, counter: LiveBytes) -> None:
+        self.counter = counter
+        self.modules: list[str] = []
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.caller = "", "", 0
+        self.tensors: dict[int, _Tensor] = {}
+
+    @property
+    def module(self) -> str:
+        """Name of the module that runs."""
+        return self.modules[-1] if self.modules else ""
+
+    def entered(self, name: str, *_: Any) -> None:
+        """Hear that a module's forward begins."""
+        self.modules.append(name)
+
+    def left(self, *_: Any) -> None:
+        """Hear that the innermost forward has ended."""
+        self.modules.pop()
+
+    def called(self, function: Any) -> None:
+        """See Listener."""
+        name = getattr(function, "__name__", str(function)).strip("_")
+        self.calls[self.module, name] += 1
+        self.caller = self.module, name, self.calls[self.module, name]
+
+    def saved(self, tensor: Tensor) -> Tensor:
+        """See Listener; returns the tensor without its history, so that an output does not keep itself alive."""
+        if self.counter.is_counted(tensor):
+            storage = tensor.untyped_storage()
+            found = self.tensors.get(storage._cdata)
+            if found is None or found.storage() is None:
+                found = _Tensor(weakref.ref(storage), storage.nbytes(), tuple(tensor.shape), [])
+                self.tensors[storage._cdata] = found
+            if self.caller not in found.savers:
+                found.savers.append(self.caller)
+        return tensor.detach()
+
+
+class _Counter(LiveBytes):
+    """Count live bytes by kind, where a temporary's kind is the module that runs and the shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorder = _Recorder(self)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = self.peak_bytes
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and self.kind_of(leaf) == TEMPORARY:
+                shape = (
+                    "codes"
+                    if leaf.dtype == torch.uint8
+                    else f"{list(leaf.shape)} of {self.recorder.module or 'the backward pass'}"
+                )
+                self.mark(leaf, shape)
+        if self.peak_bytes > before:
+            self.kinds_at_peak = dict(self.kinds)
+        return result
+
+
+def _count(model: nn.Module, arguments: Any, is_coded: bool) -> tuple[Bytes, list[_Tensor]]:
+    """Count one step of a converted model, as PyTorch's own unless is_coded."""
+    policies = {module: policy_of(module) for module in model.modules()}
+    if not is_coded:
+        set_policies(model, dict.fromkeys(policies))
+    counter = _Counter()
+    recorder = counter.recorder
+    counter.ignore([*_tensors(arguments), *model.parameters(), *model.buffers()])
+    handles: list[Any] = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(partial(recorder.entered, name), prepend=True))
+        handles.append(module.register_forward_hook(recorder.left, always_call=True))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            mark = parameter.register_post_accumulate_grad_hook(
+                lambda p: counter.mark(p.grad, "gradients of the weights")
+            )
+            handles.append(mark)
+    args, kwargs = arguments
+    THREAD.listener = recorder
+    try:
+        with (
+            counter,
+            torch.autograd.graph.saved_tensors_hooks(recorder.saved, lambda tensor: tensor),
+            _LikeCuda(),
+            torch.enable_grad(),
+        ):
+            outputs = [leaf for leaf in _tensors(model(*args, **kwargs)) if leaf.requires_grad]
+            if not outputs:
+                raise ValueError("no output of the model requires grad: nothing is saved for a backward pass")
+            loss = torch.stack([output.sum().float() for output in outputs]).sum()
+            del outputs
+            kept = counter.live_bytes
+            tensors = [tensor for tensor in recorder.tensors.values() if tensor.storage() is not None]
+            loss.backward()
+    finally:
+        THREAD.listener = None
+        for handle in handles:
+            handle.remove()
+        for parameter in model.parameters():
+            parameter.grad = None
+        set_policies(model, policies)
+    at_peak = Counter(counter.kinds_at_peak).most_common(5)
+    return Bytes(kept, counter.peak_bytes, tuple(at_peak)), tensors
+
+
+def _rows(stock: list[_Tensor], coded: list[_Tensor]) -> list[Row]:
+    """Pair the tensors of both runs: codes belong to the tensor that their first saver saves in PyTorch."""
+    owner: dict[tuple[str, str, int], int] = {}
+    for k, tensor in enumerate(stock):
+        for saver in tensor.savers:
+            owner.setdefault(saver, k)
+    coded_bytes: Counter[int] = Counter()
+    others: dict[tuple[str, str, int], _Tensor] = {}
+    for tensor in coded:
+        place = next((owner[saver] for saver in tensor.savers if saver in owner), None)
+        if place is not None:
+            coded_bytes[place] += tensor.nbytes
+        elif tensor.savers[0] in others:
+            others[tensor.savers[0]].nbytes += tensor.nbytes
+        else:
+            others[tensor.savers[0]] = tensor
+    rows = [_row(tensor, tensor.nbytes, coded_bytes[k]) for k, tensor in enumerate(stock)]
+    return rows + [_row(tensor, 0, tensor.nbytes) for tensor in others.values()]
+
+
+def _row(tensor: _Tensor, stock_bytes: int, coded_bytes: int) -> Row:
+    functions = [name.rstrip("_") for _, name, _ in tensor.savers]
+    found = [GRADIENT[name] for name in functions if name in GRADIENT]
+    gradient = "not coded" if coded_bytes >= stock_bytes > 0 else found[0] if found else EXACT
+    module, function, _ = tensor.savers[0]
+    savers = tuple(f"{module}: {function}" for module, function, _ in tensor.savers)
+    return Row(module, function, tensor.shape, savers, stock_bytes, coded_bytes, gradient)
+
+
+def _advice(rows: list[Row], stock: Bytes, coded: Bytes, batch: int, model: nn.Module) -> list[str]:
+    """Write what a user may want to change."""
+    lines = [
+        "  at the coded peak: " + "; ".join(f"{nbytes / batch / MIB:.2f} {kind}" for kind, nbytes in coded.at_peak)
+    ]
+    exact = [row for row in rows if row.gradient == "not coded" and row.stock_bytes > 0.01 * stock.kept]
+    for row in sorted(exact, key=lambda row: -row.stock_bytes):
+        lines.append(f"  not coded: {row.stock_bytes / batch / MIB:.2f} {list(row.shape)}, {row.savers[0]}")
+    codecs = {policy.codec for policy in map(policy_of, model.modules()) if policy is not None}
+    smooth = [row for row in rows if row.gradient == SMOOTH]
+    if smooth and any(codec is not None and codec.bits < 8 for codec in codecs):
+        lines.append(f"  {len(smooth)} smooth activations: 8 bits advised, since the errors of their gradients add up")
+    return lines
+
+
+def _settings(model: nn.Module) -> str:
+    codecs = {policy.codec if policy else "PyTorch's own" for policy in map(policy_of, model.modules())}
+    names = {f"{codec.bits} bits" if isinstance(codec, Codec) else codec or "exact tensors" for codec in codecs}
+    return " and ".join(sorted(names))
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def _to(tree: Any, device: str) -> Any:
+    return tree_map(lambda leaf: leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf, tree)
+
+
+def _shapes(tree: Any) -> str:
+    return ", ".join(f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in _tensors(tree))
+
+
+def _batch(tree: Any) -> int:
+    """Return the number of samples: the first dimension of the first tensor, or tensors in a list."""
+    if tree[0] and isinstance(tree[0][0], list | tuple):
+        return len(tree[0][0])
+    for tensor in _tensors(tree):
+        if tensor.dim():
+            return tensor.shape[0]
+    raise ValueError("the inputs hold no tensor with a batch: give what the model's forward takes")
+
+
+def _resized(tree: Any, batch: int, size: int) -> Any:
+    """Return the same inputs on the meta device with another batch."""
+
+    def resized(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not leaf.dim() or leaf.shape[0] != batch:
+            return leaf
+        return torch.empty((size, *leaf.shape[1:]), dtype=leaf.dtype, device="meta")
+
+    return tree_map(resized, tree)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
