@@ -95,6 +95,8 @@ class Stats(NamedTuple):
 
     def of_normalised(self, centre: Tensor, scale: Tensor) -> "Stats":
         """Return the statistics of (x - centre) scale, scale > 0."""
+        if scale.is_meta:
+            return self
         low, high = (self.low - centre) * scale, (self.high - centre) * scale
         return Stats((self.mean - centre) * scale, self.var * scale.square(), low, high)
 
@@ -200,6 +202,8 @@ def vectors_of(stats: Stats, gamma: Tensor | None, beta: Tensor | None, codec: C
         Vectors [7, C].
     """
     mean, var, low, high = stats
+    if mean.is_meta:
+        return mean.new_empty(len(Vectors._fields), mean.shape[0])
     is_input = gamma is None and beta is None
     gamma = torch.ones_like(mean) if gamma is None else gamma.to(mean.dtype)
     beta = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
@@ -345,6 +349,8 @@ def norm_grad(
         dgamma and dbeta [C], in the compute dtype.
     """
     gamma = Vectors(*vectors).gamma
+    if grad.is_meta:
+        return torch.empty_like(gamma), torch.empty_like(gamma)
     if groups is None:
         sums = vectors.new_zeros(2, grad.shape[2])
         for rows, z, _ in decoded(grad, saved, vectors, codec):
@@ -402,6 +408,8 @@ def layer_norm_grad(
         dgamma and dbeta [C], in the compute dtype.
     """
     gamma = Vectors(*vectors).gamma
+    if grad.is_meta:
+        return torch.empty_like(gamma), torch.empty_like(gamma)
     sums = vectors.new_zeros(2, grad.shape[2])
     for rows, z, _ in decoded(grad, saved, vectors, codec):
         dy = grad[rows].to(vectors.dtype)
