@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -188,18 +189,24 @@ def _run(
     for leaf in tree_leaves(output):
         if isinstance(leaf, Tensor):
             untag(leaf)
-    if (
-        is_root
-        and policy
-        and not mode.coded_calls
-        and any(parameter.requires_grad for parameter in module.parameters())
-    ):
-        warnings.warn(
-            f"{type(module).__name__} is converted, but its forward pass saved no codes: its tensors are too small, "
-            "it is checkpointed, or its functions have no coded version (blpa.explain lists them)",
-            stacklevel=3,
-        )
+    if is_root and policy and not mode.coded_calls:
+        _warn_of_no_codes(module)
     return output
+
+
+_warned: WeakSet[nn.Module] = WeakSet()
+
+
+def _warn_of_no_codes(module: nn.Module) -> None:
+    """Warn, once for each model, that converting it was of no use."""
+    if module in _warned or not any(parameter.requires_grad for parameter in module.parameters()):
+        return
+    _warned.add(module)
+    warnings.warn(
+        f"{type(module).__name__} is converted, but its forward pass saved no codes: its tensors are too small, it is "
+        "checkpointed, or its functions have no coded version (blpa.explain lists them)",
+        stacklevel=2,
+    )
 
 
 def _check_transforms() -> None:
