@@ -30,6 +30,8 @@ from blpa.coded.tensors import untag
 DEFAULT_CODECS = {8: Codec(8, "range"), 4: Codec(4, 3.0), 2: Codec(2, 1.7)}
 """At 8 bits rounding is small, and what a clip cuts off decides; at 4 and 2 bits rounding decides."""
 
+UNSUPPORTED = "{}: not supported for a converted network; blpa.restore the model first"
+
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -56,7 +58,7 @@ def convert(
         The model.
 
     Raises:
-        TypeError: model is not an nn.Module.
+        TypeError: model is not an nn.Module, or layers is not a mapping.
         ValueError: a setting is not allowed, a pattern matches no module, or the model is scripted, compiled or
             sharded.
 
@@ -67,6 +69,8 @@ def convert(
     for name, value in (("attention", attention), ("others", others)):
         if value not in (8, None) or isinstance(value, bool):
             raise ValueError(f"{name} = {value!r}: must be 8 or None")
+    if layers is not None and not isinstance(layers, Mapping):
+        raise TypeError(f"layers is a {type(layers).__name__}: must map patterns of module names to bits")
     _check(model)
 
     def policy(bits: int | Codec | None) -> Policy:
@@ -136,7 +140,7 @@ class _Coded(nn.Module):
 
     def __prepare_scriptable__(self) -> Any:
         """Refuse torch.jit.script."""
-        raise RuntimeError("torch.jit.script of a converted network is not supported: blpa.restore the model first")
+        raise RuntimeError(UNSUPPORTED.format("torch.jit.script"))
 
 
 def _rebuild(stock: type[nn.Module], policy: Policy | None, is_root: bool) -> nn.Module:
@@ -211,14 +215,16 @@ def _warn_of_no_codes(module: nn.Module) -> None:
 
 def _check_transforms() -> None:
     """Raise RuntimeError under a transform of PyTorch's that cannot see codes."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None or torch.compiler.is_exporting():
-        raise RuntimeError(
-            "torch.compile, export and tracing of a converted network are not supported: blpa.restore the model first"
-        )
+    if torch.compiler.is_dynamo_compiling():
+        # Without a break in the graph the compiler drops the error, and runs this function uncompiled: see below.
+        torch._dynamo.graph_break(msg=UNSUPPORTED.format("torch.compile"))
+        raise RuntimeError(UNSUPPORTED.format("torch.compile"))
+    if callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):
+        raise RuntimeError(UNSUPPORTED.format("torch.compile"))
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        raise RuntimeError(UNSUPPORTED.format("export and tracing"))
     if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "torch.func transforms of a converted network are not supported: blpa.restore the model first"
-        )
+        raise RuntimeError(UNSUPPORTED.format("torch.func transforms"))
 
 
 def _check(model: nn.Module) -> None:

@@ -29,6 +29,7 @@ RESERVED_BYTES = 512 * MIB
 """Of a card, for the CUDA context and workspaces."""
 
 EXACT, WEIGHT, SMOOTH = "exact", "exact; of the weight approximate", "approximate: f' at the code"
+ATTENTION, UNKNOWN = "approximate: 8 bits", "approximate: 8 bits, of unknown error"
 GRADIENT = {
     "batch_norm": "exact but for the variance term",
     "instance_norm": "exact but for the variance term",
@@ -38,7 +39,7 @@ GRADIENT = {
     "silu": SMOOTH,
     "gelu": SMOOTH,
     "hardswish": SMOOTH,
-    "scaled_dot_product_attention": "approximate: 8 bits",
+    "scaled_dot_product_attention": ATTENTION,
     "mul": "exact; of the factor approximate",
 } | {name: WEIGHT for name in ("conv1d", "conv2d", "conv3d", "linear")}
 """Gradient that a coded function passes on, given that of its output; exact unless listed."""
@@ -268,6 +269,8 @@ class _Tensor:
     shape: tuple[int, ...]
     savers: list[tuple[str, str, int]]
     """Module, function, and how often the module has called it."""
+    by_hook: bool = False
+    """Whether a function without a coded version saves it as codes."""
 
 
 class _Recorder:
@@ -299,8 +302,15 @@ class _Recorder:
         self.calls[self.module, name] += 1
         self.caller = self.module, name, self.calls[self.module, name]
 
+    def saved_by_hook(self, tensor: Tensor) -> None:
+        """See Listener."""
+        self.saved(tensor)
+        found = self.tensors.get(tensor.untyped_storage()._cdata)
+        if found is not None:
+            found.by_hook = True
+
     def saved(self, tensor: Tensor) -> Tensor:
-        """See Listener; returns the tensor without its history, so that an output does not keep itself alive."""
+        """Hear that a tensor is saved; return it without its history, or an output would keep itself alive."""
         if self.counter.is_counted(tensor):
             storage = tensor.untyped_storage()
             found = self.tensors.get(storage._cdata)
@@ -388,25 +398,31 @@ def _rows(stock: list[_Tensor], coded: list[_Tensor]) -> list[Row]:
         for saver in tensor.savers:
             owner.setdefault(saver, k)
     coded_bytes: Counter[int] = Counter()
+    by_hook: set[int] = set()
     others: dict[tuple[str, str, int], _Tensor] = {}
     for tensor in coded:
         place = next((owner[saver] for saver in tensor.savers if saver in owner), None)
         if place is not None:
             coded_bytes[place] += tensor.nbytes
+            if tensor.by_hook:
+                by_hook.add(place)
         elif tensor.savers[0] in others:
             others[tensor.savers[0]].nbytes += tensor.nbytes
         else:
             others[tensor.savers[0]] = tensor
-    rows = [_row(tensor, tensor.nbytes, coded_bytes[k]) for k, tensor in enumerate(stock)]
-    return rows + [_row(tensor, 0, tensor.nbytes) for tensor in others.values()]
+    rows = [_row(tensor, tensor.nbytes, coded_bytes[k], k in by_hook) for k, tensor in enumerate(stock)]
+    return rows + [_row(tensor, 0, tensor.nbytes, tensor.by_hook) for tensor in others.values()]
 
 
-def _row(tensor: _Tensor, stock_bytes: int, coded_bytes: int) -> Row:
-    functions = [name.rstrip("_") for _, name, _ in tensor.savers]
-    found = [GRADIENT[name] for name in functions if name in GRADIENT]
-    gradient = "not coded" if coded_bytes >= stock_bytes > 0 else found[0] if found else EXACT
+def _row(tensor: _Tensor, stock_bytes: int, coded_bytes: int, by_hook: bool) -> Row:
+    found = [GRADIENT[name] for _, name, _ in tensor.savers if name in GRADIENT]
+    gradient = found[0] if found else EXACT
+    if coded_bytes >= stock_bytes > 0:
+        gradient = "not coded"
+    elif by_hook and gradient != ATTENTION:
+        gradient = UNKNOWN
     module, function, _ = tensor.savers[0]
-    savers = tuple(f"{module}: {function}" for module, function, _ in tensor.savers)
+    savers = tuple(f"{module or 'the model'}: {function}" for module, function, _ in tensor.savers)
     return Row(module, function, tensor.shape, savers, stock_bytes, coded_bytes, gradient)
 
 

@@ -7,12 +7,11 @@ off by a factor of exp(error of S), in the gradient that every layer below gets:
 is not. The logsumexp stays exact.
 """
 
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 
-from blpa.coded.mode import Coding, coding_saved_tensors, is_recording
-from blpa.coded.tensors import Coded, tag
+from blpa.coded.mode import Coding, call_coding_saved_tensors, is_recording
 
 
 def scaled_dot_product_attention(
@@ -23,10 +22,6 @@ def scaled_dot_product_attention(
     if codec is None or not is_recording(query, key, value):
         return NotImplemented
     shapes = {query.shape, key.shape, value.shape, (*query.shape[:-1], value.shape[-1])}
-    made: list[tuple[int, Coded]] = []
-    with coding_saved_tensors(coding, codec, lambda tensor: tensor.shape in shapes, made):
-        out = cast(Tensor, function(query, key, value, *args, **kwargs))
-    for storage, saved in made:  # the layer after it reads the codes of the output
-        if storage == out.untyped_storage()._cdata and saved.layout.shape == out.shape:
-            return tag(out, saved, -1)
-    return out
+    return call_coding_saved_tensors(
+        coding, codec, function, (query, key, value, *args), kwargs, lambda tensor: tensor.shape in shapes
+    )

@@ -7,7 +7,6 @@ forward written by hand, a library. So nothing in the network is replaced.
 import functools
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Protocol
@@ -50,8 +49,8 @@ class Listener(Protocol):
     def called(self, function: Any) -> None:
         """Hear that the network calls a function."""
 
-    def saved(self, tensor: Tensor) -> Any:
-        """Hear that this tensor is saved."""
+    def saved_by_hook(self, tensor: Tensor) -> Any:
+        """Hear that this tensor is saved for one of PyTorch's functions."""
 
 
 class Coding(TorchFunctionMode):
@@ -96,19 +95,15 @@ class Coding(TorchFunctionMode):
         result = NotImplemented if handler is None else handler(self, func, *args, **kwargs)
         if result is not NotImplemented:
             return result
-        with self.coding_others():
+        if self.policy.others is None:
             return func(*args, **kwargs)
+        return call_coding_saved_tensors(self, self.policy.others, func, args, kwargs, lambda tensor: True)
 
     @property
     def codec(self) -> Codec | None:
         """Codec of the policy."""
         assert self.policy is not None
         return self.policy.codec
-
-    def coding_others(self) -> AbstractContextManager[Any]:
-        """Return a context in which functions without a coded version save codes, if the policy wants it."""
-        codec = self.policy.others if self.policy else None
-        return nullcontext() if codec is None else coding_saved_tensors(self, codec, lambda tensor: True)
 
     def is_input(self, tensor: Tensor) -> bool:
         """Return whether a tensor is an input of the network or a view of one."""
@@ -163,38 +158,46 @@ def may_overwrite(x: Tensor) -> bool:
     return not (x._is_view() or (x.is_leaf and x.requires_grad))
 
 
-def coding_saved_tensors(
-    coding: Coding, codec: Codec, is_chosen: Callable[[Tensor], bool], made: list[tuple[int, Coded]] | None = None
-) -> AbstractContextManager[Any]:
-    """Return a context in which PyTorch's functions save codes of the large tensors that they save.
+def call_coding_saved_tensors(
+    coding: Coding, codec: Codec, function: Any, args: Any, kwargs: Any, is_chosen: Callable[[Tensor], bool]
+) -> Any:
+    """Call one of PyTorch's functions, and save codes in place of the large tensors that it saves.
 
     Args:
         coding: the mode.
         codec: of the codes.
+        function: the function, which knows nothing of codes.
+        args: its arguments.
+        kwargs: its keyword arguments.
         is_chosen: which tensors; others are saved as they are.
-        made: gets the storage's address and the codes of each, to be compared while the tensors are alive.
     """
+    made: dict[int, Coded] = {}
 
     def pack(tensor: Tensor) -> Tensor | Saved:
-        is_small = not is_worth_a_code(tensor, -1)
         is_held = tensor.is_leaf and tensor.requires_grad
-        if is_held or is_small or not tensor.is_floating_point() or coding.is_input(tensor) or not is_chosen(tensor):
+        is_large = tensor.is_floating_point() and is_worth_a_code(tensor, -1)
+        if is_held or not is_large or coding.is_input(tensor) or not is_chosen(tensor):
             return tensor
         saved = saved_of(tensor)
         if saved is None:
-            saved = Coded.of(tensor.detach(), -1 if tensor.dim() < 4 else channel_of(tensor), codec)
-        if made is not None and isinstance(saved, Coded):
-            made.append((tensor.untyped_storage()._cdata, saved))
+            saved = Coded.of(tensor.detach(), channel_of(tensor) if tensor.dim() > 3 else -1, codec)
+            made[tensor.untyped_storage()._cdata] = saved
         coding.coded_calls += 1
         if coding.listener is not None:
-            for made_tensor in saved.tensors:
-                coding.listener.saved(made_tensor)
+            for part in saved.tensors:
+                coding.listener.saved_by_hook(part)
         return saved
 
     def unpack(saved: Tensor | Saved) -> Tensor:
         return saved if isinstance(saved, Tensor) else saved.value()
 
-    return torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        result = function(*args, **kwargs)
+    if isinstance(result, Tensor) and made:  # a hook gets another object for an output: tag the one that is read
+        saved = made.get(result.untyped_storage()._cdata)
+        if saved is not None and saved.layout.shape == result.shape:
+            tag(result, saved, saved.layout.channel)
+    return result
 
 
 @functools.cache
