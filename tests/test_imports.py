@@ -38,7 +38,7 @@ ONLY_IN = {
     "triton": ("blpa.kernels.triton_ops",),
     "hydra": ("runners.compose", "runners.sweep"),
     "sklearn": ("runners.data",),
-    "torchvision": ("runners.data",),
+    "torchvision": ("runners.data", "runners.training.models"),
     "pandas": ("runners.reporting",),
     "matplotlib": ("runners.reporting",),
     "jinja2": ("runners.reporting",),

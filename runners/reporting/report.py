@@ -15,7 +15,7 @@ from markupsafe import Markup, escape
 
 import blpa
 from runners.records import Record
-from runners.reporting import errors, kernels, networks
+from runners.reporting import converted, errors, kernels, networks
 from runners.reporting.labels import Labels
 from runners.reporting.networks import TABLES
 from runners.reporting.pages import commits
@@ -56,6 +56,7 @@ def render(found: list[Record], pictures: Iterable[Path], labels: Labels) -> str
     """
     pages = [errors.page(errors.summarise(found, labels), labels)]
     pages += [networks.page(table, networks.cells(table, found, labels), labels) for table in TABLES]
+    pages.append(converted.page(converted.cells(found, labels), labels))
     pages.append(kernels.page(kernels.cells(found, labels), labels))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("runners.reporting", "."), autoescape=True, undefined=jinja2.StrictUndefined,

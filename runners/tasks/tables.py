@@ -1,4 +1,4 @@
-"""Write every table from all records: errors, largest batches, times, gradient errors, kernels.
+"""Write every table from all records: errors, memory, largest batches, times, gradient errors, kernels.
 
 results/tables/<name>.md is for reading; <name>.csv has the same cells, one per row.
 """
@@ -10,7 +10,7 @@ from runners import records
 from runners.config import Config, one_of
 from runners.files import write_csv, write_whole
 from runners.records import COLUMNS, Record, as_row
-from runners.reporting import errors, kernels, networks
+from runners.reporting import converted, errors, kernels, networks
 from runners.reporting.labels import read_labels
 from runners.reporting.networks import TABLES
 from runners.reporting.pages import markdown
@@ -22,13 +22,13 @@ class Settings:
 
     name: str
     tables: list[str]
-    """Tables to print, of memory, batches, times, gradients, kernels and errors; an empty list prints all."""
+    """Tables to print, of memory, batches, times, gradients, converted, kernels and errors; [] prints all."""
 
 
 def check(config: Config) -> None:
     """Check that the tables exist."""
     for name in config.task.tables:
-        one_of("task.tables", name, ("memory", "batches", "times", "gradients", "kernels", "errors"))
+        one_of("task.tables", name, ("memory", "batches", "times", "gradients", "converted", "kernels", "errors"))
 
 
 def run(config: Config) -> list[Record]:
@@ -47,6 +47,9 @@ def run(config: Config) -> list[Record]:
         shown = networks.cells(table, found, labels)
         texts[table.name] = markdown(networks.page(table, shown, labels))
         write_csv(folder / f"{table.name}.csv", list(map(as_row, shown)), columns=COLUMNS)
+    of_converted = converted.cells(found, labels)
+    texts["converted"] = markdown(converted.page(of_converted, labels))
+    write_csv(folder / "converted.csv", list(map(as_row, of_converted)), columns=COLUMNS)
     of_kernels = kernels.cells(found, labels)
     texts["kernels"] = markdown(kernels.page(of_kernels, labels))
     write_csv(folder / "kernels.csv", list(map(as_row, of_kernels)), columns=COLUMNS)

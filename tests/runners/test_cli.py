@@ -70,7 +70,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         ("mode=null", "mode=null is not allowed"),
         (
             "task=trian",
-            "task=trian is not allowed (did you mean train?); choose one of gradient-error, kernels, max-batch, ",
+            "task=trian is not allowed (did you mean train?); choose one of explain, gradient-error, kernels, ",
         ),
         ("network=1001", "network=1001 is not allowed; choose one of resnet"),
         ("hydra.run.dir=x", "hydra.run.dir=x is not allowed: of Hydra's own keys blpa-run heeds hydra.launcher., "),
@@ -153,7 +153,9 @@ def test_the_users_own_example(ran: list[Config]) -> None:
 @pytest.mark.parametrize("group", ["dataset", "mode", "gpu", "task"])
 def test_every_option_composes_and_bears_its_files_name(capsys: pytest.CaptureFixture[str], group: str) -> None:
     for option in options(group):
-        needed = {"max-batch": ["gpu.memory_gib=11"], "thresholds": ["task.checkpoint=weights.pt"]}.get(option, [])
+        needed = {
+            "max-batch": ["gpu.memory_gib=11"], "thresholds": ["task.checkpoint=weights.pt"], "explain": ["mode=4bit"]
+        }.get(option, [])  # fmt: skip
         assert cli.main(["-c", "job", f"{group}={option}", *needed]) == 0
         assert f"{group}:\n  name: {option}\n" in capsys.readouterr().out
 

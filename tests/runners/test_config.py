@@ -177,14 +177,14 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
     }  # fmt: skip
     assert options("gpu") == ["auto", "cpu", "gtx1080ti", "h200"]
     assert options("task") == [
-        "gradient-error", "kernels", "max-batch", "memory", "plots", "progress", "report", "runtime", "tables",
-        "thresholds", "train",
+        "explain", "gradient-error", "kernels", "max-batch", "memory", "plots", "progress", "report", "runtime",
+        "tables", "thresholds", "train",
     ]  # fmt: skip
     assert options("experiment") == [
         "bench-batches", "bench-batches-fp32", "bench-card", "bench-kernels", "bench-kernels-others", "bench-largest",
-        "bench-largest-fp32", "bench-times", "bench-times-fp32", "bench-training", "demo", "demo-batches",
-        "demo-gradients", "demo-memory", "demo-times", "gradients", "single", "table1", "table1-quarter", "table2",
-        "table2-fp32", "table3", "table3-fp32",
+        "bench-largest-fp32", "bench-times", "bench-times-fp32", "bench-training", "converted", "demo",
+        "demo-batches", "demo-gradients", "demo-memory", "demo-times", "gradients", "single", "table1",
+        "table1-quarter", "table2", "table2-fp32", "table3", "table3-fp32",
     ]  # fmt: skip
 
 
@@ -202,6 +202,7 @@ def test_a_task_s_file_sets_all_of_its_settings(task: str) -> None:
         ("kernels", {"elements": 1}, "task.elements=1 is not allowed"),
         ("gradient-error", {"checkpoint": ""}, "task.checkpoint= is empty"),
         ("thresholds", {}, "task=thresholds analyses trained weights"),
+        ("explain", {"image_size": 0}, "task.image_size=0: must be a number of pixels above 0"),
         ("tables", {"tables": ["error"]}, "task.tables=error is not allowed: choose one of memory, "),
         ("max-batch", {"resolution": 1.0}, "task.resolution=1.0 is not allowed"),
     ],

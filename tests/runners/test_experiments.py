@@ -16,6 +16,7 @@ TINY = {
 
 OF_TASK = {
     "train": ["mode=4bit"],
+    "explain": ["mode=4bit", "task.model=resnet18", "task.image_size=64"],
     "gradient-error": ["mode=4bit", "task.steps=1"],
     "kernels": ["mode=4bit", "task.steps=1", "task.elements=4096"],
     "max-batch": ["mode=exact", "task.resolution=0.5"],

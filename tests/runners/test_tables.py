@@ -179,6 +179,7 @@ def test_the_task_writes_its_files_and_prints_the_readable_ones(
         "batches",
         "times",
         "gradients",
+        "converted",
         "kernels",
         "errors",
     )  # errors last, where the reader of a demo looks

@@ -1,0 +1,70 @@
+"""Networks besides the paper's, by name: torchvision's, and a U-Net."""
+
+import difflib
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from runners.errors import UserError
+
+
+def build(name: str) -> nn.Module:
+    """Make a network with random weights.
+
+    Args:
+        name: one of torchvision's classifiers, such as resnet50, or unet.
+
+    Raises:
+        UserError: there is no such network.
+    """
+    if name == "unet":
+        return UNet()
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        near = ", ".join(difflib.get_close_matches(name, names)) or "resnet50"
+        raise UserError(f"task.model={name}: must be unet or a classifier of torchvision ({near}, ...)")
+    model: nn.Module = torchvision.models.get_model(name, weights=None)
+    return model
+
+
+class UNet(nn.Module):
+    """The U-Net of Ronneberger, Fischer and Brox (2015) with batch norm: five levels, two classes per pixel."""
+
+    def __init__(self, channels: int = 64, levels: int = 5) -> None:
+        super().__init__()
+        widths = [channels << level for level in range(levels)]
+        self.down = nn.ModuleList(map(_two_convolutions, [3, *widths], widths))
+        pairs = list(zip(widths[:0:-1], widths[-2::-1], strict=True))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(wide, narrow, 2, stride=2) for wide, narrow in pairs)
+        self.merge = nn.ModuleList(_two_convolutions(wide, narrow) for wide, narrow in pairs)
+        self.pool = nn.MaxPool2d(2)
+        self.head = nn.Conv2d(channels, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute logits [N, 2, H, W] from images [N, 3, H, W]; H and W are multiples of 16."""
+        *skips, bottom = self.down
+        skipped = []
+        for block in skips:
+            x = block(x)
+            skipped.append(x)
+            x = self.pool(x)
+        x = bottom(x)
+        for up, merge in zip(self.up, self.merge, strict=True):
+            x = merge(torch.cat([skipped.pop(), up(x)], dim=1))
+        logits: Tensor = self.head(x)
+        return logits
+
+
+def _two_convolutions(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        *(
+            layer
+            for channels in (inputs, outputs)
+            for layer in (
+                nn.Conv2d(channels, outputs, 3, padding=1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(inplace=True),
+            )
+        )
+    )
