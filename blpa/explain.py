@@ -120,7 +120,13 @@ class Explanation:
         if self.step_bytes is None:
             raise ValueError("the largest batch needs inputs without data: the network ran with its data")
         count = self.step_bytes
-        return largest_batch(lambda batch: self.fixed_bytes + count(coded, batch), int(gib * GIB) - RESERVED_BYTES)
+
+        def total(batch: int) -> int:
+            if batch > 1:
+                return self.fixed_bytes + count(coded, batch)
+            return self.fixed_bytes + 2 * count(coded, 2) - count(coded, 3)  # a batch norm may refuse a single sample
+
+        return largest_batch(total, int(gib * GIB) - RESERVED_BYTES)
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas.DataFrame."""
@@ -328,21 +334,28 @@ class _Counter(LiveBytes):
     def __init__(self) -> None:
         super().__init__()
         self.recorder = _Recorder(self)
+        self.tensor_bytes: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         before = self.peak_bytes
         result = super().__torch_dispatch__(func, types, args, kwargs)
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor) and self.kind_of(leaf) == TEMPORARY:
-                shape = (
-                    "codes"
-                    if leaf.dtype == torch.uint8
-                    else f"{list(leaf.shape)} of {self.recorder.module or 'the backward pass'}"
-                )
-                self.mark(leaf, shape)
+                where = self.recorder.module or "the backward pass"
+                kind = "codes" if leaf.dtype == torch.uint8 else f"{list(leaf.shape)} of {where}"
+                self.tensor_bytes[kind] = leaf.untyped_storage().nbytes()
+                self.mark(leaf, kind)
         if self.peak_bytes > before:
             self.kinds_at_peak = dict(self.kinds)
         return result
+
+    def largest_at_peak(self) -> tuple[tuple[str, int], ...]:
+        """Return kinds and bytes of what takes most at the peak; several tensors of a kind are counted in its name."""
+        found = []
+        for kind, nbytes in Counter(self.kinds_at_peak).most_common(5):
+            tensors = nbytes // self.tensor_bytes[kind] if kind in self.tensor_bytes and kind != "codes" else 1
+            found.append((f"{tensors} x {kind}" if tensors > 1 else kind, nbytes))
+        return tuple(found)
 
 
 def _count(model: nn.Module, arguments: Any, is_coded: bool) -> tuple[Bytes, list[_Tensor]]:
@@ -387,8 +400,7 @@ def _count(model: nn.Module, arguments: Any, is_coded: bool) -> tuple[Bytes, lis
         for parameter in model.parameters():
             parameter.grad = None
         set_policies(model, policies)
-    at_peak = Counter(counter.kinds_at_peak).most_common(5)
-    return Bytes(kept, counter.peak_bytes, tuple(at_peak)), tensors
+    return Bytes(kept, counter.peak_bytes, counter.largest_at_peak()), tensors
 
 
 def _rows(stock: list[_Tensor], coded: list[_Tensor]) -> list[Row]:
@@ -428,9 +440,8 @@ def _row(tensor: _Tensor, stock_bytes: int, coded_bytes: int, by_hook: bool) -> 
 
 def _advice(rows: list[Row], stock: Bytes, coded: Bytes, batch: int, model: nn.Module) -> list[str]:
     """Write what a user may want to change."""
-    lines = [
-        "  at the coded peak: " + "; ".join(f"{nbytes / batch / MIB:.2f} {kind}" for kind, nbytes in coded.at_peak)
-    ]
+    largest = [(kind, nbytes) for kind, nbytes in coded.at_peak if nbytes > 0.01 * coded.peak]
+    lines = ["  at the coded peak: " + "; ".join(f"{nbytes / batch / MIB:.2f} {kind}" for kind, nbytes in largest)]
     exact = [row for row in rows if row.gradient == "not coded" and row.stock_bytes > 0.01 * stock.kept]
     for row in sorted(exact, key=lambda row: -row.stock_bytes):
         lines.append(f"  not coded: {row.stock_bytes / batch / MIB:.2f} {list(row.shape)}, {row.savers[0]}")

@@ -37,8 +37,8 @@ HEAVY = {"torch", "blpa", "torchvision", "sklearn", "pandas", "matplotlib", "jin
 ONLY_IN = {
     "triton": ("blpa.kernels.triton_ops",),
     "hydra": ("runners.compose", "runners.sweep"),
-    "sklearn": ("runners.data",),
-    "torchvision": ("runners.data", "runners.training.models"),
+    "sklearn": ("runners.data", "runners.examples"),
+    "torchvision": ("runners.data", "runners.training.models", "runners.examples"),
     "pandas": ("runners.reporting",),
     "matplotlib": ("runners.reporting",),
     "jinja2": ("runners.reporting",),
