@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 from blpa.codec import ALLOWED_BITS, Codec
 from blpa.coded import FUNCTIONS, Coding, Policy
 from blpa.coded.mode import EIGHT_BITS, THREAD
-from blpa.coded.tensors import untag
 
 DEFAULT_CODECS = {8: Codec(8, "range"), 4: Codec(4, 3.0), 2: Codec(2, 1.7)}
 """At 8 bits rounding is small, and what a clip cuts off decides; at 4 and 2 bits rounding decides."""
@@ -87,13 +86,17 @@ def restore(model: Model) -> Model:
     """Undo `convert`: give every module its own class back, in place.
 
     Args:
-        model: converted, or not.
+        model: converted, or not; the whole, for a part of a converted model runs as the rest of it does.
 
     Returns:
         The model.
+
+    Raises:
+        ValueError: something else has changed the class of a converted module since.
     """
-    for module in model.modules():
-        module.__class__ = _stock_class(module)
+    classes = {module: _stock_class(module) for module in model.modules()}  # all or nothing
+    for module, stock_class in classes.items():
+        module.__class__ = stock_class
     return model
 
 
@@ -104,8 +107,9 @@ def is_converted(model: nn.Module) -> bool:
 
 def set_policies(model: nn.Module, policies: Mapping[nn.Module, Policy | None]) -> None:
     """Convert each module of a model to its policy, in place."""
+    classes = {module: _stock_class(module) for module in policies}  # all or nothing
     for module, policy in policies.items():
-        module.__class__ = _coded_class(_stock_class(module), policy, module is model)  # type: ignore[arg-type]
+        module.__class__ = _coded_class(classes[module], policy, module is model)  # type: ignore[arg-type]
 
 
 def policy_of(module: nn.Module) -> Policy | None:
@@ -183,16 +187,20 @@ def _run(
         finally:
             mode.policy = before
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    mode = Coding(FUNCTIONS, policy, inputs, THREAD.listener)
+    if not any(tensor.requires_grad for tensor in (*module.parameters(), *inputs)):
+        return forward(*args, **kwargs)
+    # What an earlier layer computed is no input of the network, if its layers are called one by one.
+    held = [tensor for tensor in inputs if tensor.grad_fn is None]
+    mode = Coding(FUNCTIONS, policy, [*module.parameters(), *module.buffers(), *held], THREAD.listener)
     THREAD.mode = mode
+    output = None
     try:
         with mode:
             output = forward(*args, **kwargs)
     finally:
         THREAD.mode = None
-    for leaf in tree_leaves(output):
-        if isinstance(leaf, Tensor):
-            untag(leaf)
+        passed_on = [] if is_root else [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        mode.untag(but=passed_on)
     if is_root and policy and not mode.coded_calls:
         _warn_of_no_codes(module)
     return output
@@ -246,29 +254,42 @@ def _codec(bits: int | Codec | None) -> Codec | None:
     """Return the codec of a number of bits."""
     if bits is None or isinstance(bits, Codec):
         return bits
-    if isinstance(bits, bool) or bits not in ALLOWED_BITS:
+    if type(bits) is not int or bits not in ALLOWED_BITS:
         raise ValueError(f"bits = {bits!r}: must be 8, 4, 2, a blpa.Codec or None")
     return DEFAULT_CODECS[bits]
 
 
 def _policies(model: nn.Module, default: Policy, layers: Mapping[str, Policy | None]) -> dict[nn.Module, Policy | None]:
     """Return the policy of each module: of the last pattern that matches its name or that of a module around it."""
-    names = [name for name, _ in model.named_modules()]
+    names = [name for name, _ in model.named_modules(remove_duplicate=False)]
     for pattern in layers:
+        if not isinstance(pattern, str):
+            raise TypeError(f"layers: {pattern!r} is a {type(pattern).__name__}: must be a pattern of module names")
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[1:4]
-            raise ValueError(f"layers: {pattern!r} matches no module; the nearest names are {', '.join(near)}")
+            hint = f"the nearest names are {', '.join(near)}" if near else "the model has no modules inside"
+            raise ValueError(f"layers: {pattern!r} matches no module; {hint}")
     policies: dict[nn.Module, Policy | None] = {}
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):
         parts = name.split(".")
         around = {".".join(parts[:k]) for k in range(1, len(parts) + 1)} | {name}
         matching = [
             policy for pattern, policy in layers.items() if any(fnmatch.fnmatchcase(n, pattern) for n in around)
         ]
-        policies[module] = matching[-1] if matching else default
+        if matching:
+            policies[module] = matching[-1]
+        else:
+            policies.setdefault(module, default)
     return policies
 
 
 def _stock_class(module: nn.Module) -> type[nn.Module]:
     """Return a module's own class."""
-    return type(module)._blpa_stock if isinstance(module, _Coded) else type(module)
+    if "_blpa_stock" in vars(type(module)):
+        return cast(type[_Coded], type(module))._blpa_stock
+    if isinstance(module, _Coded):
+        raise ValueError(
+            f"a module became a {type(module).__name__} after it was converted: undo that first (a parametrization, a "
+            "wrapper), then restore or convert"
+        )
+    return type(module)

@@ -41,7 +41,10 @@ GRADIENT = {
     "hardswish": SMOOTH,
     "scaled_dot_product_attention": ATTENTION,
     "mul": "exact; of the factor approximate",
-} | {name: WEIGHT for name in ("conv1d", "conv2d", "conv3d", "linear")}
+    "multiply": "exact; of the factor approximate",
+    "rmul": "exact; of the factor approximate",
+    "linear": WEIGHT,
+} | {f"{kind}{dims}d": WEIGHT for kind in ("conv", "conv_transpose") for dims in (1, 2, 3)}
 """Gradient that a coded function passes on, given that of its output; exact unless listed."""
 
 
@@ -113,7 +116,8 @@ class Explanation:
             The batch, 0 if not even one sample fits.
 
         Raises:
-            ValueError: gib is not positive, or the network was not counted on the meta device.
+            ValueError: gib is not positive, the network was not counted on the meta device, or its inputs do not take
+                another batch.
         """
         if not gib > 0:
             raise ValueError(f"gib = {gib}: must be positive")
@@ -126,7 +130,10 @@ class Explanation:
                 return self.fixed_bytes + count(coded, batch)
             return self.fixed_bytes + 2 * count(coded, 2) - count(coded, 3)  # a batch norm may refuse a single sample
 
-        return largest_batch(total, int(gib * GIB) - RESERVED_BYTES)
+        try:
+            return largest_batch(total, int(gib * GIB) - RESERVED_BYTES)
+        except RuntimeError as error:  # an input that is no batch has its size
+            raise ValueError(f"the inputs do not take another batch ({_first_line(error)})") from error
 
     def to_pandas(self) -> Any:
         """Return the rows as a pandas.DataFrame."""
@@ -161,8 +168,12 @@ class Explanation:
         ratio = self.stock.peak / max(1, self.coded.peak)
         lines.append(("peak of a step", mib(self.stock.peak), mib(self.coded.peak), f"{ratio:.1f} times less"))
         if self.step_bytes is not None:
-            stock_batch, coded_batch = (str(self.largest_batch(coded=is_coded)) for is_coded in (False, True))
-            lines.append(("largest batch in 11 GiB (less 0.5; SGD)", stock_batch, coded_batch, ""))
+            try:
+                stock_batch, coded_batch = (str(self.largest_batch(coded=is_coded)) for is_coded in (False, True))
+            except ValueError as error:  # the table is worth printing without this line
+                lines.append((f"largest batch: {error}", "", "", ""))
+            else:
+                lines.append(("largest batch in 11 GiB (less 0.5; SGD)", stock_batch, coded_batch, ""))
         widths = [max(len(line[k]) for line in lines) for k in range(3)]
         table = [
             f"{line[0]:<{widths[0]}}  {line[1]:>{widths[1]}}  {line[2]:>{widths[2]}}  {line[3]}".rstrip()
@@ -243,7 +254,7 @@ class _LikeCuda(TorchFunctionMode):
         kwargs = kwargs or {}
         first = args[0] if args else None
         if isinstance(first, Tensor) and first.is_meta:
-            if func is F.scaled_dot_product_attention:
+            if func is F.scaled_dot_product_attention and first.dim() == 4:
                 return self._attention(*args, **kwargs)
             if func in (F.dropout, torch.dropout):
                 return self._dropout(*args, **kwargs)
@@ -463,7 +474,10 @@ def _tensors(tree: Any) -> list[Tensor]:
 
 
 def _to(tree: Any, device: str) -> Any:
-    return tree_map(lambda leaf: leaf.detach().to(device) if isinstance(leaf, Tensor) else leaf, tree)
+    def moved(leaf: Any) -> Any:
+        return leaf.detach().to(device).requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+
+    return tree_map(moved, tree)
 
 
 def _shapes(tree: Any) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from blpa.codec import Codec
 from blpa.coded.mode import Coding, is_recording, may_overwrite
 from blpa.coded.once import differentiable_once
-from blpa.coded.tensors import Coded, Layout, channel_of, is_worth_a_code, load, save, saved_of, tag
+from blpa.coded.tensors import Coded, Layout, channel_of, is_worth_a_code, load, save, saved_of
 from blpa.kernels.any_layout import Elementwise
 
 Call = Callable[[Tensor], Tensor]
@@ -97,10 +97,10 @@ def _activation(coding: Coding, y: Tensor, call: Call, function: Elementwise, *,
     if not isinstance(saved, Coded) or not saved.is_plain:
         if function.name == "relu":  # a has its sign, and half the range
             a, values, vectors = _Elementwise.apply(y, call, function, None, channel, coding.codec)
-            return tag(a, Coded(values, vectors, Layout.of(a, channel, coding.codec)), channel)
+            return coding.tag(a, Coded(values, vectors, Layout.of(a, channel, coding.codec)), channel)
         saved = Coded.of(y, channel, coding.codec)
     a = _Elementwise.apply(y, call, function, saved, channel, coding.codec)
-    return tag(a, saved.after(function), saved.layout.channel)
+    return coding.tag(a, saved.after(function), saved.layout.channel)
 
 
 def relu(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
@@ -117,7 +117,7 @@ def relu_(coding: Coding, function: Any, input: Tensor) -> Any:
 def leaky_relu(
     coding: Coding, function: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
 ) -> Any:
-    """Coded torch.nn.functional.leaky_relu; not where a negative slope makes the sign of the output useless."""
+    """Coded torch.nn.functional.leaky_relu."""
     return _activation(
         coding, input, lambda y: function(y, negative_slope, inplace), Elementwise("leaky_relu", (negative_slope,)),
         inplace=inplace,
@@ -169,4 +169,4 @@ def _clamped(coding: Coding, y: Tensor, call: Call, low: float, high: float, inp
     saved, channel = saved_of(y), channel_of(y)
     a = _Masked.apply(y, call, lambda y: (y > low) & (y < high))
     clamped = Elementwise("hardtanh", (low, high))
-    return tag(a, saved.after(clamped) if isinstance(saved, Coded) and saved.is_plain else None, channel)
+    return coding.tag(a, saved.after(clamped) if isinstance(saved, Coded) and saved.is_plain else None, channel)

@@ -5,8 +5,10 @@ forward written by hand, a library. So nothing in the network is replaced.
 """
 
 import functools
+import inspect
 import threading
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any, Protocol
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blpa.codec import Codec
-from blpa.coded.tensors import Coded, Saved, channel_of, is_worth_a_code, saved_of, tag
+from blpa.coded.tensors import Coded, Saved, is_worth_a_code, saved_of, tag, untag
 
 EIGHT_BITS = Codec(8, "range")
 """Of what has no sign to preserve and errors that compound: attention, and functions that have no coded version."""
@@ -60,7 +62,7 @@ class Coding(TorchFunctionMode):
         handlers: coded versions by function: handler(coding, function, *args, **kwargs). One that returns
             NotImplemented leaves the call to the function itself.
         policy: None leaves all calls to the functions themselves.
-        inputs: the network's, which its caller holds anyway.
+        held: tensors that are in memory anyway: weights, buffers and the network's inputs.
         listener: hears of each function, and of codes that hooks around the network do not see.
 
     Attributes:
@@ -71,7 +73,7 @@ class Coding(TorchFunctionMode):
         self,
         handlers: Mapping[Any, Handler],
         policy: Policy | None,
-        inputs: list[Tensor],
+        held: Iterable[Tensor],
         listener: "Listener | None" = None,
     ) -> None:
         super().__init__()
@@ -79,7 +81,9 @@ class Coding(TorchFunctionMode):
         self.handlers = handlers
         self.policy = policy
         self.coded_calls = 0
-        self._inputs = {tensor.untyped_storage()._cdata for tensor in inputs if type(tensor) is Tensor}
+        # Their addresses, which stay theirs as long as the forward pass runs.
+        self._held = {tensor.untyped_storage()._cdata for tensor in held if is_plain(tensor)}
+        self._tagged: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the coded version of a function, or the function."""
@@ -92,12 +96,23 @@ class Coding(TorchFunctionMode):
         if self.policy is None or not torch.is_grad_enabled() or _is_checkpointed():
             return func(*args, **kwargs)
         handler = self.handlers.get(func)
-        result = NotImplemented if handler is None else handler(self, func, *args, **kwargs)
+        result = NotImplemented if handler is None else self._handled(handler, func, args, kwargs)
         if result is not NotImplemented:
             return result
         if self.policy.others is None:
             return func(*args, **kwargs)
-        return call_coding_saved_tensors(self, self.policy.others, func, args, kwargs, lambda tensor: True)
+        return call_coding_saved_tensors(self, self.policy.others, func, args, kwargs, _is_finite)
+
+    def _handled(self, handler: Handler, func: Any, args: Any, kwargs: Any) -> Any:
+        """Call a coded version; NotImplemented if the function takes arguments that it does not."""
+        try:
+            return handler(self, func, *args, **kwargs)
+        except TypeError:
+            try:
+                inspect.signature(handler).bind(self, func, *args, **kwargs)
+            except TypeError:
+                return NotImplemented
+            raise
 
     @property
     def codec(self) -> Codec | None:
@@ -105,9 +120,22 @@ class Coding(TorchFunctionMode):
         assert self.policy is not None
         return self.policy.codec
 
-    def is_input(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is an input of the network or a view of one."""
-        return tensor.untyped_storage()._cdata in self._inputs
+    def is_held(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is in memory anyway: a weight, a buffer, an input of the network or a view of one."""
+        return (tensor.is_leaf and tensor.requires_grad) or tensor.untyped_storage()._cdata in self._held
+
+    def tag(self, tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
+        """Put a tag on a tensor, until the network's forward pass ends."""
+        self._tagged.append(weakref.ref(tensor))
+        return tag(tensor, saved, channel)
+
+    def untag(self, but: Iterable[Tensor] = ()) -> None:
+        """Take all tags off, but those of some tensors: what outlives the forward pass would keep codes alive."""
+        spared = {id(tensor) for tensor in but}
+        for reference in self._tagged:
+            tensor = reference()
+            if tensor is not None and id(tensor) not in spared:
+                untag(tensor)
 
     def saved_of(self, x: Tensor, channel: int) -> Saved | None:
         """Return what a function that reads x saves of it: what the tag holds, else a code of its own.
@@ -121,11 +149,10 @@ class Coding(TorchFunctionMode):
         """
         saved = saved_of(x)
         if saved is None:
-            is_held = (x.is_leaf and x.requires_grad) or self.is_input(x)
-            if is_held or not is_worth_a_code(x, channel):
+            if self.is_held(x) or not is_worth_a_code(x, channel):
                 return None
             saved = Coded.of(x, channel, self.codec)
-            tag(x, saved, channel)
+            self.tag(x, saved, channel)
         self.coded_calls += 1
         return saved
 
@@ -148,9 +175,14 @@ def is_recording(*tensors: Any) -> bool:
     """Return whether a function of these arguments records a gradient, and all are plain floating-point tensors."""
     found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     return any(tensor.requires_grad for tensor in found) and all(
-        type(tensor) in (Tensor, nn.Parameter) and tensor.is_floating_point() and tensor.layout == torch.strided
-        for tensor in found
+        is_plain(tensor) and tensor.is_floating_point() for tensor in found
     )
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Return whether a tensor is a usual one: not sparse, nor of a class that changes what functions do."""
+    is_usual = type(tensor) is Tensor or type(tensor).__torch_function__ is nn.Parameter.__torch_function__
+    return is_usual and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def may_overwrite(x: Tensor) -> bool:
@@ -174,13 +206,12 @@ def call_coding_saved_tensors(
     made: dict[int, Coded] = {}
 
     def pack(tensor: Tensor) -> Tensor | Saved:
-        is_held = tensor.is_leaf and tensor.requires_grad
-        is_large = tensor.is_floating_point() and is_worth_a_code(tensor, -1)
-        if is_held or not is_large or coding.is_input(tensor) or not is_chosen(tensor):
+        is_large = is_plain(tensor) and tensor.is_floating_point() and is_worth_a_code(tensor, -1)
+        if not is_large or coding.is_held(tensor) or not is_chosen(tensor):
             return tensor
         saved = saved_of(tensor)
-        if saved is None:
-            saved = Coded.of(tensor.detach(), channel_of(tensor) if tensor.dim() > 3 else -1, codec)
+        if saved is None or saved.bits < codec.bits:  # a tag may hold fewer bits than these functions stand
+            saved = Coded.of(tensor.detach(), -1, codec)  # the last dimension is the features' in most of them
             made[tensor.untyped_storage()._cdata] = saved
         coding.coded_calls += 1
         if coding.listener is not None:
@@ -196,8 +227,13 @@ def call_coding_saved_tensors(
     if isinstance(result, Tensor) and made:  # a hook gets another object for an output: tag the one that is read
         saved = made.get(result.untyped_storage()._cdata)
         if saved is not None and saved.layout.shape == result.shape:
-            tag(result, saved, saved.layout.channel)
+            coding.tag(result, saved, saved.layout.channel)
     return result
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Return whether a range covers a tensor: a mask of minus infinity must stay exact."""
+    return tensor.is_meta or bool(tensor.isfinite().all())
 
 
 @functools.cache

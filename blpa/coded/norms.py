@@ -17,7 +17,7 @@ from torch import Tensor
 from blpa.codec import Codec
 from blpa.coded.mode import Coding, is_recording
 from blpa.coded.once import differentiable_once
-from blpa.coded.tensors import Coded, Layout, is_worth_a_code, load, save, tag
+from blpa.coded.tensors import Coded, Layout, is_worth_a_code, load, not_a_view, save
 from blpa.kernels import any_layout, compute_dtype
 from blpa.kernels.any_layout import Stats
 
@@ -48,7 +48,7 @@ class _Norm(torch.autograd.Function):
         layout = Layout.of(x, channel, codec)
         rows = layout.rows(x)
         centre, scale, stats = normalise(rows, layout)  # before running statistics change
-        y = call(x, gamma, beta)
+        y = not_a_view(call(x, gamma, beta))
         vectors = any_layout.vectors_of(
             stats,
             torch.ones_like(stats.mean) if gamma is None else gamma,
@@ -84,7 +84,7 @@ class _ConstantNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, beta: Tensor | None, call: Callable[..., Tensor], scale: Tensor) -> Tensor:
         ctx.save_for_backward(scale)
         ctx.dtypes = x.dtype, None if beta is None else beta.dtype
-        return call(x, beta)
+        return not_a_view(call(x, beta))
 
     @staticmethod
     @differentiable_once
@@ -105,7 +105,7 @@ def _coded(
 ) -> Tensor:  # fmt: skip
     y, values, vectors = _Norm.apply(x, gamma, beta, call, normalise, channel, coding.codec, norm_grad, options)
     coding.coded_calls += 1
-    return tag(y, Coded(values, vectors, Layout.of(y, channel, coding.codec)), channel)
+    return coding.tag(y, Coded(values, vectors, Layout.of(y, channel, coding.codec)), channel)
 
 
 def batch_norm(
@@ -183,10 +183,7 @@ def group_norm(
 
     samples, channels = input.shape[:2]
     per_byte = coding.codec.codes_per_byte if coding.codec else 1
-    # rows_of puts the samples first unless the pixels pack with less waste.
-    pixels = 1 if any_layout.rows_of(input, 1, per_byte).shape[:2] == (samples, input[0, 0].numel()) else 0
-    if input[0, 0].numel() == samples:
-        pixels = 1  # equal waste
+    pixels = 1 if any_layout.outer_first(samples, input.shape[2:].numel(), per_byte) else 0
 
     def normalise(rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Stats]:
         groups = input.reshape(samples, num_groups, -1).to(compute_dtype(input.dtype))
@@ -215,7 +212,7 @@ def instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """Coded torch.nn.functional.instance_norm: a group norm of one channel a group; not with running statistics."""
+    """Coded torch.nn.functional.instance_norm: a group norm of one channel a group, unless by running statistics."""
     if not use_input_stats or input.dim() < 3:
         return NotImplemented
 

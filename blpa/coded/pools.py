@@ -17,7 +17,8 @@ from torch import Tensor
 from blpa.coded.activations import pack_bits, unpack_bits
 from blpa.coded.mode import Coding, is_recording
 from blpa.coded.once import differentiable_once
-from blpa.coded.tensors import channel_of, shape_only, tag
+from blpa.coded.products import per_dimension
+from blpa.coded.tensors import channel_of, not_a_view, shape_only
 
 Windows = tuple[list[int], list[int], list[int], list[int], bool]
 """kernel_size, stride, padding, dilation and ceil_mode of aten's functions."""
@@ -91,7 +92,7 @@ class _LinearMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.call, ctx.like = call, _like(x)
-        return call(x)
+        return not_a_view(call(x))
 
     @staticmethod
     @differentiable_once
@@ -153,17 +154,14 @@ def max_pool(dims: int) -> Callable[..., Any]:
     ) -> Any:
         if not is_recording(input) or return_indices:
             return NotImplemented
-        stride = kernel_size if stride is None or stride == [] else stride
-        kernel, step, zeros, spread = (
-            [value] * dims if isinstance(value, int) else [*value] * (dims if len(value) == 1 else 1)
-            for value in (kernel_size, stride, padding, dilation)
-        )
+        stride = kernel_size if stride is None or (isinstance(stride, Sequence) and not stride) else stride
+        kernel, step, zeros, spread = (per_dimension(value, dims) for value in (kernel_size, stride, padding, dilation))
         channel = channel_of(input)
         coding.coded_calls += 1
         if dims > 1:
-            return tag(_MaxPool.apply(input, (kernel, step, zeros, spread, ceil_mode)), None, channel)
+            return coding.tag(_MaxPool.apply(input, (kernel, step, zeros, spread, ceil_mode)), None, channel)
         windows = ([1, *kernel], [1, *step], [0, *zeros], [1, *spread], ceil_mode)
-        return tag(_MaxPool.apply(input.unsqueeze(-2), windows).squeeze(-2), None, channel)
+        return coding.tag(_MaxPool.apply(input.unsqueeze(-2), windows).squeeze(-2), None, channel)
 
     return handler
 
@@ -174,7 +172,7 @@ def average_pool(coding: Coding, function: Any, input: Tensor, *args: Any, **kwa
         return NotImplemented
     channel = channel_of(input)
     coding.coded_calls += 1
-    return tag(_LinearMap.apply(input, lambda x: function(x, *args, **kwargs)), None, channel)
+    return coding.tag(_LinearMap.apply(input, lambda x: function(x, *args, **kwargs)), None, channel)
 
 
 def adaptive_average_pool(coding: Coding, function: Any, input: Tensor, output_size: Any) -> Any:
@@ -193,4 +191,4 @@ def dropout(
         return NotImplemented
     channel = channel_of(input)
     coding.coded_calls += 1
-    return tag(_Dropout.apply(input, p), None, channel)
+    return coding.tag(_Dropout.apply(input, p), None, channel)

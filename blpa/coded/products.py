@@ -2,8 +2,8 @@
 
     out = W a + b:    dA = W^T G exact, given G;    dW = G a~^T approximate;    db = sum G exact, given G
 
-So the error of a code stays in the gradient of the layer's own weight, and reaches no layer below. A layer that saves
-nothing of its input in PyTorch, such as one with a frozen weight, is left to PyTorch.
+So the error of a code stays in the gradient of the layer's own weight, and reaches no layer below. With a frozen weight
+nothing of the input is saved; PyTorch's convolution saves it all the same.
 """
 
 from collections.abc import Callable, Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blpa.coded.mode import Coding, is_recording
 from blpa.coded.once import differentiable_once
-from blpa.coded.tensors import Saved, channel_of, load, save, shape_only, tag
+from blpa.coded.tensors import Saved, channel_of, load, not_a_view, save, shape_only
 
 Call = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -24,7 +24,13 @@ class _Conv(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, a: Tensor, weight: Tensor, bias: Tensor | None, saved: Saved, options: tuple[Any, ...], call: Call
+        ctx: Any,
+        a: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        saved: Saved | None,
+        options: tuple[Any, ...],
+        call: Call,
     ) -> Tensor:
         save(ctx, saved, weight)
         ctx.options, ctx.shape, ctx.dtype = options, a.shape, a.dtype
@@ -50,8 +56,10 @@ class _Conv(torch.autograd.Function):
 
         da = dw = db = None
         if wants_dw or wants_db:
-            # a~ is freed before dA, as large, is allocated.
-            _, dw, db = gradients(saved.value().to(grad.dtype), False, wants_dw, wants_db)
+            # a~ is freed before dA, as large, is allocated. The bias's gradient reads its shape alone.
+            a = saved.value().to(grad.dtype) if wants_dw else shape_only(ctx.shape, grad)
+            _, dw, db = gradients(a, False, wants_dw, wants_db)
+            del a
             dw = dw.to(weight.dtype) if wants_dw else None
             db = db.to(ctx.bias_dtype) if wants_db else None
         if wants_da:
@@ -67,7 +75,7 @@ class _Linear(torch.autograd.Function):
         save(ctx, saved, weight)
         ctx.shape, ctx.dtype = a.shape, a.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return call(a, weight, bias).detach()  # detach: of three dimensions it is a view, which nobody could overwrite
+        return not_a_view(call(a, weight, bias))
 
     @staticmethod
     @differentiable_once
@@ -101,7 +109,7 @@ class _Scale(torch.autograd.Function):
         saved, (s,) = load(ctx)
         dx = ds = None
         if ctx.needs_input_grad[1]:
-            ds = saved.value().mul_(grad).sum_to_size(s.shape).to(s.dtype)
+            ds = saved.value().to(grad.dtype).mul_(grad).sum_to_size(s.shape).to(s.dtype)
         if ctx.needs_input_grad[0]:
             dx = (grad * s).to(ctx.dtype)
         return dx, ds, None, None
@@ -120,11 +128,11 @@ def conv(
 ) -> Any:
     """Coded torch.nn.functional.conv1d, conv2d and conv3d."""
     dims = weight.dim() - 2
-    dilations = _per_dimension(dilation, dims)
+    dilations = per_dimension(dilation, dims)
     pads = _padding(padding, weight, dilations)
     if pads is None:
         return NotImplemented
-    options = (_per_dimension(stride, dims), pads, dilations, False, [0] * dims, groups)
+    options = (per_dimension(stride, dims), pads, dilations, False, [0] * dims, groups)
 
     def call(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result: Tensor = function(a, weight, bias, stride, padding, dilation, groups)
@@ -147,8 +155,8 @@ def conv_transpose(
 ) -> Any:
     """Coded torch.nn.functional.conv_transpose1d, conv_transpose2d and conv_transpose3d."""
     dims = weight.dim() - 2
-    lists = [_per_dimension(value, dims) for value in (stride, padding, dilation)]
-    options = (*lists, True, _per_dimension(output_padding, dims), groups)
+    lists = [per_dimension(value, dims) for value in (stride, padding, dilation)]
+    options = (*lists, True, per_dimension(output_padding, dims), groups)
 
     def call(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         result: Tensor = function(a, weight, bias, stride, padding, output_padding, groups, dilation)
@@ -158,16 +166,17 @@ def conv_transpose(
 
 
 def _conv(coding: Coding, a: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...], call: Call) -> Any:
-    if not is_recording(a, weight, bias) or not weight.requires_grad or a.dim() != weight.dim():
+    if not is_recording(a, weight, bias) or a.dim() != weight.dim():
         return NotImplemented
-    saved = coding.saved_of(a, 1)
-    if saved is None:
+    saved = coding.saved_of(a, 1) if weight.requires_grad else None
+    if saved is None and weight.requires_grad:
         return NotImplemented
-    return tag(_Conv.apply(a, weight, bias, saved, options, call), None, 1)
+    return coding.tag(_Conv.apply(a, weight, bias, saved, options, call), None, 1)
 
 
-def _per_dimension(value: int | Sequence[int], dims: int) -> list[int]:
-    values = [value] if isinstance(value, int) else list(value)
+def per_dimension(value: int | Sequence[int], dims: int) -> list[int]:
+    """Return one number per dimension, from one for all or one for each."""
+    values = list(map(int, value)) if isinstance(value, Sequence) else [int(value)]
     return values * dims if len(values) == 1 else values
 
 
@@ -175,7 +184,7 @@ def _padding(padding: int | str | Sequence[int], weight: Tensor, dilation: list[
     """Return the zeros on each side of each dimension; None where the sides differ."""
     dims = weight.dim() - 2
     if not isinstance(padding, str):
-        return _per_dimension(padding, dims)
+        return per_dimension(padding, dims)
     if padding == "valid":
         return [0] * dims
     both = [spread * (size - 1) for spread, size in zip(dilation, weight.shape[2:], strict=True)]
@@ -189,7 +198,7 @@ def linear(coding: Coding, function: Any, input: Tensor, weight: Tensor, bias: T
     saved = coding.saved_of(input, -1)
     if saved is None:
         return NotImplemented
-    return tag(_Linear.apply(input, weight, bias, saved, function), None, -1)
+    return coding.tag(_Linear.apply(input, weight, bias, saved, function), None, -1)
 
 
 SMALLER = 16
@@ -214,7 +223,7 @@ def mul(coding: Coding, function: Any, input: Any, other: Any) -> Any:
     if saved is None:
         return NotImplemented
     result = _Scale.apply(x, s, saved, function if is_first else lambda x, s: function(s, x))
-    return tag(result, None, channel)
+    return coding.tag(result, None, channel)
 
 
 def _channel_of_factor(x: Tensor, s: Tensor) -> int:

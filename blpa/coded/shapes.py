@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from blpa.coded.mode import Coding, is_recording
-from blpa.coded.tensors import Coded, Joined, is_worth_a_code, saved_of, tag
+from blpa.coded.tensors import Coded, Joined, is_worth_a_code, saved_of
 
 
 def view(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -21,7 +21,7 @@ def view(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any
     if isinstance(saved, Coded) and isinstance(out, Tensor) and out.dtype == input.dtype and out is not input:
         # The decoded tensor may differ in strides, where reshape works and view does not.
         again = torch.Tensor.reshape if function is torch.Tensor.view else function
-        tag(out, saved.viewed(lambda tensor: cast(Tensor, again(tensor, *args, **kwargs))), None)
+        coding.tag(out, saved.viewed(lambda tensor: cast(Tensor, again(tensor, *args, **kwargs))), None)
     return out
 
 
@@ -35,19 +35,19 @@ def split(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: An
             return cast(Tensor, function(tensor, *args, **kwargs)[k])
 
         for k, out in enumerate(outs):
-            tag(out, saved.viewed(partial(take, k)), None)
+            coding.tag(out, saved.viewed(partial(take, k)), None)
     return outs
 
 
-def cat(coding: Coding, function: Any, tensors: Sequence[Tensor], dim: int = 0, **kwargs: Any) -> Any:
+def cat(coding: Coding, function: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
     """Join the codes of the parts, if one has codes; the others get codes of their own.
 
     Codes of what is joined already are not joined again: decoding would go back through the network.
     """
-    out = function(tensors, dim, **kwargs)
+    out = function(tensors, dim)
     parts = [saved_of(tensor) if isinstance(tensor, Tensor) else None for tensor in tensors]
     is_simple = all(part is None or (isinstance(part, Coded) and len(part.views) <= 1) for part in parts)
-    if kwargs or not is_simple or not any(parts) or not is_recording(*tensors) or dim % out.dim() != 1:
+    if not is_simple or not any(parts) or not is_recording(*tensors) or dim % out.dim() != 1:
         return out
     alike = all(tensor.dtype == out.dtype and tensor.dim() == out.dim() for tensor in tensors)
     if not alike or not all(part or is_worth_a_code(x, 1) for part, x in zip(parts, tensors, strict=True)):
@@ -56,4 +56,4 @@ def cat(coding: Coding, function: Any, tensors: Sequence[Tensor], dim: int = 0, 
         cast(Coded, part) if part else cast(Coded, coding.saved_of(x, 1))
         for part, x in zip(parts, tensors, strict=True)
     )
-    return tag(out, Joined(coded, dim), 1) if all(coded) else out
+    return coding.tag(out, Joined(coded, dim), 1) if all(coded) else out

@@ -35,9 +35,10 @@ class Layout:
 
     @staticmethod
     def of(x: Tensor, channel: int, codec: Codec | None) -> "Layout":
-        """Return the layout of x, with contiguous strides unless x is channels-last."""
+        """Return the layout of x, with contiguous strides unless x is channels-last around its channels."""
         formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        is_dense = x.is_contiguous() or (x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()]))
+        is_last = channel % x.dim() == 1 and x.dim() in formats
+        is_dense = x.is_contiguous() or (is_last and x.is_contiguous(memory_format=formats[x.dim()]))
         strides = x.stride() if is_dense else torch.empty(x.shape, device="meta").stride()
         return Layout(x.shape, strides, x.dtype, channel, codec)
 
@@ -45,9 +46,12 @@ class Layout:
         """View a tensor of this shape as [R, S, C]; copied if its memory allows no such view."""
         return rows_of(x, self.channel, self.codec.codes_per_byte if self.codec else 1)
 
-    def empty(self, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """Allocate a tensor of this layout, whose `rows` is a view."""
-        return torch.empty_strided(self.shape, self.strides, dtype=dtype or self.dtype, device=device)
+    def empty(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """Allocate a tensor of this layout, and return it and its rows, a view."""
+        out = torch.empty_strided(self.shape, self.strides, dtype=dtype or self.dtype, device=device)
+        rows = self.rows(out)
+        assert rows.untyped_storage()._cdata == out.untyped_storage()._cdata
+        return out, rows
 
 
 @dataclass(frozen=True)
@@ -96,22 +100,27 @@ class Coded:
         return replace(self, views=(*self.views, view))
 
     @property
+    def bits(self) -> float:
+        """Bits per element; infinite without a codec."""
+        return self.layout.codec.bits if self.layout.codec else float("inf")
+
+    @property
     def is_plain(self) -> bool:
         """Whether the tensor is y itself, neither a function nor a view of it."""
         return self.function is None and not self.views
 
     def value(self) -> Tensor:
         """Decode the tensor."""
-        out = self.layout.empty(self.values.device)
-        any_layout.decode(*self._saved, self.function, self.layout.rows(out))
+        out, rows = self.layout.empty(self.values.device)
+        any_layout.decode(*self._saved, self.function, rows)
         for view in self.views:
             out = view(out)
         return out
 
     def elementwise_grad(self, grad: Tensor, function: Elementwise) -> Tensor:
         """Compute dY from grad = dA of a = function(y)."""
-        out = self.layout.empty(grad.device, grad.dtype)
-        any_layout.elementwise_grad(self.layout.rows(grad), *self._saved, function, self.layout.rows(out))
+        out, rows = self.layout.empty(grad.device, grad.dtype)
+        any_layout.elementwise_grad(self.layout.rows(grad), *self._saved, function, rows)
         return out
 
     def norm_grad(
@@ -123,9 +132,8 @@ class Coded:
         **options: Any,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """Compute dX, dgamma and dbeta from grad = dY by a function of any_layout."""
-        out = self.layout.empty(grad.device, grad.dtype) if wants_dx else None
-        out_rows = None if out is None else self.layout.rows(out)
-        return out, *norm_grad(self.layout.rows(grad), *self._saved, scale, out_rows, **options)
+        out, rows = self.layout.empty(grad.device, grad.dtype) if wants_dx else (None, None)
+        return out, *norm_grad(self.layout.rows(grad), *self._saved, scale, rows, **options)
 
     @property
     def _saved(self) -> tuple[Tensor, Tensor, Codec | None]:
@@ -144,6 +152,11 @@ class Joined:
         """The tensors to save."""
         return tuple(tensor for part in self.parts for tensor in part.tensors)
 
+    @property
+    def bits(self) -> float:
+        """Bits per element of the part that has fewest."""
+        return min(part.bits for part in self.parts)
+
     def with_tensors(self, tensors: Sequence[Tensor]) -> "Joined":
         """Return the same with other tensors in their places."""
         pairs = zip(tensors[::2], tensors[1::2], strict=True)
@@ -157,17 +170,19 @@ class Joined:
 Saved = Coded | Joined
 
 
-def save(ctx: Any, saved: Saved, *others: Tensor | None) -> None:
-    """Save the tensors for backward, others after them, so that autograd frees them."""
-    ctx.save_for_backward(*saved.tensors, *others)
+def save(ctx: Any, saved: Saved | None, *others: Tensor) -> None:
+    """Save the codes, if any, for backward, others after them, so that autograd frees them."""
+    codes = () if saved is None else saved.tensors
+    ctx.save_for_backward(*codes, *others)
     empty = torch.empty(0)
-    ctx.saved, ctx.saved_count = saved.with_tensors([empty] * len(saved.tensors)), len(saved.tensors)
+    ctx.saved, ctx.saved_count = saved and saved.with_tensors([empty] * len(codes)), len(codes)
 
 
 def load(ctx: Any) -> tuple[Any, list[Tensor]]:
     """Return what `save` saved: the codes and the others."""
     tensors = ctx.saved_tensors  # read once: each access unpacks them anew
-    return ctx.saved.with_tensors(tensors[: ctx.saved_count]), list(tensors[ctx.saved_count :])
+    codes, others = tensors[: ctx.saved_count], tensors[ctx.saved_count :]
+    return ctx.saved and ctx.saved.with_tensors(codes), list(others)
 
 
 class _Tag:
@@ -215,6 +230,11 @@ def channel_of(tensor: Tensor) -> int:
 def is_worth_a_code(x: Tensor, channel: int) -> bool:
     """Return whether a code of x takes less memory than x."""
     return x.dim() > 0 and x.numel() >= MIN_ROWS * x.shape[channel] > 0
+
+
+def not_a_view(out: Tensor) -> Tensor:
+    """Return an output that nobody sees as a view: what an autograd function returns may then be overwritten."""
+    return out.detach() if out._is_view() else out
 
 
 def shape_only(shape: Sequence[int], like: Tensor) -> Tensor:

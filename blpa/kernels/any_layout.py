@@ -112,11 +112,16 @@ def rows_of(x: Tensor, channel: int, codes_per_byte: int) -> Tensor:
     channel %= x.dim()
     outer, inner = x.shape[:channel].numel(), x.shape[channel + 1 :].numel()
     matrix = x.reshape(outer, x.shape[channel], inner).transpose(1, 2)
+    return matrix if outer_first(outer, inner, codes_per_byte) else matrix.transpose(0, 1)
+
+
+def outer_first(outer: int, inner: int, codes_per_byte: int) -> bool:
+    """Return whether R is the outer dimension: unless the inner one packs with less waste."""
 
     def waste(rows: int) -> float:
         return -rows % codes_per_byte / rows
 
-    return matrix if waste(outer) <= waste(inner) else matrix.transpose(0, 1)
+    return waste(outer) <= waste(inner)
 
 
 class Part(NamedTuple):
@@ -190,7 +195,7 @@ def channel_stats(x: Tensor, centre: Tensor | None = None, scale: Tensor | None 
 def vectors_of(stats: Stats, gamma: Tensor | None, beta: Tensor | None, codec: Codec | None) -> Tensor:
     """Place the grid of each channel: about z's mean, in its standard deviations or over its range.
 
-    Without gamma and beta y is z, and a channel that is nowhere negative gets the grid of a rectified one.
+    Without gamma and beta y is z, and a rectified channel gets the grid for it.
 
     Args:
         stats: of z.
@@ -220,7 +225,8 @@ def vectors_of(stats: Stats, gamma: Tensor | None, beta: Tensor | None, codec: C
     frac, zero, width = grid.frac, grid.zero, grid.bin_width * deviation
     if is_input:
         rectified = codec.rectified_grid(high, (var + mean.square()).sqrt_())
-        is_rectified = low >= 0
+        # A channel that starts at 0 was rectified. One above 0 has the better of both grids.
+        is_rectified = (low == 0) | ((low > 0) & (rectified.bin_width <= width.abs()))
         frac, zero, width, mean, floor = (
             torch.where(is_rectified, one, other)
             for one, other in (

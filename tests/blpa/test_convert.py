@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -283,6 +284,9 @@ def test_settings_of_layers_the_last_pattern_that_matches_counts() -> None:
         (lambda m: m.layer1.compile() or blpa.convert(m), ValueError, "module 'layer1' is compiled"),
         (lambda m: blpa.Codec(4, clip="wide"), ValueError, "clip = 'wide': must be"),
         (lambda m: blpa.gradient_error(m, IMAGES), ValueError, "ResNet is not converted"),
+        (lambda m: blpa.convert(m, torch.tensor(4)), ValueError, "must be 8, 4, 2, a blpa.Codec or None"),
+        (lambda m: blpa.convert(m, layers={1: 8}), TypeError, "layers: 1 is a int: must be a pattern"),
+        (lambda m: blpa.convert(nn.Linear(2, 2), layers={"a": 8}), ValueError, "the model has no modules inside"),
         (lambda m: blpa.explain(m, bits=4), ValueError, "the inputs hold no tensor"),
     ],
 )
@@ -344,7 +348,11 @@ def test_the_compiler_is_refused(fullgraph: bool) -> None:
         (lambda m: torch.export.export(m, (IMAGES,)), "export and tracing: not supported"),
         (lambda m: torch.jit.trace(m, IMAGES), "export and tracing: not supported"),
         (lambda m: torch.jit.script(m), "torch.jit.script: not supported"),
-        (lambda m: twice(m), "second derivatives of a converted network are not supported"),
+        (lambda m: twice(m), "second derivatives .* are not supported for a converted network"),
+        (
+            lambda m: torch.autograd.functional.hvp(lambda x: m(x).sum(), IMAGES, IMAGES),
+            "second derivatives .* are not supported for a converted network",
+        ),
     ],
 )
 def test_what_cannot_read_codes_is_refused(call: Callable[[nn.Module], Any], words: str) -> None:
@@ -593,3 +601,185 @@ def test_what_hooks_and_callers_get_carries_no_codes() -> None:
         torch.save(tensor, buffer)
         sizes.append(buffer.getbuffer().nbytes)
     assert sizes[0] == sizes[1]
+
+
+def changed(net: nn.Module, x: Tensor) -> float:
+    """Error of the gradient of a network against its own without codes."""
+    return blpa.gradient_error(net, x).total
+
+
+def test_no_codes_outlive_the_forward_pass_or_belong_to_another() -> None:
+    class Constant(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Linear(16, 16), nn.Linear(16, 16)
+            self.register_buffer("table", torch.randn(256, 16))
+            self.plain = torch.randn(256, 16)  # neither a buffer nor an input
+            self.kept: Tensor | None = None
+
+        def forward(self, x: Tensor) -> Any:
+            self.kept = torch.tanh(self.first(self.table)) + self.second(self.plain)
+            return self.second(self.kept) + x
+
+    model = blpa.convert(Constant(), 8)
+    for _ in range(2):
+        assert changed(model, torch.ones(256, 16)) < 0.02
+        assert all(getattr(t, "_blpa_tag", None) is None for t in (model.table, model.plain, model.kept))
+        model.table.data.mul_(-3)  # which autograd does not count as a change
+        model.plain.data.mul_(-3)
+
+
+def test_layers_called_one_by_one_save_as_little_as_in_their_network() -> None:
+    class Features(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(
+                *(nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) for _ in range(4))
+            )
+
+        def forward(self, x: Tensor) -> Any:
+            return self.body(x)
+
+        def features(self, x: Tensor) -> Any:
+            for layer in self.body:
+                for part in layer:
+                    x = part(x)
+            return x
+
+    x = torch.randn(8, 8, 24, 24)
+    model = blpa.convert(Features())
+    whole = saved_bytes(model, x)
+    counter = LiveBytes()
+    with counter:
+        out = model.features(x)
+        parts = counter.live_bytes
+    assert parts < 1.1 * whole + out.nbytes
+
+
+def test_a_channel_far_from_zero_keeps_its_precision() -> None:
+    class Shifted(nn.Module):
+        def __init__(self, offset: float) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second, self.bn = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, bias=False), nn.BatchNorm2d(8)
+            self.offset = offset
+
+        def forward(self, x: Tensor) -> Any:
+            return self.bn(self.second(torch.tanh(self.first(x)) + self.offset))
+
+    for offset in (-10.0, 0.0, 3.0, 10.0):
+        error = {row.name: row.error for row in blpa.gradient_error(blpa.convert(Shifted(offset), 8), IMAGES).rows}
+        assert error["second.weight"] < 0.02
+
+
+class Attention(nn.Module):
+    """Attention whose queries and keys come from layer norms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.q_norm, self.k_norm = nn.LayerNorm(8), nn.LayerNorm(8)
+        for norm in (self.q_norm, self.k_norm):
+            nn.init.constant_(norm.weight, 3.0)
+
+    def forward(self, x: Tensor) -> Any:
+        q, k, v = self.qkv(x * 1).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v)
+        return self.out(y.transpose(1, 2).flatten(2))
+
+
+def test_attention_has_8_bits_even_of_a_norm_with_4() -> None:
+    x = torch.randn(4, 40, 32)
+    model = blpa.convert(Attention(), 4)
+    eight, four = changed(model, x), changed(blpa.convert(model, 4, attention=None), x)
+    assert eight < 1.3 * four + 0.05
+
+
+def test_a_small_factor_under_autocast_sums_in_its_own_precision() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.linear, self.scale = nn.Linear(16, 16), nn.Parameter(torch.ones(16))
+
+        def forward(self, x: Tensor) -> Any:
+            return self.linear(x * 1) * self.scale
+
+    model = blpa.convert(Scaled())
+    with torch.autocast("cpu", torch.float16):
+        out = model(torch.randn(64, 16))
+    (out.sum() * 2.0**16).backward()
+    assert model.scale.grad is not None and model.scale.grad.isfinite().all()
+
+
+def test_others_leaves_a_mask_of_minus_infinity_exact() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: Tensor) -> Any:
+            y = self.linear(x * 1)
+            return torch.logsumexp(y.masked_fill(torch.arange(16) % 3 == 0, -torch.inf), -1)
+
+    model = blpa.convert(Masked(), others=8)
+    model(torch.randn(64, 16)).sum().backward()
+    assert model.linear.weight.grad is not None and model.linear.weight.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse")
+@pytest.mark.filterwarnings("ignore:.*saved no codes")
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda net, x: torch.sparse.mm(torch.eye(len(x)).to_sparse(), net.linear(x)),
+        lambda net, x: torch.cat([net.linear(x), x], axis=1),
+        lambda net, x: torch.dropout(net.linear(x), p=0.0, train=True),
+        lambda net, x: torch.layer_norm(net.linear(x), (6,), cudnn_enable=False),
+        lambda net, x: F.max_pool1d(net.linear(x), np.int64(2)),
+        lambda net, x: F.conv1d(net.linear(x)[None], torch.ones(1, len(x), 2, requires_grad=True), None, np.int64(2)),
+        lambda net, x: F.relu(input=net.linear(input=x)),
+    ],
+)
+def test_calls_are_taken_as_pytorch_takes_them(function: Callable[[Net, Tensor], Tensor]) -> None:
+    x = torch.randn(40, 6)
+    torch.manual_seed(0)
+    expected = Net(function)(x)
+    out = blpa.convert(Net(function))(x)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+
+
+def test_a_sparse_input_is_taken() -> None:
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, adjacency: Tensor) -> Any:
+            return adjacency @ torch.relu(self.linear(x * 1))
+
+    blpa.convert(Graph())(torch.randn(40, 6), torch.eye(40).to_sparse()).sum().backward()
+
+
+def test_a_class_changed_after_converting_is_not_lost() -> None:
+    model = blpa.convert(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()))
+    nn.utils.parametrizations.weight_norm(model[0])
+    classes = [type(module) for module in model.modules()]
+    for call in (blpa.restore, blpa.convert):
+        with pytest.raises(ValueError, match="became a ParametrizedConv2d after it was converted"):
+            call(model)
+        assert [type(module) for module in model.modules()] == classes
+    model(IMAGES).sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_frozen_network_runs_as_pytorch_s_own() -> None:
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1).eval()
+    encoder.requires_grad_(False)
+    x, padding = torch.randn(4, 10, 16), torch.arange(10).expand(4, 10) > 7
+    expected = encoder(x, src_key_padding_mask=padding)
+    assert torch.equal(blpa.convert(encoder)(x, src_key_padding_mask=padding), expected)

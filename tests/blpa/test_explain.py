@@ -178,3 +178,29 @@ def test_gradient_error_takes_a_loss_and_is_zero_without_codes() -> None:
     assert found.total < 1e-12
     with pytest.raises(ValueError, match="does not depend on the parameters"):
         blpa.gradient_error(model, x, loss=lambda logits: torch.zeros((), requires_grad=True))
+
+
+def test_an_input_that_is_no_batch_costs_a_line_of_the_table_and_no_more() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Any:
+            return nn.functional.scaled_dot_product_attention(self.linear(x * 1), x, x, attn_mask=mask)
+
+    text = str(blpa.explain(Masked(), torch.empty(16, 16, 32), torch.empty(16, 16)))
+    assert "largest batch: the inputs do not take another batch" in text
+    assert "peak of a step" in text
+
+
+def test_the_rows_of_a_transposed_convolution_say_that_its_weight_s_gradient_is_approximate() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 8, 2))
+    rows = blpa.explain(model, torch.empty(16, 3, 32, 32)).rows
+    assert [row.gradient for row in rows if row.function == "conv_transpose2d"] == ["exact; of the weight approximate"]
+
+
+def test_gradients_of_an_input_count_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).requires_grad_(False)
+    explanation = blpa.explain(model, torch.empty(16, 3, 32, 32).requires_grad_())
+    assert explanation.coded.kept < explanation.stock.kept
