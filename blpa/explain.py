@@ -1,29 +1,24 @@
 """Explain what a network saves for the backward pass, as PyTorch runs it and converted, without running it.
 
-Both are run on the meta device, where tensors have shapes and lifetimes but no data (memory.py), so any network and
-batch takes seconds on any machine. Attention and dropout count as their CUDA kernels save: PyTorch would run others on
-the meta device. Not counted: memory that one operation allocates and frees internally.
+Both are counted on the meta device, where tensors have shapes and lifetimes but no data (census.py, memory.py), so any
+network and batch takes seconds on any machine. Not counted: memory that one operation allocates and frees internally.
 """
 
 import copy
 import importlib
-import weakref
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
+from blpa.census import Bytes, SavedTensor, count_step, tensors_in
 from blpa.codec import Codec
-from blpa.coded.mode import THREAD
-from blpa.convert import convert, is_converted, policy_of, set_policies
-from blpa.memory import GIB, MIB, TEMPORARY, LiveBytes, largest_batch
+from blpa.convert import convert, is_converted, policy_of
+from blpa.memory import GIB, MIB, largest_batch
 
 RESERVED_BYTES = 512 * MIB
 """Of a card, for the CUDA context and workspaces."""
@@ -72,23 +67,13 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Bytes:
-    """Bytes of a training step: alive after the forward pass, and at the peak, gradients of the weights included."""
-
-    kept: int
-    peak: int
-    at_peak: tuple[tuple[str, int], ...]
-    """The largest tensors alive at the peak."""
-
-
-@dataclass(frozen=True)
 class Explanation:
     """What a network saves, as PyTorch runs it and converted; print it for a table.
 
     Attributes:
         title: of the table.
         batch: samples of the inputs.
-        rows: the saved tensors, and at last what is alive beside them; they add up to what is kept.
+        rows: the saved tensors, and at last what is alive beside them; they add up to what is saved.
         stock: bytes as PyTorch runs it.
         coded: bytes of the converted network.
         fixed_bytes: weights, buffers and an optimiser's momentum.
@@ -155,15 +140,15 @@ class Explanation:
             kinds.items(), key=lambda kind: -sum(row.stock_bytes for row in kind[1])
         ):
             stock, coded = (sum(getattr(row, f"{which}_bytes") for row in rows) for which in ("stock", "coded"))
-            if max(stock / max(1, self.stock.kept), coded / max(1, self.coded.kept)) < 0.001:
+            if max(stock / max(1, self.stock.saved), coded / max(1, self.coded.saved)) < 0.001:
                 small = [small[0] + stock, small[1] + coded]
             else:
-                large = [row for row in rows if max(row.stock_bytes, row.coded_bytes) > 1e-4 * self.coded.kept]
+                large = [row for row in rows if max(row.stock_bytes, row.coded_bytes) > 1e-4 * self.coded.saved]
                 lines.append((f"  {functions}, {len(large)}", mib(stock), mib(coded), gradient))
         lines.append(("  all else", mib(small[0]), mib(small[1]), ""))
-        ratio = self.stock.kept / max(1, self.coded.kept)
+        ratio = self.stock.saved / max(1, self.coded.saved)
         lines.append(
-            ("saved after the forward pass", mib(self.stock.kept), mib(self.coded.kept), f"{ratio:.1f} times less")
+            ("saved after the forward pass", mib(self.stock.saved), mib(self.coded.saved), f"{ratio:.1f} times less")
         )
         ratio = self.stock.peak / max(1, self.coded.peak)
         lines.append(("peak of a step", mib(self.stock.peak), mib(self.coded.peak), f"{ratio:.1f} times less"))
@@ -206,21 +191,21 @@ def explain(model: nn.Module, *inputs: Any, bits: int | Codec | None = 4, **kwar
     arguments = _to(given, "meta")
     try:
         (stock, stock_tensors), (coded, coded_tensors) = (
-            _count(copy_, arguments, is_coded) for is_coded in (False, True)
+            count_step(copy_, arguments, is_coded) for is_coded in (False, True)
         )
     except (NotImplementedError, RuntimeError) as error:
-        if any(tensor.is_meta for tensor in _tensors(given)):
+        if any(tensor.is_meta for tensor in tensors_in(given)):
             raise
         notes.append(
             f"run on the CPU, temporaries of the codes counted, since on the meta device: {_first_line(error)}"
         )
         copy_, arguments = _converted_copy(model, "cpu", bits), _to(given, "cpu")
         (stock, stock_tensors), (coded, coded_tensors) = (
-            _count(copy_, arguments, is_coded) for is_coded in (False, True)
+            count_step(copy_, arguments, is_coded) for is_coded in (False, True)
         )
     momentum = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     rows = _rows(stock_tensors, coded_tensors)
-    rest = [stock.kept - sum(row.stock_bytes for row in rows), coded.kept - sum(row.coded_bytes for row in rows)]
+    rest = [stock.saved - sum(row.stock_bytes for row in rows), coded.saved - sum(row.coded_bytes for row in rows)]
     rows.append(Row("", "outputs and loss", (), (": outputs and loss",), rest[0], rest[1], ""))
     return Explanation(
         title=f"{type(model).__name__}, {_settings(copy_)}, input {_shapes(arguments)}",
@@ -232,7 +217,7 @@ def explain(model: nn.Module, *inputs: Any, bits: int | Codec | None = 4, **kwar
         notes=[*notes, *_advice(rows, stock, coded, batch, copy_)],
         step_bytes=None
         if notes
-        else lambda is_coded, size: _count(copy_, _resized(arguments, batch, size), is_coded)[0].peak,
+        else lambda is_coded, size: count_step(copy_, _resized(arguments, batch, size), is_coded)[0].peak,
     )
 
 
@@ -247,174 +232,7 @@ def _converted_copy(model: nn.Module, device: str, bits: int | Codec | None) -> 
     return copied if is_converted(copied) else convert(copied, bits)
 
 
-class _LikeCuda(TorchFunctionMode):
-    """Run attention and dropout on the meta device by the operations of a GPU, which save the least."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        first = args[0] if args else None
-        if isinstance(first, Tensor) and first.is_meta:
-            if func is F.scaled_dot_product_attention and first.dim() == 4:
-                return self._attention(*args, **kwargs)
-            if func in (F.dropout, torch.dropout):
-                return self._dropout(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _attention(
-        self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,
-        is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
-    ) -> Any:  # fmt: skip
-        if enable_gqa:
-            repeats = query.shape[-3] // key.shape[-3]
-            key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
-        if attn_mask is not None:
-            attn_mask = attn_mask.expand(*query.shape[:-1], key.shape[-2])
-            attn_mask = attn_mask.to(query.dtype) if attn_mask.dtype == torch.bool else attn_mask
-        attend = torch.ops.aten._scaled_dot_product_efficient_attention
-        return attend(query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale)[0]
-
-    def _dropout(self, x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
-        return torch.ops.aten.native_dropout(x, p, True)[0] if training and p > 0 else x
-
-
-@dataclass
-class _Tensor:
-    """A saved tensor of one run."""
-
-    storage: Any
-    nbytes: int
-    shape: tuple[int, ...]
-    savers: list[tuple[str, str, int]]
-    """Module, function, and how often the module has called it."""
-    by_hook: bool = False
-    """Whether a function without a coded version saves it as codes."""
-
-
-class _Recorder:
-    """Hear what a network saves, and which module and function runs (blpa.coded.mode.Listener)."""
-
-    def __init__(self, counter: LiveBytes) -> None:
-        self.counter = counter
-        self.modules: list[str] = []
-        self.calls: Counter[tuple[str, str]] = Counter()
-        self.caller = "", "", 0
-        self.tensors: dict[int, _Tensor] = {}
-
-    @property
-    def module(self) -> str:
-        """Name of the module that runs."""
-        return self.modules[-1] if self.modules else ""
-
-    def entered(self, name: str, *_: Any) -> None:
-        """Hear that a module's forward begins."""
-        self.modules.append(name)
-
-    def left(self, *_: Any) -> None:
-        """Hear that the innermost forward has ended."""
-        self.modules.pop()
-
-    def called(self, function: Any) -> None:
-        """See Listener."""
-        name = getattr(function, "__name__", str(function)).strip("_")
-        self.calls[self.module, name] += 1
-        self.caller = self.module, name, self.calls[self.module, name]
-
-    def saved_by_hook(self, tensor: Tensor) -> None:
-        """See Listener."""
-        self.saved(tensor)
-        found = self.tensors.get(tensor.untyped_storage()._cdata)
-        if found is not None:
-            found.by_hook = True
-
-    def saved(self, tensor: Tensor) -> Tensor:
-        """Hear that a tensor is saved; return it without its history, or an output would keep itself alive."""
-        if self.counter.is_counted(tensor):
-            storage = tensor.untyped_storage()
-            found = self.tensors.get(storage._cdata)
-            if found is None or found.storage() is None:
-                found = _Tensor(weakref.ref(storage), storage.nbytes(), tuple(tensor.shape), [])
-                self.tensors[storage._cdata] = found
-            if self.caller not in found.savers:
-                found.savers.append(self.caller)
-        return tensor.detach()
-
-
-class _Counter(LiveBytes):
-    """Count live bytes by kind, where a temporary's kind is the module that runs and the shape."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.recorder = _Recorder(self)
-        self.tensor_bytes: dict[str, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = self.peak_bytes
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and self.kind_of(leaf) == TEMPORARY:
-                where = self.recorder.module or "the backward pass"
-                kind = "codes" if leaf.dtype == torch.uint8 else f"{list(leaf.shape)} of {where}"
-                self.tensor_bytes[kind] = leaf.untyped_storage().nbytes()
-                self.mark(leaf, kind)
-        if self.peak_bytes > before:
-            self.kinds_at_peak = dict(self.kinds)
-        return result
-
-    def largest_at_peak(self) -> tuple[tuple[str, int], ...]:
-        """Return kinds and bytes of what takes most at the peak; several tensors of a kind are counted in its name."""
-        found = []
-        for kind, nbytes in Counter(self.kinds_at_peak).most_common(5):
-            tensors = nbytes // self.tensor_bytes[kind] if kind in self.tensor_bytes and kind != "codes" else 1
-            found.append((f"{tensors} x {kind}" if tensors > 1 else kind, nbytes))
-        return tuple(found)
-
-
-def _count(model: nn.Module, arguments: Any, is_coded: bool) -> tuple[Bytes, list[_Tensor]]:
-    """Count one step of a converted model, as PyTorch's own unless is_coded."""
-    policies = {module: policy_of(module) for module in model.modules()}
-    if not is_coded:
-        set_policies(model, dict.fromkeys(policies))
-    counter = _Counter()
-    recorder = counter.recorder
-    counter.ignore([*_tensors(arguments), *model.parameters(), *model.buffers()])
-    handles: list[Any] = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(recorder.entered, name), prepend=True))
-        handles.append(module.register_forward_hook(recorder.left, always_call=True))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            mark = parameter.register_post_accumulate_grad_hook(
-                lambda p: counter.mark(p.grad, "gradients of the weights")
-            )
-            handles.append(mark)
-    args, kwargs = arguments
-    THREAD.listener = recorder
-    try:
-        with (
-            counter,
-            torch.autograd.graph.saved_tensors_hooks(recorder.saved, lambda tensor: tensor),
-            _LikeCuda(),
-            torch.enable_grad(),
-        ):
-            outputs = [leaf for leaf in _tensors(model(*args, **kwargs)) if leaf.requires_grad]
-            if not outputs:
-                raise ValueError("no output of the model requires grad: nothing is saved for a backward pass")
-            loss = torch.stack([output.sum().float() for output in outputs]).sum()
-            del outputs
-            kept = counter.live_bytes
-            tensors = [tensor for tensor in recorder.tensors.values() if tensor.storage() is not None]
-            loss.backward()
-    finally:
-        THREAD.listener = None
-        for handle in handles:
-            handle.remove()
-        for parameter in model.parameters():
-            parameter.grad = None
-        set_policies(model, policies)
-    return Bytes(kept, counter.peak_bytes, counter.largest_at_peak()), tensors
-
-
-def _rows(stock: list[_Tensor], coded: list[_Tensor]) -> list[Row]:
+def _rows(stock: list[SavedTensor], coded: list[SavedTensor]) -> list[Row]:
     """Pair the tensors of both runs: codes belong to the tensor that their first saver saves in PyTorch."""
     owner: dict[tuple[str, str, int], int] = {}
     for k, tensor in enumerate(stock):
@@ -422,7 +240,7 @@ def _rows(stock: list[_Tensor], coded: list[_Tensor]) -> list[Row]:
             owner.setdefault(saver, k)
     coded_bytes: Counter[int] = Counter()
     by_hook: set[int] = set()
-    others: dict[tuple[str, str, int], _Tensor] = {}
+    others: dict[tuple[str, str, int], SavedTensor] = {}
     for tensor in coded:
         place = next((owner[saver] for saver in tensor.savers if saver in owner), None)
         if place is not None:
@@ -437,7 +255,7 @@ def _rows(stock: list[_Tensor], coded: list[_Tensor]) -> list[Row]:
     return rows + [_row(tensor, 0, tensor.nbytes, tensor.by_hook) for tensor in others.values()]
 
 
-def _row(tensor: _Tensor, stock_bytes: int, coded_bytes: int, by_hook: bool) -> Row:
+def _row(tensor: SavedTensor, stock_bytes: int, coded_bytes: int, by_hook: bool) -> Row:
     found = [GRADIENT[name] for _, name, _ in tensor.savers if name in GRADIENT]
     gradient = found[0] if found else EXACT
     if coded_bytes >= stock_bytes > 0:
@@ -453,7 +271,7 @@ def _advice(rows: list[Row], stock: Bytes, coded: Bytes, batch: int, model: nn.M
     """Write what a user may want to change."""
     largest = [(kind, nbytes) for kind, nbytes in coded.at_peak if nbytes > 0.01 * coded.peak]
     lines = ["  at the coded peak: " + "; ".join(f"{nbytes / batch / MIB:.2f} {kind}" for kind, nbytes in largest)]
-    exact = [row for row in rows if row.gradient == "not coded" and row.stock_bytes > 0.01 * stock.kept]
+    exact = [row for row in rows if row.gradient == "not coded" and row.stock_bytes > 0.01 * stock.saved]
     for row in sorted(exact, key=lambda row: -row.stock_bytes):
         lines.append(f"  not coded: {row.stock_bytes / batch / MIB:.2f} {list(row.shape)}, {row.savers[0]}")
     codecs = {policy.codec for policy in map(policy_of, model.modules()) if policy is not None}
@@ -469,10 +287,6 @@ def _settings(model: nn.Module) -> str:
     return " and ".join(sorted(names))
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def _to(tree: Any, device: str) -> Any:
     def moved(leaf: Any) -> Any:
         return leaf.detach().to(device).requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
@@ -481,14 +295,14 @@ def _to(tree: Any, device: str) -> Any:
 
 
 def _shapes(tree: Any) -> str:
-    return ", ".join(f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in _tensors(tree))
+    return ", ".join(f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}" for tensor in tensors_in(tree))
 
 
 def _batch(tree: Any) -> int:
     """Return the number of samples: the first dimension of the first tensor, or tensors in a list."""
     if tree[0] and isinstance(tree[0][0], list | tuple):
         return len(tree[0][0])
-    for tensor in _tensors(tree):
+    for tensor in tensors_in(tree):
         if tensor.dim():
             return tensor.shape[0]
     raise ValueError("the inputs hold no tensor with a batch: give what the model's forward takes")

@@ -19,9 +19,9 @@ OURS = {
 """Every module by its name."""
 
 LIBRARY = (
-    ("blpa",), ("blpa.explain", "blpa.gradient_error"), ("blpa.convert",), ("blpa.coded",), ("blpa.memory",),
-    ("blpa.models",), ("blpa.layers",), ("blpa.ops",), ("blpa.saved", "blpa.convolution"), ("blpa.kernels",),
-    ("blpa.codec",),
+    ("blpa",), ("blpa.explain", "blpa.gradient_error"), ("blpa.census",), ("blpa.convert",), ("blpa.coded",),
+    ("blpa.memory",), ("blpa.models",), ("blpa.layers",), ("blpa.ops",), ("blpa.saved", "blpa.convolution"),
+    ("blpa.kernels",), ("blpa.codec",),
 )  # fmt: skip
 """Inside the library a module imports what stands below it; memory.py kernels and codec, convert.py not the layers."""
 

@@ -22,7 +22,7 @@ from blpa.codec import Codec
 from blpa.coded.tensors import Coded, Saved, is_worth_a_code, saved_of, tag, untag
 
 EIGHT_BITS = Codec(8, "range")
-"""Of what has no sign to preserve and errors that compound: attention, and functions that have no coded version."""
+"""For attention and functions without a coded version: no sign to preserve, and errors that every layer below gets."""
 
 Handler = Callable[..., Any]
 

@@ -81,7 +81,7 @@ def run(config: Config) -> list[Record]:
             ("exact", None, "stock", explanation.stock),
             (config.mode.name, config.mode.bits, "torch", explanation.coded),
         )
-        for metric, nbytes in (("saved_mib", counted.kept), ("step_peak_mib", counted.peak))
+        for metric, nbytes in (("saved_mib", counted.saved), ("step_peak_mib", counted.peak))
         for value in [nbytes / batch / MIB]
     ]  # fmt: skip
     records.write(measured, network.run_folder(config))

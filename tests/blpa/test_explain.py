@@ -37,11 +37,11 @@ def test_the_bytes_are_those_of_a_step(name: str) -> None:
     explanation = blpa.explain(network(name), X, bits=4)
     for found, model in ((explanation.stock, network(name)), (explanation.coded, blpa.convert(network(name)))):
         kept, peak = counted(model, X)
-        assert found.kept == pytest.approx(kept, rel=0.01)
+        assert found.saved == pytest.approx(kept, rel=0.01)
         assert found.peak == pytest.approx(peak, rel=0.01)
-    assert sum(row.stock_bytes for row in explanation.rows) == explanation.stock.kept
-    assert sum(row.coded_bytes for row in explanation.rows) == explanation.coded.kept
-    assert explanation.coded.kept < explanation.stock.kept / 6
+    assert sum(row.stock_bytes for row in explanation.rows) == explanation.stock.saved
+    assert sum(row.coded_bytes for row in explanation.rows) == explanation.coded.saved
+    assert explanation.coded.saved < explanation.stock.saved / 6
 
 
 def test_codes_take_the_bytes_of_their_formula() -> None:
@@ -110,7 +110,7 @@ def test_a_network_that_depends_on_data_is_counted_with_its_data() -> None:
     model = Choosing()
     explanation = blpa.explain(model, torch.ones(4, 3, 64, 64))
     assert "run on the CPU" in str(explanation)
-    assert explanation.coded.kept < explanation.stock.kept
+    assert explanation.coded.saved < explanation.stock.saved
     assert all(parameter.grad is None for parameter in model.parameters())
     with pytest.raises(ValueError, match="the largest batch needs inputs without data"):
         explanation.largest_batch()
@@ -142,7 +142,7 @@ def test_the_rows_as_a_data_frame() -> None:
     explanation = blpa.explain(network(), X)
     frame = explanation.to_pandas()
     assert list(frame.columns) == ["module", "function", "shape", "savers", "stock_bytes", "coded_bytes", "gradient"]
-    assert frame.stock_bytes.sum() == explanation.stock.kept
+    assert frame.stock_bytes.sum() == explanation.stock.saved
     assert isinstance(explanation, Explanation)
 
 
@@ -203,4 +203,4 @@ def test_the_rows_of_a_transposed_convolution_say_that_its_weight_s_gradient_is_
 def test_gradients_of_an_input_count_too() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).requires_grad_(False)
     explanation = blpa.explain(model, torch.empty(16, 3, 32, 32).requires_grad_())
-    assert explanation.coded.kept < explanation.stock.kept
+    assert explanation.coded.saved < explanation.stock.saved

@@ -23,12 +23,12 @@ def test_the_record_and_the_table_have_the_explanation_s_numbers(
     found = {(r.mode, r.metric): r for r in records.collect(Path("results"))}
     expected = blpa.explain(torchvision.models.resnet18(), torch.empty(16, 3, 64, 64), bits=4)
     for mode, counted in (("exact", expected.stock), ("4bit", expected.coded)):
-        assert found[mode, "saved_mib"].value == counted.kept / 16 / MIB
+        assert found[mode, "saved_mib"].value == counted.saved / 16 / MIB
         assert found[mode, "step_peak_mib"].value == counted.peak / 16 / MIB
         assert found[mode, "saved_mib"].settings == {"model": "resnet18", "image_size": 64}
     assert cli.main(["task=tables", "task.tables=[converted]"]) == 0
     stock, coded = expected.stock, expected.coded
-    cells = [f"{counted.peak / 16 / MIB:.1f} ({counted.kept / 16 / MIB:.1f})" for counted in (stock, coded)]
+    cells = [f"{counted.peak / 16 / MIB:.1f} ({counted.saved / 16 / MIB:.1f})" for counted in (stock, coded)]
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| resnet18, 64, 16, fp32"))
     assert [cell.strip() for cell in row.split("|")[2:4]] == cells
 
