@@ -208,8 +208,8 @@ SMALLER = 16
 def mul(coding: Coding, function: Any, input: Any, other: Any) -> Any:
     """Coded product of a large tensor and a small one: squeeze and excitation, layer scale.
 
-    Where both factors are large, the gradient of each passes through the other, so neither may be approximate. That of a
-    small factor that is computed (squeeze and excitation) passes on the error of its sum, where rounding averages out.
+    Where both factors are large, the gradient of each passes through the other, so neither may be approximate. A small
+    factor that is computed (squeeze and excitation) passes on the error of its sum, where rounding averages out.
     """
     if not (isinstance(input, Tensor) and isinstance(other, Tensor)) or not is_recording(input, other):
         return NotImplemented
