@@ -153,11 +153,11 @@ class _Recorder:
         self.calls[self.module, name] += 1
         self.caller = self.module, name, self.calls[self.module, name]
 
-    def saved_by_hook(self, tensor: Tensor) -> None:
+    def saved_by_hook(self, tensor: Tensor, *, is_coded: bool) -> None:
         """See Listener."""
         self.saved(tensor)
         found = self.tensors.get(tensor.untyped_storage()._cdata)
-        if found is not None:
+        if found is not None and is_coded:
             found.by_hook = True
 
     def saved(self, tensor: Tensor) -> Tensor:

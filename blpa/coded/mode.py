@@ -51,8 +51,8 @@ class Listener(Protocol):
     def called(self, function: Any) -> None:
         """Hear that the network calls a function."""
 
-    def saved_by_hook(self, tensor: Tensor) -> Any:
-        """Hear that this tensor is saved for one of PyTorch's functions."""
+    def saved_by_hook(self, tensor: Tensor, *, is_coded: bool) -> Any:
+        """Hear that a function without a coded version saves this tensor, of codes or as it was."""
 
 
 class Coding(TorchFunctionMode):
@@ -63,7 +63,7 @@ class Coding(TorchFunctionMode):
             NotImplemented leaves the call to the function itself.
         policy: None leaves all calls to the functions themselves.
         held: tensors that are in memory anyway: weights, buffers and the network's inputs.
-        listener: hears of each function, and of codes that hooks around the network do not see.
+        listener: hears of each function, and of what hooks around the network do not see.
 
     Attributes:
         coded_calls: number of calls to coded versions that saved codes.
@@ -208,6 +208,8 @@ def call_coding_saved_tensors(
     def pack(tensor: Tensor) -> Tensor | Saved:
         is_large = is_plain(tensor) and tensor.is_floating_point() and is_worth_a_code(tensor, -1)
         if not is_large or coding.is_held(tensor) or not is_chosen(tensor):
+            if coding.listener is not None:
+                coding.listener.saved_by_hook(tensor, is_coded=False)
             return tensor
         saved = saved_of(tensor)
         if saved is None or saved.bits < codec.bits:  # a tag may hold fewer bits than these functions stand
@@ -216,7 +218,7 @@ def call_coding_saved_tensors(
         coding.coded_calls += 1
         if coding.listener is not None:
             for part in saved.tensors:
-                coding.listener.saved_by_hook(part)
+                coding.listener.saved_by_hook(part, is_coded=True)
         return saved
 
     def unpack(saved: Tensor | Saved) -> Tensor:

@@ -170,12 +170,14 @@ class Joined:
 Saved = Coded | Joined
 
 
+_EMPTY = torch.empty(0)
+
+
 def save(ctx: Any, saved: Saved | None, *others: Tensor) -> None:
     """Save the codes, if any, for backward, others after them, so that autograd frees them."""
     codes = () if saved is None else saved.tensors
     ctx.save_for_backward(*codes, *others)
-    empty = torch.empty(0)
-    ctx.saved, ctx.saved_count = saved and saved.with_tensors([empty] * len(codes)), len(codes)
+    ctx.saved, ctx.saved_count = saved and saved.with_tensors([_EMPTY] * len(codes)), len(codes)
 
 
 def load(ctx: Any) -> tuple[Any, list[Tensor]]:
