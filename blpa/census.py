@@ -31,6 +31,10 @@ class Bytes:
     """The largest tensors alive at the peak."""
 
 
+Saver = tuple[str, str, int]
+"""A call that saves a tensor: module, function, and how often the module has called it."""
+
+
 @dataclass
 class SavedTensor:
     """A saved tensor of one run."""
@@ -38,8 +42,7 @@ class SavedTensor:
     storage: Any
     nbytes: int
     shape: tuple[int, ...]
-    savers: list[tuple[str, str, int]]
-    """Module, function, and how often the module has called it."""
+    savers: list[Saver]
     by_hook: bool = False
     """Whether a function without a coded version saves it as codes."""
 

@@ -137,8 +137,12 @@ class Codec:
         width = ((high - low) / (self.levels - 1)).clamp_min_(torch.finfo(gamma.dtype).tiny ** 0.5)
         edge = -beta / gamma.abs()
         bins = (edge / width).nan_to_num_(nan=0.0, posinf=2.0**30, neginf=-(2.0**30))
-        frac = torch.where((edge > low) & (edge < high), bins.ceil() - bins, 0.0)
-        first = (low / width + frac).floor_()  # becomes code 0
+        lowest = low / width
+        is_inside = (edge > low) & (edge < high)
+        # The bin that becomes code 0. Without an edge in the range that bin starts at low; where all y are positive it
+        # is one below, since code 0 means a negative y.
+        frac = torch.where(is_inside, bins.ceil() - bins, -lowest)
+        first = torch.where(is_inside, (lowest + frac).floor(), -(edge <= low).to(width.dtype))
         return Grid(
             bins_per_unit=sign / width,
             bin_width=sign * width,

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from blpa import layers as own_layers
 from blpa.codec import ALLOWED_BITS, Codec
 from blpa.coded import FUNCTIONS, Coding, Policy
 from blpa.coded.mode import EIGHT_BITS, THREAD
@@ -244,6 +245,8 @@ def _check(model: nn.Module) -> None:
             raise ValueError(
                 f"{what} is a {type(module).__name__}: must be a plain module; convert before torch.jit.script"
             )
+        if isinstance(module, own_layers.BatchNormReLU | own_layers.Conv2d):
+            raise ValueError(f"{what} is a blpa {type(module).__name__}: must be PyTorch's own; it saves codes already")
         if "OptimizedModule" in bases or module._compiled_call_impl is not None:
             raise ValueError(f"{what} is compiled: must be a plain module, for torch.compile of codes is not supported")
         if bases & {"FSDPModule", "FullyShardedDataParallel"}:
@@ -266,8 +269,10 @@ def _policies(model: nn.Module, default: Policy, layers: Mapping[str, Policy | N
         if not isinstance(pattern, str):
             raise TypeError(f"layers: {pattern!r} is a {type(pattern).__name__}: must be a pattern of module names")
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[1:4]
-            hint = f"the nearest names are {', '.join(near)}" if near else "the model has no modules inside"
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.6)
+            inside = [name for name, _ in model.named_children()]
+            hint = f"the nearest names are {', '.join(near)}" if near else f"the model's are {', '.join(inside)}"
+            hint = hint if inside else "the model has no modules inside"
             raise ValueError(f"layers: {pattern!r} matches no module; {hint}")
     policies: dict[nn.Module, Policy | None] = {}
     for name, module in model.named_modules(remove_duplicate=False):

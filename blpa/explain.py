@@ -8,14 +8,14 @@ import copy
 import importlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from blpa.census import Bytes, SavedTensor, count_step, tensors_in
+from blpa.census import Bytes, SavedTensor, Saver, count_step, tensors_in
 from blpa.codec import Codec
 from blpa.convert import convert, is_converted, policy_of
 from blpa.memory import GIB, MIB, largest_batch
@@ -134,7 +134,7 @@ class Explanation:
         for row in self.rows:
             functions = " + ".join(dict.fromkeys(saver.rpartition(": ")[2] for saver in row.savers))
             kinds.setdefault((functions, row.gradient), []).append(row)
-        lines = [(self.title, "MiB per sample: stock", "coded", "gradient, given the output's")]
+        lines = [(self.title, "MiB per sample: stock", "coded", "gradient passed on")]
         small = [0, 0]
         for (functions, gradient), rows in sorted(
             kinds.items(), key=lambda kind: -sum(row.stock_bytes for row in kind[1])
@@ -143,8 +143,7 @@ class Explanation:
             if max(stock / max(1, self.stock.saved), coded / max(1, self.coded.saved)) < 0.001:
                 small = [small[0] + stock, small[1] + coded]
             else:
-                large = [row for row in rows if max(row.stock_bytes, row.coded_bytes) > 1e-4 * self.coded.saved]
-                lines.append((f"  {functions}, {len(large)}", mib(stock), mib(coded), gradient))
+                lines.append((f"  {functions}, {len(rows)}", mib(stock), mib(coded), gradient))
         lines.append(("  all else", mib(small[0]), mib(small[1]), ""))
         ratio = self.stock.saved / max(1, self.coded.saved)
         lines.append(
@@ -206,7 +205,7 @@ def explain(model: nn.Module, *inputs: Any, bits: int | Codec | None = 4, **kwar
     momentum = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     rows = _rows(stock_tensors, coded_tensors)
     rest = [stock.saved - sum(row.stock_bytes for row in rows), coded.saved - sum(row.coded_bytes for row in rows)]
-    rows.append(Row("", "outputs and loss", (), (": outputs and loss",), rest[0], rest[1], ""))
+    rows.append(Row("", "outputs, loss and others", (), ("the model: outputs, loss and others",), rest[0], rest[1], ""))
     return Explanation(
         title=f"{type(model).__name__}, {_settings(copy_)}, input {_shapes(arguments)}",
         batch=batch,
@@ -234,25 +233,40 @@ def _converted_copy(model: nn.Module, device: str, bits: int | Codec | None) -> 
 
 def _rows(stock: list[SavedTensor], coded: list[SavedTensor]) -> list[Row]:
     """Pair the tensors of both runs: codes belong to the tensor that their first saver saves in PyTorch."""
-    owner: dict[tuple[str, str, int], int] = {}
+    stock, coded = _with_small_ones(stock), _with_small_ones(coded)
+    owner: dict[Saver, int] = {}
     for k, tensor in enumerate(stock):
         for saver in tensor.savers:
             owner.setdefault(saver, k)
     coded_bytes: Counter[int] = Counter()
     by_hook: set[int] = set()
-    others: dict[tuple[str, str, int], SavedTensor] = {}
+    others: list[SavedTensor] = []
     for tensor in coded:
         place = next((owner[saver] for saver in tensor.savers if saver in owner), None)
-        if place is not None:
-            coded_bytes[place] += tensor.nbytes
-            if tensor.by_hook:
-                by_hook.add(place)
-        elif tensor.savers[0] in others:
-            others[tensor.savers[0]].nbytes += tensor.nbytes
-        else:
-            others[tensor.savers[0]] = tensor
+        if place is None:
+            others.append(tensor)
+            continue
+        coded_bytes[place] += tensor.nbytes
+        if tensor.by_hook:
+            by_hook.add(place)
     rows = [_row(tensor, tensor.nbytes, coded_bytes[k], k in by_hook) for k, tensor in enumerate(stock)]
-    return rows + [_row(tensor, 0, tensor.nbytes, tensor.by_hook) for tensor in others.values()]
+    return rows + [_row(tensor, 0, tensor.nbytes, tensor.by_hook) for tensor in others]
+
+
+def _with_small_ones(tensors: list[SavedTensor]) -> list[SavedTensor]:
+    """Add what a call saves beside its large tensors, such as a deviation per channel, to the largest of them."""
+    largest: dict[Saver, SavedTensor] = {}
+    for tensor in tensors:
+        known = largest.get(tensor.savers[0])
+        if known is None or tensor.nbytes > known.nbytes:
+            largest[tensor.savers[0]] = tensor
+    found = {id(tensor): replace(tensor) for tensor in tensors}
+    for tensor in tensors:
+        main = largest[tensor.savers[0]]
+        if tensor.nbytes < 0.05 * main.nbytes:
+            found[id(main)].nbytes += tensor.nbytes
+            del found[id(tensor)]
+    return list(found.values())
 
 
 def _row(tensor: SavedTensor, stock_bytes: int, coded_bytes: int, by_hook: bool) -> Row:
@@ -271,13 +285,19 @@ def _advice(rows: list[Row], stock: Bytes, coded: Bytes, batch: int, model: nn.M
     """Write what a user may want to change."""
     largest = [(kind, nbytes) for kind, nbytes in coded.at_peak if nbytes > 0.01 * coded.peak]
     lines = ["  at the coded peak: " + "; ".join(f"{nbytes / batch / MIB:.2f} {kind}" for kind, nbytes in largest)]
+    weights = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    lines.append(f"  gradients of the weights, at any batch: {weights / MIB:.1f} MiB")
+    if any(torch.is_autocast_enabled(device) for device in ("cuda", "cpu")):
+        lines.append("  counted without autocast, which the meta device lacks: codes take the same, tensors up to half")
     exact = [row for row in rows if row.gradient == "not coded" and row.stock_bytes > 0.01 * stock.saved]
     for row in sorted(exact, key=lambda row: -row.stock_bytes):
         lines.append(f"  not coded: {row.stock_bytes / batch / MIB:.2f} {list(row.shape)}, {row.savers[0]}")
     codecs = {policy.codec for policy in map(policy_of, model.modules()) if policy is not None}
     smooth = [row for row in rows if row.gradient == SMOOTH]
     if smooth and any(codec is not None and codec.bits < 8 for codec in codecs):
-        lines.append(f"  {len(smooth)} smooth activations: 8 bits advised, since the errors of their gradients add up")
+        lines.append(
+            f"  SiLU, GELU or Hardswish, {len(smooth)}: 8 bits advised, since the errors of their gradients add up"
+        )
     return lines
 
 
@@ -300,12 +320,14 @@ def _shapes(tree: Any) -> str:
 
 def _batch(tree: Any) -> int:
     """Return the number of samples: the first dimension of the first tensor, or tensors in a list."""
-    if tree[0] and isinstance(tree[0][0], list | tuple):
+    if tree[0] and isinstance(tree[0][0], list | tuple) and tensors_in(tree[0][0]):
         return len(tree[0][0])
     for tensor in tensors_in(tree):
         if tensor.dim():
             return tensor.shape[0]
-    raise ValueError("the inputs hold no tensor with a batch: give what the model's forward takes")
+    raise ValueError(
+        "the inputs hold no tensor with a batch: give what the model takes, such as torch.empty(8, 3, 224, 224)"
+    )
 
 
 def _resized(tree: Any, batch: int, size: int) -> Any:

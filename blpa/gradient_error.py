@@ -51,8 +51,11 @@ class GradientError:
         # The exact gradient of a bias before a batch norm is rounding noise, and any error of it is large.
         total = sum(row.exact_norm**2 for row in self.rows) ** 0.5
         largest = sorted((row for row in self.rows if row.exact_norm > 1e-4 * total), key=lambda row: -row.error)[:10]
-        width = max(len(row.name) for row in largest)
+        width = max((len(row.name) for row in largest), default=0)
         lines = [f"  {row.name:<{width}}  {row.error:.4f}" for row in largest]
+        zeros = sum(row.exact_norm == 0 for row in self.rows)
+        if zeros:
+            lines.append(f"  {zeros} of {len(self.rows)} parameters have a gradient of 0 here, which tells nothing")
         return "\n".join([f"relative error of the gradient: {self.total:.4f}; largest by parameter:", *lines])
 
 

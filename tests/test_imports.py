@@ -23,7 +23,7 @@ LIBRARY = (
     ("blpa.memory",), ("blpa.models",), ("blpa.layers",), ("blpa.ops",), ("blpa.saved", "blpa.convolution"),
     ("blpa.kernels",), ("blpa.codec",),
 )  # fmt: skip
-"""Inside the library a module imports what stands below it; memory.py kernels and codec, convert.py not the layers."""
+"""Inside the library a module imports what stands below it; memory.py and coded kernels and codec alone."""
 
 FRONT = {
     "runners", "runners.cli", "runners.__main__", "runners.help", "runners.config", "runners.compose", "runners.cells",

@@ -124,15 +124,19 @@ def outer_first(outer: int, inner: int, codes_per_byte: int) -> bool:
     return waste(outer) <= waste(inner)
 
 
-class Part(NamedTuple):
-    """Rows that share bytes: those of block k have the k-th bits of each byte."""
+Place = tuple[slice, slice]
+"""Some rows and columns of [R, S, C]."""
 
-    packed: slice
-    blocks: list[slice]
+
+class Part(NamedTuple):
+    """Places that share bytes: that of block k has the k-th bits of each byte."""
+
+    packed: Place
+    blocks: list[Place]
 
 
 def parts(x: Tensor, codec: Codec | None) -> Iterator[Part]:
-    """Split the rows of x [R, S, C] into parts of about PART_BYTES; none on the meta device, where nothing is computed.
+    """Split x [R, S, C] into parts of about PART_BYTES; none on the meta device, where nothing is computed.
 
     Args:
         x: [R, S, C].
@@ -140,27 +144,36 @@ def parts(x: Tensor, codec: Codec | None) -> Iterator[Part]:
     """
     if x.is_meta:
         return
-    rows, per_byte = x.shape[0], codec.codes_per_byte if codec else 1
+    rows, columns, channels = x.shape
+    per_byte = codec.codes_per_byte if codec else 1
     packed = -(-rows // per_byte)
-    row_bytes = x.shape[1] * x.shape[2] * compute_dtype(x.dtype).itemsize * per_byte
-    step = max(1, PART_BYTES.get(x.device.type, PART_BYTES["cuda"]) // row_bytes)
-    for start in range(0, packed, step):
-        end = min(start + step, packed)
-        blocks = [slice(k * packed + start, min(k * packed + end, rows)) for k in range(per_byte)]
-        yield Part(slice(start, end), [block for block in blocks if block.start < block.stop])
+    part_bytes = PART_BYTES.get(x.device.type, PART_BYTES["cuda"])
+    column_bytes = channels * compute_dtype(x.dtype).itemsize * per_byte
+    column_step = min(columns, max(1, part_bytes // column_bytes))
+    row_step = max(1, part_bytes // (column_bytes * column_step))
+    for row in range(0, packed, row_step):
+        end = min(row + row_step, packed)
+        starts_and_ends = [(k * packed + row, min(k * packed + end, rows)) for k in range(per_byte)]
+        for column in range(0, columns, column_step):
+            some = slice(column, min(column + column_step, columns))
+            blocks = [(slice(first, last), some) for first, last in starts_and_ends if first < last]
+            yield Part((slice(row, end), some), blocks)
 
 
-def of_rows(x: Tensor, rows: slice) -> Tensor:
+def of_place(x: Tensor, place: Place) -> Tensor:
     """Slice a tensor that broadcasts to [R, S, C]: vectors [C], or [R or 1, S or 1, C or 1]."""
-    return x if x.dim() == 1 or x.shape[0] == 1 else x[rows]
+    if x.dim() == 1:
+        return x
+    rows, columns = place
+    return x[rows if x.shape[0] > 1 else slice(None), columns if x.shape[1] > 1 else slice(None)]
 
 
-def normalised(x: Tensor, rows: slice, centre: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Compute z of some rows of x [R, S, C], in the compute dtype; x itself without centre and scale."""
-    x = x[rows].to(compute_dtype(x.dtype))
+def normalised(x: Tensor, place: Place, centre: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Compute z of a part of x [R, S, C], in the compute dtype; x itself without centre and scale."""
+    x = x[place].to(compute_dtype(x.dtype))
     if centre is not None:
-        x = x - of_rows(centre, rows)
-    return x if scale is None else x * of_rows(scale, rows)
+        x = x - of_place(centre, place)
+    return x if scale is None else x * of_place(scale, place)
 
 
 def channel_stats(x: Tensor, centre: Tensor | None = None, scale: Tensor | None = None) -> Stats:
@@ -176,8 +189,8 @@ def channel_stats(x: Tensor, centre: Tensor | None = None, scale: Tensor | None 
     done = 0
     mean, squares, low, high = x.new_zeros(4, x.shape[2], dtype=compute_dtype(x.dtype)).unbind(0)
     for part in parts(x, None):
-        (rows,) = part.blocks
-        z = normalised(x, rows, centre, scale)
+        (place,) = part.blocks
+        z = normalised(x, place, centre, scale)
         count = z.shape[0] * z.shape[1]
         part_var, part_mean = torch.var_mean(z, (0, 1), correction=0)
         part_low, part_high = z.amin((0, 1)), z.amax((0, 1))
@@ -218,11 +231,14 @@ def vectors_of(stats: Stats, gamma: Tensor | None, beta: Tensor | None, codec: C
     deviation = var.sqrt().clamp_min_(torch.finfo(mean.dtype).tiny ** 0.5)
     # t = (z - mean) / deviation is standardised, and y = (gamma deviation) t + (gamma mean + beta).
     scale, shift = gamma * deviation, gamma * mean + beta
+    # y of a channel whose gamma is 0 has one sign, which must not take codes from z: all of them mean that sign.
+    is_flat, flat_zero = scale == 0, torch.where(shift > 0, 0.0, float(codec.levels))
+    shift = torch.where(is_flat, torch.where(shift > 0, 1.0, -1.0), shift)
     if codec.clip == "range":
         grid = codec.grid_of_range(scale, shift, (low - mean) / deviation, (high - mean) / deviation)
     else:
         grid = codec.grid(scale, shift)
-    frac, zero, width = grid.frac, grid.zero, grid.bin_width * deviation
+    frac, zero, width = grid.frac, torch.where(is_flat, flat_zero, grid.zero), grid.bin_width * deviation
     if is_input:
         rectified = codec.rectified_grid(high, (var + mean.square()).sqrt_())
         # A channel that starts at 0 was rectified. One above 0 has the better of both grids.
@@ -264,23 +280,23 @@ def encode(
     if codec is None:
         exact = torch.empty((2, *x.shape), dtype=vectors.dtype, device=x.device)
         for part in parts(x, None):
-            (rows,) = part.blocks
-            exact[0, rows] = normalised(x, rows, centre, scale)
-            exact[1, rows] = y[rows]
+            (place,) = part.blocks
+            exact[0][place] = normalised(x, place, centre, scale)
+            exact[1][place] = y[place]
         return exact
     frac, zero, width, mean, *_ = vectors
     grid = Grid(width.reciprocal(), width, frac, zero)
     packed = torch.empty_like(x[: codec.packed_rows(x.shape[0])], dtype=torch.uint8)
     for part in parts(x, codec):
         codes = [
-            codec.encode(normalised(x, rows, centre, scale) - mean, y[rows].to(vectors.dtype), grid)
-            for rows in part.blocks
+            codec.encode(normalised(x, place, centre, scale) - mean, y[place].to(vectors.dtype), grid)
+            for place in part.blocks
         ]
         codec.pack(codes, packed[part.packed])
     return packed
 
 
-def decoded(x: Tensor, saved: Tensor, vectors: Tensor, codec: Codec | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def decoded(x: Tensor, saved: Tensor, vectors: Tensor, codec: Codec | None) -> Iterator[tuple[Place, Tensor, Tensor]]:
     """Decode part by part.
 
     Args:
@@ -290,38 +306,38 @@ def decoded(x: Tensor, saved: Tensor, vectors: Tensor, codec: Codec | None) -> I
         codec: of the codes.
 
     Yields:
-        Rows, and their z~ and y~, which the caller may overwrite; y~ > 0 exactly where y > 0.
+        Places, and their z~ and y~, which the caller may overwrite; y~ > 0 exactly where y > 0.
     """
     frac, zero, width, mean, gamma, beta, floor = vectors
     grid = Grid(width, width, frac, zero)
     for part in parts(x, codec):
         if codec is None:
-            (rows,) = part.blocks
-            yield rows, saved[0, rows].clone(), saved[1, rows].clone()
+            (place,) = part.blocks
+            yield place, saved[0][place].clone(), saved[1][place].clone()
             continue
-        for k, rows in enumerate(part.blocks):
-            codes = codec.unpack(saved[part.packed], k, rows.stop - rows.start, vectors.dtype)
+        for k, place in enumerate(part.blocks):
+            codes = codec.unpack(saved[part.packed], k, place[0].stop - place[0].start, vectors.dtype)
             z, sign = codec.decode(codes, grid)
             z.add_(mean)
             y = (z * gamma).add_(beta)
             # The middle of an outermost bin may have the other sign, if the sign changes beyond the range.
             positive = where_positive(sign, y.clamp_min(torch.finfo(y.dtype).tiny))
             y = positive.add_(where_positive(sign.neg_(), y.clamp_max_(0)))
-            yield rows, z, torch.maximum(y, floor)
+            yield place, z, torch.maximum(y, floor)
 
 
 def decode(saved: Tensor, vectors: Tensor, codec: Codec | None, function: Elementwise | None, out: Tensor) -> None:
     """Write f(y~) to out [R, S, C]; y~ without a function. The other arguments are as in `decoded`."""
-    for rows, _, y in decoded(out, saved, vectors, codec):
-        out[rows] = y if function is None else function(y)
+    for place, _, y in decoded(out, saved, vectors, codec):
+        out[place] = y if function is None else function(y)
 
 
 def elementwise_grad(
     grad: Tensor, saved: Tensor, vectors: Tensor, codec: Codec | None, function: Elementwise, out: Tensor
 ) -> None:
     """Write dY = f'(y~) dA to out [R, S, C], from grad = dA. The other arguments are as in `decoded`."""
-    for rows, _, y in decoded(grad, saved, vectors, codec):
-        out[rows] = function.grad(grad[rows].to(y.dtype), y)
+    for place, _, y in decoded(grad, saved, vectors, codec):
+        out[place] = function.grad(grad[place].to(y.dtype), y)
 
 
 def norm_grad(
@@ -359,8 +375,8 @@ def norm_grad(
         return torch.empty_like(gamma), torch.empty_like(gamma)
     if groups is None:
         sums = vectors.new_zeros(2, grad.shape[2])
-        for rows, z, _ in decoded(grad, saved, vectors, codec):
-            dy = grad[rows].to(vectors.dtype)
+        for place, z, _ in decoded(grad, saved, vectors, codec):
+            dy = grad[place].to(vectors.dtype)
             sums[0] += dy.sum((0, 1))
             sums[1] += z.mul_(dy).sum((0, 1))
         dbeta, dgamma = sums.unbind(0)
@@ -368,22 +384,21 @@ def norm_grad(
         mean_dy, mean_dy_z = gamma * dbeta / count, gamma * dgamma / count
     else:
         sums = vectors.new_zeros(2, *scale.shape)
-        for rows, z, _ in decoded(grad, saved, vectors, codec):
-            dy = grad[rows].to(vectors.dtype)
-            here = rows if pixels == 1 else slice(None)
-            sums[0, here] += dy.sum(pixels, keepdim=True)
-            sums[1, here] += z.mul_(dy).sum(pixels, keepdim=True)
+        for place, z, _ in decoded(grad, saved, vectors, codec):
+            dy = grad[place].to(vectors.dtype)
+            of_place(sums[0], place).add_(dy.sum(pixels, keepdim=True))
+            of_place(sums[1], place).add_(z.mul_(dy).sum(pixels, keepdim=True))
         dbeta, dgamma = sums.sum((1, 2))
         count = grad.shape[pixels] * grad.shape[2] // groups
         of_groups = (sums * gamma).unflatten(-1, (groups, -1)).sum(-1, keepdim=True) / count
         mean_dy, mean_dy_z = of_groups.expand(*of_groups.shape[:-1], grad.shape[2] // groups).flatten(-2).unbind(0)
     if out is None:
         return dgamma, dbeta
-    for rows, z, _ in decoded(grad, saved, vectors, codec):
-        dx = grad[rows].to(vectors.dtype) * gamma
+    for place, z, _ in decoded(grad, saved, vectors, codec):
+        dx = grad[place].to(vectors.dtype) * gamma
         if not constant_stats:
-            dx = dx.sub_(of_rows(mean_dy, rows)).sub_(z.mul_(of_rows(mean_dy_z, rows)))
-        out[rows] = dx.mul_(of_rows(scale, rows))
+            dx = dx.sub_(of_place(mean_dy, place)).sub_(z.mul_(of_place(mean_dy_z, place)))
+        out[place] = dx.mul_(of_place(scale, place))
     return dgamma, dbeta
 
 
@@ -417,8 +432,8 @@ def layer_norm_grad(
     if grad.is_meta:
         return torch.empty_like(gamma), torch.empty_like(gamma)
     sums = vectors.new_zeros(2, grad.shape[2])
-    for rows, z, _ in decoded(grad, saved, vectors, codec):
-        dy = grad[rows].to(vectors.dtype)
+    for place, z, _ in decoded(grad, saved, vectors, codec):
+        dy = grad[place].to(vectors.dtype)
         sums[0] += dy.sum((0, 1))
         sums[1] += (z * dy).sum((0, 1))
         if out is not None:
@@ -426,6 +441,6 @@ def layer_norm_grad(
             dx = du - z * (du * z).mean(-1, keepdim=True)
             if centred:
                 dx -= du.mean(-1, keepdim=True)
-            out[rows] = dx.mul_(scale[rows])
+            out[place] = dx.mul_(scale[place])
     dbeta, dgamma = sums.unbind(0)
     return dgamma, dbeta

@@ -34,9 +34,9 @@ NEEDS_NO_GPU = True
 
 
 def check(config: Config) -> None:
-    """Check that the mode has codes, and the size and precision."""
-    if config.mode.bits is None:
-        raise UserError(f"mode={config.mode.name}: saves no codes; choose one that does, mode=4bit")
+    """Check that the mode is one of `convert`, the size and the precision."""
+    if config.mode.bits is None or config.mode.forward_from_code:
+        raise UserError(f"mode={config.mode.name}: does not convert a network; choose 8bit, 4bit or 2bit")
     if config.task.image_size < 1:
         raise UserError(f"task.image_size={config.task.image_size}: must be a number of pixels above 0")
     if config.gpu.precision not in ("auto", "fp32", "tf32"):

@@ -280,6 +280,13 @@ def test_settings_of_layers_the_last_pattern_that_matches_counts() -> None:
         (lambda m: blpa.convert(m, layers=["layer1"]), TypeError, "layers is a list: must map"),
         (lambda m: blpa.convert(m, layers={"layer1": 5}), ValueError, "bits = 5: must be"),
         (lambda m: blpa.convert(m, layers={"layre4.*": 8}), ValueError, "'layre4.*' matches no module.*layer4"),
+        (
+            lambda m: blpa.convert(m, layers={"head": None}),
+            ValueError,
+            "'head' matches no module; the model's are .*fc",
+        ),
+        (lambda m: blpa.convert(blpa.PreActResNet(11, layers=blpa.CodedLayers(), classes=10)), ValueError, "is a blpa"),
+        (lambda m: blpa.explain(m, (2, 3, 64, 64)), ValueError, "the inputs hold no tensor"),
         (lambda m: blpa.convert(torch.compile(m)), ValueError, "model is compiled"),
         (lambda m: m.layer1.compile() or blpa.convert(m), ValueError, "module 'layer1' is compiled"),
         (lambda m: blpa.Codec(4, clip="wide"), ValueError, "clip = 'wide': must be"),
