@@ -78,7 +78,8 @@ class Explanation:
         coded: bytes of the converted network.
         fixed_bytes: weights, buffers and an optimiser's momentum.
         notes: what is largest at the peak, what is not coded, advice.
-        step_bytes: maps (coded, batch) to the bytes of a step; None if it ran with data, whose batch cannot change.
+        step_bytes: maps (coded, batch) to the bytes of the inputs and of a step; None if it ran with data, whose batch
+            cannot change.
     """
 
     title: str
@@ -202,6 +203,12 @@ def explain(model: nn.Module, *inputs: Any, bits: int | Codec | None = 4, **kwar
         (stock, stock_tensors), (coded, coded_tensors) = (
             count_step(copy_, arguments, is_coded) for is_coded in (False, True)
         )
+
+    def step_bytes(is_coded: bool, size: int) -> int:
+        resized = _resized(arguments, batch, size)
+        input_bytes = sum(tensor.nbytes for tensor in tensors_in(resized))
+        return input_bytes + count_step(copy_, resized, is_coded)[0].peak
+
     momentum = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     rows = _rows(stock_tensors, coded_tensors)
     rest = [stock.saved - sum(row.stock_bytes for row in rows), coded.saved - sum(row.coded_bytes for row in rows)]
@@ -214,9 +221,7 @@ def explain(model: nn.Module, *inputs: Any, bits: int | Codec | None = 4, **kwar
         coded=coded,
         fixed_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + momentum,
         notes=[*notes, *_advice(rows, stock, coded, batch, copy_)],
-        step_bytes=None
-        if notes
-        else lambda is_coded, size: count_step(copy_, _resized(arguments, batch, size), is_coded)[0].peak,
+        step_bytes=None if notes else step_bytes,
     )
 
 

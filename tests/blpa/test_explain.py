@@ -89,8 +89,8 @@ def test_the_largest_batch_fits_and_the_next_does_not() -> None:
     batch = explanation.largest_batch(gib=1)
     model = blpa.convert(network())
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.parameters(), *model.buffers()))
-    totals = [weights + counted(model, torch.empty(n, 3, 64, 64, device="meta"))[1] for n in (batch, batch + 1)]
-    # explain's loss is one number, as the sum of the logits here.
+    images = [torch.empty(n, 3, 64, 64, device="meta") for n in (batch, batch + 1)]
+    totals = [weights + x.nbytes + counted(model, x)[1] for x in images]
     assert totals[0] <= 0.5 * 2**30 * 1.001
     assert totals[1] >= 0.5 * 2**30 * 0.999
     assert explanation.largest_batch(gib=1, coded=False) < batch
