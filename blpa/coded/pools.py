@@ -56,9 +56,9 @@ def _places(index: Tensor, shape: torch.Size, windows: Windows) -> Tensor:
     place = torch.zeros_like(index, dtype=torch.uint8)
     for dim, start in enumerate(_starts(index, windows)):
         size = shape[len(shape) - len(kernel) + dim]
-        along = index // shape[len(shape) - len(kernel) + dim + 1 :].numel() % size
-        offset = along.sub_(start).div_(windows[3][dim], rounding_mode="floor")
-        place.mul_(kernel[dim]).add_(offset.to(torch.uint8))
+        along = (index // shape[len(shape) - len(kernel) + dim + 1 :].numel()).remainder_(size)  # int64: one at a time
+        place.mul_(kernel[dim]).add_(along.sub_(start).floor_divide_(windows[3][dim]).to(torch.uint8))
+        del along
     return place
 
 
@@ -70,8 +70,7 @@ def _index(places: Tensor, shape: torch.Size, windows: Windows) -> Tensor:
     index = torch.zeros_like(places, dtype=torch.int64)
     for dim, start in enumerate(_starts(places, windows)):
         offset = places // torch.Size(kernel[dim + 1 :]).numel() % kernel[dim]
-        along = offset.long().mul_(windows[3][dim]).add_(start)
-        index.mul_(shape[len(shape) - len(kernel) + dim]).add_(along)
+        index.mul_(shape[len(shape) - len(kernel) + dim]).add_(offset, alpha=windows[3][dim]).add_(start)
     return index
 
 
