@@ -6,7 +6,7 @@ and dropout count as their CUDA kernels save: on the meta device PyTorch would r
 
 import weakref
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -93,8 +93,14 @@ def count_step(model: nn.Module, arguments: Any, is_coded: bool) -> tuple[Bytes,
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """Return the tensors in nested tuples, lists and dictionaries."""
-    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    """Return the tensors in nested tuples, lists, dictionaries and dataclasses."""
+    found: list[Tensor] = []
+    for leaf in tree_leaves(tree):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif is_dataclass(leaf):
+            found += tensors_in(list(vars(leaf).values()))
+    return found
 
 
 class _LikeCuda(TorchFunctionMode):

@@ -1,6 +1,7 @@
 """explain and gradient_error: what they count is what a step allocates, and what they compare is what they say."""
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -204,3 +205,23 @@ def test_gradients_of_an_input_count_too() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)).requires_grad_(False)
     explanation = blpa.explain(model, torch.empty(16, 3, 32, 32).requires_grad_())
     assert explanation.coded.saved < explanation.stock.saved
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    features: list[Tensor]
+
+
+def test_outputs_in_a_dataclass_count() -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+
+        def forward(self, x: Tensor) -> Output:
+            y = self.body(x)
+            return Output(y.mean((2, 3)), [y])
+
+    explanation = blpa.explain(Wrapped(), X)
+    assert explanation.coded.saved < explanation.stock.saved / 4
