@@ -187,40 +187,40 @@ def explain(model: nn.Module, *inputs: Any, bits: int | Codec | None = 4, **kwar
     """
     given = inputs, kwargs
     batch = _batch(given)
-    copy_, notes = _converted_copy(model, "meta", bits), []
-    arguments = _to(given, "meta")
+
+    def counted(device: str) -> tuple[nn.Module, Any, list[tuple[Bytes, list[SavedTensor]]]]:
+        copied, arguments = _converted_copy(model, device, bits), _to(given, device)
+        return copied, arguments, [count_step(copied, arguments, is_coded) for is_coded in (False, True)]
+
+    notes: list[str] = []
     try:
-        (stock, stock_tensors), (coded, coded_tensors) = (
-            count_step(copy_, arguments, is_coded) for is_coded in (False, True)
-        )
+        copied, arguments, found = counted("meta")
     except (NotImplementedError, RuntimeError) as error:
         if any(tensor.is_meta for tensor in tensors_in(given)):
             raise
         notes.append(
             f"run on the CPU, temporaries of the codes counted, since on the meta device: {_first_line(error)}"
         )
-        copy_, arguments = _converted_copy(model, "cpu", bits), _to(given, "cpu")
-        (stock, stock_tensors), (coded, coded_tensors) = (
-            count_step(copy_, arguments, is_coded) for is_coded in (False, True)
-        )
+        copied, arguments, found = counted("cpu")
+    (stock, stock_tensors), (coded, coded_tensors) = found
 
     def step_bytes(is_coded: bool, size: int) -> int:
         resized = _resized(arguments, batch, size)
         input_bytes = sum(tensor.nbytes for tensor in tensors_in(resized))
-        return input_bytes + count_step(copy_, resized, is_coded)[0].peak
+        return input_bytes + count_step(copied, resized, is_coded)[0].peak
 
     momentum = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
     rows = _rows(stock_tensors, coded_tensors)
     rest = [stock.saved - sum(row.stock_bytes for row in rows), coded.saved - sum(row.coded_bytes for row in rows)]
     rows.append(Row("", "outputs, loss and others", (), ("the model: outputs, loss and others",), rest[0], rest[1], ""))
     return Explanation(
-        title=f"{type(model).__name__}, {_settings(copy_)}, input {_shapes(arguments)}",
+        title=f"{type(model).__name__}, {_settings(copied)}, input {_shapes(arguments)}",
         batch=batch,
         rows=rows,
         stock=stock,
         coded=coded,
         fixed_bytes=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + momentum,
-        notes=[*notes, *_advice(rows, stock, coded, batch, copy_)],
+        notes=[*notes, *_advice(rows, stock, coded, batch, copied)],
         step_bytes=None if notes else step_bytes,
     )
 

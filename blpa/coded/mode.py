@@ -82,7 +82,7 @@ class Coding(TorchFunctionMode):
         self.policy = policy
         self.coded_calls = 0
         # Their addresses, which stay theirs as long as the forward pass runs.
-        self._held = {tensor.untyped_storage()._cdata for tensor in held if is_plain(tensor)}
+        self._held = {tensor.untyped_storage()._cdata for tensor in held if is_usual(tensor)}
         self._tagged: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -175,14 +175,14 @@ def is_recording(*tensors: Any) -> bool:
     """Return whether a function of these arguments records a gradient, and all are plain floating-point tensors."""
     found = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
     return any(tensor.requires_grad for tensor in found) and all(
-        is_plain(tensor) and tensor.is_floating_point() for tensor in found
+        is_usual(tensor) and tensor.is_floating_point() for tensor in found
     )
 
 
-def is_plain(tensor: Tensor) -> bool:
+def is_usual(tensor: Tensor) -> bool:
     """Return whether a tensor is a usual one: not sparse, nor of a class that changes what functions do."""
-    is_usual = type(tensor) is Tensor or type(tensor).__torch_function__ is nn.Parameter.__torch_function__
-    return is_usual and tensor.layout == torch.strided and not tensor.is_nested
+    is_known = type(tensor) is Tensor or type(tensor).__torch_function__ is nn.Parameter.__torch_function__
+    return is_known and tensor.layout == torch.strided and not tensor.is_nested
 
 
 def may_overwrite(x: Tensor) -> bool:
@@ -206,7 +206,7 @@ def call_coding_saved_tensors(
     made: dict[int, Coded] = {}
 
     def pack(tensor: Tensor) -> Tensor | Saved:
-        is_large = is_plain(tensor) and tensor.is_floating_point() and is_worth_a_code(tensor, -1)
+        is_large = is_usual(tensor) and tensor.is_floating_point() and is_worth_a_code(tensor, -1)
         if not is_large or coding.is_held(tensor) or not is_chosen(tensor):
             if coding.listener is not None:
                 coding.listener.saved_by_hook(tensor, is_coded=False)

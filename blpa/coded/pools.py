@@ -18,7 +18,7 @@ from blpa.coded.activations import pack_bits, unpack_bits
 from blpa.coded.mode import Coding, is_recording
 from blpa.coded.once import differentiable_once
 from blpa.coded.products import per_dimension
-from blpa.coded.tensors import channel_of, not_a_view, shape_only
+from blpa.coded.tensors import channel_of, channels_last_format, not_a_view, shape_only
 
 Windows = tuple[list[int], list[int], list[int], list[int], bool]
 """kernel_size, stride, padding, dilation and ceil_mode of aten's functions."""
@@ -129,10 +129,8 @@ class _Dropout(torch.autograd.Function):
 
 def _like(x: Tensor) -> Callable[[Tensor], Tensor]:
     """Return a function of a gradient that makes a tensor of x's shape and memory format, with any values."""
-    shape = x.shape
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    memory_format = formats.get(x.dim())
-    if memory_format is None or x.is_contiguous() or not x.is_contiguous(memory_format=memory_format):
+    shape, memory_format = x.shape, channels_last_format(x)
+    if memory_format is None:
         return lambda grad: shape_only(shape, grad)
     return lambda grad: grad.new_zeros(()).expand(shape).contiguous(memory_format=memory_format)
 

@@ -133,12 +133,7 @@ def conv(
     if pads is None:
         return NotImplemented
     options = (per_dimension(stride, dims), pads, dilations, False, [0] * dims, groups)
-
-    def call(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        result: Tensor = function(a, weight, bias, stride, padding, dilation, groups)
-        return result
-
-    return _conv(coding, input, weight, bias, options, call)
+    return _conv(coding, function, input, weight, bias, options, (stride, padding, dilation, groups))
 
 
 def conv_transpose(
@@ -157,21 +152,27 @@ def conv_transpose(
     dims = weight.dim() - 2
     lists = [per_dimension(value, dims) for value in (stride, padding, dilation)]
     options = (*lists, True, per_dimension(output_padding, dims), groups)
-
-    def call(a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        result: Tensor = function(a, weight, bias, stride, padding, output_padding, groups, dilation)
-        return result
-
-    return _conv(coding, input, weight, bias, options, call)
+    others = stride, padding, output_padding, groups, dilation
+    return _conv(coding, function, input, weight, bias, options, others)
 
 
-def _conv(coding: Coding, a: Tensor, weight: Tensor, bias: Tensor | None, options: tuple[Any, ...], call: Call) -> Any:
+def _conv(
+    coding: Coding,
+    function: Any,
+    a: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: tuple[Any, ...],
+    others: tuple[Any, ...],
+) -> Any:
+    """Convolve by the function; `others` are its arguments after the bias, `options` those of aten.convolution."""
     if not is_recording(a, weight, bias) or a.dim() != weight.dim():
         return NotImplemented
     saved = coding.saved_of(a, 1) if weight.requires_grad else None
     if saved is None and weight.requires_grad:
         return NotImplemented
-    return coding.tag(_Conv.apply(a, weight, bias, saved, options, call), None, 1)
+    out = _Conv.apply(a, weight, bias, saved, options, lambda a, weight, bias: function(a, weight, bias, *others))
+    return coding.tag(out, None, 1)
 
 
 def per_dimension(value: int | Sequence[int], dims: int) -> list[int]:

@@ -36,9 +36,7 @@ class Layout:
     @staticmethod
     def of(x: Tensor, channel: int, codec: Codec | None) -> "Layout":
         """Return the layout of x, with contiguous strides unless x is channels-last around its channels."""
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        is_last = channel % x.dim() == 1 and x.dim() in formats
-        is_dense = x.is_contiguous() or (is_last and x.is_contiguous(memory_format=formats[x.dim()]))
+        is_dense = x.is_contiguous() or (channel % x.dim() == 1 and channels_last_format(x) is not None)
         strides = x.stride() if is_dense else torch.empty(x.shape, device="meta").stride()
         return Layout(x.shape, strides, x.dtype, channel, codec)
 
@@ -177,14 +175,14 @@ def save(ctx: Any, saved: Saved | None, *others: Tensor) -> None:
     """Save the codes, if any, for backward, others after them, so that autograd frees them."""
     codes = () if saved is None else saved.tensors
     ctx.save_for_backward(*codes, *others)
-    ctx.saved, ctx.saved_count = saved and saved.with_tensors([_EMPTY] * len(codes)), len(codes)
+    ctx.saved = saved and saved.with_tensors([_EMPTY] * len(codes))
 
 
 def load(ctx: Any) -> tuple[Any, list[Tensor]]:
     """Return what `save` saved: the codes and the others."""
     tensors = ctx.saved_tensors  # read once: each access unpacks them anew
-    codes, others = tensors[: ctx.saved_count], tensors[ctx.saved_count :]
-    return ctx.saved and ctx.saved.with_tensors(codes), list(others)
+    count = len(ctx.saved.tensors) if ctx.saved else 0
+    return ctx.saved and ctx.saved.with_tensors(tensors[:count]), list(tensors[count:])
 
 
 class _Tag:
@@ -232,6 +230,14 @@ def channel_of(tensor: Tensor) -> int:
 def is_worth_a_code(x: Tensor, channel: int) -> bool:
     """Return whether a code of x takes less memory than x."""
     return x.dim() > 0 and x.numel() >= MIN_ROWS * x.shape[channel] > 0
+
+
+def channels_last_format(x: Tensor) -> torch.memory_format | None:
+    """Return the channels-last format of a tensor that lies in it; None for a contiguous or any other one."""
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if memory_format is None or x.is_contiguous() or not x.is_contiguous(memory_format=memory_format):
+        return None
+    return memory_format
 
 
 def not_a_view(out: Tensor) -> Tensor:
