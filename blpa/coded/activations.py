@@ -136,13 +136,8 @@ def hardswish(coding: Coding, function: Any, input: Tensor, inplace: bool = Fals
 
 def gelu(coding: Coding, function: Any, input: Tensor, *, approximate: str = "none") -> Any:
     """Coded torch.nn.functional.gelu."""
-    return _activation(
-        coding,
-        input,
-        lambda y: function(y, approximate=approximate),
-        Elementwise("gelu", (approximate,)),
-        inplace=False,
-    )
+    name = "gelu" if approximate == "none" else "gelu_tanh"
+    return _activation(coding, input, lambda y: function(y, approximate=approximate), Elementwise(name), inplace=False)
 
 
 def hardtanh(

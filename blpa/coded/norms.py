@@ -9,27 +9,39 @@ the sign of y, for the activation and the convolutions after it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from blpa.codec import Codec
 from blpa.coded.mode import Coding, is_recording
 from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Coded, Layout, is_worth_a_code, load, not_a_view, save
-from blpa.kernels import any_layout, compute_dtype
-from blpa.kernels.any_layout import Stats
+from blpa.kernels import compute_dtype
+from blpa.kernels.any_layout import Vectors
 
 Call = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """The forward pass: x, gamma, beta -> y."""
 
 
+class Means(NamedTuple):
+    """Over what a norm's statistics are taken, and so the means of its gradient."""
+
+    per_sample: bool = False
+    """Over groups of channels of one sample."""
+    groups: int = 0
+    per_row: bool = False
+    """Over the last dimension."""
+    centred: bool = True
+    """Whether the mean is subtracted."""
+    constant: bool = False
+    """The statistics do not depend on x."""
+
+
 class _Norm(torch.autograd.Function):
     """x, gamma, beta -> y, and the codes of x_hat.
 
-    `normalise` maps x [R, S, C] to centre and scale, which broadcast to it, and the statistics of x_hat. `norm_grad`
-    and `options` are the backward function of any_layout and its options.
+    `normalise` maps x to centre and scale [N or 1, C or 1] and the vectors of x_hat's codes.
     """
 
     @staticmethod
@@ -39,29 +51,21 @@ class _Norm(torch.autograd.Function):
         gamma: Tensor | None,
         beta: Tensor | None,
         call: Call,
-        normalise: Callable[[Tensor, Layout], tuple[Tensor | None, Tensor, Stats]],
-        channel: int,
-        codec: Codec | None,
-        norm_grad: Callable[..., tuple[Tensor, Tensor]],
-        options: dict[str, Any],
+        normalise: Callable[[Tensor, Layout, Tensor, Tensor], tuple[Tensor | None, Tensor, Tensor]],
+        layout: Layout,
+        means: Means,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        layout = Layout.of(x, channel, codec)
-        rows = layout.rows(x)
-        centre, scale, stats = normalise(rows, layout)  # before running statistics change
+        ones = x.new_ones(x.shape[layout.channel]) if gamma is None else gamma
+        zeros = torch.zeros_like(ones) if beta is None else beta
+        centre, scale, vectors = normalise(x, layout, ones, zeros)  # before running statistics change
         y = not_a_view(call(x, gamma, beta))
-        vectors = any_layout.vectors_of(
-            stats,
-            torch.ones_like(stats.mean) if gamma is None else gamma,
-            torch.zeros_like(stats.mean) if beta is None else beta,
-            codec,
-        )
-        values = any_layout.encode(rows, layout.rows(y), vectors, codec, centre, scale)
-        save(ctx, Coded(values, vectors, layout), scale)
-        ctx.norm_grad, ctx.options = norm_grad, options
+        saved = layout.encode(x, y, vectors, centre, scale)
+        save(ctx, saved, scale)
+        ctx.means = means
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, gamma, beta)]
-        ctx.mark_non_differentiable(values, vectors)
+        ctx.mark_non_differentiable(*saved.tensors)
         ctx.set_materialize_grads(False)  # else there would be zeros as large as the codes
-        return y, values, vectors
+        return y, saved.values, saved.vectors
 
     @staticmethod
     @differentiable_once
@@ -69,12 +73,31 @@ class _Norm(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 3
         if grad is not None:
             saved, (scale,) = load(ctx)
-            found = saved.norm_grad(ctx.norm_grad, grad, scale, ctx.needs_input_grad[0], **ctx.options)
+            sums = saved.gradient_sums(grad, per_sample=ctx.means.per_sample)
+            dx = None
+            if ctx.needs_input_grad[0]:
+                dx = saved.input_grad(grad, scale, _means(saved, grad, sums, ctx.means))
+            dbeta, dgamma = sums.sum(1)
             grads = [
                 one.to(dtype) if wanted else None
-                for one, dtype, wanted in zip(found, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
+                for one, dtype, wanted in zip((dx, dgamma, dbeta), ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
             ]
-        return *grads, *(None,) * 6
+        return *grads, *(None,) * 4
+
+
+def _means(saved: Coded, grad: Tensor, sums: Tensor, means: Means) -> Tensor | None:
+    """Return mean(gamma dY) and mean(gamma dY x_hat~) over what the statistics are taken over."""
+    if means.constant:
+        return None
+    if means.per_row:
+        found: Tensor = saved.row_means(grad)
+        return found if means.centred else torch.stack((torch.zeros_like(found[0]), found[1]))
+    gamma: Tensor = Vectors(*saved.vectors.unbind(0)).gamma
+    if not means.per_sample:
+        return sums * gamma / (grad.numel() // grad.shape[1])
+    of_groups = (sums * gamma).unflatten(-1, (means.groups, -1)).mean(-1, keepdim=True)
+    found = of_groups.expand(*of_groups.shape[:-1], grad.shape[1] // means.groups).flatten(-2) / grad.shape[2:].numel()
+    return found
 
 
 class _ConstantNorm(torch.autograd.Function):
@@ -101,11 +124,12 @@ class _ConstantNorm(torch.autograd.Function):
 
 def _coded(
     coding: Coding, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call, normalise: Any, channel: int,
-    norm_grad: Any, **options: Any,
+    means: Means,
 ) -> Tensor:  # fmt: skip
-    y, values, vectors = _Norm.apply(x, gamma, beta, call, normalise, channel, coding.codec, norm_grad, options)
+    layout = Layout.of(x, channel, coding.codec)
+    y, values, vectors = _Norm.apply(x, gamma, beta, call, normalise, layout, means)
     coding.coded_calls += 1
-    return coding.tag(y, Coded(values, vectors, Layout.of(y, channel, coding.codec)), channel)
+    return coding.tag(y, Coded(values, vectors, layout._replace(dtype=y.dtype)), layout.channel)
 
 
 def batch_norm(
@@ -137,17 +161,12 @@ def batch_norm(
             factor = scale if weight is None else scale * weight.detach()
             return _ConstantNorm.apply(input, bias, lambda x, beta: call(x, weight, beta), factor)
 
-    def normalise(rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Stats]:
-        stats = any_layout.channel_stats(rows)
-        if centre is None or scale is None:
-            mean, rstd = stats.mean, (stats.var + eps).rsqrt()
-        else:
-            mean, rstd = centre, scale
-        return mean, rstd, stats.of_normalised(mean, rstd)
+    def normalise(x: Tensor, layout: Layout, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        stats = layout.stats(x)
+        mean, rstd = (stats[0], (stats[1] + eps).rsqrt()) if centre is None or scale is None else (centre, scale)
+        return mean.unsqueeze(0), rstd.unsqueeze(0), layout.vectors(stats, gamma, beta, mean, rstd)
 
-    return _coded(
-        coding, input, weight, bias, call, normalise, 1, any_layout.norm_grad, constant_stats=centre is not None
-    )
+    return _coded(coding, input, weight, bias, call, normalise, 1, Means(constant=centre is not None))
 
 
 def torch_batch_norm(
@@ -182,22 +201,14 @@ def group_norm(
         return result
 
     samples, channels = input.shape[:2]
-    per_byte = coding.codec.codes_per_byte if coding.codec else 1
-    pixels = 1 if any_layout.outer_first(samples, input.shape[2:].numel(), per_byte) else 0
 
-    def normalise(rows: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Stats]:
-        groups = input.reshape(samples, num_groups, -1).to(compute_dtype(input.dtype))
+    def normalise(x: Tensor, layout: Layout, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        groups = x.reshape(samples, num_groups, -1).to(compute_dtype(x.dtype))
         var, mean = torch.var_mean(groups, -1, correction=0)
-        centre, scale = (
-            value.repeat_interleave(channels // num_groups, 1).unsqueeze(pixels)
-            for value in (mean, (var + eps).rsqrt())
-        )
-        return centre, scale, any_layout.channel_stats(rows, centre, scale)
+        centre, scale = (value.repeat_interleave(channels // num_groups, 1) for value in (mean, (var + eps).rsqrt()))
+        return centre, scale, layout.vectors(layout.stats(x, centre, scale), gamma, beta)
 
-    return _coded(
-        coding, input, weight, bias, call, normalise, 1, any_layout.norm_grad,
-        constant_stats=False, groups=num_groups, pixels=pixels,
-    )  # fmt: skip
+    return _coded(coding, input, weight, bias, call, normalise, 1, Means(per_sample=True, groups=num_groups))
 
 
 def instance_norm(
@@ -246,21 +257,17 @@ def layer_norm(
         )
         return result
 
-    def normalise(rows: Tensor, layout: Layout) -> tuple[Tensor | None, Tensor, Stats]:
-        scale = rows.new_empty(rows.shape[0], 1, 1, dtype=compute_dtype(rows.dtype))
-        centre = torch.zeros_like(scale) if centred else None
-        epsilon = torch.finfo(input.dtype).eps if eps is None else eps
-        for part in any_layout.parts(rows, None):
-            (some,) = part.blocks
-            x = rows[some].to(scale.dtype)
-            if centre is None:
-                var = x.square().mean(-1, keepdim=True)
-            else:
-                var, centre[some] = torch.var_mean(x, -1, correction=0, keepdim=True)
-            scale[some] = (var + epsilon).rsqrt()
-        return centre, scale, any_layout.channel_stats(rows, centre, scale)
+    def normalise(x: Tensor, layout: Layout, gamma: Tensor, beta: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+        epsilon = torch.finfo(x.dtype).eps if eps is None else eps
+        rows = x.flatten(0, -2).to(compute_dtype(x.dtype))
+        if centred:
+            var, centre = torch.var_mean(rows, -1, correction=0, keepdim=True)
+        else:
+            var, centre = rows.square().mean(-1, keepdim=True), None
+        scale = (var + epsilon).rsqrt()
+        return centre, scale, layout.vectors(layout.stats(x, centre, scale), gamma, beta)
 
-    return _coded(coding, input, weight, bias, call, normalise, -1, any_layout.layer_norm_grad, centred=centred)
+    return _coded(coding, input, weight, bias, call, normalise, -1, Means(per_row=True, centred=centred))
 
 
 def rms_norm(

@@ -9,55 +9,75 @@ count. So a change between two functions costs a code, and never correctness. No
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels import any_layout
-from blpa.kernels.any_layout import Elementwise, rows_of
+from blpa.kernels.any_layout import Elementwise
+from blpa.kernels.library import OPERATIONS
 
 MIN_ROWS = 32
 """Elements of a channel that are worth a code: the seven vectors of fewer take as much as they save."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the codes of a tensor lie in memory: its shape, strides and dtype, its channel dimension, and the codec."""
+class Layout(NamedTuple):
+    """How a tensor lies in memory, and its codec; the tensor is dense, or else its codes are of a dense copy."""
 
-    shape: torch.Size
-    strides: tuple[int, ...]
+    shape: Sequence[int]
     dtype: torch.dtype
     channel: int
+    channels_last: bool
     codec: Codec | None
 
     @staticmethod
     def of(x: Tensor, channel: int, codec: Codec | None) -> "Layout":
-        """Return the layout of x, with contiguous strides unless x is channels-last around its channels."""
-        is_dense = x.is_contiguous() or (channel % x.dim() == 1 and channels_last_format(x) is not None)
-        strides = x.stride() if is_dense else torch.empty(x.shape, device="meta").stride()
-        return Layout(x.shape, strides, x.dtype, channel, codec)
+        """Return the layout of x: contiguous, unless x is channels-last around its channels."""
+        channel %= x.dim()
+        return Layout(x.shape, x.dtype, channel, channel == 1 and channels_last_format(x) is not None, codec)
 
-    def rows(self, x: Tensor) -> Tensor:
-        """View a tensor of this shape as [R, S, C]; copied if its memory allows no such view."""
-        return rows_of(x, self.channel, self.codec.codes_per_byte if self.codec else 1)
+    @property
+    def bits(self) -> int:
+        """Bits of a code; 0 without a codec."""
+        return self.codec.bits if self.codec else 0
 
-    def empty(self, device: torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
-        """Allocate a tensor of this layout, and return it and its rows, a view."""
-        out = torch.empty_strided(self.shape, self.strides, dtype=dtype or self.dtype, device=device)
-        rows = self.rows(out)
-        assert rows.untyped_storage()._cdata == out.untyped_storage()._cdata
-        return out, rows
+    @property
+    def of_codes(self) -> tuple[int, bool, int]:
+        """The channel dimension, the order in memory and the bits, as the operations take them."""
+        return self.channel, self.channels_last, self.bits
+
+    def stats(self, x: Tensor, centre: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+        """Compute mean, biased variance, low and high [4, C] of (x - centre) scale."""
+        stats: Tensor = OPERATIONS.channel_stats(x, self.channel, self.channels_last, centre, scale)
+        return stats
+
+    def vectors(
+        self,
+        stats: Tensor,
+        gamma: Tensor | None = None,
+        beta: Tensor | None = None,
+        centre: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """Place the grid of each channel (any_layout.grid_vectors)."""
+        clip = self.codec.clip if self.codec else None
+        clip = None if clip == "range" else clip
+        vectors: Tensor = OPERATIONS.grid_vectors(stats, gamma, beta, centre, scale, self.bits, clip)
+        return vectors
+
+    def encode(
+        self, x: Tensor, y: Tensor, vectors: Tensor, centre: Tensor | None = None, scale: Tensor | None = None
+    ) -> "Coded":
+        """Encode (x - centre) scale, with the sign of y."""
+        return Coded(OPERATIONS.encode(x, y, vectors, *self.of_codes, centre, scale), vectors, self)
 
 
-@dataclass(frozen=True)
-class Coded:
+class Coded(NamedTuple):
     """Codes of one tensor.
 
     Args:
-        values: from any_layout.encode.
+        values: from Layout.encode.
         vectors: any_layout.Vectors [7, C].
         layout: of the tensor that was encoded.
         function: the tensor is function(y); None where it is y itself.
@@ -71,31 +91,29 @@ class Coded:
     views: tuple[Callable[[Tensor], Tensor], ...] = ()
 
     @staticmethod
-    @torch.no_grad()
     def of(x: Tensor, channel: int, codec: Codec | None) -> "Coded":
         """Encode x itself, whatever computed it: about each channel's mean, or a rectified channel from 0."""
-        layout = Layout.of(x, channel, codec)
-        rows = layout.rows(x)
-        vectors = any_layout.vectors_of(any_layout.channel_stats(rows), None, None, codec)
-        return Coded(any_layout.encode(rows, rows, vectors, codec), vectors, layout)
+        with torch.no_grad():
+            layout = Layout.of(x, channel, codec)
+            return layout.encode(x, x, layout.vectors(layout.stats(x)))
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors to save."""
         return self.values, self.vectors
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> "Coded":
+    def with_tensors(self, tensors: Sequence[Any]) -> "Coded":
         """Return the same with other tensors in their places."""
         values, vectors = tensors
-        return replace(self, values=values, vectors=vectors)
+        return self._replace(values=values, vectors=vectors)
 
     def after(self, function: Elementwise) -> "Coded":
         """Return the codes of function(y), which are those of y."""
-        return replace(self, function=function)
+        return self._replace(function=function)
 
     def viewed(self, view: Callable[[Tensor], Tensor]) -> "Coded":
         """Return the codes of a view, which are the same."""
-        return replace(self, views=(*self.views, view))
+        return self._replace(views=(*self.views, view))
 
     @property
     def bits(self) -> float:
@@ -109,37 +127,37 @@ class Coded:
 
     def value(self) -> Tensor:
         """Decode the tensor."""
-        out, rows = self.layout.empty(self.values.device)
-        any_layout.decode(*self._saved, self.function, rows)
+        name, options = self.function or ("", ())
+        layout = self.layout
+        out: Tensor = OPERATIONS.decode(
+            self.values, self.vectors, layout.shape, layout.dtype, *layout.of_codes, name, options
+        )
         for view in self.views:
             out = view(out)
         return out
 
     def elementwise_grad(self, grad: Tensor, function: Elementwise) -> Tensor:
         """Compute dY from grad = dA of a = function(y)."""
-        out, rows = self.layout.empty(grad.device, grad.dtype)
-        any_layout.elementwise_grad(self.layout.rows(grad), *self._saved, function, rows)
-        return out
+        dy: Tensor = OPERATIONS.elementwise_grad(grad, *self.tensors, *self.layout.of_codes, *function)
+        return dy
 
-    def norm_grad(
-        self,
-        norm_grad: Callable[..., tuple[Tensor, Tensor]],
-        grad: Tensor,
-        scale: Tensor,
-        wants_dx: bool,
-        **options: Any,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """Compute dX, dgamma and dbeta from grad = dY by a function of any_layout."""
-        out, rows = self.layout.empty(grad.device, grad.dtype) if wants_dx else (None, None)
-        return out, *norm_grad(self.layout.rows(grad), *self._saved, scale, rows, **options)
+    def gradient_sums(self, grad: Tensor, *, per_sample: bool = False) -> Tensor:
+        """Sum dY and dY z~ of each channel, [2, N or 1, C], from grad = dY."""
+        sums: Tensor = OPERATIONS.gradient_sums(grad, *self.tensors, *self.layout.of_codes, per_sample)
+        return sums
 
-    @property
-    def _saved(self) -> tuple[Tensor, Tensor, Codec | None]:
-        return self.values, self.vectors, self.layout.codec
+    def row_means(self, grad: Tensor) -> Tensor:
+        """Compute mean(gamma dY) and mean(gamma dY z~) over the last dimension, [2, rows, 1], from grad = dY."""
+        means: Tensor = OPERATIONS.row_means(grad, *self.tensors, self.layout.bits)
+        return means
+
+    def input_grad(self, grad: Tensor, scale: Tensor, means: Tensor | None) -> Tensor:
+        """Compute dX = scale (gamma dY - mean0 - z~ mean1) from grad = dY; the others are [(2,) N or 1, C or 1]."""
+        dx: Tensor = OPERATIONS.input_grad(grad, *self.tensors, *self.layout.of_codes, scale, means)
+        return dx
 
 
-@dataclass(frozen=True)
-class Joined:
+class Joined(NamedTuple):
     """Codes of several tensors that a concatenation joins along `dim`."""
 
     parts: tuple[Coded, ...]
@@ -155,7 +173,7 @@ class Joined:
         """Bits per element of the part that has fewest."""
         return min(part.bits for part in self.parts)
 
-    def with_tensors(self, tensors: Sequence[Tensor]) -> "Joined":
+    def with_tensors(self, tensors: Sequence[Any]) -> "Joined":
         """Return the same with other tensors in their places."""
         pairs = zip(tensors[::2], tensors[1::2], strict=True)
         return Joined(tuple(part.with_tensors(pair) for part, pair in zip(self.parts, pairs, strict=True)), self.dim)
@@ -168,21 +186,20 @@ class Joined:
 Saved = Coded | Joined
 
 
-_EMPTY = torch.empty(0)
-
-
 def save(ctx: Any, saved: Saved | None, *others: Tensor) -> None:
     """Save the codes, if any, for backward, others after them, so that autograd frees them."""
     codes = () if saved is None else saved.tensors
     ctx.save_for_backward(*codes, *others)
-    ctx.saved = saved and saved.with_tensors([_EMPTY] * len(codes))
+    ctx.saved = None if saved is None else saved.with_tensors([None] * len(codes))
 
 
 def load(ctx: Any) -> tuple[Any, list[Tensor]]:
     """Return what `save` saved: the codes and the others."""
     tensors = ctx.saved_tensors  # read once: each access unpacks them anew
-    count = len(ctx.saved.tensors) if ctx.saved else 0
-    return ctx.saved and ctx.saved.with_tensors(tensors[:count]), list(tensors[count:])
+    if ctx.saved is None:
+        return None, list(tensors)
+    count = len(ctx.saved.tensors)
+    return ctx.saved.with_tensors(tensors[:count]), list(tensors[count:])
 
 
 class _Tag:

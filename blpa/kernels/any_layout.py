@@ -1,30 +1,34 @@
 """The functions for activations of any layout, in plain PyTorch: the specification for networks in general.
 
-A tensor is viewed as [outer, C, inner] around its channel dimension (N C H W: outer N, inner H W, in either memory
-format; tokens: outer all rows, inner 1), and as rows [R, S, C], R being outer or inner, whichever packs with less
-waste. Vectors [C] broadcast over it, and codes of different rows share a byte (codec.py).
+A tensor [outer, C, inner] around its channel dimension (N C H W: outer N, inner H W; tokens: outer all rows, inner 1)
+lies densely in memory, in that order or with the channels last (order.py). Codes that share a byte are of different
+samples or, where that packs with less waste, of different pixels: of rows [R, S, C], R being outer or inner.
 
     channel_stats      mean, variance, low and high of each channel of z
+    grid_vectors       the grid of each channel
     encode             code of z, with the sign of y
     decode             f(y~)
     elementwise_grad   dY = f'(y~) dA
-    norm_grad          dX, dgamma, dbeta of batch and group norm
-    layer_norm_grad    the same of layer norm
+    gradient_sums      sum dY and sum dY z~ of each channel, for the gradients of a norm
+    row_means          mean(gamma dY) and mean(gamma dY z~) of each row, for that of a layer norm
+    input_grad         dX = scale (gamma dY - mean0 - z~ mean1) of a norm
 
-where z = (x - centre) scale is a normalised activation, or x itself, and y = gamma z + beta. kernels/reference.py does
-the same for one BN-ReLU-conv at a time, fused and for matrices [M, C]; codec and codes are the same.
+where z = (x - centre) scale is a normalised activation, or x itself, and y = gamma z + beta. Without a codec (bits = 0)
+z and y themselves are saved. reference.py does the same for one BN-ReLU-conv at a time, fused and for matrices [M, C];
+codec and codes are the same. library.py makes operations of these functions, which kernels for a device may replace.
 
 A function works through a tensor in parts, so its temporaries take a few times PART_BYTES and not the tensor's size.
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from blpa.codec import Codec, Grid, where_positive
 from blpa.kernels import compute_dtype
+from blpa.kernels.order import Order
 
 PART_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Bytes of one temporary: a CPU's cache holds a few; on a GPU a kernel of 64 MiB hides the time of its launch."""
@@ -34,22 +38,22 @@ class Elementwise(NamedTuple):
     """An elementwise function a = f(y) and its derivative, both PyTorch's own.
 
     Args:
-        name: relu, leaky_relu, hardtanh, silu, gelu or hardswish.
-        options: arguments after y of torch.nn.functional's function.
+        name: relu, leaky_relu, hardtanh, silu, gelu, gelu_tanh (its approximation) or hardswish.
+        options: numbers after y in torch.nn.functional's function.
     """
 
     name: str
-    options: tuple[Any, ...] = ()
+    options: tuple[float, ...] = ()
 
     @property
     def is_smooth(self) -> bool:
         """Whether the derivative depends on more than the sign of y, so that it is approximate at y~."""
-        return self.name in ("silu", "gelu", "hardswish")
+        return self.name in ("silu", "gelu", "gelu_tanh", "hardswish")
 
     def __call__(self, y: Tensor) -> Tensor:
         """Compute f(y)."""
-        if self.name == "gelu":
-            return torch.nn.functional.gelu(y, approximate=self.options[0])
+        if self.name == "gelu_tanh":
+            return torch.nn.functional.gelu(y, approximate="tanh")
         function = getattr(torch.nn.functional, self.name)
         result: Tensor = function(y, *self.options)
         return result
@@ -61,8 +65,8 @@ class Elementwise(NamedTuple):
             return where_positive(y, grad)
         if self.name == "leaky_relu":
             result: Tensor = aten.leaky_relu_backward(grad, y, self.options[0], False)
-        elif self.name == "gelu":
-            result = aten.gelu_backward(grad, y, approximate=self.options[0])
+        elif self.name == "gelu_tanh":
+            result = aten.gelu_backward(grad, y, approximate="tanh")
         else:
             result = getattr(aten, f"{self.name}_backward")(grad, y)
         return result
@@ -84,46 +88,6 @@ class Vectors(NamedTuple):
     """Lower end of y~; 0 for a rectified tensor, whose code 0 is exactly 0, else minus infinity."""
 
 
-class Stats(NamedTuple):
-    """Statistics of each channel, [C] each, in the compute dtype."""
-
-    mean: Tensor
-    var: Tensor
-    """Biased variance."""
-    low: Tensor
-    high: Tensor
-
-    def of_normalised(self, centre: Tensor, scale: Tensor) -> "Stats":
-        """Return the statistics of (x - centre) scale, scale > 0."""
-        if scale.is_meta:
-            return self
-        low, high = (self.low - centre) * scale, (self.high - centre) * scale
-        return Stats((self.mean - centre) * scale, self.var * scale.square(), low, high)
-
-
-def rows_of(x: Tensor, channel: int, codes_per_byte: int) -> Tensor:
-    """View x as [R, S, C]; copied if its memory allows no such view.
-
-    Args:
-        x: of any shape.
-        channel: dimension of the channels.
-        codes_per_byte: decides which of outer and inner is R.
-    """
-    channel %= x.dim()
-    outer, inner = x.shape[:channel].numel(), x.shape[channel + 1 :].numel()
-    matrix = x.reshape(outer, x.shape[channel], inner).transpose(1, 2)
-    return matrix if outer_first(outer, inner, codes_per_byte) else matrix.transpose(0, 1)
-
-
-def outer_first(outer: int, inner: int, codes_per_byte: int) -> bool:
-    """Return whether R is the outer dimension: unless the inner one packs with less waste."""
-
-    def waste(rows: int) -> float:
-        return -rows % codes_per_byte / rows
-
-    return waste(outer) <= waste(inner)
-
-
 Place = tuple[slice, slice]
 """Some rows and columns of [R, S, C]."""
 
@@ -136,14 +100,12 @@ class Part(NamedTuple):
 
 
 def parts(x: Tensor, codec: Codec | None) -> Iterator[Part]:
-    """Split x [R, S, C] into parts of about PART_BYTES; none on the meta device, where nothing is computed.
+    """Split x [R, S, C] into parts of about PART_BYTES.
 
     Args:
         x: [R, S, C].
         codec: whose rows share bytes; without one every row is by itself.
     """
-    if x.is_meta:
-        return
     rows, columns, channels = x.shape
     per_byte = codec.codes_per_byte if codec else 1
     packed = -(-rows // per_byte)
@@ -176,21 +138,27 @@ def normalised(x: Tensor, place: Place, centre: Tensor | None, scale: Tensor | N
     return x if scale is None else x * of_place(scale, place)
 
 
-def channel_stats(x: Tensor, centre: Tensor | None = None, scale: Tensor | None = None) -> Stats:
-    """Compute the statistics of each channel of z.
+def channel_stats(x: Tensor, order: Order, centre: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Compute mean, biased variance, low and high of each channel of z.
 
     Parts are combined by the parallel axis theorem (Chan, Golub and LeVeque 1983).
 
     Args:
-        x: [R, S, C].
-        centre: broadcasts to x; None is 0.
-        scale: broadcasts to x; None is 1.
+        x: dense, in this order.
+        order: of x.
+        centre: [outer or 1, C or 1]; None is 0.
+        scale: [outer or 1, C or 1]; None is 1.
+
+    Returns:
+        [4, C] in the compute dtype.
     """
+    rows = order.rows(x, 0)
+    centre, scale = (None if vector is None else order.of_rows(vector, 0) for vector in (centre, scale))
     done = 0
-    mean, squares, low, high = x.new_zeros(4, x.shape[2], dtype=compute_dtype(x.dtype)).unbind(0)
-    for part in parts(x, None):
+    mean, squares, low, high = x.new_zeros(4, order.channels, dtype=compute_dtype(x.dtype)).unbind(0)
+    for part in parts(rows, None):
         (place,) = part.blocks
-        z = normalised(x, place, centre, scale)
+        z = normalised(rows, place, centre, scale)
         count = z.shape[0] * z.shape[1]
         part_var, part_mean = torch.var_mean(z, (0, 1), correction=0)
         part_low, part_high = z.amin((0, 1)), z.amax((0, 1))
@@ -202,26 +170,36 @@ def channel_stats(x: Tensor, centre: Tensor | None = None, scale: Tensor | None 
         else:
             mean, squares, low, high = part_mean, part_var * count, part_low, part_high
         done += count
-    return Stats(mean, squares / max(done, 1), low, high)
+    return torch.stack((mean, squares / max(done, 1), low, high))
 
 
-def vectors_of(stats: Stats, gamma: Tensor | None, beta: Tensor | None, codec: Codec | None) -> Tensor:
+def grid_vectors(
+    stats: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    centre: Tensor | None,
+    scale: Tensor | None,
+    codec: Codec | None,
+) -> Tensor:
     """Place the grid of each channel: about z's mean, in its standard deviations or over its range.
 
     Without gamma and beta y is z, and a rectified channel gets the grid for it.
 
     Args:
-        stats: of z.
-        gamma: scale [C], of either sign or zero; None is 1.
-        beta: shift [C]; None is 0.
+        stats: from channel_stats of z [4, C]; of x, where centre and scale are given.
+        gamma: scale of y [C], of either sign or zero; None is 1.
+        beta: shift of y [C]; None is 0.
+        centre: z = (x - centre) scale [C], scale > 0; None if the statistics are those of z.
+        scale: see centre.
         codec: None makes no grid.
 
     Returns:
         Vectors [7, C].
     """
     mean, var, low, high = stats
-    if mean.is_meta:
-        return mean.new_empty(len(Vectors._fields), mean.shape[0])
+    if centre is not None and scale is not None:
+        mean, low, high = ((value - centre) * scale for value in (mean, low, high))
+        var = var * scale.square()
     is_input = gamma is None and beta is None
     gamma = torch.ones_like(mean) if gamma is None else gamma.to(mean.dtype)
     beta = torch.zeros_like(mean) if beta is None else beta.to(mean.dtype)
@@ -230,14 +208,14 @@ def vectors_of(stats: Stats, gamma: Tensor | None, beta: Tensor | None, codec: C
         return torch.stack(Vectors(*(torch.zeros_like(mean),) * 4, gamma, beta, floor))
     deviation = var.sqrt().clamp_min_(torch.finfo(mean.dtype).tiny ** 0.5)
     # t = (z - mean) / deviation is standardised, and y = (gamma deviation) t + (gamma mean + beta).
-    scale, shift = gamma * deviation, gamma * mean + beta
+    slope, shift = gamma * deviation, gamma * mean + beta
     # y of a channel whose gamma is 0 has one sign, which must not take codes from z: all of them mean that sign.
-    is_flat, flat_zero = scale == 0, torch.where(shift > 0, 0.0, float(codec.levels))
+    is_flat, flat_zero = slope == 0, torch.where(shift > 0, 0.0, float(codec.levels))
     shift = torch.where(is_flat, torch.where(shift > 0, 1.0, -1.0), shift)
     if codec.clip == "range":
-        grid = codec.grid_of_range(scale, shift, (low - mean) / deviation, (high - mean) / deviation)
+        grid = codec.grid_of_range(slope, shift, (low - mean) / deviation, (high - mean) / deviation)
     else:
-        grid = codec.grid(scale, shift)
+        grid = codec.grid(slope, shift)
     frac, zero, width = grid.frac, torch.where(is_flat, flat_zero, grid.zero), grid.bin_width * deviation
     if is_input:
         rectified = codec.rectified_grid(high, (var + mean.square()).sqrt_())
@@ -257,190 +235,186 @@ def vectors_of(stats: Stats, gamma: Tensor | None, beta: Tensor | None, codec: C
 
 
 def encode(
-    x: Tensor,
-    y: Tensor,
-    vectors: Tensor,
-    codec: Codec | None,
-    centre: Tensor | None = None,
-    scale: Tensor | None = None,
+    x: Tensor, y: Tensor, vectors: Tensor, order: Order, bits: int, centre: Tensor | None, scale: Tensor | None
 ) -> Tensor:
     """Encode z = (x - centre) scale, with the sign of y.
 
     Args:
-        x: [R, S, C].
-        y: [R, S, C]; may be x.
+        x: dense, in this order.
+        y: of the same shape and order; may be x.
         vectors: Vectors [7, C].
-        codec: None saves z and y themselves.
-        centre: broadcasts to x; None is 0.
-        scale: broadcasts to x; None is 1.
+        order: of x and y.
+        bits: of the codes; 0 saves z and y themselves.
+        centre: [outer or 1, C or 1]; None is 0.
+        scale: [outer or 1, C or 1]; None is 1.
 
     Returns:
-        Packed codes, uint8 [codec.packed_rows(R), S, C]; without a codec z and y [2, R, S, C] in the compute dtype.
+        Packed codes, uint8, in the order order.packed(bits); for 0 bits z and y, one after the other, in this order,
+        in the compute dtype. One dimension.
     """
-    if codec is None:
-        exact = torch.empty((2, *x.shape), dtype=vectors.dtype, device=x.device)
-        for part in parts(x, None):
+    x_rows, y_rows = order.rows(x, bits), order.rows(y, bits)
+    centre, scale = (None if vector is None else order.of_rows(vector, bits) for vector in (centre, scale))
+    if not bits:
+        exact = vectors.new_empty(2, order.numel)
+        z_out, y_out = order.rows(exact[0], 0), order.rows(exact[1], 0)
+        for part in parts(x_rows, None):
             (place,) = part.blocks
-            exact[0][place] = normalised(x, place, centre, scale)
-            exact[1][place] = y[place]
-        return exact
+            z_out[place] = normalised(x_rows, place, centre, scale)
+            y_out[place] = y_rows[place]
+        return exact.view(-1)
+    codec = Codec(bits)
     frac, zero, width, mean, *_ = vectors
     grid = Grid(width.reciprocal(), width, frac, zero)
-    packed = torch.empty_like(x[: codec.packed_rows(x.shape[0])], dtype=torch.uint8)
-    for part in parts(x, codec):
+    values = torch.empty(order.saved_elements(bits), dtype=torch.uint8, device=x.device)
+    packed = order.packed_rows(values, bits)
+    for part in parts(x_rows, codec):
         codes = [
-            codec.encode(normalised(x, place, centre, scale) - mean, y[place].to(vectors.dtype), grid)
+            codec.encode(normalised(x_rows, place, centre, scale) - mean, y_rows[place].to(vectors.dtype), grid)
             for place in part.blocks
         ]
         codec.pack(codes, packed[part.packed])
-    return packed
+    return values
 
 
-def decoded(x: Tensor, saved: Tensor, vectors: Tensor, codec: Codec | None) -> Iterator[tuple[Place, Tensor, Tensor]]:
+def values_of(codes: Tensor, vectors: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Decode codes.
+
+    Args:
+        codes: whole numbers [..., C], not packed, in the dtype of the vectors; overwritten.
+        vectors: Vectors [7, C].
+        bits: of the codes.
+
+    Returns:
+        z~ and y~ [..., C]; y~ > 0 exactly where y > 0.
+    """
+    frac, zero, width, mean, gamma, beta, floor = vectors
+    z, sign = Codec(bits).decode(codes, Grid(width, width, frac, zero))
+    z.add_(mean)
+    y = (z * gamma).add_(beta)
+    # The middle of an outermost bin may have the other sign, if the sign changes beyond the range.
+    positive = where_positive(sign, y.clamp_min(torch.finfo(y.dtype).tiny))
+    y = positive.add_(where_positive(sign.neg_(), y.clamp_max_(0)))
+    return z, torch.maximum(y, floor)
+
+
+def decoded(values: Tensor, vectors: Tensor, order: Order, bits: int) -> Iterator[tuple[Place, Tensor, Tensor]]:
     """Decode part by part.
 
     Args:
-        x: [R, S, C], for its shape alone.
-        saved: from `encode`; so are the others.
+        values: from `encode`; so are the others.
         vectors: Vectors [7, C].
-        codec: of the codes.
+        order: of the tensor.
+        bits: of the codes.
 
     Yields:
-        Places, and their z~ and y~, which the caller may overwrite; y~ > 0 exactly where y > 0.
+        Places in rows [R, S, C], and their z~ and y~, which the caller may overwrite; y~ > 0 exactly where y > 0.
     """
-    frac, zero, width, mean, gamma, beta, floor = vectors
-    grid = Grid(width, width, frac, zero)
-    for part in parts(x, codec):
-        if codec is None:
+    if not bits:
+        z_rows, y_rows = (order.rows(exact, 0) for exact in values.view(2, -1))
+        for part in parts(z_rows, None):
             (place,) = part.blocks
-            yield place, saved[0][place].clone(), saved[1][place].clone()
-            continue
+            yield place, z_rows[place].clone(), y_rows[place].clone()
+        return
+    codec = Codec(bits)
+    packed = order.packed_rows(values, bits)
+    rows = order.outer if order.outer_first(bits) else order.inner
+    columns = order.inner if order.outer_first(bits) else order.outer
+    for part in parts(vectors.new_empty(()).expand(rows, columns, order.channels), codec):
         for k, place in enumerate(part.blocks):
-            codes = codec.unpack(saved[part.packed], k, place[0].stop - place[0].start, vectors.dtype)
-            z, sign = codec.decode(codes, grid)
-            z.add_(mean)
-            y = (z * gamma).add_(beta)
-            # The middle of an outermost bin may have the other sign, if the sign changes beyond the range.
-            positive = where_positive(sign, y.clamp_min(torch.finfo(y.dtype).tiny))
-            y = positive.add_(where_positive(sign.neg_(), y.clamp_max_(0)))
-            yield place, z, torch.maximum(y, floor)
+            codes = codec.unpack(packed[part.packed], k, place[0].stop - place[0].start, vectors.dtype)
+            yield place, *values_of(codes, vectors, bits)
 
 
-def decode(saved: Tensor, vectors: Tensor, codec: Codec | None, function: Elementwise | None, out: Tensor) -> None:
-    """Write f(y~) to out [R, S, C]; y~ without a function. The other arguments are as in `decoded`."""
-    for place, _, y in decoded(out, saved, vectors, codec):
-        out[place] = y if function is None else function(y)
+def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: Elementwise | None, out: Tensor) -> None:
+    """Write f(y~) to out, dense in this order; y~ without a function. The other arguments are as in `decoded`."""
+    out_rows = order.rows(out, bits)
+    for place, _, y in decoded(values, vectors, order, bits):
+        out_rows[place] = y if function is None else function(y)
 
 
 def elementwise_grad(
-    grad: Tensor, saved: Tensor, vectors: Tensor, codec: Codec | None, function: Elementwise, out: Tensor
+    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, function: Elementwise, out: Tensor
 ) -> None:
-    """Write dY = f'(y~) dA to out [R, S, C], from grad = dA. The other arguments are as in `decoded`."""
-    for place, _, y in decoded(grad, saved, vectors, codec):
-        out[place] = function.grad(grad[place].to(y.dtype), y)
+    """Write dY = f'(y~) dA to out from grad = dA, both dense in this order. The others are as in `decoded`."""
+    grad_rows, out_rows = order.rows(grad, bits), order.rows(out, bits)
+    for place, _, y in decoded(values, vectors, order, bits):
+        out_rows[place] = function.grad(grad_rows[place].to(y.dtype), y)
 
 
-def norm_grad(
-    grad: Tensor,
-    saved: Tensor,
-    vectors: Tensor,
-    codec: Codec | None,
-    scale: Tensor,
-    out: Tensor | None,
-    *,
-    constant_stats: bool,
-    groups: int | None = None,
-    pixels: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Write dX of a batch norm or group norm to `out`, and return dgamma and dbeta.
-
-    dX = gamma scale (dY - mean(dY) - z~ mean(dY z~)) of batch norm; in a group norm gamma stands inside the means.
+def gradient_sums(
+    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, *, per_sample: bool
+) -> Tensor:
+    """Sum dY and dY z~ of each channel.
 
     Args:
-        grad: dY [R, S, C].
-        saved: from `encode`; so are the next two.
+        grad: dY, dense in this order.
+        values: from `encode`; so are the next two.
         vectors: Vectors [7, C].
-        codec: of the codes.
-        scale: 1 / deviation, as in `encode`.
-        out: [R, S, C]; None where dX is not wanted.
-        constant_stats: the statistics do not depend on x, so dX = gamma scale dY.
-        groups: of channels, in a group norm, whose statistics are those of one sample.
-        pixels: in a group norm, the dimension that is not the samples', 0 or 1; there `scale` has size 1.
+        order: of grad.
+        bits: of the codes.
+        per_sample: do not sum over `outer`.
 
     Returns:
-        dgamma and dbeta [C], in the compute dtype.
+        [2, outer or 1, C], in the compute dtype.
+    """
+    grad_rows = order.rows(grad, bits)
+    sums = vectors.new_zeros(2, order.outer if per_sample else 1, order.channels)
+    of_rows = [order.of_rows(total, bits) for total in sums]
+    axes = (1 if order.outer_first(bits) else 0,) if per_sample else (0, 1)
+    for place, z, _ in decoded(values, vectors, order, bits):
+        dy = grad_rows[place].to(vectors.dtype)
+        of_place(of_rows[0], place).add_(dy.sum(axes, keepdim=True))
+        of_place(of_rows[1], place).add_(z.mul_(dy).sum(axes, keepdim=True))
+    return sums
+
+
+def row_means(grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int) -> Tensor:
+    """Compute mean(gamma dY) and mean(gamma dY z~) over the channels; the arguments are as in gradient_sums, inner 1.
+
+    Returns:
+        [2, outer, 1], in the compute dtype.
     """
     gamma = Vectors(*vectors).gamma
-    if grad.is_meta:
-        return torch.empty_like(gamma), torch.empty_like(gamma)
-    if groups is None:
-        sums = vectors.new_zeros(2, grad.shape[2])
-        for place, z, _ in decoded(grad, saved, vectors, codec):
-            dy = grad[place].to(vectors.dtype)
-            sums[0] += dy.sum((0, 1))
-            sums[1] += z.mul_(dy).sum((0, 1))
-        dbeta, dgamma = sums.unbind(0)
-        count = grad.shape[0] * grad.shape[1]
-        mean_dy, mean_dy_z = gamma * dbeta / count, gamma * dgamma / count
-    else:
-        sums = vectors.new_zeros(2, *scale.shape)
-        for place, z, _ in decoded(grad, saved, vectors, codec):
-            dy = grad[place].to(vectors.dtype)
-            of_place(sums[0], place).add_(dy.sum(pixels, keepdim=True))
-            of_place(sums[1], place).add_(z.mul_(dy).sum(pixels, keepdim=True))
-        dbeta, dgamma = sums.sum((1, 2))
-        count = grad.shape[pixels] * grad.shape[2] // groups
-        of_groups = (sums * gamma).unflatten(-1, (groups, -1)).sum(-1, keepdim=True) / count
-        mean_dy, mean_dy_z = of_groups.expand(*of_groups.shape[:-1], grad.shape[2] // groups).flatten(-2).unbind(0)
-    if out is None:
-        return dgamma, dbeta
-    for place, z, _ in decoded(grad, saved, vectors, codec):
-        dx = grad[place].to(vectors.dtype) * gamma
-        if not constant_stats:
-            dx = dx.sub_(of_place(mean_dy, place)).sub_(z.mul_(of_place(mean_dy_z, place)))
-        out[place] = dx.mul_(of_place(scale, place))
-    return dgamma, dbeta
+    grad_rows = order.rows(grad, bits)
+    means = vectors.new_empty(2, order.outer, 1)
+    for place, z, _ in decoded(values, vectors, order, bits):
+        du = grad_rows[place].to(vectors.dtype) * gamma
+        means[0][place[0]] = du.mean(-1)
+        means[1][place[0]] = z.mul_(du).mean(-1)
+    return means
 
 
-def layer_norm_grad(
+def input_grad(
     grad: Tensor,
-    saved: Tensor,
+    values: Tensor,
     vectors: Tensor,
-    codec: Codec | None,
+    order: Order,
+    bits: int,
     scale: Tensor,
-    out: Tensor | None,
-    *,
-    centred: bool,
-) -> tuple[Tensor, Tensor]:
-    """Write dX of a layer norm over C to `out`, and return dgamma and dbeta.
-
-    dU = gamma dY, dX = scale (dU - mean(dU) - z~ mean(dU z~)), means over C
+    means: Tensor | None,
+    out: Tensor,
+) -> None:
+    """Write dX = scale (gamma dY - mean0 - z~ mean1) of a norm to out.
 
     Args:
-        grad: dY [R, 1, C].
-        saved: from `encode`; so are the next two.
+        grad: dY, dense in this order.
+        values: from `encode`; so are the next two.
         vectors: Vectors [7, C].
-        codec: of the codes.
-        scale: 1 / deviation of each row [R, 1, 1].
-        out: [R, 1, C]; None where dX is not wanted.
-        centred: false for a root mean square norm, whose dX has no mean(dU).
-
-    Returns:
-        dgamma and dbeta [C], in the compute dtype.
+        order: of grad and out.
+        bits: of the codes.
+        scale: 1 / deviation [outer or 1, C or 1].
+        means: [2, outer or 1, C or 1]; None is 0, if the statistics are constant.
+        out: dense in this order.
     """
     gamma = Vectors(*vectors).gamma
-    if grad.is_meta:
-        return torch.empty_like(gamma), torch.empty_like(gamma)
-    sums = vectors.new_zeros(2, grad.shape[2])
-    for place, z, _ in decoded(grad, saved, vectors, codec):
-        dy = grad[place].to(vectors.dtype)
-        sums[0] += dy.sum((0, 1))
-        sums[1] += (z * dy).sum((0, 1))
-        if out is not None:
-            du = dy * gamma
-            dx = du - z * (du * z).mean(-1, keepdim=True)
-            if centred:
-                dx -= du.mean(-1, keepdim=True)
-            out[place] = dx.mul_(scale[place])
-    dbeta, dgamma = sums.unbind(0)
-    return dgamma, dbeta
+    grad_rows, out_rows, scale = order.rows(grad, bits), order.rows(out, bits), order.of_rows(scale, bits)
+    if means is None:
+        for part in parts(grad_rows, None):
+            (place,) = part.blocks
+            out_rows[place] = grad_rows[place].to(vectors.dtype).mul(gamma).mul_(of_place(scale, place))
+        return
+    mean_dy, mean_dy_z = (order.of_rows(mean, bits) for mean in means)
+    for place, z, _ in decoded(values, vectors, order, bits):
+        dx = grad_rows[place].to(vectors.dtype) * gamma
+        dx.sub_(of_place(mean_dy, place)).sub_(z.mul_(of_place(mean_dy_z, place)))
+        out_rows[place] = dx.mul_(of_place(scale, place))

@@ -5,8 +5,9 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.coded.tensors import Coded, Layout
+from blpa.coded.tensors import Coded
 from blpa.kernels import any_layout
+from blpa.kernels.order import Order
 
 CODECS = [Codec(8, "range"), Codec(4, "range"), Codec(2, "range"), Codec(8, 3.9), Codec(4), Codec(2, 1.7)]
 SHAPES: dict[str, tuple[tuple[int, ...], int]] = {
@@ -69,19 +70,19 @@ def test_a_code_is_within_its_bin_and_keeps_the_sign(name: str, codec: Codec, re
 def test_parts_of_any_size_give_the_same_codes(name: str, codec: Codec | None, monkeypatch: pytest.MonkeyPatch) -> None:
     shape, channel = SHAPES[name]
     x = activation(shape, channel)
-    layout = Layout.of(x, channel, codec)
-    rows = layout.rows(x)
-    stats = any_layout.vectors_of(any_layout.channel_stats(rows), None, None, codec)
-    whole = any_layout.encode(rows, rows, stats, codec)
-    out, out_rows = layout.empty(x.device)
-    any_layout.decode(whole, stats, codec, None, out_rows)
+    order, bits = Order.of(shape, channel, False), codec.bits if codec else 0
+    vectors = any_layout.grid_vectors(any_layout.channel_stats(x, order), None, None, None, None, codec)
+
+    def run() -> tuple[Tensor, Tensor]:
+        values, out = any_layout.encode(x, x, vectors, order, bits, None, None), torch.empty_like(x)
+        any_layout.decode(values, vectors, order, bits, None, out)
+        return values, out
+
+    values, out = run()
     monkeypatch.setattr(any_layout, "PART_BYTES", {"cpu": 1, "cuda": 1})
-    assert len(list(any_layout.parts(rows, codec))) > 1
-    assert torch.equal(any_layout.encode(rows, rows, stats, codec), whole)
-    again, again_rows = layout.empty(x.device)
-    any_layout.decode(whole, stats, codec, None, again_rows)
-    assert torch.equal(again, out)
-    for one, other in zip(any_layout.channel_stats(rows), any_layout.channel_stats(rows.double()), strict=True):
+    assert len(list(any_layout.parts(order.rows(x, bits), codec))) > 1
+    assert all(map(torch.equal, run(), (values, out)))
+    for one, other in zip(any_layout.channel_stats(x, order), any_layout.channel_stats(x.double(), order), strict=True):
         # fp32 sums of a hundred terms, of deviations up to five times smaller than the mean
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
@@ -96,14 +97,17 @@ def test_codes_take_the_fewest_bytes_that_a_split_of_rows_allows(bits: int) -> N
         assert coded.values.numel() < 1.1 * torch.Size(shape).numel() * bits / 8 + 6
 
 
-def test_statistics_of_a_normalised_tensor_are_those_of_its_values() -> None:
-    x = activation((4, 6, 5, 7), 1)
-    rows = Layout.of(x, 1, None).rows(x)
-    stats = any_layout.channel_stats(rows.double())
-    centre, scale = stats.mean + 1, 1 / (stats.var + 1e-3).sqrt()
-    found = stats.of_normalised(centre, scale)
-    for one, other in zip(found, any_layout.channel_stats(rows.double(), centre, scale), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+def test_vectors_of_a_normalised_tensor_are_those_of_its_values() -> None:
+    x = activation((4, 6, 5, 7), 1).double()
+    order = Order.of(x.shape, 1, False)
+    stats = any_layout.channel_stats(x, order)
+    centre, scale = stats[0] + 1, 1 / (stats[1] + 1e-3).sqrt()
+    gamma, beta = torch.linspace(-2, 2, 6).double(), torch.linspace(1, -1, 6).double()
+    of_z = any_layout.channel_stats(x, order, centre.unsqueeze(0), scale.unsqueeze(0))
+    for codec in CODECS:
+        found = any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec)
+        expected = any_layout.grid_vectors(of_z, gamma, beta, None, None, codec)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("extreme", [float("nan"), float("inf"), -float("inf"), 3e38])
@@ -121,7 +125,7 @@ def test_every_elementwise_function_has_pytorch_s_gradient() -> None:
     y = torch.linspace(-4, 8, 1001, dtype=torch.float64, requires_grad=True)
     for function in (
         any_layout.Elementwise("relu"), any_layout.Elementwise("leaky_relu", (0.2,)), any_layout.Elementwise("silu"),
-        any_layout.Elementwise("gelu", ("none",)), any_layout.Elementwise("gelu", ("tanh",)),
+        any_layout.Elementwise("gelu"), any_layout.Elementwise("gelu_tanh"),
         any_layout.Elementwise("hardswish"),
     ):  # fmt: skip
         (expected,) = torch.autograd.grad(function(y).sum(), y)

@@ -1,0 +1,198 @@
+"""The functions for activations of any layout as operations of torch.library: what converted networks call.
+
+An operation is one node in a graph of torch.compile or torch.export, whatever computes it. It allocates its result and
+changes none of its arguments, so a compiler may order, drop and share operations. The tensor's device chooses the
+kernels (`kernels_for`); on the meta device results are allocated and nothing is computed.
+
+any_layout.py has formulas and shapes. Here tensors are the user's, of any strides; results are dense, and channels last
+in memory where `channels_last` says so.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from blpa.codec import Codec
+from blpa.kernels import any_layout, compute_dtype
+from blpa.kernels.any_layout import Elementwise, Vectors
+from blpa.kernels.order import Order, dense, empty
+
+
+class AnyLayoutKernels(Protocol):
+    """The contract of kernels for a device: the functions of any_layout.py, on dense tensors."""
+
+    channel_stats: Callable[..., Tensor]
+    grid_vectors: Callable[..., Tensor]
+    encode: Callable[..., Tensor]
+    decode: Callable[..., None]
+    elementwise_grad: Callable[..., None]
+    gradient_sums: Callable[..., Tensor]
+    row_means: Callable[..., Tensor]
+    input_grad: Callable[..., None]
+
+
+def kernels_for(device: torch.device) -> AnyLayoutKernels:
+    """Return the kernels that run on a device."""
+    return any_layout
+
+
+_LIBRARY = torch.library.Library("blpa_any_layout", "FRAGMENT")
+Function = TypeVar("Function", bound=Callable[..., Tensor])
+
+
+def _operation(arguments: str, fake: Callable[..., Tensor]) -> Callable[[Function], Function]:
+    """Make an operation of a function; `fake` has the same arguments, and only allocates the result."""
+
+    def define(function: Function) -> Function:
+        name = function.__name__
+        _LIBRARY.define(f"{name}({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"blpa_any_layout::{name}", fake, lib=_LIBRARY)
+        return function
+
+    return define
+
+
+def _of_channels(count: int, x: Tensor, channel: int) -> Tensor:
+    return x.new_empty(count, x.shape[channel], dtype=compute_dtype(x.dtype))
+
+
+def _function(name: str, options: Sequence[float]) -> Elementwise | None:
+    return Elementwise(name, tuple(options)) if name else None
+
+
+@_operation(
+    "Tensor x, int channel, bool channels_last, Tensor? centre, Tensor? scale",
+    lambda x, channel, *_: _of_channels(4, x, channel),
+)
+def channel_stats(x: Tensor, channel: int, channels_last: bool, centre: Tensor | None, scale: Tensor | None) -> Tensor:
+    """Compute mean, biased variance, low and high [4, C] of (x - centre) scale, for `channel` of x."""
+    order = Order.of(x.shape, channel, channels_last)
+    return kernels_for(x.device).channel_stats(dense(x, channels_last), order, centre, scale)
+
+
+@_operation(
+    "Tensor stats, Tensor? gamma, Tensor? beta, Tensor? centre, Tensor? scale, int bits, float? clip",
+    lambda stats, *_: stats.new_empty(len(Vectors._fields), stats.shape[1]),
+)
+def grid_vectors(
+    stats: Tensor, gamma: Tensor | None, beta: Tensor | None, centre: Tensor | None, scale: Tensor | None, bits: int,
+    clip: float | None,
+) -> Tensor:  # fmt: skip
+    """Place the grid of each channel, Vectors [7, C]; the range is each channel's own where clip is None."""
+    codec = Codec(bits, "range" if clip is None else clip) if bits else None
+    return kernels_for(stats.device).grid_vectors(stats, gamma, beta, centre, scale, codec)
+
+
+def _allocate_codes(
+    x: Tensor, y: Tensor, vectors: Tensor, channel: int, channels_last: bool, bits: int, *_: Tensor
+) -> Tensor:
+    count = Order.of(x.shape, channel, channels_last).saved_elements(bits)
+    return vectors.new_empty(count, dtype=torch.uint8 if bits else None)
+
+
+@_operation(
+    "Tensor x, Tensor y, Tensor vectors, int channel, bool channels_last, int bits, Tensor? centre, Tensor? scale",
+    _allocate_codes,
+)
+def encode(
+    x: Tensor, y: Tensor, vectors: Tensor, channel: int, channels_last: bool, bits: int, centre: Tensor | None,
+    scale: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Encode (x - centre) scale, with the sign of y."""
+    order = Order.of(x.shape, channel, channels_last)
+    x_dense = dense(x, channels_last)
+    y_dense = x_dense if y is x else dense(y, channels_last)
+    return kernels_for(x.device).encode(x_dense, y_dense, vectors, order, bits, centre, scale)
+
+
+def _allocate_value(
+    values: Tensor, vectors: Tensor, shape: Sequence[int], dtype: torch.dtype, channel: int, channels_last: bool,
+    *_: Any,
+) -> Tensor:  # fmt: skip
+    return empty(shape, channels_last, dtype, values.device)
+
+
+@_operation(
+    "Tensor values, Tensor vectors, SymInt[] shape, ScalarType dtype, int channel, bool channels_last, int bits, "
+    "str function, float[] options",
+    _allocate_value,
+)
+def decode(
+    values: Tensor, vectors: Tensor, shape: Sequence[int], dtype: torch.dtype, channel: int, channels_last: bool,
+    bits: int, function: str, options: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """Compute f(y~) of this shape; y~ where the function's name is empty."""
+    out = empty(shape, channels_last, dtype, values.device)
+    order = Order.of(shape, channel, channels_last)
+    kernels_for(values.device).decode(values, vectors, order, bits, _function(function, options), out)
+    return out
+
+
+def _allocate_like(grad: Tensor, values: Tensor, vectors: Tensor, channel: int, channels_last: bool, *_: Any) -> Tensor:
+    return empty(grad.shape, channels_last, grad.dtype, grad.device)
+
+
+@_operation(
+    "Tensor grad, Tensor values, Tensor vectors, int channel, bool channels_last, int bits, str function, "
+    "float[] options",
+    _allocate_like,
+)
+def elementwise_grad(
+    grad: Tensor, values: Tensor, vectors: Tensor, channel: int, channels_last: bool, bits: int, function: str,
+    options: Sequence[float],
+) -> Tensor:  # fmt: skip
+    """Compute dY = f'(y~) dA from grad = dA."""
+    out = empty(grad.shape, channels_last, grad.dtype, grad.device)
+    order = Order.of(grad.shape, channel, channels_last)
+    kernels_for(grad.device).elementwise_grad(
+        dense(grad, channels_last), values, vectors, order, bits, Elementwise(function, tuple(options)), out
+    )
+    return out
+
+
+@_operation(
+    "Tensor grad, Tensor values, Tensor vectors, int channel, bool channels_last, int bits, bool per_sample",
+    lambda grad, values, vectors, channel, channels_last, bits, per_sample: vectors.new_empty(
+        2, grad.shape[0] if per_sample else 1, vectors.shape[1]
+    ),
+)
+def gradient_sums(
+    grad: Tensor, values: Tensor, vectors: Tensor, channel: int, channels_last: bool, bits: int, per_sample: bool
+) -> Tensor:
+    """Sum dY and dY z~ of each channel, [2, N or 1, C], from grad = dY."""
+    order = Order.of(grad.shape, channel, channels_last)
+    return kernels_for(grad.device).gradient_sums(
+        dense(grad, channels_last), values, vectors, order, bits, per_sample=per_sample
+    )
+
+
+@_operation(
+    "Tensor grad, Tensor values, Tensor vectors, int bits",
+    lambda grad, values, vectors, bits: vectors.new_empty(2, grad.shape[:-1].numel(), 1),
+)
+def row_means(grad: Tensor, values: Tensor, vectors: Tensor, bits: int) -> Tensor:
+    """Compute mean(gamma dY) and mean(gamma dY z~) over the last dimension of grad = dY, [2, rows, 1]."""
+    order = Order.of(grad.shape, -1, False)
+    return kernels_for(grad.device).row_means(dense(grad, False), values, vectors, order, bits)
+
+
+@_operation(
+    "Tensor grad, Tensor values, Tensor vectors, int channel, bool channels_last, int bits, Tensor scale, "
+    "Tensor? means",
+    _allocate_like,
+)
+def input_grad(
+    grad: Tensor, values: Tensor, vectors: Tensor, channel: int, channels_last: bool, bits: int, scale: Tensor,
+    means: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Compute dX = scale (gamma dY - mean0 - z~ mean1) of a norm from grad = dY."""
+    out = empty(grad.shape, channels_last, grad.dtype, grad.device)
+    order = Order.of(grad.shape, channel, channels_last)
+    kernels_for(grad.device).input_grad(dense(grad, channels_last), values, vectors, order, bits, scale, means, out)
+    return out
+
+
+OPERATIONS = torch.ops.blpa_any_layout
