@@ -201,7 +201,7 @@ def _run(
     finally:
         THREAD.mode = None
         passed_on = [] if is_root else [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-        mode.untag(but=passed_on)
+        mode.tags.remove_all(but=passed_on)
     if is_root and policy and not mode.coded_calls:
         _warn_of_no_codes(module)
     return output
@@ -225,11 +225,7 @@ def _warn_of_no_codes(module: nn.Module) -> None:
 def _check_transforms() -> None:
     """Raise RuntimeError under a transform of PyTorch's that cannot see codes."""
     if torch.compiler.is_dynamo_compiling():
-        # Without a break in the graph the compiler drops the error, and runs this function uncompiled: see below.
-        torch._dynamo.graph_break(msg=UNSUPPORTED.format("torch.compile"))
-        raise RuntimeError(UNSUPPORTED.format("torch.compile"))
-    if callable(torch._C._dynamo.eval_frame.get_eval_frame_callback()):
-        raise RuntimeError(UNSUPPORTED.format("torch.compile"))
+        return
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         raise RuntimeError(UNSUPPORTED.format("export and tracing"))
     if torch._C._are_functorch_transforms_active():

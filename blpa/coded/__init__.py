@@ -14,7 +14,6 @@ network's functions here; functions that are not in FUNCTIONS save what they alw
     shapes.py        views, concatenation                                   0 bits
 """
 
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,8 +23,7 @@ from torch import Tensor
 from blpa.coded import activations, attention, norms, pools, products, shapes
 from blpa.coded.mode import Coding, Handler, Policy
 
-FUNCTIONS: MappingProxyType[Any, Handler] = MappingProxyType(
-    {
+FUNCTIONS: dict[Any, Handler] = {
         F.batch_norm: norms.batch_norm,
         torch.batch_norm: norms.torch_batch_norm,
         F.instance_norm: norms.instance_norm,
@@ -86,8 +84,7 @@ FUNCTIONS: MappingProxyType[Any, Handler] = MappingProxyType(
             if hasattr(place, name)
         },
         **{getattr(place, name): shapes.split for name in ("chunk", "split") for place in (torch, Tensor)},
-    }
-)  # fmt: skip
+}  # fmt: skip
 """Coded versions, by the function that a network calls."""
 
 __all__ = ["FUNCTIONS", "Coding", "Policy"]

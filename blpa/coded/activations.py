@@ -17,7 +17,7 @@ from torch import Tensor
 from blpa.codec import Codec
 from blpa.coded.mode import Coding, is_recording, may_overwrite
 from blpa.coded.once import differentiable_once
-from blpa.coded.tensors import Coded, Layout, channel_of, is_worth_a_code, load, save, saved_of
+from blpa.coded.tensors import Coded, Layout, is_worth_a_code, load, save
 from blpa.kernels.any_layout import Elementwise
 
 Call = Callable[[Tensor], Tensor]
@@ -28,7 +28,13 @@ class _Elementwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: Tensor, call: Call, function: Elementwise, saved: Coded | None, channel: int, codec: Codec | None
+        ctx: Any,
+        y: Tensor,
+        call: Call,
+        function: Elementwise,
+        saved: Coded | None,
+        channel: int,
+        codec: Codec | None,
     ) -> Any:
         a = call(y)
         if a is y:
@@ -88,25 +94,41 @@ def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
     return flat.view(shape)
 
 
-def _activation(coding: Coding, y: Tensor, call: Call, function: Elementwise, *, inplace: bool) -> Any:
-    channel = channel_of(y)
+def _activation(
+    coding: Coding, y: Tensor, call: Callable[[Tensor, bool], Tensor], function: Elementwise, inplace: bool
+) -> Any:
+    """Compute a = call(y, inplace), and save codes of y or a."""
+    channel = coding.tags.channel(y)
     if not is_recording(y) or not is_worth_a_code(y, channel) or (inplace and not may_overwrite(y)):
         return NotImplemented
+    if inplace and torch.compiler.is_dynamo_compiling():
+        return _copied(coding, y, _activation(coding, y, call, function, False))
     coding.coded_calls += 1
-    saved = saved_of(y)
+    saved = coding.tags.saved(y)
+
+    def compute(y: Tensor) -> Tensor:
+        return call(y, inplace)
+
     if not isinstance(saved, Coded) or not saved.is_plain:
         if function.name == "relu":  # a has its sign, and half the range
-            a, values, vectors = _Elementwise.apply(y, call, function, None, channel, coding.codec)
+            a, values, vectors = _Elementwise.apply(y, compute, function, None, channel, coding.codec)
             return coding.tag(a, Coded(values, vectors, Layout.of(a, channel, coding.codec)), channel)
         saved = Coded.of(y, channel, coding.codec)
-    a = _Elementwise.apply(y, call, function, saved, channel, coding.codec)
+    a = _Elementwise.apply(y, compute, function, saved, channel, coding.codec)
     return coding.tag(a, saved.after(function), saved.layout.channel)
+
+
+def _copied(coding: Coding, y: Tensor, a: Tensor) -> Tensor:
+    """Write a over y, and pass its tag on: what a compiler understands of a function that overwrites its argument."""
+    saved, channel = coding.tags.saved(a), coding.tags.channel(a)
+    return coding.tag(y.copy_(a), saved, channel)
 
 
 def relu(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
     """Coded torch.nn.functional.relu and torch.relu."""
-    call = torch.relu_ if inplace else torch.relu
-    return _activation(coding, input, call, Elementwise("relu"), inplace=inplace)
+    return _activation(
+        coding, input, lambda y, inplace: torch.relu_(y) if inplace else torch.relu(y), Elementwise("relu"), inplace
+    )
 
 
 def relu_(coding: Coding, function: Any, input: Tensor) -> Any:
@@ -118,26 +140,30 @@ def leaky_relu(
     coding: Coding, function: Any, input: Tensor, negative_slope: float = 0.01, inplace: bool = False
 ) -> Any:
     """Coded torch.nn.functional.leaky_relu."""
-    return _activation(
-        coding, input, lambda y: function(y, negative_slope, inplace), Elementwise("leaky_relu", (negative_slope,)),
-        inplace=inplace,
-    )  # fmt: skip
+
+    def call(y: Tensor, inplace: bool) -> Any:
+        return function(y, negative_slope, inplace)
+
+    return _activation(coding, input, call, Elementwise("leaky_relu", (negative_slope,)), inplace)
 
 
 def silu(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
     """Coded torch.nn.functional.silu."""
-    return _activation(coding, input, lambda y: function(y, inplace), Elementwise("silu"), inplace=inplace)
+    return _activation(coding, input, function, Elementwise("silu"), inplace)
 
 
 def hardswish(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
     """Coded torch.nn.functional.hardswish."""
-    return _activation(coding, input, lambda y: function(y, inplace), Elementwise("hardswish"), inplace=inplace)
+    return _activation(coding, input, function, Elementwise("hardswish"), inplace)
 
 
 def gelu(coding: Coding, function: Any, input: Tensor, *, approximate: str = "none") -> Any:
     """Coded torch.nn.functional.gelu."""
-    name = "gelu" if approximate == "none" else "gelu_tanh"
-    return _activation(coding, input, lambda y: function(y, approximate=approximate), Elementwise(name), inplace=False)
+
+    def call(y: Tensor, inplace: bool) -> Any:
+        return function(y, approximate=approximate)
+
+    return _activation(coding, input, call, Elementwise("gelu" if approximate == "none" else "gelu_tanh"), False)
 
 
 def hardtanh(
@@ -149,19 +175,27 @@ def hardtanh(
     inplace: bool = False,
 ) -> Any:
     """Coded torch.nn.functional.hardtanh."""
-    return _clamped(coding, input, lambda y: function(y, min_val, max_val, inplace), min_val, max_val, inplace)
+
+    def call(y: Tensor, inplace: bool) -> Any:
+        return function(y, min_val, max_val, inplace)
+
+    return _clamped(coding, input, call, min_val, max_val, inplace)
 
 
 def relu6(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
     """Coded torch.nn.functional.relu6."""
-    return _clamped(coding, input, lambda y: function(y, inplace), 0.0, 6.0, inplace)
+    return _clamped(coding, input, function, 0.0, 6.0, inplace)
 
 
-def _clamped(coding: Coding, y: Tensor, call: Call, low: float, high: float, inplace: bool) -> Any:
+def _clamped(
+    coding: Coding, y: Tensor, call: Callable[[Tensor, bool], Tensor], low: float, high: float, inplace: bool
+) -> Any:
     if not is_recording(y) or (inplace and not may_overwrite(y)):
         return NotImplemented
+    if inplace and torch.compiler.is_dynamo_compiling():
+        return _copied(coding, y, _clamped(coding, y, call, low, high, False))
     coding.coded_calls += 1
-    saved, channel = saved_of(y), channel_of(y)
-    a = _Masked.apply(y, call, lambda y: (y > low) & (y < high))
+    saved, channel = coding.tags.saved(y), coding.tags.channel(y)
+    a = _Masked.apply(y, lambda y: call(y, inplace), lambda y: (y > low) & (y < high))
     clamped = Elementwise("hardtanh", (low, high))
     return coding.tag(a, saved.after(clamped) if isinstance(saved, Coded) and saved.is_plain else None, channel)

@@ -7,7 +7,6 @@ forward written by hand, a library. So nothing in the network is replaced.
 import functools
 import inspect
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -19,7 +18,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blpa.codec import Codec
-from blpa.coded.tensors import Coded, Saved, is_worth_a_code, saved_of, tag, untag
+from blpa.coded.tags import Tags
+from blpa.coded.tensors import Coded, Saved, is_worth_a_code
 
 EIGHT_BITS = Codec(8, "range")
 """For attention and functions without a coded version: no sign to preserve, and errors that every layer below gets."""
@@ -81,9 +81,12 @@ class Coding(TorchFunctionMode):
         self.handlers = handlers
         self.policy = policy
         self.coded_calls = 0
-        # Their addresses, which stay theirs as long as the forward pass runs.
-        self._held = {tensor.untyped_storage()._cdata for tensor in held if is_usual(tensor)}
-        self._tagged: list[weakref.ref[Tensor]] = []
+        self._held: Any
+        if torch.compiler.is_dynamo_compiling():
+            self._held = list(held)
+        else:  # their addresses, which stay theirs as long as the forward pass runs
+            self._held = {tensor.untyped_storage()._cdata for tensor in held if is_usual(tensor)}
+        self.tags = Tags()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the coded version of a function, or the function."""
@@ -100,7 +103,10 @@ class Coding(TorchFunctionMode):
         if result is not NotImplemented:
             return result
         if self.policy.others is None:
-            return func(*args, **kwargs)
+            result = func(*args, **kwargs)
+            if torch.compiler.is_dynamo_compiling():
+                self.tags.remove_changed(args, kwargs, result)
+            return result
         return call_coding_saved_tensors(self, self.policy.others, func, args, kwargs, _is_finite)
 
     def _handled(self, handler: Handler, func: Any, args: Any, kwargs: Any) -> Any:
@@ -122,20 +128,15 @@ class Coding(TorchFunctionMode):
 
     def is_held(self, tensor: Tensor) -> bool:
         """Return whether a tensor is in memory anyway: a weight, a buffer, an input of the network or a view of one."""
-        return (tensor.is_leaf and tensor.requires_grad) or tensor.untyped_storage()._cdata in self._held
+        if tensor.is_leaf and tensor.requires_grad:
+            return True
+        if torch.compiler.is_dynamo_compiling():
+            return any(tensor is other for other in self._held)
+        return tensor.untyped_storage()._cdata in self._held
 
     def tag(self, tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
         """Put a tag on a tensor, until the network's forward pass ends."""
-        self._tagged.append(weakref.ref(tensor))
-        return tag(tensor, saved, channel)
-
-    def untag(self, but: Iterable[Tensor] = ()) -> None:
-        """Take all tags off, but those of some tensors: what outlives the forward pass would keep codes alive."""
-        spared = {id(tensor) for tensor in but}
-        for reference in self._tagged:
-            tensor = reference()
-            if tensor is not None and id(tensor) not in spared:
-                untag(tensor)
+        return self.tags.put(tensor, saved, channel)
 
     def saved_of(self, x: Tensor, channel: int) -> Saved | None:
         """Return what a function that reads x saves of it: what the tag holds, else a code of its own.
@@ -147,7 +148,7 @@ class Coding(TorchFunctionMode):
         Returns:
             None if x is better saved as it is: a parameter, an input of the network, or too small.
         """
-        saved = saved_of(x)
+        saved = self.tags.saved(x)
         if saved is None:
             if self.is_held(x) or not is_worth_a_code(x, channel):
                 return None
@@ -187,7 +188,9 @@ def is_usual(tensor: Tensor) -> bool:
 
 def may_overwrite(x: Tensor) -> bool:
     """Return whether an autograd function may overwrite x: not a view, whose base it would have to know, nor a leaf."""
-    return not (x._is_view() or (x.is_leaf and x.requires_grad))
+    if x.is_leaf and x.requires_grad:
+        return False
+    return torch.compiler.is_dynamo_compiling() or not x._is_view()
 
 
 def call_coding_saved_tensors(
@@ -211,7 +214,7 @@ def call_coding_saved_tensors(
             if coding.listener is not None:
                 coding.listener.saved_by_hook(tensor, is_coded=False)
             return tensor
-        saved = saved_of(tensor)
+        saved = coding.tags.saved(tensor)
         if saved is None or saved.bits < codec.bits:  # a tag may hold fewer bits than these functions stand
             saved = Coded.of(tensor.detach(), -1, codec)  # the last dimension is the features' in most of them
             made[tensor.untyped_storage()._cdata] = saved
@@ -253,5 +256,7 @@ def _is_checkpointed() -> bool:
 
     It compares what is saved in both runs, and saves nothing of the first, so codes would only be in its way.
     """
+    if torch.compiler.is_dynamo_compiling():
+        return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return hooks is not None and getattr(hooks[0], "__module__", "") == "torch.utils.checkpoint"

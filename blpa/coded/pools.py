@@ -18,7 +18,7 @@ from blpa.coded.activations import pack_bits, unpack_bits
 from blpa.coded.mode import Coding, is_recording
 from blpa.coded.once import differentiable_once
 from blpa.coded.products import per_dimension
-from blpa.coded.tensors import channel_of, channels_last_format, not_a_view, shape_only
+from blpa.coded.tensors import channels_last_format, not_a_view, shape_only
 
 Windows = tuple[list[int], list[int], list[int], list[int], bool]
 """kernel_size, stride, padding, dilation and ceil_mode of aten's functions."""
@@ -153,7 +153,7 @@ def max_pool(dims: int) -> Callable[..., Any]:
             return NotImplemented
         stride = kernel_size if stride is None or (isinstance(stride, Sequence) and not stride) else stride
         kernel, step, zeros, spread = (per_dimension(value, dims) for value in (kernel_size, stride, padding, dilation))
-        channel = channel_of(input)
+        channel = coding.tags.channel(input)
         coding.coded_calls += 1
         if dims > 1:
             return coding.tag(_MaxPool.apply(input, (kernel, step, zeros, spread, ceil_mode)), None, channel)
@@ -167,7 +167,7 @@ def average_pool(coding: Coding, function: Any, input: Tensor, *args: Any, **kwa
     """Coded torch.nn.functional.avg_pool1d, avg_pool2d and avg_pool3d."""
     if not is_recording(input):
         return NotImplemented
-    channel = channel_of(input)
+    channel = coding.tags.channel(input)
     coding.coded_calls += 1
     return coding.tag(_LinearMap.apply(input, lambda x: function(x, *args, **kwargs)), None, channel)
 
@@ -186,6 +186,6 @@ def dropout(
     """Coded torch.nn.functional.dropout."""
     if not is_recording(input) or not training or not 0 < p < 1 or inplace or not input.numel():
         return NotImplemented
-    channel = channel_of(input)
+    channel = coding.tags.channel(input)
     coding.coded_calls += 1
     return coding.tag(_Dropout.apply(input, p), None, channel)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from blpa.coded.mode import Coding, is_recording
 from blpa.coded.once import differentiable_once
-from blpa.coded.tensors import Saved, channel_of, load, not_a_view, save, shape_only
+from blpa.coded.tensors import Saved, load, not_a_view, save, shape_only
 
 Call = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -220,7 +220,7 @@ def mul(coding: Coding, function: Any, input: Any, other: Any) -> Any:
         return NotImplemented
     if torch.broadcast_shapes(x.shape, s.shape) != x.shape:
         return NotImplemented
-    channel = _channel_of_factor(x, s)
+    channel = _channel_of_factor(coding, x, s)
     saved = coding.saved_of(x, channel)
     if saved is None:
         return NotImplemented
@@ -228,8 +228,8 @@ def mul(coding: Coding, function: Any, input: Any, other: Any) -> Any:
     return coding.tag(result, None, channel)
 
 
-def _channel_of_factor(x: Tensor, s: Tensor) -> int:
+def _channel_of_factor(coding: Coding, x: Tensor, s: Tensor) -> int:
     """Return the dimension of x along which s varies, the last one but the samples'; the usual one if none does."""
     sizes = (1,) * (x.dim() - s.dim()) + tuple(s.shape)
     varying = [dim for dim in range(x.dim()) if sizes[dim] > 1 and (dim > 0 or s.dim() < x.dim())]
-    return varying[-1] if len(varying) == 1 else channel_of(x)
+    return varying[-1] if len(varying) == 1 else coding.tags.channel(x)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from blpa.coded.mode import Coding, is_recording
-from blpa.coded.tensors import Coded, Joined, is_worth_a_code, saved_of
+from blpa.coded.tensors import Coded, Joined, is_worth_a_code
 
 
 def view(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Pass the tag through a view or a copy of another shape, such as permute, flatten or reshape."""
-    saved = saved_of(input) if isinstance(input, Tensor) else None
+    saved = coding.tags.saved(input) if isinstance(input, Tensor) else None
     out = function(input, *args, **kwargs)
     if isinstance(saved, Coded) and isinstance(out, Tensor) and out.dtype == input.dtype and out is not input:
         # The decoded tensor may differ in strides, where reshape works and view does not.
@@ -27,7 +27,7 @@ def view(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any
 
 def split(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Pass the tag through chunk and split."""
-    saved = saved_of(input) if isinstance(input, Tensor) else None
+    saved = coding.tags.saved(input) if isinstance(input, Tensor) else None
     outs = function(input, *args, **kwargs)
     if isinstance(saved, Coded):
 
@@ -45,7 +45,7 @@ def cat(coding: Coding, function: Any, tensors: Sequence[Tensor], dim: int = 0) 
     Codes of what is joined already are not joined again: decoding would go back through the network.
     """
     out = function(tensors, dim)
-    parts = [saved_of(tensor) if isinstance(tensor, Tensor) else None for tensor in tensors]
+    parts = [coding.tags.saved(tensor) if isinstance(tensor, Tensor) else None for tensor in tensors]
     is_simple = all(part is None or (isinstance(part, Coded) and len(part.views) <= 1) for part in parts)
     if not is_simple or not any(parts) or not is_recording(*tensors) or dim % out.dim() != 1:
         return out

@@ -1,11 +1,9 @@
-"""What is saved in place of a tensor, and the tag by which the functions that read the tensor find it.
+"""What is saved in place of a tensor.
 
     Coded     the codes of one tensor: a = f(y~), perhaps viewed in another shape
     Joined    the codes of several tensors, of which the tensor is the concatenation
 
-A coded function puts a tag on its output. The next function that reads the tensor saves what the tag holds, and no code
-of its own. A tag counts only while the tensor is unchanged: autograd counts changes in place, and the tag remembers the
-count. So a change between two functions costs a code, and never correctness. Nothing is looked up by address.
+Functions that read the tensor find it by the tensor's tag (tags.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -202,48 +200,6 @@ def load(ctx: Any) -> tuple[Any, list[Tensor]]:
     return ctx.saved.with_tensors(tensors[:count]), list(tensors[count:])
 
 
-class _Tag:
-    """What is known of a tensor at one count of its changes; copies and pickles of the tensor know nothing."""
-
-    def __init__(self, saved: Saved | None, channel: int | None, version: int) -> None:
-        self.saved, self.channel, self.version = saved, channel, version
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-    def __deepcopy__(self, memo: Any) -> None:
-        return None
-
-
-_NAME = "_blpa_tag"
-
-
-def tag(tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
-    """Put a tag on a tensor: what is saved of it, and which dimension holds its channels."""
-    tensor._blpa_tag = _Tag(saved, channel, tensor._version)  # type: ignore[attr-defined]
-    return tensor
-
-
-def untag(tensor: Tensor) -> None:
-    """Take the tag off a tensor."""
-    if getattr(tensor, _NAME, None) is not None:
-        del tensor._blpa_tag  # type: ignore[attr-defined]
-
-
-def saved_of(tensor: Tensor) -> Saved | None:
-    """Return what is saved of a tensor; None without a tag, or if the tensor was changed since."""
-    found = getattr(tensor, _NAME, None)
-    return found.saved if found is not None and found.version == tensor._version else None
-
-
-def channel_of(tensor: Tensor) -> int:
-    """Return the dimension of the channels: as its maker knows it, else 1, or the last of [N, tokens, C]."""
-    found = getattr(tensor, _NAME, None)
-    if found is not None and found.channel is not None:
-        return int(found.channel)
-    return -1 if tensor.dim() == 3 else min(1, tensor.dim() - 1)
-
-
 def is_worth_a_code(x: Tensor, channel: int) -> bool:
     """Return whether a code of x takes less memory than x."""
     return x.dim() > 0 and x.numel() >= MIN_ROWS * x.shape[channel] > 0
@@ -259,6 +215,8 @@ def channels_last_format(x: Tensor) -> torch.memory_format | None:
 
 def not_a_view(out: Tensor) -> Tensor:
     """Return an output that nobody sees as a view: what an autograd function returns may then be overwritten."""
+    if torch.compiler.is_dynamo_compiling():
+        return out
     return out.detach() if out._is_view() else out
 
 

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 import blpa
 from blpa.coded import FUNCTIONS
 from blpa.coded.mode import COMPOSITES
-from blpa.coded.tensors import saved_of
+from blpa.coded.tags import Tags
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*saved no codes"),
@@ -295,7 +295,7 @@ def test_a_rectified_zero_decodes_to_zero(bits: int) -> None:
 
     def function(x: Tensor) -> Tensor:
         a = F.relu(x + 0)
-        saved = saved_of(a)
+        saved = Tags().saved(a)
         if saved is not None:
             caught.extend([a.detach(), saved.value()])
         return a

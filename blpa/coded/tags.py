@@ -1,0 +1,108 @@
+"""Tags: what is known of the tensors of one forward pass, until it ends.
+
+A coded function puts a tag on its output. The next function that reads the tensor saves what the tag holds, and no code
+of its own. A tag counts only while the tensor is unchanged: autograd counts changes in place, and the tag remembers the
+count. So a change between two functions costs a code, and never correctness.
+
+A tag is an attribute of the tensor: nothing is looked up by address. While torch.compile traces the network there are
+no counts, and a tag is an entry under the tensor in a dictionary; a function that changes a tensor takes its tag off,
+and a check of the count by the tracer refuses the changes that cannot be seen so, through views.
+"""
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._dynamo.comptime import comptime
+
+from blpa.coded.tensors import Saved
+
+
+class _Tag:
+    """What is known of a tensor at one count of its changes; copies and pickles of the tensor know nothing."""
+
+    def __init__(self, saved: Saved | None, channel: int | None, version: int) -> None:
+        self.saved, self.channel, self.version = saved, channel, version
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    def __deepcopy__(self, memo: Any) -> None:
+        return None
+
+
+_NAME = "_blpa_tag"
+
+
+class Tags:
+    """The tags of one forward pass."""
+
+    def __init__(self) -> None:
+        self._tagged: list[weakref.ref[Tensor]] = []
+        self._traced: dict[Tensor, _Tag] = {}
+
+    def put(self, tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
+        """Put a tag on a tensor: what is saved of it, and which dimension holds its channels; None is the usual."""
+        if torch.compiler.is_dynamo_compiling():
+            comptime(_note_version)
+            self._traced[tensor] = _Tag(saved, channel, 0)
+        else:
+            tensor._blpa_tag = _Tag(saved, channel, tensor._version)  # type: ignore[attr-defined]
+            self._tagged.append(weakref.ref(tensor))
+        return tensor
+
+    def saved(self, tensor: Tensor) -> Saved | None:
+        """Return what is saved of a tensor; None without a tag, or if the tensor was changed since."""
+        found = self._find(tensor)
+        if found is None:
+            return None
+        if torch.compiler.is_dynamo_compiling():
+            comptime(_check_version)
+            return found.saved
+        return found.saved if found.version == tensor._version else None
+
+    def channel(self, tensor: Tensor) -> int:
+        """Return the dimension of the channels: as its maker knows it, else 1, or the last of [N, tokens, C]."""
+        found = self._find(tensor)
+        if found is not None and found.channel is not None:
+            return found.channel
+        return 2 if tensor.dim() == 3 else min(1, tensor.dim() - 1)
+
+    def remove_changed(self, args: Any, kwargs: Any, result: Any) -> None:
+        """Take the tags off what a function changed while it was traced: it returns that, or nothing (x[0] = 1)."""
+        for tensor in (*args, *kwargs.values()):
+            if isinstance(tensor, Tensor) and (result is None or result is tensor):
+                self._traced.pop(tensor, None)
+
+    def remove_all(self, but: Iterable[Tensor] = ()) -> None:
+        """Take all tags off, but those of some tensors: what outlives the forward pass would keep codes alive."""
+        spared = {id(tensor) for tensor in but}
+        for reference in self._tagged:
+            tensor = reference()
+            if tensor is not None and id(tensor) not in spared and hasattr(tensor, _NAME):
+                delattr(tensor, _NAME)
+        self._tagged.clear()
+
+    def _find(self, tensor: Tensor) -> _Tag | None:
+        if torch.compiler.is_dynamo_compiling():
+            return self._traced.get(tensor)
+        found: _Tag | None = getattr(tensor, _NAME, None)
+        return found
+
+
+def _note_version(context: Any) -> None:
+    """Note, while the compiler traces `put`, how often the tensor was changed."""
+    fake = context.get_local("tensor").as_fake()
+    fake._blpa_version = fake._version
+
+
+def _check_version(context: Any) -> None:
+    """Refuse, while the compiler traces `saved`, a tensor that was changed since."""
+    fake = context.get_local("tensor").as_fake()
+    if fake._blpa_version != fake._version:
+        raise RuntimeError(
+            f"torch.compile of a converted network: a view of an activation {list(fake.shape)} is changed in place; "
+            "change the activation itself, or blpa.restore the model"
+        )
