@@ -179,14 +179,16 @@ def _run(
     """Run a forward with the mode on: entered by the outermost converted module, changed by those inside."""
     if not torch.is_grad_enabled() or THREAD.is_stock:
         return forward(*args, **kwargs)
+    if torch.compiler.is_exporting() and not module.training:
+        return forward(*args, **kwargs)  # a graph for inference
     _check_transforms()
-    mode = THREAD.mode
-    if mode is not None:
-        before, mode.policy = mode.policy, policy
+    outer = THREAD.mode
+    if outer is not None and outer.is_traced == torch.compiler.is_dynamo_compiling():
+        before, outer.policy = outer.policy, policy
         try:
             return forward(*args, **kwargs)
         finally:
-            mode.policy = before
+            outer.policy = before
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not any(tensor.requires_grad for tensor in (*module.parameters(), *inputs)):
         return forward(*args, **kwargs)
@@ -196,10 +198,13 @@ def _run(
     THREAD.mode = mode
     output = None
     try:
+        if mode.is_traced:
+            with torch._dynamo.error_on_graph_break(True), mode:  # a tag of one graph means nothing in the next
+                return forward(*args, **kwargs)
         with mode:
             output = forward(*args, **kwargs)
     finally:
-        THREAD.mode = None
+        THREAD.mode = outer
         passed_on = [] if is_root else [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         mode.tags.remove_all(but=passed_on)
     if is_root and policy and not mode.coded_calls:
@@ -224,8 +229,6 @@ def _warn_of_no_codes(module: nn.Module) -> None:
 
 def _check_transforms() -> None:
     """Raise RuntimeError under a transform of PyTorch's that cannot see codes."""
-    if torch.compiler.is_dynamo_compiling():
-        return
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         raise RuntimeError(UNSUPPORTED.format("export and tracing"))
     if torch._C._are_functorch_transforms_active():

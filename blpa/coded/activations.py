@@ -19,6 +19,7 @@ from blpa.coded.mode import Coding, is_recording, may_overwrite
 from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Coded, Layout, is_worth_a_code, load, save
 from blpa.kernels.any_layout import Elementwise
+from blpa.kernels.library import OPERATIONS
 
 Call = Callable[[Tensor], Tensor]
 
@@ -64,7 +65,7 @@ class _Masked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, call: Call, mask: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(pack_bits(mask(y)))  # of y before it is overwritten
+        ctx.save_for_backward(OPERATIONS.pack_bits(mask(y)))  # of y before it is overwritten
         a = call(y)
         if a is y:
             ctx.mark_dirty(y)
@@ -74,24 +75,7 @@ class _Masked(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        return grad.masked_fill(~unpack_bits(bits, grad.shape), 0), None, None
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Pack a bool tensor into bytes, eight elements each, in the order of its contiguous memory."""
-    flat = mask.reshape(-1).view(torch.uint8)
-    packed = flat.new_zeros(-(-flat.numel() // 8))
-    for k, block in enumerate(flat.split(packed.numel())) if packed.numel() else ():
-        packed[: block.numel()] |= block << k
-    return packed
-
-
-def unpack_bits(packed: Tensor, shape: torch.Size) -> Tensor:
-    """Return the bool tensor of this shape that was packed."""
-    flat = torch.empty(shape.numel(), dtype=torch.bool, device=packed.device)
-    for k, block in enumerate(flat.split(packed.numel())) if packed.numel() else ():
-        block.copy_((packed[: block.numel()] >> k) & 1)
-    return flat.view(shape)
+        return grad.masked_fill(~OPERATIONS.unpack_bits(bits, grad.shape), 0), None, None
 
 
 def _activation(
@@ -101,7 +85,7 @@ def _activation(
     channel = coding.tags.channel(y)
     if not is_recording(y) or not is_worth_a_code(y, channel) or (inplace and not may_overwrite(y)):
         return NotImplemented
-    if inplace and torch.compiler.is_dynamo_compiling():
+    if inplace and coding.is_traced:
         return _copied(coding, y, _activation(coding, y, call, function, False))
     coding.coded_calls += 1
     saved = coding.tags.saved(y)
@@ -192,7 +176,7 @@ def _clamped(
 ) -> Any:
     if not is_recording(y) or (inplace and not may_overwrite(y)):
         return NotImplemented
-    if inplace and torch.compiler.is_dynamo_compiling():
+    if inplace and coding.is_traced:
         return _copied(coding, y, _clamped(coding, y, call, low, high, False))
     coding.coded_calls += 1
     saved, channel = coding.tags.saved(y), coding.tags.channel(y)

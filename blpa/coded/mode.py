@@ -67,6 +67,7 @@ class Coding(TorchFunctionMode):
 
     Attributes:
         coded_calls: number of calls to coded versions that saved codes.
+        is_traced: whether a compiler traces the forward pass.
     """
 
     def __init__(
@@ -81,16 +82,17 @@ class Coding(TorchFunctionMode):
         self.handlers = handlers
         self.policy = policy
         self.coded_calls = 0
-        self._held: Any
-        if torch.compiler.is_dynamo_compiling():
-            self._held = list(held)
-        else:  # their addresses, which stay theirs as long as the forward pass runs
-            self._held = {tensor.untyped_storage()._cdata for tensor in held if is_usual(tensor)}
-        self.tags = Tags()
+        self.is_traced = torch.compiler.is_dynamo_compiling()
+        self.tags = Tags(self.is_traced)
+        # Their addresses, which stay theirs as long as the forward pass runs; a compiler knows no addresses.
+        held = [tensor for tensor in held if is_usual(tensor)]
+        self._held: Any = held if self.is_traced else {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the coded version of a function, or the function."""
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling() and not self.is_traced:
+            return func(*args, **kwargs)  # a compiled part of a network that is not compiled
         if func in COMPOSITES:
             with self:
                 return _body_of(func)(*args, **kwargs)
@@ -104,7 +106,7 @@ class Coding(TorchFunctionMode):
             return result
         if self.policy.others is None:
             result = func(*args, **kwargs)
-            if torch.compiler.is_dynamo_compiling():
+            if self.is_traced:
                 self.tags.remove_changed(args, kwargs, result)
             return result
         return call_coding_saved_tensors(self, self.policy.others, func, args, kwargs, _is_finite)
@@ -130,7 +132,7 @@ class Coding(TorchFunctionMode):
         """Return whether a tensor is in memory anyway: a weight, a buffer, an input of the network or a view of one."""
         if tensor.is_leaf and tensor.requires_grad:
             return True
-        if torch.compiler.is_dynamo_compiling():
+        if self.is_traced:
             return any(tensor is other for other in self._held)
         return tensor.untyped_storage()._cdata in self._held
 

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from blpa.coded.activations import pack_bits, unpack_bits
 from blpa.coded.mode import Coding, is_recording
 from blpa.coded.once import differentiable_once
 from blpa.coded.products import per_dimension
 from blpa.coded.tensors import channels_last_format, not_a_view, shape_only
+from blpa.kernels.library import OPERATIONS
 
 Windows = tuple[list[int], list[int], list[int], list[int], bool]
 """kernel_size, stride, padding, dilation and ceil_mode of aten's functions."""
@@ -33,7 +33,8 @@ class _MaxPool(torch.autograd.Function):
         pool = F.max_pool2d if len(kernel) == 2 else F.max_pool3d
         out, index = pool(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
         ctx.windows, ctx.like = windows, _like(x)
-        ctx.save_for_backward(_places(index, x.shape, windows))
+        ctx.sizes = x.shape[x.dim() - len(kernel) :], *windows[:4]
+        ctx.save_for_backward(OPERATIONS.places_of(index, *ctx.sizes))
         return out
 
     @staticmethod
@@ -41,65 +42,25 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
         x = ctx.like(grad)
-        index = _index(places, x.shape, ctx.windows)
+        index = OPERATIONS.index_of(places, *ctx.sizes)
         dims = len(ctx.windows[0])
         aten = torch.ops.aten
         backward = aten.max_pool2d_with_indices_backward if dims == 2 else aten.max_pool3d_with_indices_backward
         return backward(grad, x, *ctx.windows, index), None
 
 
-def _places(index: Tensor, shape: torch.Size, windows: Windows) -> Tensor:
-    """Turn indices into planes of x [..., H, W] into places in windows, uint8; int32 indices if windows are large."""
-    kernel = windows[0]
-    if torch.Size(kernel).numel() > 256:
-        return index.int()
-    place = torch.zeros_like(index, dtype=torch.uint8)
-    for dim, start in enumerate(_starts(index, windows)):
-        size = shape[len(shape) - len(kernel) + dim]
-        along = (index // shape[len(shape) - len(kernel) + dim + 1 :].numel()).remainder_(size)  # int64: one at a time
-        place.mul_(kernel[dim]).add_(along.sub_(start).floor_divide_(windows[3][dim]).to(torch.uint8))
-        del along
-    return place
-
-
-def _index(places: Tensor, shape: torch.Size, windows: Windows) -> Tensor:
-    """Undo `_places`: int64 indices into planes of x."""
-    kernel = windows[0]
-    if places.dtype != torch.uint8:
-        return places.long()
-    index = torch.zeros_like(places, dtype=torch.int64)
-    for dim, start in enumerate(_starts(places, windows)):
-        offset = places // torch.Size(kernel[dim + 1 :]).numel() % kernel[dim]
-        index.mul_(shape[len(shape) - len(kernel) + dim]).add_(offset, alpha=windows[3][dim]).add_(start)
-    return index
-
-
-def _starts(index: Tensor, windows: Windows) -> list[Tensor]:
-    """Return where each output's window starts in x, for each dimension; they broadcast to the outputs."""
-    kernel, stride, padding, *_ = windows
-    starts = []
-    for dim in range(len(kernel)):
-        size = index.shape[index.dim() - len(kernel) + dim]
-        start = torch.arange(size, device=index.device) * stride[dim] - padding[dim]
-        starts.append(start.view(-1, *(1,) * (len(kernel) - 1 - dim)))
-    return starts
-
-
-class _LinearMap(torch.autograd.Function):
-    """x -> call(x), a linear map of x such as an average pooling, whose gradient is the same at every x."""
+class _AveragePool(torch.autograd.Function):
+    """x -> call(x), whose gradient is the same at every x: backward(G, x), which reads x's shape alone."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, call: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.call, ctx.like = call, _like(x)
+    def forward(ctx: Any, x: Tensor, call: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]) -> Tensor:
+        ctx.backward, ctx.like = backward, _like(x)
         return not_a_view(call(x))
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.like(grad).requires_grad_()
-        with torch.enable_grad():
-            out = ctx.call(x)
-        return torch.autograd.grad(out, x, grad)[0], None
+        return ctx.backward(grad, ctx.like(grad)), None, None
 
 
 class _Dropout(torch.autograd.Function):
@@ -114,14 +75,14 @@ class _Dropout(torch.autograd.Function):
             mask = noise != 0
             out = x * noise.div_(1 - p)
         ctx.p = p
-        ctx.save_for_backward(pack_bits(mask))
+        ctx.save_for_backward(OPERATIONS.pack_bits(mask))
         return cast(Tensor, out)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (bits,) = ctx.saved_tensors
-        mask = unpack_bits(bits, grad.shape)
+        mask = OPERATIONS.unpack_bits(bits, grad.shape)
         if grad.device.type == "cuda":
             return torch.ops.aten.native_dropout_backward(grad, mask, 1 / (1 - ctx.p)), None
         return grad * mask.to(grad.dtype).div_(1 - ctx.p), None
@@ -163,21 +124,71 @@ def max_pool(dims: int) -> Callable[..., Any]:
     return handler
 
 
-def average_pool(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Coded torch.nn.functional.avg_pool1d, avg_pool2d and avg_pool3d."""
-    if not is_recording(input):
+def average_pool(dims: int) -> Callable[..., Any]:
+    """Return the coded torch.nn.functional.avg_pool1d, avg_pool2d or avg_pool3d."""
+
+    def handler(
+        coding: Coding,
+        function: Any,
+        input: Tensor,
+        kernel_size: int | Sequence[int],
+        stride: int | Sequence[int] | None = None,
+        padding: int | Sequence[int] = 0,
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        *divisor: Any,
+        **named_divisor: Any,
+    ) -> Any:
+        step = kernel_size if stride is None or (isinstance(stride, Sequence) and not stride) else stride
+        kernel, steps, zeros = (per_dimension(value, dims) for value in (kernel_size, step, padding))
+        if dims == 1:
+            kernel, steps, zeros = [1, *kernel], [1, *steps], [0, *zeros]
+        aten = torch.ops.aten
+        pool_backward = aten.avg_pool3d_backward if dims == 3 else aten.avg_pool2d_backward
+
+        def call(x: Tensor) -> Tensor:
+            out: Tensor = function(
+                x, kernel_size, step, padding, ceil_mode, count_include_pad, *divisor, **named_divisor
+            )
+            return out
+
+        def backward(grad: Tensor, x: Tensor) -> Tensor:
+            divided_by = divisor[0] if divisor else named_divisor.get("divisor_override")
+            dx: Tensor = pool_backward(grad, x, kernel, steps, zeros, ceil_mode, count_include_pad, divided_by)
+            return dx
+
+        return _pool(coding, input, call, backward, dims)
+
+    return handler
+
+
+def adaptive_average_pool(dims: int) -> Callable[..., Any]:
+    """Return the coded torch.nn.functional.adaptive_avg_pool1d, 2d or 3d; to one pixel it is a mean, saving nothing."""
+
+    def handler(coding: Coding, function: Any, input: Tensor, output_size: Any) -> Any:
+        sizes = [output_size] if isinstance(output_size, int) else list(output_size)
+        if all(size == 1 for size in sizes):
+            return NotImplemented
+        aten = torch.ops.aten
+        backward = aten._adaptive_avg_pool3d_backward if dims == 3 else aten._adaptive_avg_pool2d_backward
+        return _pool(coding, input, lambda x: function(x, output_size), backward, dims)
+
+    return handler
+
+
+def _pool(coding: Coding, x: Tensor, call: Callable[..., Any], backward: Callable[..., Any], dims: int) -> Any:
+    """Pool averages; `backward` is one of aten's, those of one dimension being those of two."""
+    if not is_recording(x):
         return NotImplemented
-    channel = coding.tags.channel(input)
     coding.coded_calls += 1
-    return coding.tag(_LinearMap.apply(input, lambda x: function(x, *args, **kwargs)), None, channel)
+    if dims > 1:
+        return coding.tag(_AveragePool.apply(x, call, backward), None, coding.tags.channel(x))
 
+    def backward_of_rows(grad: Tensor, x: Tensor) -> Tensor:
+        dx: Tensor = backward(grad.unsqueeze(-2), x.unsqueeze(-2)).squeeze(-2)
+        return dx
 
-def adaptive_average_pool(coding: Coding, function: Any, input: Tensor, output_size: Any) -> Any:
-    """Coded torch.nn.functional.adaptive_avg_pool1d, 2d and 3d; to one pixel it is a mean, which saves nothing."""
-    sizes = [output_size] if isinstance(output_size, int) else list(output_size)
-    if all(size == 1 for size in sizes):
-        return NotImplemented
-    return average_pool(coding, function, input, output_size)
+    return coding.tag(_AveragePool.apply(x, call, backward_of_rows), None, coding.tags.channel(x))
 
 
 def dropout(

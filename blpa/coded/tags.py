@@ -13,7 +13,6 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._dynamo.comptime import comptime
 
@@ -37,15 +36,16 @@ _NAME = "_blpa_tag"
 
 
 class Tags:
-    """The tags of one forward pass."""
+    """The tags of one forward pass, which a compiler traces or which runs."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_traced: bool) -> None:
+        self.is_traced = is_traced
         self._tagged: list[weakref.ref[Tensor]] = []
         self._traced: dict[Tensor, _Tag] = {}
 
     def put(self, tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
         """Put a tag on a tensor: what is saved of it, and which dimension holds its channels; None is the usual."""
-        if torch.compiler.is_dynamo_compiling():
+        if self.is_traced:
             comptime(_note_version)
             self._traced[tensor] = _Tag(saved, channel, 0)
         else:
@@ -58,7 +58,7 @@ class Tags:
         found = self._find(tensor)
         if found is None:
             return None
-        if torch.compiler.is_dynamo_compiling():
+        if self.is_traced:
             comptime(_check_version)
             return found.saved
         return found.saved if found.version == tensor._version else None
@@ -86,7 +86,7 @@ class Tags:
         self._tagged.clear()
 
     def _find(self, tensor: Tensor) -> _Tag | None:
-        if torch.compiler.is_dynamo_compiling():
+        if self.is_traced:
             return self._traced.get(tensor)
         found: _Tag | None = getattr(tensor, _NAME, None)
         return found
@@ -101,7 +101,7 @@ def _note_version(context: Any) -> None:
 def _check_version(context: Any) -> None:
     """Refuse, while the compiler traces `saved`, a tensor that was changed since."""
     fake = context.get_local("tensor").as_fake()
-    if fake._blpa_version != fake._version:
+    if getattr(fake, "_blpa_version", None) != fake._version:
         raise RuntimeError(
             f"torch.compile of a converted network: a view of an activation {list(fake.shape)} is changed in place; "
             "change the activation itself, or blpa.restore the model"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels import any_layout, compute_dtype
+from blpa.kernels import any_layout, bits, compute_dtype
 from blpa.kernels.any_layout import Elementwise, Vectors
 from blpa.kernels.order import Order, dense, empty
 
@@ -194,5 +194,18 @@ def input_grad(
     kernels_for(grad.device).input_grad(dense(grad, channels_last), values, vectors, order, bits, scale, means, out)
     return out
 
+
+_operation("Tensor mask", lambda mask: mask.new_empty(-(-mask.numel() // 8), dtype=torch.uint8))(bits.pack_bits)
+_operation("Tensor packed, SymInt[] shape", lambda packed, shape: packed.new_empty(shape, dtype=torch.bool))(
+    bits.unpack_bits
+)
+_WINDOWS = "SymInt[] size, int[] kernel, int[] stride, int[] padding, int[] dilation"
+_operation(
+    f"Tensor index, {_WINDOWS}",
+    lambda index, size, kernel, *_: torch.empty_like(
+        index, dtype=torch.uint8 if torch.Size(kernel).numel() <= 256 else torch.int32
+    ),
+)(bits.places_of)
+_operation(f"Tensor places, {_WINDOWS}", lambda places, *_: torch.empty_like(places, dtype=torch.int64))(bits.index_of)
 
 OPERATIONS = torch.ops.blpa_any_layout

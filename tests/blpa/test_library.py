@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blpa.codec import Codec
@@ -39,6 +40,14 @@ def calls(x: Tensor, channel: int, channels_last: bool, bits: int) -> dict[str, 
     }
     if channel == x.dim() - 1:
         found["row_means"] = (x, values, vectors, bits)
+    if x.dim() == 4:
+        mask = x > 0
+        windows = (2, 3), (1, 2), (1, 0), (2, 1)
+        _, index = F.max_pool2d(x, *windows, return_indices=True)
+        found["pack_bits"] = (mask,)
+        found["unpack_bits"] = (OPERATIONS.pack_bits(mask), x.shape)
+        found["places_of"] = (index, x.shape[2:], *windows)
+        found["index_of"] = (OPERATIONS.places_of(*found["places_of"]), x.shape[2:], *windows)
     return found
 
 
