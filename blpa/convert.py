@@ -12,6 +12,7 @@ and distributed wrappers need no change. Other libraries replace modules, and mi
 import difflib
 import fnmatch
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -59,8 +60,8 @@ def convert(
 
     Raises:
         TypeError: model is not an nn.Module, or layers is not a mapping.
-        ValueError: a setting is not allowed, a pattern matches no module, or the model is scripted, compiled or
-            sharded.
+        ValueError: a setting is not allowed, a pattern matches no module, or the model is scripted, compiled, sharded
+            or wrapped by a forward of its own.
 
     Source: the codes are Chakrabarti and Moseley's, section 3.2; for other layers README, "Any network".
     """
@@ -159,7 +160,14 @@ def _coded_class(stock: type[nn.Module], policy: Policy | None, is_root: bool) -
 
     @functools.wraps(stock.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return _run(self, functools.partial(stock.forward, self), policy, is_root, args, kwargs)
+        stock_forward = functools.partial(stock.forward, self)
+        # A wrapper in the module's own `forward` may still call this after `restore` or another `convert`.
+        if not isinstance(self, _Coded):
+            return stock_forward(*args, **kwargs)
+        return _run(self, stock_forward, self._blpa_policy, self._blpa_is_root, args, kwargs)
+
+    forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # what unwraps functions to the last, as Accelerate does, would unwrap this one too
 
     namespace = {
         "__module__": stock.__module__,
@@ -250,6 +258,10 @@ def _check(model: nn.Module) -> None:
             raise ValueError(f"{what} is compiled: must be a plain module, for torch.compile of codes is not supported")
         if bases & {"FSDPModule", "FullyShardedDataParallel"}:
             raise ValueError(f"{what} is sharded by FSDP: must be a plain module; convert, then shard")
+    if "forward" in vars(model) and not isinstance(model, _Coded):  # which would run in place of the class's
+        raise ValueError(
+            "model has a forward of its own: must be its class's; convert before Accelerate or another tool wraps it"
+        )
 
 
 def _codec(bits: int | Codec | None) -> Codec | None:

@@ -1,12 +1,15 @@
 """convert and restore: any network, the same object, the gradients within the codes' error."""
 
 import copy
+import functools
+import inspect
 import io
 import pickle
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -289,6 +292,7 @@ def test_settings_of_layers_the_last_pattern_that_matches_counts() -> None:
         (lambda m: blpa.explain(m, (2, 3, 64, 64)), ValueError, "the inputs hold no tensor"),
         (lambda m: blpa.convert(torch.compile(m)), ValueError, "model is compiled"),
         (lambda m: m.layer1.compile() or blpa.convert(m), ValueError, "module 'layer1' is compiled"),
+        (lambda m: blpa.convert(wrapped(m)), ValueError, "model has a forward of its own: must be its class's"),
         (lambda m: blpa.Codec(4, clip="wide"), ValueError, "clip = 'wide': must be"),
         (lambda m: blpa.gradient_error(m, IMAGES), ValueError, "ResNet is not converted"),
         (lambda m: blpa.convert(m, torch.tensor(4)), ValueError, "must be 8, 4, 2, a blpa.Codec or None"),
@@ -412,6 +416,33 @@ def test_checkpointed_parts_are_left_to_pytorch(use_reentrant: bool) -> None:
         assert error(grads[1], grads[0]) < NETWORKS["resnet18"][4]
     else:
         assert all(torch.equal(grads[1][name], grad) for name, grad in grads[0].items())
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    """Put a wrapper around its forward into a model, as Accelerate does for mixed precision."""
+    function = type(model).forward
+
+    @functools.wraps(function)
+    def forward(self: nn.Module, *args: Any) -> Any:
+        return function(self, *args)
+
+    model.forward = MethodType(forward, model)
+    return model
+
+
+def test_a_forward_that_a_tool_has_wrapped_follows_convert_and_restore() -> None:
+    def net() -> Net:
+        return Net(lambda net, x: F.relu(F.conv2d(F.relu(x), net.conv.weight)))  # nothing that a module inside does
+
+    x = torch.randn(4, 6, 16, 16)
+    model = blpa.convert(net(), 4)
+    function = type(model).forward
+    wrapped(model)
+    assert inspect.signature(model.forward) == inspect.signature(net().forward)
+    assert inspect.unwrap(model.forward) is function
+    for bits in (4, 8):
+        assert saved_bytes(blpa.convert(model, bits), x) == saved_bytes(blpa.convert(net(), bits), x)
+    assert saved_bytes(blpa.restore(model), x) == saved_bytes(net(), x)
 
 
 DDP = """
