@@ -190,8 +190,8 @@ def _run(
     if torch.compiler.is_exporting() and not module.training:
         return forward(*args, **kwargs)  # a graph for inference
     _check_transforms()
-    outer = THREAD.mode
-    if outer is not None and outer.is_traced == torch.compiler.is_dynamo_compiling():
+    outer, is_traced = THREAD.mode, torch.compiler.is_dynamo_compiling()
+    if outer is not None and outer.is_traced == is_traced:
         before, outer.policy = outer.policy, policy
         try:
             return forward(*args, **kwargs)
@@ -201,12 +201,14 @@ def _run(
     if not any(tensor.requires_grad for tensor in (*module.parameters(), *inputs)):
         return forward(*args, **kwargs)
     # What an earlier layer computed is no input of the network, if its layers are called one by one.
-    held = [tensor for tensor in inputs if tensor.grad_fn is None]
-    mode = Coding(FUNCTIONS, policy, [*module.parameters(), *module.buffers(), *held], THREAD.listener)
+    held = [tensor for tensor in inputs if not tensor.requires_grad]
+    if not is_traced:  # a compiler takes its time for each, and few networks use weights as activations
+        held += [*module.parameters(), *module.buffers()]
+    mode = Coding(FUNCTIONS, policy, held, THREAD.listener)
     THREAD.mode = mode
     output = None
     try:
-        if mode.is_traced:
+        if is_traced:
             with torch._dynamo.error_on_graph_break(True), mode:  # a tag of one graph means nothing in the next
                 return forward(*args, **kwargs)
         with mode:
@@ -255,7 +257,7 @@ def _check(model: nn.Module) -> None:
         if isinstance(module, own_layers.BatchNormReLU | own_layers.Conv2d):
             raise ValueError(f"{what} is a blpa {type(module).__name__}: must be PyTorch's own; it saves codes already")
         if "OptimizedModule" in bases or module._compiled_call_impl is not None:
-            raise ValueError(f"{what} is compiled: must be a plain module, for torch.compile of codes is not supported")
+            raise ValueError(f"{what} is compiled: must be a plain module; convert, then compile")
         if bases & {"FSDPModule", "FullyShardedDataParallel"}:
             raise ValueError(f"{what} is sharded by FSDP: must be a plain module; convert, then shard")
     if "forward" in vars(model) and not isinstance(model, _Coded):  # which would run in place of the class's

@@ -208,6 +208,11 @@ def call_coding_saved_tensors(
         kwargs: its keyword arguments.
         is_chosen: which tensors; others are saved as they are.
     """
+    if coding.is_traced:
+        torch._dynamo.graph_break(
+            msg=f"{function.__name__} in {codec.bits} bits: not supported under torch.compile; blpa.convert the model "
+            "with attention=None and others=None"
+        )
     made: dict[int, Coded] = {}
 
     def pack(tensor: Tensor) -> Tensor | Saved:

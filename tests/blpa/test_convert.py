@@ -334,17 +334,6 @@ def test_a_network_that_saves_no_codes_warns_once() -> None:
 # ---- with other parts of PyTorch
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_the_compiler_is_refused(fullgraph: bool) -> None:
-    torch._dynamo.reset()  # it remembers code that raised, and runs that uncompiled from then on
-    model = blpa.convert(network())
-    compiled = torch.compile(model, backend="eager", fullgraph=fullgraph)
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match=r"torch\.compile: not supported for a converted network"):
-            compiled(IMAGES)
-    step(model)  # not compiled, it runs
-
-
 @pytest.mark.filterwarnings("ignore:`torch.jit", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
     ("call", "words"),
