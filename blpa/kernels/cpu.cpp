@@ -1,0 +1,767 @@
+// The functions of any_layout.py for CPUs; cpu.py compiles this file and calls it. any_layout.py is the specification,
+// and has the formulas. Codes and decoded values equal its own to the bit, so operations keep its order, and the compiler
+// must not fuse a product and a sum.
+//
+// A tensor is a sequence of lines, in the order of memory. With the channels last a line is one pixel: C elements, each
+// with parameters of its own. Else it is one channel of one sample: elements with the same parameters. A thread takes a
+// line in pieces whose intermediate results stay in the first-level cache; one loop does one thing, and is vectorised.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+constexpr int64_t PIECE = 1024;           // elements
+constexpr int64_t CHUNK = 1 << 15;        // elements that are worth a thread
+constexpr int64_t MOST_CHUNKS = 64;       // of a sum
+
+// Slabs of bytes follow one another, and so do those of elements: byte j of a slab has the codes of its elements
+// j + k slab_bytes, k = 0, 1, ... as far as the slab goes.
+struct Layout {
+  int64_t bits, channels;
+  int64_t lines, length;                  // of bytes
+  int64_t lines_per_slab, slab_bytes, slab_elements;
+  int64_t lines_per_outer, outer_step;    // the k-th element of line l is of sample l / lines_per_outer + k outer_step
+  int64_t outer, per_element;             // whether each element of a line has parameters of its own
+
+  int64_t codes() const { return bits ? 8 / bits : 1; }
+  int64_t elements() const { return lines / lines_per_slab * slab_elements; }
+};
+
+struct Piece {
+  int64_t line, first, size;              // bytes of a line
+  int64_t byte, channel;                  // of the first
+};
+
+struct Block {                            // the k-th elements of a piece; size may be 0 or less
+  int64_t position, size, outer;
+};
+
+Block block_of(const Layout& layout, const Piece& piece, int64_t k) {
+  const int64_t slab = piece.line / layout.lines_per_slab;
+  const int64_t j = piece.line % layout.lines_per_slab * layout.length + piece.first + k * layout.slab_bytes;
+  return {slab * layout.slab_elements + j, std::min(piece.size, layout.slab_elements - j),
+          piece.line / layout.lines_per_outer + k * layout.outer_step};
+}
+
+template <class F>
+void for_pieces(const Layout& layout, int64_t begin, int64_t end, const F& f) {
+  for (int64_t line = begin; line < end; ++line)
+    for (int64_t first = 0; first < layout.length; first += PIECE)
+      f(Piece{line, first, std::min(PIECE, layout.length - first), line * layout.length + first,
+              layout.per_element ? first : line % layout.channels});
+}
+
+template <class F>
+void parallel(int64_t count, int64_t elements, int threads, const F& f) {
+  if (elements < CHUNK || count < 2) threads = 1;
+#pragma omp parallel for schedule(dynamic) num_threads(threads) if (threads > 1)
+  for (int64_t i = 0; i < count; ++i) f(i);
+}
+
+// Each piece on any thread.
+template <class F>
+void parallel_pieces(const Layout& layout, int threads, const F& f) {
+  const int64_t step = std::max<int64_t>(1, CHUNK / 2 / layout.length);
+  parallel((layout.lines + step - 1) / step, layout.elements(), threads, [&](int64_t i) {
+    for_pieces(layout, i * step, std::min(layout.lines, (i + 1) * step), f);
+  });
+}
+
+// ---- tensors of any dtype
+
+struct BFloat16 {
+  uint16_t bits;
+  operator float() const {
+    const uint32_t wide = uint32_t(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, 4);
+    return value;
+  }
+  BFloat16() = default;
+  explicit BFloat16(float value) {        // to the nearest, ties to even
+    uint32_t wide;
+    std::memcpy(&wide, &value, 4);
+    bits = uint16_t(value != value ? 0x7fc0u : (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
+  }
+};
+
+#ifdef __FLT16_MAX__
+using Half = _Float16;
+constexpr int HAS_HALF = 1;
+#else
+using Half = BFloat16;                    // cpu.py does not pass any
+constexpr int HAS_HALF = 0;
+#endif
+
+struct Array {
+  void* data;
+  int64_t dtype;                          // as numbered in cpu.py
+};
+
+template <class F>
+void with_type(const Array& array, const F& f) {
+  switch (array.dtype) {
+    case 0: f(static_cast<float*>(array.data)); break;
+    case 1: f(static_cast<double*>(array.data)); break;
+    case 2: f(static_cast<BFloat16*>(array.data)); break;
+    default: f(static_cast<Half*>(array.data));
+  }
+}
+
+// Elements in the compute dtype: the array itself, where it has that, else the buffer.
+template <class T>
+const T* load(const Array& array, const Block& block, T* buffer) {
+  const T* result = buffer;
+  with_type(array, [&](auto* data) {
+    if constexpr (std::is_same_v<decltype(data), T*>)
+      result = data + block.position;
+    else
+#pragma omp simd
+      for (int64_t i = 0; i < block.size; ++i) buffer[i] = T(data[block.position + i]);
+  });
+  return result;
+}
+
+// Where to write elements in the compute dtype, before `store`.
+template <class T>
+T* target(const Array& array, const Block& block, T* buffer) {
+  const bool is_same = array.dtype == (sizeof(T) == 8);
+  return is_same ? static_cast<T*>(array.data) + block.position : buffer;
+}
+
+template <class T>
+void store(const Array& array, const Block& block, const T* values) {
+  with_type(array, [&](auto* data) {
+    using S = std::remove_pointer_t<decltype(data)>;
+    if constexpr (!std::is_same_v<S, T>)
+#pragma omp simd
+      for (int64_t i = 0; i < block.size; ++i) data[block.position + i] = S(float(values[i]));
+  });
+}
+
+// ---- parameters
+
+// Of a piece: one for each element, or one for all.
+template <class T, bool per_element>
+struct Parameter {
+  const T* values;
+  T value;
+  explicit Parameter(const T* values) : values(values), value(*values) {}
+  T operator[](int64_t i) const { return per_element ? values[i] : value; }
+};
+
+// [outer or 1, C or 1].
+template <class T>
+struct Rows {
+  const T* data;
+  int64_t row_step, channel_step;
+  const T* at(int64_t outer, int64_t channel) const { return data + outer * row_step + channel * channel_step; }
+};
+
+template <class T>
+struct Vectors {
+  const T *frac, *zero, *width, *mean, *gamma, *beta, *floor;
+  Vectors(const T* data, int64_t c)
+      : frac(data), zero(data + c), width(data + 2 * c), mean(data + 3 * c), gamma(data + 4 * c), beta(data + 5 * c),
+        floor(data + 6 * c) {}
+};
+
+// ---- encode
+
+template <class T, bool V, bool W>
+void encode(const Layout& layout, const Array& x, const Array& y, const T* data, const Rows<T>& centre,
+            const Rows<T>& scale, uint8_t* out, int threads) {
+  const Vectors<T> all(data, layout.channels);
+  std::vector<T> units(layout.channels);  // bins per unit; NaN, and so code 0, also where the grid has no zero
+  for (int64_t c = 0; c < layout.channels; ++c) units[c] = all.zero[c] == all.zero[c] ? 1 / all.width[c] : all.zero[c];
+  const T levels = T(1 << layout.bits), half = levels / 2;
+  parallel_pieces(layout, threads, [&](const Piece& piece) {
+    const int64_t c = piece.channel;
+    const Parameter<T, V> unit(&units[c]), frac(all.frac + c), zero(all.zero + c), mean(all.mean + c);
+    int32_t codes[PIECE] = {};
+    T x_buffer[PIECE], y_buffer[PIECE];
+    for (int64_t k = 0; k < layout.codes(); ++k) {
+      const Block block = block_of(layout, piece, k);
+      const T* xs = load(x, block, x_buffer);
+      const T* ys = x.data == y.data ? xs : load(y, block, y_buffer);
+      const Parameter<T, W> from(centre.at(block.outer, c)), factor(scale.at(block.outer, c));
+      const int shift = int(k * layout.bits);
+      const int64_t size = block.size;
+#pragma omp simd
+      for (int64_t i = 0; i < size; ++i) {
+        const T z = (xs[i] - from[i]) * factor[i];
+        const T bin = std::floor((z - mean[i]) * unit[i] + frac[i]) + half;
+        const T first = zero[i], sign = ys[i];
+        const T lowest = sign <= 0 ? T(0) : first;
+        const T highest = sign <= 0 ? first - 1 : levels - first + (first - 1);
+        T code = bin < lowest ? lowest : bin;
+        code = code > highest ? highest : code;
+        code = code == code ? code : T(0);
+        codes[i] |= int32_t(code) << shift;
+      }
+    }
+    const int64_t size = piece.size;
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) out[piece.byte + i] = uint8_t(codes[i]);
+  });
+}
+
+// ---- decode
+
+template <class T, bool V>
+void z_of(const Layout& layout, const Vectors<T>& all, const uint8_t* bytes, int64_t c, int64_t k, int64_t size, T* z) {
+  const Parameter<T, V> frac(all.frac + c), width(all.width + c), mean(all.mean + c);
+  const T middle = T(0.5) - T(1 << layout.bits) / 2;
+  const int shift = int(k * layout.bits), mask = (1 << layout.bits) - 1;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) z[i] = (T((bytes[i] >> shift) & mask) + middle - frac[i]) * width[i] + mean[i];
+}
+
+template <class T, bool V>
+void y_of(const Layout& layout, const Vectors<T>& all, const uint8_t* bytes, int64_t c, int64_t k, int64_t size, T* y) {
+  const Parameter<T, V> frac(all.frac + c), width(all.width + c), mean(all.mean + c), zero(all.zero + c);
+  const Parameter<T, V> gamma(all.gamma + c), beta(all.beta + c), floor(all.floor + c);
+  const T middle = T(0.5) - T(1 << layout.bits) / 2, tiny = std::numeric_limits<T>::min();
+  const int shift = int(k * layout.bits), mask = (1 << layout.bits) - 1;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T code = T((bytes[i] >> shift) & mask);
+    const T sign = code - (zero[i] - T(0.5));
+    const T value = ((code + middle - frac[i]) * width[i] + mean[i]) * gamma[i] + beta[i];
+    const T positive = sign <= 0 ? T(0) : (value < tiny ? tiny : value);
+    const T negative = sign >= 0 ? T(0) : (value > 0 ? T(0) : value);
+    const T sum = positive + negative;
+    y[i] = sum < floor[i] ? floor[i] : sum;
+  }
+}
+
+enum Function { IDENTITY, RELU, LEAKY_RELU, TABLE };
+
+struct Chosen {
+  int function;
+  double slope;                           // of leaky ReLU
+  const void* table;                      // [C, L] of f, or of its derivative
+};
+
+// The entries of a table for the codes of a piece.
+template <class T>
+void look_up(const Layout& layout, const T* table, const uint8_t* bytes, int64_t c, int64_t k, int64_t size, T* found) {
+  const int shift = int(k * layout.bits), mask = (1 << layout.bits) - 1;
+  const int64_t step = layout.per_element ? mask + 1 : 0;
+  table += c * (mask + 1);
+  for (int64_t i = 0; i < size; ++i) found[i] = table[i * step + ((bytes[i] >> shift) & mask)];
+}
+
+template <class T>
+void relu(T* y, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T value = y[i];
+    y[i] = value < 0 ? T(0) : value;
+  }
+}
+
+template <class T>
+void relu_grad(const T* da, const T* y, int64_t size, T* dy) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T value = da[i];
+    dy[i] = y[i] <= 0 ? T(0) : value;
+  }
+}
+
+// y itself, or a gradient, times the slope where y is negative.
+template <class T>
+void leaky_relu(const T* from, const T* y, T slope, int64_t size, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T value = from[i], product = value * slope;
+    out[i] = y[i] > 0 ? value : product;
+  }
+}
+
+template <class T>
+void multiply(const T* da, const T* derivative, int64_t size, T* dy) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T product = da[i] * derivative[i];
+    dy[i] = derivative[i] == 0 ? T(0) : product;
+  }
+}
+
+template <class T, bool V>
+void decode(const Layout& layout, const uint8_t* bytes, const T* data, const Chosen& chosen, const Array& out,
+            int threads) {
+  const Vectors<T> all(data, layout.channels);
+  const T slope = T(chosen.slope);
+  parallel_pieces(layout, threads, [&](const Piece& piece) {
+    T buffer[PIECE];
+    for (int64_t k = 0; k < layout.codes(); ++k) {
+      const Block block = block_of(layout, piece, k);
+      if (block.size <= 0) break;
+      T* y = target(out, block, buffer);
+      if (chosen.function == TABLE)
+        look_up(layout, static_cast<const T*>(chosen.table), bytes + piece.byte, piece.channel, k, block.size, y);
+      else
+        y_of<T, V>(layout, all, bytes + piece.byte, piece.channel, k, block.size, y);
+      if (chosen.function == RELU) relu(y, block.size);
+      if (chosen.function == LEAKY_RELU) leaky_relu(y, y, slope, block.size, y);
+      store(out, block, y);
+    }
+  });
+}
+
+template <class T, bool V>
+void elementwise_grad(const Layout& layout, const Array& grad, const uint8_t* bytes, const T* data,
+                      const Chosen& chosen, const Array& out, int threads) {
+  const Vectors<T> all(data, layout.channels);
+  const T slope = T(chosen.slope);
+  parallel_pieces(layout, threads, [&](const Piece& piece) {
+    T buffer[PIECE], y[PIECE], out_buffer[PIECE];
+    for (int64_t k = 0; k < layout.codes(); ++k) {
+      const Block block = block_of(layout, piece, k);
+      if (block.size <= 0) break;
+      const T* da = load(grad, block, buffer);
+      T* dy = target(out, block, out_buffer);
+      if (chosen.function == TABLE) {     // y is the derivative; where that is 0, so is dY, whatever dA
+        look_up(layout, static_cast<const T*>(chosen.table), bytes + piece.byte, piece.channel, k, block.size, y);
+        multiply(da, y, block.size, dy);
+      } else {
+        y_of<T, V>(layout, all, bytes + piece.byte, piece.channel, k, block.size, y);
+        if (chosen.function == RELU)
+          relu_grad(da, y, block.size, dy);
+        else
+          leaky_relu(da, y, slope, block.size, dy);
+      }
+      store(out, block, dy);
+    }
+  });
+}
+
+template <class T, bool V, bool W>
+void input_grad(const Layout& layout, const Array& grad, const uint8_t* bytes, const T* data, const Rows<T>& scale,
+                const Rows<T>& mean_dy, const Rows<T>& mean_dy_z, const Array& out, int threads) {
+  const Vectors<T> all(data, layout.channels);
+  parallel_pieces(layout, threads, [&](const Piece& piece) {
+    const int64_t c = piece.channel;
+    const Parameter<T, V> gamma(all.gamma + c);
+    T buffer[PIECE], z[PIECE], out_buffer[PIECE];
+    for (int64_t k = 0; k < layout.codes(); ++k) {
+      const Block block = block_of(layout, piece, k);
+      if (block.size <= 0) break;
+      const T* dy = load(grad, block, buffer);
+      T* dx = target(out, block, out_buffer);
+      z_of<T, V>(layout, all, bytes + piece.byte, c, k, block.size, z);
+      const Parameter<T, W> factor(scale.at(block.outer, c)), mean(mean_dy.at(block.outer, c)),
+          mean_z(mean_dy_z.at(block.outer, c));
+#pragma omp simd
+      for (int64_t i = 0; i < block.size; ++i) dx[i] = (dy[i] * gamma[i] - mean[i] - z[i] * mean_z[i]) * factor[i];
+      store(out, block, dx);
+    }
+  });
+}
+
+// ---- sums
+
+// Groups of lines, each summed by itself in chunks that do not depend on the number of threads; nor do the sums.
+struct Chunks {
+  int64_t groups, lines, per_group, step;
+  Chunks(const Layout& layout, bool per_sample) {
+    groups = per_sample ? layout.lines / layout.lines_per_outer : 1;
+    lines = layout.lines / groups;
+    const int64_t wanted = std::min(MOST_CHUNKS, layout.elements() / CHUNK);
+    step = std::max<int64_t>(1, lines / std::max<int64_t>(1, wanted / groups));
+    per_group = (lines + step - 1) / step;
+  }
+  int64_t count() const { return groups * per_group; }
+  int64_t begin(int64_t i) const { return i / per_group * lines + i % per_group * step; }
+  int64_t end(int64_t i) const { return i / per_group * lines + std::min(lines, (i % per_group + 1) * step); }
+};
+
+// Sums are in double: an fp32 sum of n terms would lose up to n units in the last place.
+template <class T, bool V>
+void add_to_sums(const T* dy, const T* z, int64_t size, double* sum, double* sum_z) {
+  if (V) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      sum[i] += double(dy[i]);
+      sum_z[i] += double(dy[i] * z[i]);
+    }
+    return;
+  }
+  double total = 0, total_z = 0;
+#pragma omp simd reduction(+ : total, total_z)
+  for (int64_t i = 0; i < size; ++i) {
+    total += double(dy[i]);
+    total_z += double(dy[i] * z[i]);
+  }
+  *sum += total;
+  *sum_z += total_z;
+}
+
+template <class T, bool V>
+void gradient_sums(const Layout& layout, const Array& grad, const uint8_t* bytes, const T* data, bool per_sample,
+                   T* out, int threads) {
+  const Vectors<T> all(data, layout.channels);
+  const Chunks chunks(layout, per_sample);
+  const int64_t channels = layout.channels, rows = per_sample ? layout.outer : 1;
+  const int64_t samples = per_sample && layout.outer_step ? layout.codes() : 1;  // of a line, to be told apart
+  const int64_t size = samples * 2 * channels;
+  const std::unique_ptr<double[]> sums(new double[chunks.count() * size]);
+  parallel(chunks.count(), layout.elements(), threads, [&](int64_t i) {
+    double* mine = sums.get() + i * size;
+    std::fill(mine, mine + size, 0.0);
+    T buffer[PIECE], z[PIECE];
+    for_pieces(layout, chunks.begin(i), chunks.end(i), [&](const Piece& piece) {
+      const int64_t c = piece.channel;
+      for (int64_t k = 0; k < layout.codes(); ++k) {
+        const Block block = block_of(layout, piece, k);
+        if (block.size <= 0) break;
+        const T* dy = load(grad, block, buffer);
+        z_of<T, V>(layout, all, bytes + piece.byte, c, k, block.size, z);
+        double* sum = mine + (samples > 1 ? k : 0) * 2 * channels + c;
+        add_to_sums<T, V>(dy, z, block.size, sum, sum + channels);
+      }
+    });
+  });
+  std::vector<double> total(2 * channels);
+  for (int64_t group = 0; group < chunks.groups; ++group)
+    for (int64_t k = 0; k < samples; ++k) {
+      const int64_t row = group + k * layout.outer_step;
+      if (row >= rows) break;
+      std::fill(total.begin(), total.end(), 0.0);
+      for (int64_t i = 0; i < chunks.per_group; ++i) {
+        const double* part = sums.get() + (group * chunks.per_group + i) * size + k * 2 * channels;
+        for (int64_t c = 0; c < 2 * channels; ++c) total[c] += part[c];
+      }
+      for (int64_t c = 0; c < channels; ++c) {
+        out[row * channels + c] = T(total[c]);
+        out[(rows + row) * channels + c] = T(total[channels + c]);
+      }
+    }
+}
+
+template <class T>
+void row_means(const Layout& layout, const Array& grad, const uint8_t* bytes, const T* data, T* out, int threads) {
+  const Vectors<T> all(data, layout.channels);
+  const int64_t step = std::max<int64_t>(1, CHUNK / 2 / layout.length);
+  parallel((layout.lines + step - 1) / step, layout.elements(), threads, [&](int64_t chunk) {
+    T buffer[PIECE], du[PIECE], z[PIECE];
+    for (int64_t line = chunk * step; line < std::min(layout.lines, (chunk + 1) * step); ++line)
+      for (int64_t k = 0; k < layout.codes(); ++k) {
+        double sum = 0, sum_z = 0;
+        int64_t row = -1;
+        for_pieces(layout, line, line + 1, [&](const Piece& piece) {
+          const Block block = block_of(layout, piece, k);
+          if (block.size <= 0) return;
+          row = block.outer;
+          const T* dy = load(grad, block, buffer);
+          const T* gamma = all.gamma + piece.channel;
+          z_of<T, true>(layout, all, bytes + piece.byte, piece.channel, k, block.size, z);
+#pragma omp simd
+          for (int64_t i = 0; i < block.size; ++i) du[i] = dy[i] * gamma[i];
+          add_to_sums<T, false>(du, z, block.size, &sum, &sum_z);
+        });
+        if (row < 0) continue;
+        out[row] = T(sum / double(layout.channels));
+        out[layout.outer + row] = T(sum_z / double(layout.channels));
+      }
+  });
+}
+
+// ---- statistics
+
+// About a value of the channel, in double: the mean of squares less the square of the mean loses what the mean has more
+// of than the deviation, which is then at most the root of the number of elements.
+template <class T, bool V>
+void add_to_stats(const T* z, int64_t size, const double* from, double* sum, double* squares, T* low, T* high) {
+  if (V) {
+#pragma omp simd
+    for (int64_t i = 0; i < size; ++i) {
+      const double deviation = double(z[i]) - from[i];
+      sum[i] += deviation;
+      squares[i] += deviation * deviation;
+      low[i] = (z[i] < low[i]) | (z[i] != z[i]) ? z[i] : low[i];
+      high[i] = (z[i] > high[i]) | (z[i] != z[i]) ? z[i] : high[i];
+    }
+    return;
+  }
+  const double origin = *from;
+  double total = 0, total_squares = 0;
+  T least = *low, most = *high;
+#pragma omp simd reduction(+ : total, total_squares) reduction(min : least) reduction(max : most)
+  for (int64_t i = 0; i < size; ++i) {
+    const double deviation = double(z[i]) - origin;
+    total += deviation;
+    total_squares += deviation * deviation;
+    least = z[i] < least ? z[i] : least;
+    most = z[i] > most ? z[i] : most;
+  }
+  *sum += total;
+  *squares += total_squares;
+  if (total != total)
+    for (int64_t i = 0; i < size; ++i)
+      if (z[i] != z[i]) least = most = z[i];
+  if (*low == *low) *low = least, *high = most;  // a NaN stays
+}
+
+template <class T, bool V, bool W>
+void channel_stats(const Layout& layout, const Array& x, const Rows<T>& centre, const Rows<T>& scale, bool is_plain,
+                   T* out, int threads) {
+  const Chunks chunks(layout, false);
+  const int64_t channels = layout.channels;
+  const auto load_z = [&](const Piece& piece, const Block& block, T* buffer) {
+    const T* xs = load(x, block, buffer);
+    if (is_plain) return xs;
+    const Parameter<T, W> from(centre.at(block.outer, piece.channel)), factor(scale.at(block.outer, piece.channel));
+#pragma omp simd
+    for (int64_t i = 0; i < block.size; ++i) buffer[i] = (xs[i] - from[i]) * factor[i];
+    return static_cast<const T*>(buffer);
+  };
+  std::vector<double> from(channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    T one;
+    const Piece piece{V ? 0 : c, V ? c : 0, 1, 0, c};
+    from[c] = double(*load_z(piece, block_of(layout, piece, 0), &one));
+  }
+  const std::unique_ptr<double[]> sums(new double[chunks.count() * 2 * channels]);
+  const std::unique_ptr<T[]> ends(new T[chunks.count() * 2 * channels]);
+  parallel(chunks.count(), layout.elements(), threads, [&](int64_t i) {
+    double* sum = sums.get() + i * 2 * channels;
+    T* low = ends.get() + i * 2 * channels;
+    std::fill(sum, sum + 2 * channels, 0.0);
+    std::fill(low, low + channels, std::numeric_limits<T>::infinity());
+    std::fill(low + channels, low + 2 * channels, -std::numeric_limits<T>::infinity());
+    T buffer[PIECE];
+    for_pieces(layout, chunks.begin(i), chunks.end(i), [&](const Piece& piece) {
+      const int64_t c = piece.channel;
+      const Block block = block_of(layout, piece, 0);
+      const T* z = load_z(piece, block, buffer);
+      add_to_stats<T, V>(z, block.size, &from[c], sum + c, sum + channels + c, low + c, low + channels + c);
+    });
+  });
+  const double count = double(layout.elements() / channels);
+  for (int64_t c = 0; c < channels; ++c) {
+    double sum = 0, squares = 0;
+    T low = std::numeric_limits<T>::infinity(), high = -low;
+    for (int64_t i = 0; i < chunks.count(); ++i) {
+      const double* part = sums.get() + i * 2 * channels + c;
+      const T* end = ends.get() + i * 2 * channels + c;
+      sum += part[0];
+      squares += part[channels];
+      low = (end[0] < low) | (end[0] != end[0]) ? end[0] : low;
+      high = (end[channels] > high) | (end[channels] != end[channels]) ? end[channels] : high;
+    }
+    const double mean = sum / count, var = squares / count - mean * mean;
+    out[c] = T(from[c] + mean);
+    out[channels + c] = T(var < 0 ? 0 : var);
+    out[2 * channels + c] = low;
+    out[3 * channels + c] = high;
+  }
+}
+
+// ---- grids
+
+template <class T>
+T least(T a, T b) { return (a < b) | (a != a) ? a : b; }
+
+template <class T>
+T finite(T value) {
+  const T most = T(1 << 30);
+  return value != value ? T(0) : value == std::numeric_limits<T>::infinity() ? most
+                             : value == -std::numeric_limits<T>::infinity() ? -most : value;
+}
+
+template <class T>
+T at_least(T value, T low) { return value < low ? low : value; }
+
+// clip <= 0 is the channel's own range; what is null is 1 for gamma, and 0 for beta.
+template <class T>
+void grid_vectors(int64_t channels, const T* stats, const T* gammas, const T* betas, const T* centre, const T* scale,
+                  int bits, double clip, double rectified_clip, T* out) {
+  const T levels = T(1 << bits), half = levels / 2, infinity = std::numeric_limits<T>::infinity();
+  const T tiny = T(std::sqrt(double(std::numeric_limits<T>::min())));
+  const bool is_input = !gammas && !betas, is_range = clip <= 0;
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) {
+    T mean = stats[c], var = stats[channels + c], low = stats[2 * channels + c], high = stats[3 * channels + c];
+    if (centre) {
+      mean = (mean - centre[c]) * scale[c];
+      low = (low - centre[c]) * scale[c];
+      high = (high - centre[c]) * scale[c];
+      var = var * (scale[c] * scale[c]);
+    }
+    const T gamma = gammas ? gammas[c] : T(1), beta = betas ? betas[c] : T(0);
+    const T deviation = at_least(std::sqrt(var), tiny);
+    const T slope = gamma * deviation + T(0);  // -0 becomes 0
+    T shift = gamma * mean + beta;
+    const bool is_flat = slope == 0;
+    const T flat_zero = shift > 0 ? T(0) : levels;
+    if (is_flat) shift = shift > 0 ? T(1) : T(-1);
+    T frac, zero, width;
+    if (is_range) {
+      const T sign = std::copysign(T(1), slope);
+      const T one = (low - mean) / deviation * sign, other = (high - mean) / deviation * sign;
+      const T first_value = least(one, other), last_value = -least(-one, -other);
+      width = at_least((last_value - first_value) / (levels - 1), tiny);
+      const T edge = -shift / std::fabs(slope), bins = finite(edge / width), lowest = first_value / width;
+      const bool is_inside = (edge > first_value) & (edge < last_value);
+      frac = is_inside ? std::ceil(bins) - bins : -lowest;
+      const T first = is_inside ? std::floor(lowest + frac) : edge <= first_value ? T(-1) : T(0);
+      zero = std::rint(bins + frac) - first;
+      frac = frac - first - half;
+      width = sign * width;
+    } else {
+      width = std::copysign(T(2 * clip / double(levels)), slope);
+      const T edge = finite(shift / (slope * width)), nearest = std::rint(edge);
+      frac = edge - nearest;
+      zero = half - nearest;
+    }
+    zero = zero < 1 ? T(1) : zero > levels - 1 ? levels - 1 : zero;
+    zero = is_flat ? flat_zero : zero;
+    width = width * deviation;
+    T floor = -infinity;
+    if (is_input) {
+      const T root_mean_square = std::sqrt(var + mean * mean);
+      const T top = is_range ? high : least(high, T(rectified_clip) * root_mean_square);
+      const T rectified = at_least(top / (levels - 1), tiny);
+      const bool is_rectified = (low == 0) | ((low > 0) & (rectified <= std::fabs(width)));
+      frac = is_rectified ? 1 - half : frac;
+      zero = is_rectified ? T(1) : zero;
+      width = is_rectified ? rectified : width;
+      mean = is_rectified ? T(0) : mean;
+      floor = is_rectified ? T(0) : floor;
+    }
+    const T found[] = {frac, zero, width, mean, gamma, beta, floor};
+    for (int64_t row = 0; row < 7; ++row) out[row * channels + c] = found[row];
+  }
+}
+
+// ---- from arguments to types
+
+template <class F>
+void with_dtype(int is_double, const F& f) {
+  if (is_double)
+    f(double());
+  else
+    f(float());
+}
+
+template <class F>
+void with_parameters(const Layout& layout, int by_channel, const F& f) {
+  if (!layout.per_element)
+    f(std::false_type(), std::false_type());
+  else if (by_channel)
+    f(std::true_type(), std::true_type());
+  else
+    f(std::true_type(), std::false_type());
+}
+
+template <class T>
+const T* as(const void* data) { return static_cast<const T*>(data); }
+
+}  // namespace
+
+// What cpu.py calls. `by_channel` says whether centre, scale and means have a value per channel; a `step` is 0 where they
+// have one row.
+extern "C" {
+
+int blpa_has_half() { return HAS_HALF; }
+
+void blpa_channel_stats(const Layout* layout, int threads, int is_double, void* x, int64_t x_dtype, const void* centre,
+                        int64_t centre_step, const void* scale, int64_t scale_step, int by_channel, void* out) {
+  with_dtype(is_double, [&](auto t) {
+    using T = decltype(t);
+    with_parameters(*layout, by_channel, [&](auto v, auto w) {
+      channel_stats<T, v(), w()>(*layout, {x, x_dtype}, {as<T>(centre), centre_step, by_channel},
+                                 {as<T>(scale), scale_step, by_channel}, !centre, static_cast<T*>(out), threads);
+    });
+  });
+}
+
+void blpa_grid_vectors(int is_double, int64_t channels, const void* stats, const void* gamma, const void* beta,
+                       const void* centre, const void* scale, int bits, double clip, double rectified_clip, void* out) {
+  with_dtype(is_double, [&](auto t) {
+    using T = decltype(t);
+    grid_vectors(channels, as<T>(stats), as<T>(gamma), as<T>(beta), as<T>(centre), as<T>(scale), bits, clip,
+                 rectified_clip, static_cast<T*>(out));
+  });
+}
+
+void blpa_encode(const Layout* layout, int threads, int is_double, void* x, int64_t x_dtype, void* y, int64_t y_dtype,
+                 const void* vectors, const void* centre, int64_t centre_step, const void* scale, int64_t scale_step,
+                 int by_channel, uint8_t* out) {
+  with_dtype(is_double, [&](auto t) {
+    using T = decltype(t);
+    const T zero = 0, one = 1;
+    with_parameters(*layout, by_channel, [&](auto v, auto w) {
+      encode<T, v(), w()>(*layout, {x, x_dtype}, {y, y_dtype}, as<T>(vectors),
+                          {centre ? as<T>(centre) : &zero, centre_step, by_channel},
+                          {scale ? as<T>(scale) : &one, scale_step, by_channel}, out, threads);
+    });
+  });
+}
+
+void blpa_decode(const Layout* layout, int threads, int is_double, const uint8_t* values, const void* vectors,
+                 int function, double slope, const void* table, void* out, int64_t out_dtype) {
+  const Chosen chosen{function, slope, table};
+  with_dtype(is_double, [&](auto t) {
+    using T = decltype(t);
+    with_parameters(*layout, 1, [&](auto v, auto) {
+      decode<T, v()>(*layout, values, as<T>(vectors), chosen, {out, out_dtype}, threads);
+    });
+  });
+}
+
+void blpa_elementwise_grad(const Layout* layout, int threads, int is_double, void* grad, int64_t grad_dtype,
+                           const uint8_t* values, const void* vectors, int function, double slope, const void* table,
+                           void* out) {
+  const Chosen chosen{function, slope, table};
+  with_dtype(is_double, [&](auto t) {
+    using T = decltype(t);
+    with_parameters(*layout, 1, [&](auto v, auto) {
+      elementwise_grad<T, v()>(*layout, {grad, grad_dtype}, values, as<T>(vectors), chosen, {out, grad_dtype}, threads);
+    });
+  });
+}
+
+void blpa_gradient_sums(const Layout* layout, int threads, int is_double, void* grad, int64_t grad_dtype,
+                        const uint8_t* values, const void* vectors, int per_sample, void* out) {
+  with_dtype(is_double, [&](auto t) {
+    using T = decltype(t);
+    with_parameters(*layout, 1, [&](auto v, auto) {
+      gradient_sums<T, v()>(*layout, {grad, grad_dtype}, values, as<T>(vectors), per_sample, static_cast<T*>(out),
+                            threads);
+    });
+  });
+}
+
+void blpa_row_means(const Layout* layout, int threads, int is_double, void* grad, int64_t grad_dtype,
+                    const uint8_t* values, const void* vectors, void* out) {
+  with_dtype(is_double, [&](auto t) {
+    using T = decltype(t);
+    row_means(*layout, {grad, grad_dtype}, values, as<T>(vectors), static_cast<T*>(out), threads);
+  });
+}
+
+void blpa_input_grad(const Layout* layout, int threads, int is_double, void* grad, int64_t grad_dtype,
+                     const uint8_t* values, const void* vectors, const void* scale, int64_t scale_step,
+                     const void* means, const void* means_z, int64_t means_step, int by_channel, void* out) {
+  with_dtype(is_double, [&](auto t) {
+    using T = decltype(t);
+    with_parameters(*layout, by_channel, [&](auto v, auto w) {
+      input_grad<T, v(), w()>(*layout, {grad, grad_dtype}, values, as<T>(vectors),
+                              {as<T>(scale), scale_step, by_channel}, {as<T>(means), means_step, by_channel},
+                              {as<T>(means_z), means_step, by_channel}, {out, grad_dtype}, threads);
+    });
+  });
+}
+
+}  // extern "C"
