@@ -582,24 +582,25 @@ T finite(T value) {
 template <class T>
 T at_least(T value, T low) { return value < low ? low : value; }
 
-// clip <= 0 is the channel's own range; what is null is 1 for gamma, and 0 for beta.
+// clip <= 0 is the channel's own range; what is null is 1 for gamma, and 0 for beta. The roots are PyTorch's, whose last
+// bit is not always the nearest: root of the variance of z, and of its mean square where gamma and beta are null.
 template <class T>
-void grid_vectors(int64_t channels, const T* stats, const T* gammas, const T* betas, const T* centre, const T* scale,
-                  int bits, double clip, double rectified_clip, T* out) {
+void grid_vectors(int64_t channels, const T* stats, const T* roots, const T* mean_roots, const T* gammas,
+                  const T* betas, const T* centre, const T* scale, int bits, double clip, double rectified_clip,
+                  T* out) {
   const T levels = T(1 << bits), half = levels / 2, infinity = std::numeric_limits<T>::infinity();
   const T tiny = T(std::sqrt(double(std::numeric_limits<T>::min())));
   const bool is_input = !gammas && !betas, is_range = clip <= 0;
 #pragma omp simd
   for (int64_t c = 0; c < channels; ++c) {
-    T mean = stats[c], var = stats[channels + c], low = stats[2 * channels + c], high = stats[3 * channels + c];
+    T mean = stats[c], low = stats[2 * channels + c], high = stats[3 * channels + c];
     if (centre) {
       mean = (mean - centre[c]) * scale[c];
       low = (low - centre[c]) * scale[c];
       high = (high - centre[c]) * scale[c];
-      var = var * (scale[c] * scale[c]);
     }
     const T gamma = gammas ? gammas[c] : T(1), beta = betas ? betas[c] : T(0);
-    const T deviation = at_least(std::sqrt(var), tiny);
+    const T deviation = at_least(roots[c], tiny);
     const T slope = gamma * deviation + T(0);  // -0 becomes 0
     T shift = gamma * mean + beta;
     const bool is_flat = slope == 0;
@@ -629,8 +630,7 @@ void grid_vectors(int64_t channels, const T* stats, const T* gammas, const T* be
     width = width * deviation;
     T floor = -infinity;
     if (is_input) {
-      const T root_mean_square = std::sqrt(var + mean * mean);
-      const T top = is_range ? high : least(high, T(rectified_clip) * root_mean_square);
+      const T top = is_range ? high : least(high, T(rectified_clip) * mean_roots[c]);
       const T rectified = at_least(top / (levels - 1), tiny);
       const bool is_rectified = (low == 0) | ((low > 0) & (rectified <= std::fabs(width)));
       frac = is_rectified ? 1 - half : frac;
@@ -686,12 +686,13 @@ void blpa_channel_stats(const Layout* layout, int threads, int is_double, void* 
   });
 }
 
-void blpa_grid_vectors(int is_double, int64_t channels, const void* stats, const void* gamma, const void* beta,
-                       const void* centre, const void* scale, int bits, double clip, double rectified_clip, void* out) {
+void blpa_grid_vectors(int is_double, int64_t channels, const void* stats, const void* roots, const void* mean_roots,
+                       const void* gamma, const void* beta, const void* centre, const void* scale, int bits,
+                       double clip, double rectified_clip, void* out) {
   with_dtype(is_double, [&](auto t) {
     using T = decltype(t);
-    grid_vectors(channels, as<T>(stats), as<T>(gamma), as<T>(beta), as<T>(centre), as<T>(scale), bits, clip,
-                 rectified_clip, static_cast<T*>(out));
+    grid_vectors(channels, as<T>(stats), as<T>(roots), as<T>(mean_roots), as<T>(gamma), as<T>(beta), as<T>(centre),
+                 as<T>(scale), bits, clip, rectified_clip, static_cast<T*>(out));
   });
 }
 

@@ -53,7 +53,7 @@ _IDENTITY, _RELU, _LEAKY_RELU, _TABLE = range(4)
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 _ARGUMENTS = {
     "channel_stats": (_P, _I, _I, _P, _L, _P, _L, _P, _L, _I, _P),
-    "grid_vectors": (_I, _L, _P, _P, _P, _P, _P, _I, _D, _D, _P),
+    "grid_vectors": (_I, _L, _P, _P, _P, _P, _P, _P, _P, _I, _D, _D, _P),
     "encode": (_P, _I, _I, _P, _L, _P, _L, _P, _P, _L, _P, _L, _I, _P),
     "decode": (_P, _I, _I, _P, _P, _I, _D, _P, _P, _L),
     "elementwise_grad": (_P, _I, _I, _P, _L, _P, _P, _I, _D, _P, _P),
@@ -283,13 +283,19 @@ def grid_vectors(
     if centre is None or scale is None:
         centre = scale = None
     given = stats, gamma, beta, centre, scale
-    stats, *others = (None if one is None else one.to(stats.dtype).contiguous() for one in given)
+    stats, gamma, beta, centre, scale = (None if one is None else one.to(stats.dtype).contiguous() for one in given)
+    mean, var = stats[0], stats[1]
+    if centre is not None:
+        mean, var = (mean - centre) * scale, var * scale.square()
+    roots, mean_roots = var.sqrt(), None
+    if gamma is None and beta is None:
+        mean_roots = mean.square().add_(var).sqrt_()
     out = stats.new_empty(len(any_layout.Vectors._fields), stats.shape[1])
     clip = 0.0 if codec.clip == "range" else codec.clip
     _found.blpa_grid_vectors(
-        stats.dtype == torch.float64, stats.shape[1], stats.data_ptr(),
-        *(None if one is None else one.data_ptr() for one in others), codec.bits, clip, RECTIFIED_CLIP * clip,
-        out.data_ptr(),
+        stats.dtype == torch.float64, stats.shape[1],
+        *(None if one is None else one.data_ptr() for one in (stats, roots, mean_roots, gamma, beta, centre, scale)),
+        codec.bits, clip, RECTIFIED_CLIP * clip, out.data_ptr(),
     )  # fmt: skip
     return out
 
