@@ -36,7 +36,10 @@ MIN_ELEMENTS = 1 << 14
 """Of a tensor that is worth C++: below, calls take longer than their work, and a network of such tensors is tiny."""
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
-_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-thread-jumps",  # would make branches of conditions, which keep loops from being vectorised
+)  # fmt: skip
 _VECTORS = {
     "AVX2": ("-mavx2", "-mf16c"),
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
