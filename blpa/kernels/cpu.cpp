@@ -76,21 +76,7 @@ void parallel_pieces(const Layout& layout, int threads, const F& f) {
 
 // ---- tensors of any dtype
 
-struct BFloat16 {
-  uint16_t bits;
-  operator float() const {
-    const uint32_t wide = uint32_t(bits) << 16;
-    float value;
-    std::memcpy(&value, &wide, 4);
-    return value;
-  }
-  BFloat16() = default;
-  explicit BFloat16(float value) {        // to the nearest, ties to even
-    uint32_t wide;
-    std::memcpy(&wide, &value, 4);
-    bits = uint16_t(value != value ? 0x7fc0u : (wide + 0x7fffu + ((wide >> 16) & 1u)) >> 16);
-  }
-};
+enum class BFloat16 : uint16_t {};
 
 #ifdef __FLT16_MAX__
 using Half = _Float16;
@@ -115,6 +101,30 @@ void with_type(const Array& array, const F& f) {
   }
 }
 
+template <class To, class From>
+To cast(From value) {
+  if constexpr (std::is_same_v<From, BFloat16>) {
+    const uint32_t bits = uint32_t(value) << 16;
+    float wide;
+    std::memcpy(&wide, &bits, 4);
+    return To(wide);
+  } else if constexpr (std::is_same_v<To, BFloat16>) {  // to the nearest, ties to even
+    const float wide = float(value);
+    uint32_t bits;
+    std::memcpy(&bits, &wide, 4);
+    const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    return BFloat16(wide != wide ? 0x7fc0u : rounded);
+  } else {
+    return To(value);
+  }
+}
+
+template <class From, class To>
+void convert(const From* from, int64_t size, To* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) to[i] = cast<To>(from[i]);
+}
+
 // Elements in the compute dtype: the array itself, where it has that, else the buffer.
 template <class T>
 const T* load(const Array& array, const Block& block, T* buffer) {
@@ -123,8 +133,7 @@ const T* load(const Array& array, const Block& block, T* buffer) {
     if constexpr (std::is_same_v<decltype(data), T*>)
       result = data + block.position;
     else
-#pragma omp simd
-      for (int64_t i = 0; i < block.size; ++i) buffer[i] = T(data[block.position + i]);
+      convert(data + block.position, block.size, buffer);
   });
   return result;
 }
@@ -139,10 +148,7 @@ T* target(const Array& array, const Block& block, T* buffer) {
 template <class T>
 void store(const Array& array, const Block& block, const T* values) {
   with_type(array, [&](auto* data) {
-    using S = std::remove_pointer_t<decltype(data)>;
-    if constexpr (!std::is_same_v<S, T>)
-#pragma omp simd
-      for (int64_t i = 0; i < block.size; ++i) data[block.position + i] = S(float(values[i]));
+    if constexpr (!std::is_same_v<decltype(data), T*>) convert(values, block.size, data + block.position);
   });
 }
 
@@ -176,40 +182,52 @@ struct Vectors {
 // ---- encode
 
 template <class T, bool V, bool W>
+struct Encoding {
+  Parameter<T, V> unit, frac, zero, mean;  // unit: bins per unit
+  Parameter<T, W> centre, scale;
+  T levels;
+};
+
+template <class T, bool V, bool W>
+void add_codes(Encoding<T, V, W> of, const T* x, const T* y, int64_t size, int shift, int32_t* codes) {
+  const T half = of.levels / 2;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T z = (x[i] - of.centre[i]) * of.scale[i];
+    const T bin = std::floor((z - of.mean[i]) * of.unit[i] + of.frac[i]) + half;
+    const T zero = of.zero[i], sign = y[i];
+    const T lowest = sign <= 0 ? T(0) : zero;
+    const T highest = (sign <= 0 ? T(0) : of.levels - zero) + (zero - 1);
+    T code = bin < lowest ? lowest : bin;
+    code = code > highest ? highest : code;
+    code = code == code ? code : T(0);  // a NaN
+    codes[i] += int32_t(code) << shift;
+  }
+}
+
+template <class T, bool V, bool W>
 void encode(const Layout& layout, const Array& x, const Array& y, const T* data, const Rows<T>& centre,
             const Rows<T>& scale, uint8_t* out, int threads) {
   const Vectors<T> all(data, layout.channels);
-  std::vector<T> units(layout.channels);  // bins per unit; NaN, and so code 0, also where the grid has no zero
+  std::vector<T> units(layout.channels);  // NaN, and so code 0, also where the grid has no zero
   for (int64_t c = 0; c < layout.channels; ++c) units[c] = all.zero[c] == all.zero[c] ? 1 / all.width[c] : all.zero[c];
-  const T levels = T(1 << layout.bits), half = levels / 2;
   parallel_pieces(layout, threads, [&](const Piece& piece) {
     const int64_t c = piece.channel;
-    const Parameter<T, V> unit(&units[c]), frac(all.frac + c), zero(all.zero + c), mean(all.mean + c);
-    int32_t codes[PIECE] = {};
+    int32_t codes[PIECE];
+    std::fill(codes, codes + piece.size, 0);
     T x_buffer[PIECE], y_buffer[PIECE];
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
+      if (block.size <= 0) break;
       const T* xs = load(x, block, x_buffer);
       const T* ys = x.data == y.data ? xs : load(y, block, y_buffer);
-      const Parameter<T, W> from(centre.at(block.outer, c)), factor(scale.at(block.outer, c));
-      const int shift = int(k * layout.bits);
-      const int64_t size = block.size;
-#pragma omp simd
-      for (int64_t i = 0; i < size; ++i) {
-        const T z = (xs[i] - from[i]) * factor[i];
-        const T bin = std::floor((z - mean[i]) * unit[i] + frac[i]) + half;
-        const T first = zero[i], sign = ys[i];
-        const T lowest = sign <= 0 ? T(0) : first;
-        const T highest = sign <= 0 ? first - 1 : levels - first + (first - 1);
-        T code = bin < lowest ? lowest : bin;
-        code = code > highest ? highest : code;
-        code = code == code ? code : T(0);
-        codes[i] |= int32_t(code) << shift;
-      }
+      const Encoding<T, V, W> of{Parameter<T, V>(&units[c]), Parameter<T, V>(all.frac + c),
+                                 Parameter<T, V>(all.zero + c), Parameter<T, V>(all.mean + c),
+                                 Parameter<T, W>(centre.at(block.outer, c)), Parameter<T, W>(scale.at(block.outer, c)),
+                                 T(1 << layout.bits)};
+      add_codes<T, V, W>(of, xs, ys, block.size, int(k * layout.bits), codes);
     }
-    const int64_t size = piece.size;
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) out[piece.byte + i] = uint8_t(codes[i]);
+    convert(codes, piece.size, out + piece.byte);
   });
 }
 
