@@ -283,12 +283,13 @@ def grid_vectors(
     """Place the grid of each channel, Vectors [7, C]."""
     if _found is None or codec is None or stats.dtype not in (torch.float32, torch.float64):
         return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec)
+    dtype = stats.dtype
+    stats, mean, var = stats.contiguous(), stats[0], stats[1]
+    gamma, beta = (None if one is None else one.to(dtype).contiguous() for one in (gamma, beta))
     if centre is None or scale is None:
         centre = scale = None
-    given = stats, gamma, beta, centre, scale
-    stats, gamma, beta, centre, scale = (None if one is None else one.to(stats.dtype).contiguous() for one in given)
-    mean, var = stats[0], stats[1]
-    if centre is not None:
+    else:
+        centre, scale = centre.to(dtype).contiguous(), scale.to(dtype).contiguous()
         mean, var = (mean - centre) * scale, var * scale.square()
     roots, mean_roots = var.sqrt(), None
     if gamma is None and beta is None:
@@ -296,7 +297,7 @@ def grid_vectors(
     out = stats.new_empty(len(any_layout.Vectors._fields), stats.shape[1])
     clip = 0.0 if codec.clip == "range" else codec.clip
     _found.blpa_grid_vectors(
-        stats.dtype == torch.float64, stats.shape[1],
+        dtype == torch.float64, stats.shape[1],
         *(None if one is None else one.data_ptr() for one in (stats, roots, mean_roots, gamma, beta, centre, scale)),
         codec.bits, clip, RECTIFIED_CLIP * clip, out.data_ptr(),
     )  # fmt: skip
