@@ -15,6 +15,8 @@
 #include <type_traits>
 #include <vector>
 
+#define NOINLINE __attribute__((noinline))  // else every function has the code for every dtype
+
 namespace {
 
 constexpr int64_t PIECE = 1024;           // elements
@@ -127,7 +129,7 @@ void convert(const From* from, int64_t size, To* to) {
 
 // Elements in the compute dtype: the array itself, where it has that, else the buffer.
 template <class T>
-const T* load(const Array& array, const Block& block, T* buffer) {
+NOINLINE const T* load(const Array& array, const Block& block, T* buffer) {
   const T* result = buffer;
   with_type(array, [&](auto* data) {
     if constexpr (std::is_same_v<decltype(data), T*>)
@@ -146,7 +148,7 @@ T* target(const Array& array, const Block& block, T* buffer) {
 }
 
 template <class T>
-void store(const Array& array, const Block& block, const T* values) {
+NOINLINE void store(const Array& array, const Block& block, const T* values) {
   with_type(array, [&](auto* data) {
     if constexpr (!std::is_same_v<decltype(data), T*>) convert(values, block.size, data + block.position);
   });
@@ -179,6 +181,31 @@ struct Vectors {
         floor(data + 6 * c) {}
 };
 
+// Arguments of a call; cpu.py has the same. What a function does not have is null.
+struct Call {
+  const Layout* layout;
+  int64_t threads, is_double;
+  Array x, y, out;                        // in the backward pass x is the gradient
+  uint8_t* values;
+  const void* vectors;
+  const void *centre, *scale, *centre_z;  // [outer or 1, C or 1]; in the backward pass centres are means
+  int64_t centre_step, scale_step;        // from row to row; 0 if there is one row
+  int64_t by_channel;                     // whether they have C columns
+  int64_t function;
+  double slope;                           // of leaky ReLU
+  const void* table;                      // [C, L] of f, or of its derivative
+  int64_t per_sample;
+
+  template <class T>
+  Rows<T> rows(const void* data, int64_t step, const T& otherwise) const {
+    return {data ? static_cast<const T*>(data) : &otherwise, step, by_channel};
+  }
+  template <class T>
+  Vectors<T> all() const {
+    return {static_cast<const T*>(vectors), layout->channels};
+  }
+};
+
 // ---- encode
 
 template <class T, bool V, bool W>
@@ -206,12 +233,15 @@ void add_codes(Encoding<T, V, W> of, const T* x, const T* y, int64_t size, int s
 }
 
 template <class T, bool V, bool W>
-void encode(const Layout& layout, const Array& x, const Array& y, const T* data, const Rows<T>& centre,
-            const Rows<T>& scale, uint8_t* out, int threads) {
-  const Vectors<T> all(data, layout.channels);
+void encode(const Call& call) {
+  const Layout& layout = *call.layout;
+  const Vectors<T> all = call.all<T>();
+  const T zero = 0, one = 1;
+  const Rows<T> centre = call.rows(call.centre, call.centre_step, zero);
+  const Rows<T> scale = call.rows(call.scale, call.scale_step, one);
   std::vector<T> units(layout.channels);  // NaN, and so code 0, also where the grid has no zero
   for (int64_t c = 0; c < layout.channels; ++c) units[c] = all.zero[c] == all.zero[c] ? 1 / all.width[c] : all.zero[c];
-  parallel_pieces(layout, threads, [&](const Piece& piece) {
+  parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     const int64_t c = piece.channel;
     int32_t codes[PIECE];
     std::fill(codes, codes + piece.size, 0);
@@ -219,15 +249,15 @@ void encode(const Layout& layout, const Array& x, const Array& y, const T* data,
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
-      const T* xs = load(x, block, x_buffer);
-      const T* ys = x.data == y.data ? xs : load(y, block, y_buffer);
+      const T* xs = load(call.x, block, x_buffer);
+      const T* ys = call.x.data == call.y.data ? xs : load(call.y, block, y_buffer);
       const Encoding<T, V, W> of{Parameter<T, V>(&units[c]), Parameter<T, V>(all.frac + c),
                                  Parameter<T, V>(all.zero + c), Parameter<T, V>(all.mean + c),
                                  Parameter<T, W>(centre.at(block.outer, c)), Parameter<T, W>(scale.at(block.outer, c)),
                                  T(1 << layout.bits)};
       add_codes<T, V, W>(of, xs, ys, block.size, int(k * layout.bits), codes);
     }
-    convert(codes, piece.size, out + piece.byte);
+    convert(codes, piece.size, call.values + piece.byte);
   });
 }
 
@@ -261,12 +291,6 @@ void y_of(const Layout& layout, const Vectors<T>& all, const uint8_t* bytes, int
 }
 
 enum Function { IDENTITY, RELU, LEAKY_RELU, TABLE };
-
-struct Chosen {
-  int function;
-  double slope;                           // of leaky ReLU
-  const void* table;                      // [C, L] of f, or of its derivative
-};
 
 // The entries of a table for the codes of a piece.
 template <class T>
@@ -315,73 +339,82 @@ void multiply(const T* da, const T* derivative, int64_t size, T* dy) {
 }
 
 template <class T, bool V>
-void decode(const Layout& layout, const uint8_t* bytes, const T* data, const Chosen& chosen, const Array& out,
-            int threads) {
-  const Vectors<T> all(data, layout.channels);
-  const T slope = T(chosen.slope);
-  parallel_pieces(layout, threads, [&](const Piece& piece) {
+void decode(const Call& call) {
+  const Layout& layout = *call.layout;
+  const Vectors<T> all = call.all<T>();
+  const T slope = T(call.slope);
+  parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     T buffer[PIECE];
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
-      T* y = target(out, block, buffer);
-      if (chosen.function == TABLE)
-        look_up(layout, static_cast<const T*>(chosen.table), bytes + piece.byte, piece.channel, k, block.size, y);
+      T* y = target(call.out, block, buffer);
+      if (call.function == TABLE)
+        look_up(layout, static_cast<const T*>(call.table), call.values + piece.byte, piece.channel, k, block.size, y);
       else
-        y_of<T, V>(layout, all, bytes + piece.byte, piece.channel, k, block.size, y);
-      if (chosen.function == RELU) relu(y, block.size);
-      if (chosen.function == LEAKY_RELU) leaky_relu(y, y, slope, block.size, y);
-      store(out, block, y);
+        y_of<T, V>(layout, all, call.values + piece.byte, piece.channel, k, block.size, y);
+      if (call.function == RELU) relu(y, block.size);
+      if (call.function == LEAKY_RELU) leaky_relu(y, y, slope, block.size, y);
+      store(call.out, block, y);
     }
   });
 }
 
 template <class T, bool V>
-void elementwise_grad(const Layout& layout, const Array& grad, const uint8_t* bytes, const T* data,
-                      const Chosen& chosen, const Array& out, int threads) {
-  const Vectors<T> all(data, layout.channels);
-  const T slope = T(chosen.slope);
-  parallel_pieces(layout, threads, [&](const Piece& piece) {
+void elementwise_grad(const Call& call) {
+  const Layout& layout = *call.layout;
+  const Vectors<T> all = call.all<T>();
+  const T slope = T(call.slope);
+  parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     T buffer[PIECE], y[PIECE], out_buffer[PIECE];
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
-      const T* da = load(grad, block, buffer);
-      T* dy = target(out, block, out_buffer);
-      if (chosen.function == TABLE) {     // y is the derivative; where that is 0, so is dY, whatever dA
-        look_up(layout, static_cast<const T*>(chosen.table), bytes + piece.byte, piece.channel, k, block.size, y);
+      const T* da = load(call.x, block, buffer);
+      T* dy = target(call.out, block, out_buffer);
+      if (call.function == TABLE) {     // y is the derivative; where that is 0, so is dY, whatever dA
+        look_up(layout, static_cast<const T*>(call.table), call.values + piece.byte, piece.channel, k, block.size, y);
         multiply(da, y, block.size, dy);
       } else {
-        y_of<T, V>(layout, all, bytes + piece.byte, piece.channel, k, block.size, y);
-        if (chosen.function == RELU)
+        y_of<T, V>(layout, all, call.values + piece.byte, piece.channel, k, block.size, y);
+        if (call.function == RELU)
           relu_grad(da, y, block.size, dy);
         else
           leaky_relu(da, y, slope, block.size, dy);
       }
-      store(out, block, dy);
+      store(call.out, block, dy);
     }
   });
 }
 
 template <class T, bool V, bool W>
-void input_grad(const Layout& layout, const Array& grad, const uint8_t* bytes, const T* data, const Rows<T>& scale,
-                const Rows<T>& mean_dy, const Rows<T>& mean_dy_z, const Array& out, int threads) {
-  const Vectors<T> all(data, layout.channels);
-  parallel_pieces(layout, threads, [&](const Piece& piece) {
+void input_grad(const Call& call) {
+  const Layout& layout = *call.layout;
+  const Vectors<T> all = call.all<T>();
+  const T zero = 0, one = 1;
+  const Rows<T> centre = call.rows(call.centre, call.centre_step, zero);
+  const Rows<T> scale = call.rows(call.scale, call.scale_step, one);
+  const Rows<T> centre_z = call.rows(call.centre_z, call.centre_step, zero);
+  parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     const int64_t c = piece.channel;
     const Parameter<T, V> gamma(all.gamma + c);
     T buffer[PIECE], z[PIECE], out_buffer[PIECE];
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
-      const T* dy = load(grad, block, buffer);
-      T* dx = target(out, block, out_buffer);
-      z_of<T, V>(layout, all, bytes + piece.byte, c, k, block.size, z);
-      const Parameter<T, W> factor(scale.at(block.outer, c)), mean(mean_dy.at(block.outer, c)),
-          mean_z(mean_dy_z.at(block.outer, c));
+      const T* dy = load(call.x, block, buffer);
+      T* dx = target(call.out, block, out_buffer);
+      const Parameter<T, W> factor(scale.at(block.outer, c));
+      if (call.centre) {
+        const Parameter<T, W> mean(centre.at(block.outer, c)), mean_z(centre_z.at(block.outer, c));
+        z_of<T, V>(layout, all, call.values + piece.byte, c, k, block.size, z);
 #pragma omp simd
-      for (int64_t i = 0; i < block.size; ++i) dx[i] = (dy[i] * gamma[i] - mean[i] - z[i] * mean_z[i]) * factor[i];
-      store(out, block, dx);
+        for (int64_t i = 0; i < block.size; ++i) dx[i] = (dy[i] * gamma[i] - mean[i] - z[i] * mean_z[i]) * factor[i];
+      } else {
+#pragma omp simd
+        for (int64_t i = 0; i < block.size; ++i) dx[i] = dy[i] * gamma[i] * factor[i];
+      }
+      store(call.out, block, dx);
     }
   });
 }
@@ -425,15 +458,17 @@ void add_to_sums(const T* dy, const T* z, int64_t size, double* sum, double* sum
 }
 
 template <class T, bool V>
-void gradient_sums(const Layout& layout, const Array& grad, const uint8_t* bytes, const T* data, bool per_sample,
-                   T* out, int threads) {
-  const Vectors<T> all(data, layout.channels);
+void gradient_sums(const Call& call) {
+  const Layout& layout = *call.layout;
+  const Vectors<T> all = call.all<T>();
+  const bool per_sample = call.per_sample;
+  T* out = static_cast<T*>(call.out.data);
   const Chunks chunks(layout, per_sample);
   const int64_t channels = layout.channels, rows = per_sample ? layout.outer : 1;
   const int64_t samples = per_sample && layout.outer_step ? layout.codes() : 1;  // of a line, to be told apart
   const int64_t size = samples * 2 * channels;
   const std::unique_ptr<double[]> sums(new double[chunks.count() * size]);
-  parallel(chunks.count(), layout.elements(), threads, [&](int64_t i) {
+  parallel(chunks.count(), layout.elements(), call.threads, [&](int64_t i) {
     double* mine = sums.get() + i * size;
     std::fill(mine, mine + size, 0.0);
     T buffer[PIECE], z[PIECE];
@@ -442,8 +477,8 @@ void gradient_sums(const Layout& layout, const Array& grad, const uint8_t* bytes
       for (int64_t k = 0; k < layout.codes(); ++k) {
         const Block block = block_of(layout, piece, k);
         if (block.size <= 0) break;
-        const T* dy = load(grad, block, buffer);
-        z_of<T, V>(layout, all, bytes + piece.byte, c, k, block.size, z);
+        const T* dy = load(call.x, block, buffer);
+        z_of<T, V>(layout, all, call.values + piece.byte, c, k, block.size, z);
         double* sum = mine + (samples > 1 ? k : 0) * 2 * channels + c;
         add_to_sums<T, V>(dy, z, block.size, sum, sum + channels);
       }
@@ -466,11 +501,13 @@ void gradient_sums(const Layout& layout, const Array& grad, const uint8_t* bytes
     }
 }
 
-template <class T>
-void row_means(const Layout& layout, const Array& grad, const uint8_t* bytes, const T* data, T* out, int threads) {
-  const Vectors<T> all(data, layout.channels);
+template <class T, bool V>
+void row_means(const Call& call) {
+  const Layout& layout = *call.layout;
+  const Vectors<T> all = call.all<T>();
+  T* out = static_cast<T*>(call.out.data);
   const int64_t step = std::max<int64_t>(1, CHUNK / 2 / layout.length);
-  parallel((layout.lines + step - 1) / step, layout.elements(), threads, [&](int64_t chunk) {
+  parallel((layout.lines + step - 1) / step, layout.elements(), call.threads, [&](int64_t chunk) {
     T buffer[PIECE], du[PIECE], z[PIECE];
     for (int64_t line = chunk * step; line < std::min(layout.lines, (chunk + 1) * step); ++line)
       for (int64_t k = 0; k < layout.codes(); ++k) {
@@ -480,9 +517,9 @@ void row_means(const Layout& layout, const Array& grad, const uint8_t* bytes, co
           const Block block = block_of(layout, piece, k);
           if (block.size <= 0) return;
           row = block.outer;
-          const T* dy = load(grad, block, buffer);
+          const T* dy = load(call.x, block, buffer);
           const T* gamma = all.gamma + piece.channel;
-          z_of<T, true>(layout, all, bytes + piece.byte, piece.channel, k, block.size, z);
+          z_of<T, true>(layout, all, call.values + piece.byte, piece.channel, k, block.size, z);
 #pragma omp simd
           for (int64_t i = 0; i < block.size; ++i) du[i] = dy[i] * gamma[i];
           add_to_sums<T, false>(du, z, block.size, &sum, &sum_z);
@@ -531,13 +568,17 @@ void add_to_stats(const T* z, int64_t size, const double* from, double* sum, dou
 }
 
 template <class T, bool V, bool W>
-void channel_stats(const Layout& layout, const Array& x, const Rows<T>& centre, const Rows<T>& scale, bool is_plain,
-                   T* out, int threads) {
+void channel_stats(const Call& call) {
+  const Layout& layout = *call.layout;
+  const T zero = 0, one = 1;
+  const Rows<T> centre = call.rows(call.centre, call.centre_step, zero);
+  const Rows<T> scale = call.rows(call.scale, call.scale_step, one);
+  T* out = static_cast<T*>(call.out.data);
   const Chunks chunks(layout, false);
   const int64_t channels = layout.channels;
   const auto load_z = [&](const Piece& piece, const Block& block, T* buffer) {
-    const T* xs = load(x, block, buffer);
-    if (is_plain) return xs;
+    const T* xs = load(call.x, block, buffer);
+    if (!call.centre) return xs;
     const Parameter<T, W> from(centre.at(block.outer, piece.channel)), factor(scale.at(block.outer, piece.channel));
 #pragma omp simd
     for (int64_t i = 0; i < block.size; ++i) buffer[i] = (xs[i] - from[i]) * factor[i];
@@ -551,7 +592,7 @@ void channel_stats(const Layout& layout, const Array& x, const Rows<T>& centre, 
   }
   const std::unique_ptr<double[]> sums(new double[chunks.count() * 2 * channels]);
   const std::unique_ptr<T[]> ends(new T[chunks.count() * 2 * channels]);
-  parallel(chunks.count(), layout.elements(), threads, [&](int64_t i) {
+  parallel(chunks.count(), layout.elements(), call.threads, [&](int64_t i) {
     double* sum = sums.get() + i * 2 * channels;
     T* low = ends.get() + i * 2 * channels;
     std::fill(sum, sum + 2 * channels, 0.0);
@@ -665,122 +706,57 @@ void grid_vectors(int64_t channels, const T* stats, const T* roots, const T* mea
 // ---- from arguments to types
 
 template <class F>
-void with_dtype(int is_double, const F& f) {
-  if (is_double)
-    f(double());
+void with_types(const Call& call, const F& f) {
+  const auto with_dtype = [&](auto t) {
+    if (!call.layout->per_element)
+      f(t, std::false_type(), std::false_type());
+    else if (call.by_channel)
+      f(t, std::true_type(), std::true_type());
+    else
+      f(t, std::true_type(), std::false_type());
+  };
+  if (call.is_double)
+    with_dtype(double());
   else
-    f(float());
+    with_dtype(float());
 }
-
-template <class F>
-void with_parameters(const Layout& layout, int by_channel, const F& f) {
-  if (!layout.per_element)
-    f(std::false_type(), std::false_type());
-  else if (by_channel)
-    f(std::true_type(), std::true_type());
-  else
-    f(std::true_type(), std::false_type());
-}
-
-template <class T>
-const T* as(const void* data) { return static_cast<const T*>(data); }
 
 }  // namespace
 
-// What cpu.py calls. `by_channel` says whether centre, scale and means have a value per channel; a `step` is 0 where they
-// have one row.
+#define BLPA_FUNCTION(name, ...) \
+  void blpa_##name(const Call* call) { \
+    with_types(*call, [&](auto t, auto v, auto w) { \
+      using T = decltype(t); \
+      constexpr bool V = v(), W = w(); \
+      static_cast<void>(W); \
+      name<__VA_ARGS__>(*call); \
+    }); \
+  }
+
 extern "C" {
 
 int blpa_has_half() { return HAS_HALF; }
 
-void blpa_channel_stats(const Layout* layout, int threads, int is_double, void* x, int64_t x_dtype, const void* centre,
-                        int64_t centre_step, const void* scale, int64_t scale_step, int by_channel, void* out) {
-  with_dtype(is_double, [&](auto t) {
-    using T = decltype(t);
-    with_parameters(*layout, by_channel, [&](auto v, auto w) {
-      channel_stats<T, v(), w()>(*layout, {x, x_dtype}, {as<T>(centre), centre_step, by_channel},
-                                 {as<T>(scale), scale_step, by_channel}, !centre, static_cast<T*>(out), threads);
-    });
-  });
-}
+BLPA_FUNCTION(channel_stats, T, V, W)
+BLPA_FUNCTION(encode, T, V, W)
+BLPA_FUNCTION(decode, T, V)
+BLPA_FUNCTION(elementwise_grad, T, V)
+BLPA_FUNCTION(gradient_sums, T, V)
+BLPA_FUNCTION(row_means, T, V)
+BLPA_FUNCTION(input_grad, T, V, W)
 
 void blpa_grid_vectors(int is_double, int64_t channels, const void* stats, const void* roots, const void* mean_roots,
                        const void* gamma, const void* beta, const void* centre, const void* scale, int bits,
                        double clip, double rectified_clip, void* out) {
-  with_dtype(is_double, [&](auto t) {
-    using T = decltype(t);
-    grid_vectors(channels, as<T>(stats), as<T>(roots), as<T>(mean_roots), as<T>(gamma), as<T>(beta), as<T>(centre),
-                 as<T>(scale), bits, clip, rectified_clip, static_cast<T*>(out));
-  });
-}
-
-void blpa_encode(const Layout* layout, int threads, int is_double, void* x, int64_t x_dtype, void* y, int64_t y_dtype,
-                 const void* vectors, const void* centre, int64_t centre_step, const void* scale, int64_t scale_step,
-                 int by_channel, uint8_t* out) {
-  with_dtype(is_double, [&](auto t) {
-    using T = decltype(t);
-    const T zero = 0, one = 1;
-    with_parameters(*layout, by_channel, [&](auto v, auto w) {
-      encode<T, v(), w()>(*layout, {x, x_dtype}, {y, y_dtype}, as<T>(vectors),
-                          {centre ? as<T>(centre) : &zero, centre_step, by_channel},
-                          {scale ? as<T>(scale) : &one, scale_step, by_channel}, out, threads);
-    });
-  });
-}
-
-void blpa_decode(const Layout* layout, int threads, int is_double, const uint8_t* values, const void* vectors,
-                 int function, double slope, const void* table, void* out, int64_t out_dtype) {
-  const Chosen chosen{function, slope, table};
-  with_dtype(is_double, [&](auto t) {
-    using T = decltype(t);
-    with_parameters(*layout, 1, [&](auto v, auto) {
-      decode<T, v()>(*layout, values, as<T>(vectors), chosen, {out, out_dtype}, threads);
-    });
-  });
-}
-
-void blpa_elementwise_grad(const Layout* layout, int threads, int is_double, void* grad, int64_t grad_dtype,
-                           const uint8_t* values, const void* vectors, int function, double slope, const void* table,
-                           void* out) {
-  const Chosen chosen{function, slope, table};
-  with_dtype(is_double, [&](auto t) {
-    using T = decltype(t);
-    with_parameters(*layout, 1, [&](auto v, auto) {
-      elementwise_grad<T, v()>(*layout, {grad, grad_dtype}, values, as<T>(vectors), chosen, {out, grad_dtype}, threads);
-    });
-  });
-}
-
-void blpa_gradient_sums(const Layout* layout, int threads, int is_double, void* grad, int64_t grad_dtype,
-                        const uint8_t* values, const void* vectors, int per_sample, void* out) {
-  with_dtype(is_double, [&](auto t) {
-    using T = decltype(t);
-    with_parameters(*layout, 1, [&](auto v, auto) {
-      gradient_sums<T, v()>(*layout, {grad, grad_dtype}, values, as<T>(vectors), per_sample, static_cast<T*>(out),
-                            threads);
-    });
-  });
-}
-
-void blpa_row_means(const Layout* layout, int threads, int is_double, void* grad, int64_t grad_dtype,
-                    const uint8_t* values, const void* vectors, void* out) {
-  with_dtype(is_double, [&](auto t) {
-    using T = decltype(t);
-    row_means(*layout, {grad, grad_dtype}, values, as<T>(vectors), static_cast<T*>(out), threads);
-  });
-}
-
-void blpa_input_grad(const Layout* layout, int threads, int is_double, void* grad, int64_t grad_dtype,
-                     const uint8_t* values, const void* vectors, const void* scale, int64_t scale_step,
-                     const void* means, const void* means_z, int64_t means_step, int by_channel, void* out) {
-  with_dtype(is_double, [&](auto t) {
-    using T = decltype(t);
-    with_parameters(*layout, by_channel, [&](auto v, auto w) {
-      input_grad<T, v(), w()>(*layout, {grad, grad_dtype}, values, as<T>(vectors),
-                              {as<T>(scale), scale_step, by_channel}, {as<T>(means), means_step, by_channel},
-                              {as<T>(means_z), means_step, by_channel}, {out, grad_dtype}, threads);
-    });
-  });
+  const auto run = [&](auto t) {
+    const auto as = [&](const void* data) { return static_cast<const decltype(t)*>(data); };
+    grid_vectors(channels, as(stats), as(roots), as(mean_roots), as(gamma), as(beta), as(centre), as(scale), bits, clip,
+                 rectified_clip, static_cast<decltype(t)*>(out));
+  };
+  if (is_double)
+    run(double());
+  else
+    run(float());
 }
 
 }  // extern "C"

@@ -54,16 +54,9 @@ _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16:
 _IDENTITY, _RELU, _LEAKY_RELU, _TABLE = range(4)
 
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
-_ARGUMENTS = {
-    "channel_stats": (_P, _I, _I, _P, _L, _P, _L, _P, _L, _I, _P),
-    "grid_vectors": (_I, _L, _P, _P, _P, _P, _P, _P, _P, _I, _D, _D, _P),
-    "encode": (_P, _I, _I, _P, _L, _P, _L, _P, _P, _L, _P, _L, _I, _P),
-    "decode": (_P, _I, _I, _P, _P, _I, _D, _P, _P, _L),
-    "elementwise_grad": (_P, _I, _I, _P, _L, _P, _P, _I, _D, _P, _P),
-    "gradient_sums": (_P, _I, _I, _P, _L, _P, _P, _I, _P),
-    "row_means": (_P, _I, _I, _P, _L, _P, _P, _P),
-    "input_grad": (_P, _I, _I, _P, _L, _P, _P, _P, _L, _P, _P, _L, _I, _P),
-}
+_FUNCTIONS = (
+    "channel_stats", "encode", "decode", "elementwise_grad", "gradient_sums", "row_means", "input_grad",
+)  # fmt: skip
 
 
 # ---- the library
@@ -76,9 +69,11 @@ class _CompilerError(RuntimeError):
 def _library(file: Path) -> Any:
     """Load a compiled cpu.cpp, and give its functions their types."""
     library = ctypes.CDLL(str(file))
-    for name, arguments in _ARGUMENTS.items():
+    for name in _FUNCTIONS:
         function = getattr(library, f"blpa_{name}")
-        function.argtypes, function.restype = arguments, None
+        function.argtypes, function.restype = (ctypes.POINTER(_Call),), None
+    library.blpa_grid_vectors.argtypes = (_I, _L, *(_P,) * 7, _I, _D, _D, _P)
+    library.blpa_grid_vectors.restype = None
     return library
 
 
@@ -197,6 +192,23 @@ class _Layout(ctypes.Structure):
     ]  # fmt: skip
 
 
+class _Array(ctypes.Structure):
+    """Array of cpu.cpp."""
+
+    _fields_ = [("data", _P), ("dtype", _L)]
+
+
+class _Call(ctypes.Structure):
+    """Call of cpu.cpp."""
+
+    _fields_ = [
+        ("layout", ctypes.POINTER(_Layout)), ("threads", _L), ("is_double", _L),
+        ("x", _Array), ("y", _Array), ("out", _Array), ("values", _P), ("vectors", _P),
+        ("centre", _P), ("scale", _P), ("centre_z", _P), ("centre_step", _L), ("scale_step", _L), ("by_channel", _L),
+        ("function", _L), ("slope", _D), ("table", _P), ("per_sample", _L),
+    ]  # fmt: skip
+
+
 @functools.lru_cache(maxsize=4096)
 def _layout(order: Order, bits: int) -> Any:
     """Describe where the codes of a tensor lie; for 0 bits, its elements."""
@@ -211,12 +223,22 @@ def _layout(order: Order, bits: int) -> Any:
         bits, order.channels, lines, length, per_slab, per_slab * length, order.numel * per_slab // lines, per_outer,
         packed.outer if outer_first else 0, order.outer, per_element,
     )  # fmt: skip
-    return ctypes.byref(layout)
+    return ctypes.pointer(layout), packed.numel
 
 
-def _start(order: Order, bits: int, vectors: Tensor) -> tuple[Any, int, bool]:
-    """Return the first arguments of most functions: layout, threads and whether the compute dtype is double."""
-    return _layout(order, bits), torch.get_num_threads(), vectors.dtype == torch.float64
+def _array(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), _DTYPES[tensor.dtype]
+
+
+def _call(order: Order, bits: int, dtype: torch.dtype, **arguments: Any) -> Any:
+    """Return the argument of a function; the tensors whose addresses are in it must outlive the call."""
+    return _Call(_layout(order, bits)[0], torch.get_num_threads(), dtype == torch.float64, **arguments)
+
+
+def _coded(order: Order, bits: int, values: Tensor, vectors: Tensor, **arguments: Any) -> Any:
+    """Return the argument of a function of codes."""
+    arguments |= {"values": values.data_ptr(), "vectors": vectors.data_ptr()}
+    return _call(order, bits, vectors.dtype, **arguments)
 
 
 def _same_columns(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
@@ -230,29 +252,42 @@ def _row_step(tensor: Tensor) -> int:
     return columns if rows > 1 else 0
 
 
-def _normalisation(centre: Tensor | None, scale: Tensor | None, dtype: torch.dtype) -> tuple[list[Tensor], list[Any]]:
+def _normalisation(
+    centre: Tensor | None, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Sequence[Tensor], dict[str, Any]]:
     """Return centre and scale, which must outlive the call, and the arguments for them."""
     if centre is None and scale is None:
-        return [], [None, 0, None, 0, False]
+        return (), {}
     centre = torch.zeros_like(scale) if centre is None else centre  # type: ignore[arg-type]
     scale = torch.ones_like(centre) if scale is None else scale
     centre, scale = _same_columns(dtype, centre, scale)
-    steps = _row_step(centre), _row_step(scale)
-    return [centre, scale], [centre.data_ptr(), steps[0], scale.data_ptr(), steps[1], centre.shape[-1] > 1]
+    return (centre, scale), {
+        "centre": centre.data_ptr(), "centre_step": _row_step(centre), "scale": scale.data_ptr(),
+        "scale_step": _row_step(scale), "by_channel": centre.shape[-1] > 1,
+    }  # fmt: skip
+
+
+def _means(scale: Tensor, means: Tensor | None, dtype: torch.dtype) -> tuple[Sequence[Tensor], dict[str, Any]]:
+    """Return scale and means, which must outlive the call, and the arguments for them."""
+    scale, *others = _same_columns(dtype, scale, *(() if means is None else (means,)))
+    found = {"scale": scale.data_ptr(), "scale_step": _row_step(scale), "by_channel": scale.shape[-1] > 1}
+    for both in others:
+        found |= {"centre": both.data_ptr(), "centre_z": both[1].data_ptr(), "centre_step": _row_step(both)}
+    return (scale, *others), found
 
 
 def _function(
     function: Elementwise | None, vectors: Tensor, bits: int, *, is_grad: bool
-) -> tuple[Tensor | None, list[Any]]:
+) -> tuple[Tensor | None, dict[str, Any]]:
     """Return a table of f or f' [C, L], which must outlive the call, and the arguments for the function."""
     if function is None or function.name == "relu":
-        return None, [_IDENTITY if function is None else _RELU, 0.0, None]
+        return None, {"function": _IDENTITY if function is None else _RELU}
     if function.name == "leaky_relu":
-        return None, [_LEAKY_RELU, function.options[0], None]
+        return None, {"function": _LEAKY_RELU, "slope": function.options[0]}
     codes = torch.arange(1 << bits, dtype=vectors.dtype).unsqueeze(1).repeat(1, vectors.shape[1])
     y = any_layout.values_of(codes, vectors, bits)[1]
     table = (function.grad(torch.ones_like(y), y) if is_grad else function(y)).t().contiguous()
-    return table, [_TABLE, 0.0, table.data_ptr()]
+    return table, {"function": _TABLE, "table": table.data_ptr()}
 
 
 def _is_long(order: Order, bits: int, function: Elementwise | None) -> bool:
@@ -271,7 +306,7 @@ def channel_stats(x: Tensor, order: Order, centre: Tensor | None = None, scale: 
         return any_layout.channel_stats(x, order, centre, scale)
     out = torch.empty(4, order.channels, dtype=compute_dtype(x.dtype))
     held, arguments = _normalisation(centre, scale, out.dtype)
-    library.blpa_channel_stats(*_start(order, 0, out), x.data_ptr(), _DTYPES[x.dtype], *arguments, out.data_ptr())
+    library.blpa_channel_stats(_call(order, 0, out.dtype, x=_array(x), out=_array(out), **arguments))
     del held
     return out
 
@@ -312,11 +347,18 @@ def encode(
     if library is None:
         return any_layout.encode(x, y, vectors, order, bits, centre, scale)
     held, arguments = _normalisation(centre, scale, vectors.dtype)
-    values = torch.empty(order.saved_elements(bits), dtype=torch.uint8)
+    values = torch.empty(_layout(order, bits)[1], dtype=torch.uint8)
     library.blpa_encode(
-        *_start(order, bits, vectors), x.data_ptr(), _DTYPES[x.dtype], y.data_ptr(), _DTYPES[y.dtype],
-        vectors.data_ptr(), *arguments, values.data_ptr(),
-    )  # fmt: skip
+        _coded(
+            order,
+            bits,
+            values,
+            vectors,
+            x=_array(x),
+            y=_array(y),
+            **arguments,
+        )
+    )
     del held
     return values
 
@@ -328,9 +370,15 @@ def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: E
         return any_layout.decode(values, vectors, order, bits, function, out)
     held, arguments = _function(function, vectors, bits, is_grad=False)
     library.blpa_decode(
-        *_start(order, bits, vectors), values.data_ptr(), vectors.data_ptr(), *arguments, out.data_ptr(),
-        _DTYPES[out.dtype],
-    )  # fmt: skip
+        _coded(
+            order,
+            bits,
+            values,
+            vectors,
+            out=_array(out),
+            **arguments,
+        )
+    )
     del held
 
 
@@ -342,10 +390,7 @@ def elementwise_grad(
     if library is None:
         return any_layout.elementwise_grad(grad, values, vectors, order, bits, function, out)
     held, arguments = _function(function, vectors, bits, is_grad=True)
-    library.blpa_elementwise_grad(
-        *_start(order, bits, vectors), grad.data_ptr(), _DTYPES[grad.dtype], values.data_ptr(), vectors.data_ptr(),
-        *arguments, out.data_ptr(),
-    )  # fmt: skip
+    library.blpa_elementwise_grad(_coded(order, bits, values, vectors, x=_array(grad), out=_array(out), **arguments))
     del held
 
 
@@ -358,9 +403,8 @@ def gradient_sums(
         return any_layout.gradient_sums(grad, values, vectors, order, bits, per_sample=per_sample)
     sums = vectors.new_empty(2, order.outer if per_sample else 1, order.channels)
     library.blpa_gradient_sums(
-        *_start(order, bits, vectors), grad.data_ptr(), _DTYPES[grad.dtype], values.data_ptr(), vectors.data_ptr(),
-        per_sample, sums.data_ptr(),
-    )  # fmt: skip
+        _coded(order, bits, values, vectors, x=_array(grad), out=_array(sums), per_sample=per_sample)
+    )
     return sums
 
 
@@ -371,9 +415,15 @@ def row_means(grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits:
         return any_layout.row_means(grad, values, vectors, order, bits)
     means = vectors.new_empty(2, order.outer, 1)
     library.blpa_row_means(
-        *_start(order, bits, vectors), grad.data_ptr(), _DTYPES[grad.dtype], values.data_ptr(), vectors.data_ptr(),
-        means.data_ptr(),
-    )  # fmt: skip
+        _coded(
+            order,
+            bits,
+            values,
+            vectors,
+            x=_array(grad),
+            out=_array(means),
+        )
+    )
     return means
 
 
@@ -385,10 +435,6 @@ def input_grad(
     library = _for(order, bits, grad)
     if library is None:
         return any_layout.input_grad(grad, values, vectors, order, bits, scale, means, out)
-    means = vectors.new_zeros(2, *scale.shape) if means is None else means
-    scale, means = _same_columns(vectors.dtype, scale, means)
-    library.blpa_input_grad(
-        *_start(order, bits, vectors), grad.data_ptr(), _DTYPES[grad.dtype], values.data_ptr(), vectors.data_ptr(),
-        scale.data_ptr(), _row_step(scale), means.data_ptr(), means[1].data_ptr(), _row_step(means),
-        scale.shape[-1] > 1, out.data_ptr(),
-    )  # fmt: skip
+    held, arguments = _means(scale, means, vectors.dtype)
+    library.blpa_input_grad(_coded(order, bits, values, vectors, x=_array(grad), out=_array(out), **arguments))
+    del held

@@ -336,7 +336,7 @@ def test_a_library_that_computes_something_else_is_not_used(
     library: Any, unloaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def built() -> Any:
-        functions = {f"blpa_{name}": lambda *_: None for name in cpu._ARGUMENTS}
+        functions = {f"blpa_{name}": lambda *_: None for name in (*cpu._FUNCTIONS, "grid_vectors")}
         return SimpleNamespace(**functions, blpa_has_half=lambda: 1)
 
     monkeypatch.setattr(cpu, "_built", built)
