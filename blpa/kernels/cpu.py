@@ -349,16 +349,8 @@ def encode(
     held, arguments = _normalisation(centre, scale, vectors.dtype)
     values = torch.empty(_layout(order, bits)[1], dtype=torch.uint8)
     library.blpa_encode(
-        _coded(
-            order,
-            bits,
-            values,
-            vectors,
-            x=_array(x),
-            y=_array(y),
-            **arguments,
-        )
-    )
+        _coded(order, bits, values, vectors, x=_array(x), y=_array(y), **arguments)
+    )  # fmt: skip
     del held
     return values
 
@@ -370,15 +362,8 @@ def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: E
         return any_layout.decode(values, vectors, order, bits, function, out)
     held, arguments = _function(function, vectors, bits, is_grad=False)
     library.blpa_decode(
-        _coded(
-            order,
-            bits,
-            values,
-            vectors,
-            out=_array(out),
-            **arguments,
-        )
-    )
+        _coded(order, bits, values, vectors, out=_array(out), **arguments)
+    )  # fmt: skip
     del held
 
 
@@ -415,15 +400,8 @@ def row_means(grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits:
         return any_layout.row_means(grad, values, vectors, order, bits)
     means = vectors.new_empty(2, order.outer, 1)
     library.blpa_row_means(
-        _coded(
-            order,
-            bits,
-            values,
-            vectors,
-            x=_array(grad),
-            out=_array(means),
-        )
-    )
+        _coded(order, bits, values, vectors, x=_array(grad), out=_array(means))
+    )  # fmt: skip
     return means
 
 
