@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels import any_layout, bits, compute_dtype
+from blpa.kernels import any_layout, bits, compute_dtype, cpu
+
 from blpa.kernels.any_layout import Elementwise, Vectors
 from blpa.kernels.order import Order, dense, empty
 
@@ -35,7 +36,7 @@ class AnyLayoutKernels(Protocol):
 
 def kernels_for(device: torch.device) -> AnyLayoutKernels:
     """Return the kernels that run on a device."""
-    return any_layout
+    return cpu if device.type == "cpu" else any_layout
 
 
 _LIBRARY = torch.library.Library("blpa_any_layout", "FRAGMENT")

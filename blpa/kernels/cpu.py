@@ -1,0 +1,418 @@
+"""Kernels for CPUs: the functions of any_layout.py in C++ (cpu.cpp), several times faster than in plain PyTorch.
+
+The first tensor of MIN_ELEMENTS compiles cpu.cpp with the system's compiler, which takes some seconds, into the user's
+cache. A file there is named by what it was made of, so it is never stale, and processes may share it. Where that does
+not work, and for smaller tensors and dtypes that the C++ has no code for, plain PyTorch computes the same.
+
+Codes and decoded values are those of any_layout.py to the bit. Sums differ by rounding, and do not depend on the number
+of threads. Which code computes a sum follows from the tensor alone, and not from what the process did before: a run
+that goes on from a checkpoint gets the same bits.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blpa.codec import RECTIFIED_CLIP, Codec
+from blpa.kernels import any_layout, compute_dtype
+from blpa.kernels.any_layout import Elementwise
+from blpa.kernels.order import Order
+
+MIN_ELEMENTS = 1 << 14
+"""Of a tensor that is worth C++: below, calls take longer than their work, and a network of such tensors is tiny."""
+
+_SOURCE = Path(__file__).with_name("cpu.cpp")
+_FLAGS = (
+    "-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
+    "-fno-thread-jumps",  # would make branches of conditions, which keep loops from being vectorised
+)  # fmt: skip
+_VECTORS = {
+    "AVX2": ("-mavx2", "-mf16c"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
+}
+"""By what torch finds on this machine, and not -march=native: machines may share the cache."""
+_OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), (("-fopenmp-simd",), ()), ((), ()))
+"""How to compile and link: with the OpenMP that torch has loaded, whose threads then serve both; with the compiler's
+own; without threads; and without vectorised loops."""
+
+_LOG = logging.getLogger(__name__)
+_DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+_IDENTITY, _RELU, _LEAKY_RELU, _TABLE = range(4)
+
+_P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+_FUNCTIONS = (
+    "channel_stats", "encode", "decode", "elementwise_grad", "gradient_sums", "row_means", "input_grad",
+)  # fmt: skip
+
+
+# ---- the library
+
+
+class _CompilerError(RuntimeError):
+    """The compiler refuses."""
+
+
+def _library(file: Path) -> Any:
+    """Load a compiled cpu.cpp, and give its functions their types."""
+    library = ctypes.CDLL(str(file))
+    for name in _FUNCTIONS:
+        function = getattr(library, f"blpa_{name}")
+        function.argtypes, function.restype = (ctypes.POINTER(_Call),), None
+    library.blpa_grid_vectors.argtypes = (_I, _L, *(_P,) * 7, _I, _D, _D, _P)
+    library.blpa_grid_vectors.restype = None
+    return library
+
+
+def _compile(file: Path, compiler: Sequence[str], flags: Sequence[str], link_flags: Sequence[str]) -> None:
+    """Compile cpu.cpp to a file that is there as a whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        for command in (
+            [*compiler, *flags, "-c", str(_SOURCE), "-o", "cpu.o"],
+            [*compiler, *link_flags, "-shared", "cpu.o", "-o", "cpu.so"],
+        ):
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+            if done.returncode:
+                raise _CompilerError(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
+        os.replace(Path(folder, "cpu.so"), file)
+
+
+def _compiler() -> list[str]:
+    """Return the command of the system's compiler."""
+    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
+        command = shlex.split(name)
+        if command and shutil.which(command[0]):
+            return command
+    raise _CompilerError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
+
+
+def _cache() -> Path:
+    """Return the user's folder for compiled files."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "blpa")
+
+
+def _built() -> Any:
+    """Load the library, compiled if need be: into the cache, or for this process alone where that cannot be written."""
+    compiler = _compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
+    failures: list[str] = []
+    with tempfile.TemporaryDirectory() as private:  # what is loaded outlives its file
+        for openmp, link_flags in _OPENMP:
+            flags = (*_FLAGS, *vectors, *openmp)
+            made_of = repr((_SOURCE.read_text(), compiler, version, flags, link_flags, platform.machine()))
+            for folder in (_cache(), Path(private)):
+                file = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
+                try:
+                    if file.exists():
+                        try:
+                            return _library(file)
+                        except (OSError, AttributeError):
+                            _LOG.info("%s is broken: compiled anew", file)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    _compile(file, compiler, flags, link_flags)
+                    return _library(file)
+                except OSError as error:
+                    failures.append(str(error))
+                except _CompilerError as error:
+                    failures.append(str(error))
+                    break
+    raise _CompilerError("; ".join(failures))
+
+
+_LOCK = threading.RLock()
+_found: Any = None
+_is_found = False
+
+
+def _load() -> Any:
+    """Return the library; None if there is none that computes what plain PyTorch does."""
+    global _found, _is_found
+    with _LOCK:  # re-entrant: the check below comes by here
+        if not _is_found and _found is None:
+            try:
+                _found = _built()
+                _check()
+            except (_CompilerError, ArithmeticError) as error:
+                _found = None
+                _LOG.info("coded networks run on plain PyTorch kernels, which are slower: %s", error)
+            _is_found = True
+    return _found
+
+
+def _check() -> None:
+    """Compare the codes of a small tensor, and a sum, with plain PyTorch's."""
+    order = Order(3, 8, 739, False)
+    x = torch.linspace(-3, 3, order.numel).sin().view(order.outer, order.channels, order.inner)
+    stats = any_layout.channel_stats(x, order)
+    vectors = any_layout.grid_vectors(stats, None, None, None, None, Codec(4))
+    codes, expected = (kernels(x, x, vectors, order, 4, None, None) for kernels in (encode, any_layout.encode))
+    sums, total = gradient_sums(x, codes, vectors, order, 4, per_sample=False)[0], x.sum((0, 2))
+    if not torch.equal(codes, expected) or (sums - total).abs().max() > 1e-2:
+        raise ArithmeticError("compiled kernels compute something else")
+
+
+def _for(order: Order, bits: int, *tensors: Tensor) -> Any:
+    """Return the library if it serves a call on these tensors, else None."""
+    if not bits or order.numel < MIN_ELEMENTS:
+        return None
+    library = _found if _is_found else _load()
+    if library is not None:
+        for tensor in tensors:
+            if tensor.dtype not in _DTYPES or (tensor.dtype == torch.float16 and not library.blpa_has_half()):
+                return None
+    return library
+
+
+# ---- arguments
+
+
+class _Layout(ctypes.Structure):
+    """Layout of cpu.cpp."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "bits", "channels", "lines", "length", "lines_per_slab", "slab_bytes", "slab_elements", "lines_per_outer",
+            "outer_step", "outer", "per_element",
+        )
+    ]  # fmt: skip
+
+
+class _Array(ctypes.Structure):
+    """Array of cpu.cpp."""
+
+    _fields_ = [("data", _P), ("dtype", _L)]
+
+
+class _Call(ctypes.Structure):
+    """Call of cpu.cpp."""
+
+    _fields_ = [
+        ("layout", ctypes.POINTER(_Layout)), ("threads", _L), ("is_double", _L),
+        ("x", _Array), ("y", _Array), ("out", _Array), ("values", _P), ("vectors", _P),
+        ("centre", _P), ("scale", _P), ("centre_z", _P), ("centre_step", _L), ("scale_step", _L), ("by_channel", _L),
+        ("function", _L), ("slope", _D), ("table", _P), ("per_sample", _L),
+    ]  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _layout(order: Order, bits: int) -> Any:
+    """Describe where the codes of a tensor lie; for 0 bits, its elements."""
+    per_element = order.channels > 1 and (order.channels_last or order.inner == 1)
+    outer_first = order.outer_first(bits)
+    packed = order.packed(bits) if bits else order
+    length = order.channels if per_element else packed.inner
+    lines = packed.numel // length
+    per_outer = packed.inner if per_element else packed.channels
+    per_slab = lines if outer_first else packed.inner if per_element else 1
+    layout = _Layout(
+        bits, order.channels, lines, length, per_slab, per_slab * length, order.numel * per_slab // lines, per_outer,
+        packed.outer if outer_first else 0, order.outer, per_element,
+    )  # fmt: skip
+    return ctypes.pointer(layout), packed.numel
+
+
+def _array(tensor: Tensor) -> tuple[int, int]:
+    return tensor.data_ptr(), _DTYPES[tensor.dtype]
+
+
+def _call(order: Order, bits: int, dtype: torch.dtype, **arguments: Any) -> Any:
+    """Return the argument of a function; the tensors whose addresses are in it must outlive the call."""
+    return _Call(_layout(order, bits)[0], torch.get_num_threads(), dtype == torch.float64, **arguments)
+
+
+def _coded(order: Order, bits: int, values: Tensor, vectors: Tensor, **arguments: Any) -> Any:
+    """Return the argument of a function of codes."""
+    arguments |= {"values": values.data_ptr(), "vectors": vectors.data_ptr()}
+    return _call(order, bits, vectors.dtype, **arguments)
+
+
+def _same_columns(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
+    """Bring tensors [..., C or 1] to one number of columns."""
+    columns = max(tensor.shape[-1] for tensor in tensors)
+    return [tensor.to(dtype).expand(*tensor.shape[:-1], columns).contiguous() for tensor in tensors]
+
+
+def _row_step(tensor: Tensor) -> int:
+    rows, columns = tensor.shape[-2:]
+    return columns if rows > 1 else 0
+
+
+def _normalisation(
+    centre: Tensor | None, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Sequence[Tensor], dict[str, Any]]:
+    """Return centre and scale, which must outlive the call, and the arguments for them."""
+    if centre is None and scale is None:
+        return (), {}
+    centre = torch.zeros_like(scale) if centre is None else centre  # type: ignore[arg-type]
+    scale = torch.ones_like(centre) if scale is None else scale
+    centre, scale = _same_columns(dtype, centre, scale)
+    return (centre, scale), {
+        "centre": centre.data_ptr(), "centre_step": _row_step(centre), "scale": scale.data_ptr(),
+        "scale_step": _row_step(scale), "by_channel": centre.shape[-1] > 1,
+    }  # fmt: skip
+
+
+def _means(scale: Tensor, means: Tensor | None, dtype: torch.dtype) -> tuple[Sequence[Tensor], dict[str, Any]]:
+    """Return scale and means, which must outlive the call, and the arguments for them."""
+    scale, *others = _same_columns(dtype, scale, *(() if means is None else (means,)))
+    found = {"scale": scale.data_ptr(), "scale_step": _row_step(scale), "by_channel": scale.shape[-1] > 1}
+    for both in others:
+        found |= {"centre": both.data_ptr(), "centre_z": both[1].data_ptr(), "centre_step": _row_step(both)}
+    return (scale, *others), found
+
+
+def _function(
+    function: Elementwise | None, vectors: Tensor, bits: int, *, is_grad: bool
+) -> tuple[Tensor | None, dict[str, Any]]:
+    """Return a table of f or f' [C, L], which must outlive the call, and the arguments for the function."""
+    if function is None or function.name == "relu":
+        return None, {"function": _IDENTITY if function is None else _RELU}
+    if function.name == "leaky_relu":
+        return None, {"function": _LEAKY_RELU, "slope": function.options[0]}
+    codes = torch.arange(1 << bits, dtype=vectors.dtype).unsqueeze(1).repeat(1, vectors.shape[1])
+    y = any_layout.values_of(codes, vectors, bits)[1]
+    table = (function.grad(torch.ones_like(y), y) if is_grad else function(y)).t().contiguous()
+    return table, {"function": _TABLE, "table": table.data_ptr()}
+
+
+def _is_long(order: Order, bits: int, function: Elementwise | None) -> bool:
+    """Return whether a tensor has more elements than a table for its function."""
+    has_table = function is not None and function.name not in ("relu", "leaky_relu")
+    return not has_table or order.numel > order.channels << bits
+
+
+# ---- the functions; any_layout.py says what they do
+
+
+def channel_stats(x: Tensor, order: Order, centre: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """Compute mean, biased variance, low and high [4, C]."""
+    library = _for(order, 8, x)
+    if library is None:
+        return any_layout.channel_stats(x, order, centre, scale)
+    out = torch.empty(4, order.channels, dtype=compute_dtype(x.dtype))
+    held, arguments = _normalisation(centre, scale, out.dtype)
+    library.blpa_channel_stats(_call(order, 0, out.dtype, x=_array(x), out=_array(out), **arguments))
+    del held
+    return out
+
+
+def grid_vectors(
+    stats: Tensor, gamma: Tensor | None, beta: Tensor | None, centre: Tensor | None, scale: Tensor | None,
+    codec: Codec | None,
+) -> Tensor:  # fmt: skip
+    """Place the grid of each channel, Vectors [7, C]."""
+    if _found is None or codec is None or stats.dtype not in (torch.float32, torch.float64):
+        return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec)
+    dtype = stats.dtype
+    stats, mean, var = stats.contiguous(), stats[0], stats[1]
+    gamma, beta = (None if one is None else one.to(dtype).contiguous() for one in (gamma, beta))
+    if centre is None or scale is None:
+        centre = scale = None
+    else:
+        centre, scale = centre.to(dtype).contiguous(), scale.to(dtype).contiguous()
+        mean, var = (mean - centre) * scale, var * scale.square()
+    roots, mean_roots = var.sqrt(), None
+    if gamma is None and beta is None:
+        mean_roots = mean.square().add_(var).sqrt_()
+    out = stats.new_empty(len(any_layout.Vectors._fields), stats.shape[1])
+    clip = 0.0 if codec.clip == "range" else codec.clip
+    _found.blpa_grid_vectors(
+        dtype == torch.float64, stats.shape[1],
+        *(None if one is None else one.data_ptr() for one in (stats, roots, mean_roots, gamma, beta, centre, scale)),
+        codec.bits, clip, RECTIFIED_CLIP * clip, out.data_ptr(),
+    )  # fmt: skip
+    return out
+
+
+def encode(
+    x: Tensor, y: Tensor, vectors: Tensor, order: Order, bits: int, centre: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """Encode z = (x - centre) scale, with the sign of y."""
+    library = _for(order, bits, x, y)
+    if library is None:
+        return any_layout.encode(x, y, vectors, order, bits, centre, scale)
+    held, arguments = _normalisation(centre, scale, vectors.dtype)
+    values = torch.empty(_layout(order, bits)[1], dtype=torch.uint8)
+    library.blpa_encode(
+        _coded(order, bits, values, vectors, x=_array(x), y=_array(y), **arguments)
+    )  # fmt: skip
+    del held
+    return values
+
+
+def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: Elementwise | None, out: Tensor) -> None:
+    """Write f(y~) to out."""
+    library = _for(order, bits, out) if _is_long(order, bits, function) else None
+    if library is None:
+        return any_layout.decode(values, vectors, order, bits, function, out)
+    held, arguments = _function(function, vectors, bits, is_grad=False)
+    library.blpa_decode(
+        _coded(order, bits, values, vectors, out=_array(out), **arguments)
+    )  # fmt: skip
+    del held
+
+
+def elementwise_grad(
+    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, function: Elementwise, out: Tensor
+) -> None:
+    """Write dY = f'(y~) dA to out, of grad's dtype."""
+    library = _for(order, bits, grad) if _is_long(order, bits, function) else None
+    if library is None:
+        return any_layout.elementwise_grad(grad, values, vectors, order, bits, function, out)
+    held, arguments = _function(function, vectors, bits, is_grad=True)
+    library.blpa_elementwise_grad(_coded(order, bits, values, vectors, x=_array(grad), out=_array(out), **arguments))
+    del held
+
+
+def gradient_sums(
+    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, *, per_sample: bool
+) -> Tensor:
+    """Sum dY and dY z~ of each channel, [2, outer or 1, C]."""
+    library = _for(order, bits, grad)
+    if library is None:
+        return any_layout.gradient_sums(grad, values, vectors, order, bits, per_sample=per_sample)
+    sums = vectors.new_empty(2, order.outer if per_sample else 1, order.channels)
+    library.blpa_gradient_sums(
+        _coded(order, bits, values, vectors, x=_array(grad), out=_array(sums), per_sample=per_sample)
+    )
+    return sums
+
+
+def row_means(grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int) -> Tensor:
+    """Compute mean(gamma dY) and mean(gamma dY z~) over the channels, [2, outer, 1]."""
+    library = _for(order, bits, grad)
+    if library is None:
+        return any_layout.row_means(grad, values, vectors, order, bits)
+    means = vectors.new_empty(2, order.outer, 1)
+    library.blpa_row_means(
+        _coded(order, bits, values, vectors, x=_array(grad), out=_array(means))
+    )  # fmt: skip
+    return means
+
+
+def input_grad(
+    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, scale: Tensor, means: Tensor | None,
+    out: Tensor,
+) -> None:  # fmt: skip
+    """Write dX = scale (gamma dY - mean0 - z~ mean1) to out, of grad's dtype."""
+    library = _for(order, bits, grad)
+    if library is None:
+        return any_layout.input_grad(grad, values, vectors, order, bits, scale, means, out)
+    held, arguments = _means(scale, means, vectors.dtype)
+    library.blpa_input_grad(_coded(order, bits, values, vectors, x=_array(grad), out=_array(out), **arguments))
+    del held
