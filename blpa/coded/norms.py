@@ -36,9 +36,11 @@ class Means(NamedTuple):
     """Whether the mean is subtracted."""
     constant: bool = False
     """The statistics do not depend on x."""
+    of_all: Callable[[Tensor], Tensor] | None = None
+    """Over the samples of several processes: maps this one's sums to the means of all."""
 
 
-class _Norm(torch.autograd.Function):
+class Norm(torch.autograd.Function):
     """x, gamma, beta -> y, and the codes of x_hat.
 
     `normalise` maps x to centre and scale [N or 1, C or 1] and the vectors of x_hat's codes.
@@ -93,6 +95,8 @@ def _means(saved: Coded, grad: Tensor, sums: Tensor, means: Means) -> Tensor | N
         found: Tensor = saved.row_means(grad)
         return found if means.centred else torch.stack((torch.zeros_like(found[0]), found[1]))
     gamma: Tensor = Vectors(*saved.vectors.unbind(0)).gamma
+    if means.of_all is not None:
+        return means.of_all(sums) * gamma
     if not means.per_sample:
         return sums * gamma / (grad.numel() // grad.shape[1])
     of_groups = (sums * gamma).unflatten(-1, (means.groups, -1)).mean(-1, keepdim=True)
@@ -127,7 +131,7 @@ def _coded(
     means: Means,
 ) -> Tensor:  # fmt: skip
     layout = Layout.of(x, channel, coding.codec)
-    y, values, vectors = _Norm.apply(x, gamma, beta, call, normalise, layout, means)
+    y, values, vectors = Norm.apply(x, gamma, beta, call, normalise, layout, means)
     coding.coded_calls += 1
     return coding.tag(y, Coded(values, vectors, layout._replace(dtype=y.dtype)), layout.channel)
 
