@@ -190,7 +190,11 @@ def is_recording(*tensors: Any) -> bool:
 
 def is_usual(tensor: Tensor) -> bool:
     """Return whether a tensor is a usual one: not sparse, nor of a class that changes what functions do."""
-    is_known = type(tensor) is Tensor or type(tensor).__torch_function__ is nn.Parameter.__torch_function__
+    kind = type(tensor)
+    is_known = kind is Tensor or (
+        kind.__torch_function__ is nn.Parameter.__torch_function__
+        and kind.__torch_dispatch__ is nn.Parameter.__torch_dispatch__  # a DTensor's is its own
+    )
     return is_known and tensor.layout == torch.strided and not tensor.is_nested
 
 
