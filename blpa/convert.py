@@ -157,7 +157,6 @@ def _rebuild(stock: type[nn.Module], policy: Policy | None, is_root: bool) -> nn
 @functools.cache
 def _coded_class(stock: type[nn.Module], policy: Policy | None, is_root: bool) -> type[nn.Module]:
     """Make the subclass of a module's class, of the same name, whose forward runs with the mode on."""
-
     namespace = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,

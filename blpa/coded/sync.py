@@ -1,7 +1,7 @@
 """SyncBatchNorm that saves codes: a batch norm whose statistics and gradient means are those of all processes' samples.
 
-    forward     all-gather of count, mean, variance, low and high          [P, 4 C + 1]
-    backward    all-reduce of sum dY and sum dY x_hat~                     [2, C]
+    forward     all-gather of rows, mean, variance, low, high and 1 / deviation      [P, 1 + 5 C]
+    backward    all-reduce of sum dY and sum dY x_hat~                               [2, C]
 
 PyTorch's own calls an autograd function directly, which no mode sees: so this is a forward of the module, and `convert`
 puts it in the place of PyTorch's. On a GPU the output comes from the very operations that PyTorch's calls. On a CPU,
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, distributed, nn
 
 from blpa.coded.mode import THREAD, Coding, is_recording
-from blpa.coded.norms import Means, Norm
-from blpa.coded.tensors import Coded, Layout, is_worth_a_code
+from blpa.coded.norms import Means, coded_norm
+from blpa.coded.tensors import Layout, is_worth_a_code
 from blpa.kernels import compute_dtype
 
 
@@ -28,10 +28,8 @@ class CodedSyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the statistics of all processes."""
         group = _group(self)
-        if group is None:
-            return super().forward(input)  # calls F.batch_norm, which has a coded version
-        if input.is_meta:  # counted, not computed: likewise
-            return super(nn.SyncBatchNorm, self).forward(input)
+        if group is None or input.is_meta:  # or counted, not computed
+            return super(nn.SyncBatchNorm, self).forward(input)  # it calls F.batch_norm, which has a coded version
         coding = THREAD.mode
         if coding is None or not coding.is_coding or not is_recording(input, self.weight, self.bias):
             return super().forward(input)
@@ -60,7 +58,7 @@ def _momentum(module: nn.SyncBatchNorm) -> float:
 class _Gathered(NamedTuple):
     """Statistics of each process that has samples [P, C], and their number [P, 1]."""
 
-    count: Tensor
+    rows: Tensor
     mean: Tensor
     var: Tensor
     low: Tensor
@@ -90,7 +88,7 @@ class _Gathered(NamedTuple):
 
     def stats(self) -> Tensor:
         """Return mean, biased variance, low and high [4, C] of all, by the parallel axis theorem."""
-        weight = self.count / self.count.sum()
+        weight = self.rows / self.rows.sum()
         mean = (weight * self.mean).sum(0)
         var = (weight * (self.var + (self.mean - mean).square())).sum(0)
         return torch.stack((mean, var, self.low.amin(0), self.high.amax(0)))
@@ -102,14 +100,14 @@ def _sync_batch_norm(coding: Coding, module: nn.SyncBatchNorm, input: Tensor, gr
     layout = Layout.of(input, 1, coding.codec if is_worth_a_code(input, 1) else None)
     with torch.no_grad():
         gathered = _Gathered.of(input, layout, eps, group)
-        total, stats = gathered.count.sum(), gathered.stats()
+        total, stats = gathered.rows.sum(), gathered.stats()
         mean, rstd = stats[0], (stats[1] + eps).rsqrt()
 
     def call(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         if x.is_cpu:
             _update(running, stats, total, momentum)
             return _normalised(x, mean, rstd, gamma, beta)
-        count = gathered.count.view(-1)
+        count = gathered.rows.view(-1)
         count = count if running[0] is None else count.to(running[0].dtype)
         all_mean, all_rstd = torch.batch_norm_gather_stats_with_counts(
             _dense(x), gathered.mean, gathered.rstd, *running, momentum, eps, count
@@ -124,9 +122,8 @@ def _sync_batch_norm(coding: Coding, module: nn.SyncBatchNorm, input: Tensor, gr
         distributed.all_reduce(sums, group=group)
         return sums / total
 
-    y, values, vectors = Norm.apply(input, module.weight, module.bias, call, normalise, layout, Means(of_all=all_means))
-    coding.coded_calls += 1
-    return coding.tag(y, Coded(values, vectors, layout._replace(dtype=y.dtype)), 1)
+    means = Means(of_all=all_means)
+    return coded_norm(coding, layout, input, module.weight, module.bias, call, normalise, means)
 
 
 def _dense(x: Tensor) -> Tensor:
