@@ -3,6 +3,7 @@
 import copy
 import sys
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -287,6 +288,8 @@ def ddp(rank: int) -> None:
 if __name__ == "__main__":
     _, store, number, check = sys.argv
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method="file://" + store, rank=int(number), world_size=2)
+    dist.init_process_group(
+        "gloo", init_method="file://" + store, rank=int(number), world_size=2, timeout=timedelta(minutes=2)
+    )
     {"sync": sync, "fsdp": fsdp, "ddp": ddp}[check](int(number))
     dist.destroy_process_group()
