@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from blpa import layers as own_layers
 from blpa.codec import ALLOWED_BITS, Codec
-from blpa.coded import FUNCTIONS, Coding, Policy
+from blpa.coded import FUNCTIONS, MODULES, Coding, Policy
 from blpa.coded.mode import EIGHT_BITS, THREAD
 
 DEFAULT_CODECS = {8: Codec(8, "range"), 4: Codec(4, 3.0), 2: Codec(2, 1.7)}
@@ -157,28 +157,30 @@ def _rebuild(stock: type[nn.Module], policy: Policy | None, is_root: bool) -> nn
 @functools.cache
 def _coded_class(stock: type[nn.Module], policy: Policy | None, is_root: bool) -> type[nn.Module]:
     """Make the subclass of a module's class, of the same name, whose forward runs with the mode on."""
-
-    @functools.wraps(stock.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        stock_forward = functools.partial(stock.forward, self)
-        # A wrapper in the module's own `forward` may still call this after `restore` or another `convert`.
-        if not isinstance(self, _Coded):
-            return stock_forward(*args, **kwargs)
-        return _run(self, stock_forward, self._blpa_policy, self._blpa_is_root, args, kwargs)
-
-    forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
-    del forward.__wrapped__  # what unwraps functions to the last, as Accelerate does, would unwrap this one too
-
     namespace = {
         "__module__": stock.__module__,
         "__qualname__": stock.__qualname__,
         "__doc__": stock.__doc__,
-        "forward": forward,
         "_blpa_stock": stock,
         "_blpa_policy": policy,
         "_blpa_is_root": is_root,
     }
-    return cast(type[nn.Module], type(stock)(stock.__name__, (_Coded, stock), namespace))  # type: ignore[misc]
+    own = [own for of, own in MODULES.items() if issubclass(stock, of)]
+    bases = own if stock in MODULES else (stock, *own)  # so `super().forward` of a user's class finds the coded one
+    coded: type[nn.Module] = type(stock)(stock.__name__, (_Coded, *bases), namespace)  # type: ignore[misc]
+    inner = coded.forward
+
+    @functools.wraps(stock.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # A wrapper in the module's own `forward` may still call this after `restore` or another `convert`.
+        if not isinstance(self, _Coded):
+            return stock.forward(self, *args, **kwargs)
+        return _run(self, functools.partial(inner, self), self._blpa_policy, self._blpa_is_root, args, kwargs)
+
+    forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
+    del forward.__wrapped__  # what unwraps functions to the last, as Accelerate does, would unwrap this one too
+    coded.forward = forward  # type: ignore[method-assign]
+    return coded
 
 
 def _run(

@@ -11,6 +11,7 @@ network's functions here; functions that are not in FUNCTIONS save what they alw
     products.py      convolutions, linear layers, scaling                   0 bits if shared, else K
     pools.py         max and average pooling, dropout                       8 bits an output, 0, 1
     attention.py     attention                                              8 bits
+    sync.py          SyncBatchNorm, a module: no function mode sees what it calls    K bits
     shapes.py        views, concatenation                                   0 bits
 """
 
@@ -18,9 +19,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from blpa.coded import activations, attention, norms, pools, products, shapes
+from blpa.coded import activations, attention, norms, pools, products, shapes, sync
 from blpa.coded.mode import Coding, Handler, Policy
 
 FUNCTIONS: dict[Any, Handler] = {
@@ -87,4 +88,7 @@ FUNCTIONS: dict[Any, Handler] = {
 }  # fmt: skip
 """Coded versions, by the function that a network calls."""
 
-__all__ = ["FUNCTIONS", "Coding", "Policy"]
+MODULES: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: sync.CodedSyncBatchNorm}
+"""Subclasses with a coded forward, by the class of modules that calls what a mode does not see."""
+
+__all__ = ["FUNCTIONS", "MODULES", "Coding", "Policy"]

@@ -98,12 +98,13 @@ class Coding(TorchFunctionMode):
                 return _body_of(func)(*args, **kwargs)
         if self.listener is not None:
             self.listener.called(func)
-        if self.policy is None or not torch.is_grad_enabled() or _is_checkpointed():
+        if not self.is_coding:
             return func(*args, **kwargs)
         handler = self.handlers.get(func)
         result = NotImplemented if handler is None else self._handled(handler, func, args, kwargs)
         if result is not NotImplemented:
             return result
+        assert self.policy is not None
         if self.policy.others is None:
             result = func(*args, **kwargs)
             if self.is_traced:
@@ -121,6 +122,11 @@ class Coding(TorchFunctionMode):
             except TypeError:
                 return NotImplemented
             raise
+
+    @property
+    def is_coding(self) -> bool:
+        """Whether functions go to their coded versions now."""
+        return self.policy is not None and torch.is_grad_enabled() and not _is_checkpointed()
 
     @property
     def codec(self) -> Codec | None:
@@ -184,7 +190,11 @@ def is_recording(*tensors: Any) -> bool:
 
 def is_usual(tensor: Tensor) -> bool:
     """Return whether a tensor is a usual one: not sparse, nor of a class that changes what functions do."""
-    is_known = type(tensor) is Tensor or type(tensor).__torch_function__ is nn.Parameter.__torch_function__
+    kind = type(tensor)
+    is_known = kind is Tensor or (
+        kind.__torch_function__ is nn.Parameter.__torch_function__
+        and kind.__torch_dispatch__ is nn.Parameter.__torch_dispatch__  # a DTensor's is its own
+    )
     return is_known and tensor.layout == torch.strided and not tensor.is_nested
 
 

@@ -36,6 +36,8 @@ class Means(NamedTuple):
     """Whether the mean is subtracted."""
     constant: bool = False
     """The statistics do not depend on x."""
+    of_all: Callable[[Tensor], Tensor] | None = None
+    """Over the samples of several processes: maps this one's sums to the means of all."""
 
 
 class _Norm(torch.autograd.Function):
@@ -93,6 +95,8 @@ def _means(saved: Coded, grad: Tensor, sums: Tensor, means: Means) -> Tensor | N
         found: Tensor = saved.row_means(grad)
         return found if means.centred else torch.stack((torch.zeros_like(found[0]), found[1]))
     gamma: Tensor = Vectors(*saved.vectors.unbind(0)).gamma
+    if means.of_all is not None:
+        return means.of_all(sums) * gamma
     if not means.per_sample:
         return sums * gamma / (grad.numel() // grad.shape[1])
     of_groups = (sums * gamma).unflatten(-1, (means.groups, -1)).mean(-1, keepdim=True)
@@ -122,11 +126,11 @@ class _ConstantNorm(torch.autograd.Function):
         return dx, dbeta, None, None
 
 
-def _coded(
-    coding: Coding, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call, normalise: Any, channel: int,
+def coded_norm(
+    coding: Coding, layout: Layout, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call, normalise: Any,
     means: Means,
 ) -> Tensor:  # fmt: skip
-    layout = Layout.of(x, channel, coding.codec)
+    """Call a norm, save codes of this layout and tag its output with them; for the arguments see _Norm."""
     y, values, vectors = _Norm.apply(x, gamma, beta, call, normalise, layout, means)
     coding.coded_calls += 1
     return coding.tag(y, Coded(values, vectors, layout._replace(dtype=y.dtype)), layout.channel)
@@ -166,7 +170,8 @@ def batch_norm(
         mean, rstd = (stats[0], (stats[1] + eps).rsqrt()) if centre is None or scale is None else (centre, scale)
         return mean.unsqueeze(0), rstd.unsqueeze(0), layout.vectors(stats, gamma, beta, mean, rstd)
 
-    return _coded(coding, input, weight, bias, call, normalise, 1, Means(constant=centre is not None))
+    layout = Layout.of(input, 1, coding.codec)
+    return coded_norm(coding, layout, input, weight, bias, call, normalise, Means(constant=centre is not None))
 
 
 def torch_batch_norm(
@@ -208,7 +213,8 @@ def group_norm(
         centre, scale = (value.repeat_interleave(channels // num_groups, 1) for value in (mean, (var + eps).rsqrt()))
         return centre, scale, layout.vectors(layout.stats(x, centre, scale), gamma, beta)
 
-    return _coded(coding, input, weight, bias, call, normalise, 1, Means(per_sample=True, groups=num_groups))
+    layout = Layout.of(input, 1, coding.codec)
+    return coded_norm(coding, layout, input, weight, bias, call, normalise, Means(per_sample=True, groups=num_groups))
 
 
 def instance_norm(
@@ -267,7 +273,8 @@ def layer_norm(
         scale = (var + epsilon).rsqrt()
         return centre, scale, layout.vectors(layout.stats(x, centre, scale), gamma, beta)
 
-    return _coded(coding, input, weight, bias, call, normalise, -1, Means(per_row=True, centred=centred))
+    layout = Layout.of(input, -1, coding.codec)
+    return coded_norm(coding, layout, input, weight, bias, call, normalise, Means(per_row=True, centred=centred))
 
 
 def rms_norm(

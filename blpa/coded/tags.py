@@ -89,7 +89,17 @@ class Tags:
         if self.is_traced:
             return self._traced.get(tensor)
         found: _Tag | None = getattr(tensor, _NAME, None)
+        if found is None and tensor._is_view():
+            # FSDP calls modules with views of their arguments, which share the count of changes.
+            base = tensor._base
+            if base is not None and base.dtype == tensor.dtype and _place(base) == _place(tensor):
+                found = getattr(base, _NAME, None)
         return found
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Return which elements of its memory a tensor shows."""
+    return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _note_version(context: Any) -> None:

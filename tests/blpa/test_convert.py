@@ -5,10 +5,7 @@ import functools
 import inspect
 import io
 import pickle
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import MethodType
 from typing import Any
 
@@ -432,42 +429,6 @@ def test_a_forward_that_a_tool_has_wrapped_follows_convert_and_restore() -> None
     for bits in (4, 8):
         assert saved_bytes(blpa.convert(model, bits), x) == saved_bytes(blpa.convert(net(), bits), x)
     assert saved_bytes(blpa.restore(model), x) == saved_bytes(net(), x)
-
-
-DDP = """
-import copy, sys, torch, torchvision
-from torch import distributed as dist
-import blpa
-
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=int(sys.argv[2]), world_size=2)
-torch.manual_seed(0)
-model = torchvision.models.resnet18(num_classes=10)
-halves = torch.randn(8, 3, 64, 64).chunk(2)
-single = blpa.convert(copy.deepcopy(model))
-grads = []
-for half in halves:  # buffers as each rank has them: its own half's
-    one = copy.deepcopy(single)
-    one(half).square().mean().backward()
-    grads.append([p.grad for p in one.parameters()])
-parallel = torch.nn.parallel.DistributedDataParallel(model)
-blpa.convert(parallel) if sys.argv[3] == "outside" else blpa.convert(model)
-parallel(halves[dist.get_rank()]).square().mean().backward()
-for parameter, first, second in zip(model.parameters(), *grads):
-    assert torch.equal(parameter.grad, (first + second) / 2)
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.parametrize("where", ["outside", "inside"])
-def test_two_processes_get_the_mean_of_the_halves_gradients(tmp_path: Path, where: str) -> None:
-    script = tmp_path / "ddp.py"
-    script.write_text(DDP)
-    runs = [
-        subprocess.Popen([sys.executable, script, tmp_path / "store", str(rank), where], stderr=subprocess.PIPE)
-        for rank in range(2)
-    ]
-    errors = [run.communicate()[1] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], errors
 
 
 # ---- sharing
