@@ -16,7 +16,6 @@ from torch import Tensor
 
 from blpa.codec import Codec
 from blpa.kernels import any_layout, bits, compute_dtype, cpu
-
 from blpa.kernels.any_layout import Elementwise, Vectors
 from blpa.kernels.order import Order, dense, empty
 
