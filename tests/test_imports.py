@@ -35,7 +35,7 @@ FRONT = {
 
 HEAVY = {"torch", "blpa", "torchvision", "sklearn", "pandas", "matplotlib", "jinja2"}
 ONLY_IN = {
-    "triton": ("blpa.kernels.triton_ops",),
+    "triton": tuple(f"blpa.kernels.triton_{name}" for name in ("ops", "any_layout", "elements", "sums")),
     "hydra": ("runners.compose", "runners.sweep"),
     "sklearn": ("runners.data", "runners.examples"),
     "torchvision": ("runners.data", "runners.training.models", "runners.examples"),

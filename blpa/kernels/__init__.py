@@ -203,7 +203,7 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
     """
     if name not in ("auto", "torch", "inductor", "triton"):
         raise ValueError(f"kernels = {name}: must be auto, torch, inductor or triton")
-    missing = {"torch": "", "inductor": _missing_for_inductor(device), "triton": _missing_for_triton(device)}
+    missing = {"torch": "", "inductor": _missing_for_inductor(device), "triton": missing_for_triton(device)}
     if name == "auto":
         name = "torch"
         if device.type == "cuda":
@@ -231,12 +231,12 @@ def _missing_for_inductor(device: torch.device) -> str:
     if device.type == "meta":
         return ""
     if device.type == "cuda":
-        return _missing_for_triton(device)
+        return missing_for_triton(device)
     compilers = ("g++", "clang++", "c++")
     return "" if any(map(shutil.which, compilers)) else f"no C++ compiler found (looked for {', '.join(compilers)})"
 
 
-def _missing_for_triton(device: torch.device) -> str:
+def missing_for_triton(device: torch.device) -> str:
     """Return why Triton kernels cannot run on this device; empty if they can."""
     from torch.utils._triton import has_triton, has_triton_package
 

@@ -8,6 +8,7 @@ any_layout.py has formulas and shapes. Here tensors are the user's, of any strid
 in memory where `channels_last` says so.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels import any_layout, bits, compute_dtype, cpu
+from blpa.kernels import any_layout, bits, compute_dtype, cpu, missing_for_triton
 from blpa.kernels.any_layout import Elementwise, Vectors
 from blpa.kernels.order import Order, dense, empty
 
@@ -33,9 +34,16 @@ class AnyLayoutKernels(Protocol):
     input_grad: Callable[..., None]
 
 
+@functools.cache
 def kernels_for(device: torch.device) -> AnyLayoutKernels:
-    """Return the kernels that run on a device."""
-    return cpu if device.type == "cpu" else any_layout
+    """Return the kernels that run on a device: in C++ on a CPU, in Triton on a GPU that it supports."""
+    if device.type == "cpu":
+        return cpu
+    if device.type == "cuda" and not missing_for_triton(device):
+        from blpa.kernels import triton_any_layout
+
+        return triton_any_layout
+    return any_layout
 
 
 _LIBRARY = torch.library.Library("blpa_any_layout", "FRAGMENT")
