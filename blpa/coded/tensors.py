@@ -221,5 +221,15 @@ def not_a_view(out: Tensor) -> Tensor:
 
 
 def shape_only(shape: Sequence[int], like: Tensor) -> Tensor:
-    """Return a tensor of this shape in the memory of one element, for functions that read its shape alone."""
+    """Return a tensor of this shape that takes no memory, for functions that read its shape alone.
+
+    A CPU has no memory for what nobody touches; its convolutions would copy the tensor of one element that others get.
+    """
+    if like.device.type == "cpu":
+        memory_format = channels_last_format(like) if len(shape) == like.dim() else None
+        return (
+            like.new_empty(shape)
+            if memory_format is None
+            else torch.empty(shape, dtype=like.dtype, memory_format=memory_format)
+        )
     return like.new_zeros(()).expand(shape)
