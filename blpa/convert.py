@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from blpa import layers as own_layers
 from blpa.codec import ALLOWED_BITS, Codec
 from blpa.coded import FUNCTIONS, MODULES, Coding, Policy
-from blpa.coded.mode import EIGHT_BITS, THREAD
+from blpa.coded.mode import EIGHT_BITS, THREAD, current_mode
 
 DEFAULT_CODECS = {8: Codec(8, "range"), 4: Codec(4, 3.0), 2: Codec(2, 1.7)}
 """At 8 bits rounding is small, and what a clip cuts off decides; at 4 and 2 bits rounding decides."""
@@ -189,39 +189,46 @@ def _run(
     """Run a forward with the mode on: entered by the outermost converted module, changed by those inside."""
     if not torch.is_grad_enabled() or THREAD.is_stock:
         return forward(*args, **kwargs)
-    if torch.compiler.is_exporting() and not module.training:
+    if _is_exporting() and not module.training:
         return forward(*args, **kwargs)  # a graph for inference
     _check_transforms()
-    outer, is_traced = THREAD.mode, torch.compiler.is_dynamo_compiling()
-    if outer is not None and outer.is_traced == is_traced:
-        before, outer.policy = outer.policy, policy
+    mode = current_mode()
+    if mode is not None:
+        before, mode.policy = mode.policy, policy
         try:
             return forward(*args, **kwargs)
         finally:
-            outer.policy = before
+            mode.policy = before
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not any(tensor.requires_grad for tensor in (*module.parameters(), *inputs)):
         return forward(*args, **kwargs)
     # What an earlier layer computed is no input of the network, if its layers are called one by one.
     held = [tensor for tensor in inputs if not tensor.requires_grad]
-    if not is_traced:  # a compiler takes its time for each, and few networks use weights as activations
-        held += [*module.parameters(), *module.buffers()]
-    mode = Coding(FUNCTIONS, policy, held, THREAD.listener)
+    if torch.compiler.is_dynamo_compiling():
+        return _run_traced(Coding(FUNCTIONS, policy, held), functools.partial(forward, *args, **kwargs))
+    mode = Coding(FUNCTIONS, policy, [*module.parameters(), *module.buffers(), *held], THREAD.listener)
     THREAD.mode = mode
     output = None
     try:
-        if is_traced:
-            with torch._dynamo.error_on_graph_break(True), mode:  # a tag of one graph means nothing in the next
-                return forward(*args, **kwargs)
         with mode:
             output = forward(*args, **kwargs)
     finally:
-        THREAD.mode = outer
+        THREAD.mode = None
         passed_on = [] if is_root else [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         mode.tags.remove_all(but=passed_on)
     if is_root and policy and not mode.coded_calls:
         _warn_of_no_codes(module)
     return output
+
+
+def _run_traced(mode: Coding, forward: Callable[[], Any]) -> Any:
+    """Run a forward with the mode on while a compiler traces it, in one graph: tags mean nothing in the next."""
+    THREAD.traced_mode = mode
+    try:
+        with torch._dynamo.error_on_graph_break(True), mode:
+            return forward()
+    finally:
+        THREAD.traced_mode = None
 
 
 _warned: WeakSet[nn.Module] = WeakSet()
@@ -239,10 +246,19 @@ def _warn_of_no_codes(module: nn.Module) -> None:
     )
 
 
+def _is_exporting() -> bool:
+    """Return torch.compiler.is_exporting(); traced by PyTorch 2.11, that is true of torch.compile too."""
+    return bool(torch.compiler._is_exporting_flag)
+
+
 def _check_transforms() -> None:
     """Raise RuntimeError under a transform of PyTorch's that cannot see codes."""
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
-        raise RuntimeError(UNSUPPORTED.format("export and tracing"))
+    if _is_exporting():
+        raise RuntimeError(UNSUPPORTED.format("export in training"))
+    if torch.compiler.is_dynamo_compiling():
+        return
+    if torch._C._get_tracing_state() is not None:
+        raise RuntimeError(UNSUPPORTED.format("tracing"))
     if torch._C._are_functorch_transforms_active():
         raise RuntimeError(UNSUPPORTED.format("torch.func transforms"))
 

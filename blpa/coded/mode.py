@@ -171,6 +171,8 @@ class Thread(threading.local):
 
     mode: Coding | None = None
     """While a converted module's forward runs."""
+    traced_mode: Coding | None = None
+    """While a compiler traces a converted module's forward."""
     is_stock = False
     """Run converted modules as PyTorch's own."""
     listener: Listener | None = None
@@ -178,6 +180,11 @@ class Thread(threading.local):
 
 
 THREAD = Thread()
+
+
+def current_mode() -> Coding | None:
+    """Return the mode of the converted module whose forward runs or is traced."""
+    return THREAD.traced_mode if torch.compiler.is_dynamo_compiling() else THREAD.mode
 
 
 def is_recording(*tensors: Any) -> bool:

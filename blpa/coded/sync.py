@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed, nn
 
-from blpa.coded.mode import THREAD, Coding, is_recording
+from blpa.coded.mode import Coding, current_mode, is_recording
 from blpa.coded.norms import Means, coded_norm
 from blpa.coded.tensors import Layout, is_worth_a_code
 from blpa.kernels import compute_dtype
@@ -30,7 +30,7 @@ class CodedSyncBatchNorm(nn.SyncBatchNorm):
         group = _group(self)
         if group is None or input.is_meta:  # or counted, not computed
             return super(nn.SyncBatchNorm, self).forward(input)  # it calls F.batch_norm, which has a coded version
-        coding = THREAD.mode
+        coding = current_mode()
         if coding is None or not coding.is_coding or not is_recording(input, self.weight, self.bias):
             return super().forward(input)
         self._check_input_dim(input)
