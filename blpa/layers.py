@@ -23,7 +23,7 @@ from blpa import ops
 from blpa.codec import Codec
 from blpa.convolution import Convolution, Pair
 from blpa.kernels import Kernels
-from blpa.kernels.reference import REFERENCE
+from blpa.kernels.automatic import AUTOMATIC
 from blpa.saved import SavedActivation
 
 FOUR_BITS = Codec(bits=4)
@@ -88,7 +88,7 @@ class BatchNormReLU(nn.BatchNorm2d):
         momentum: weight of the new value in the running statistics; None averages over all steps.
         codec: of the saved codes; None saves one full-precision tensor.
         forward_from_code: use the decoded activation in the forward pass too.
-        kernels: the backend.
+        kernels: the backend; by default that of the tensor's device.
     """
 
     def __init__(
@@ -99,7 +99,7 @@ class BatchNormReLU(nn.BatchNorm2d):
         momentum: float | None = 0.1,
         codec: Codec | None = FOUR_BITS,
         forward_from_code: bool = False,
-        kernels: Kernels = REFERENCE,
+        kernels: Kernels = AUTOMATIC,
     ) -> None:
         super().__init__(num_features, eps=eps, momentum=momentum)
         self.codec = codec
@@ -109,7 +109,7 @@ class BatchNormReLU(nn.BatchNorm2d):
 
     @classmethod
     def from_stock(
-        cls, bn: nn.BatchNorm2d, *, codec: Codec | None = FOUR_BITS, kernels: Kernels = REFERENCE
+        cls, bn: nn.BatchNorm2d, *, codec: Codec | None = FOUR_BITS, kernels: Kernels = AUTOMATIC
     ) -> "BatchNormReLU":
         """Convert a stock batch norm and the ReLU after it.
 
@@ -358,13 +358,13 @@ class CodedLayers:
     Args:
         codec: of the saved codes; None saves one full-precision tensor.
         forward_from_code: use the decoded activation in the forward pass too: the paper's naive baseline.
-        kernels: the backend.
+        kernels: the backend; by default that of the tensor's device.
         eps: added to the variance; 1e-3 in the paper.
     """
 
     codec: Codec | None = FOUR_BITS
     forward_from_code: bool = False
-    kernels: Kernels = REFERENCE
+    kernels: Kernels = AUTOMATIC
     eps: float = 1e-5
 
     def batch_norm_relu(self, channels: int) -> BatchNormReLU:

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from blpa.codec import Codec
 from blpa.convolution import Convolution, as_computed
 from blpa.kernels import Kernels, Norm, RunningStats, compute_dtype
-from blpa.kernels.reference import REFERENCE
+from blpa.kernels.automatic import AUTOMATIC
 from blpa.saved import Layout, SavedActivation, rows
 
 _PLAIN = Convolution()
@@ -54,7 +54,7 @@ class BatchNorm:
         overwrite_x: a may overwrite x, since nothing else reads x. It does not if x is saved or had to be copied.
         forward_from_code: use the decoded a in the forward pass too; gradients are as without: the paper's naive
             baseline.
-        kernels: the backend.
+        kernels: the backend; by default that of the tensor's device.
         counter: int32 [C], zeros, for the backend (see kernels.Kernels); like the running statistics, used by one
             stream at a time. None allocates one per call.
 
@@ -71,7 +71,7 @@ class BatchNorm:
     eps: float = 1e-3
     overwrite_x: bool = False
     forward_from_code: bool = False
-    kernels: Kernels = REFERENCE
+    kernels: Kernels = AUTOMATIC
     counter: Tensor | None = None
 
     def __post_init__(self) -> None:

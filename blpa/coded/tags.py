@@ -13,8 +13,8 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch._dynamo.comptime import comptime
 
 from blpa.coded.tensors import Saved
 
@@ -46,7 +46,7 @@ class Tags:
     def put(self, tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
         """Put a tag on a tensor: what is saved of it, and which dimension holds its channels; None is the usual."""
         if self.is_traced:
-            comptime(_note_version)
+            torch._dynamo.comptime.comptime(_note_version)
             self._traced[tensor] = _Tag(saved, channel, 0)
         else:
             tensor._blpa_tag = _Tag(saved, channel, tensor._version)  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ class Tags:
         if found is None:
             return None
         if self.is_traced:
-            comptime(_check_version)
+            torch._dynamo.comptime.comptime(_check_version)
             return found.saved
         return found.saved if found.version == tensor._version else None
 

@@ -169,7 +169,7 @@ def test_a_layer_with_its_own_forward_is_called() -> None:
 
 
 def test_text_of_a_layer_names_its_codec_and_backend() -> None:
-    assert "codec=Codec(bits=4, clip=3.0), kernels=torch" in repr(BatchNormReLU(4, codec=Codec(4)))
+    assert "codec=Codec(bits=4, clip=3.0), kernels=auto" in repr(BatchNormReLU(4, codec=Codec(4)))
 
 
 @pytest.mark.parametrize(
