@@ -167,16 +167,21 @@ class Coding(TorchFunctionMode):
 
 
 class Thread(threading.local):
-    """What a thread runs."""
+    """What a thread runs.
 
-    mode: Coding | None = None
-    """While a converted module's forward runs."""
-    traced_mode: Coding | None = None
-    """While a compiler traces a converted module's forward."""
-    is_stock = False
-    """Run converted modules as PyTorch's own."""
-    listener: Listener | None = None
-    """Of the next mode."""
+    Attributes:
+        mode: of the converted module whose forward runs.
+        traced_mode: of the converted module whose forward a compiler traces.
+        is_stock: run converted modules as PyTorch's own.
+        listener: of the next mode.
+    """
+
+    def __init__(self) -> None:
+        # Here and not in the class: a compiler guards by what an object has of its own, and tracing would change that.
+        self.mode: Coding | None = None
+        self.traced_mode: Coding | None = None
+        self.is_stock = False
+        self.listener: Listener | None = None
 
 
 THREAD = Thread()
