@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from blpa import layers as own_layers
 from blpa.codec import ALLOWED_BITS, Codec
-from blpa.coded import FUNCTIONS, MODULES, Coding, Policy
+from blpa.coded import FUNCTIONS, MODULES, TRACED_FUNCTIONS, Coding, Policy
 from blpa.coded.mode import EIGHT_BITS, THREAD, current_mode
 
 DEFAULT_CODECS = {8: Codec(8, "range"), 4: Codec(4, 3.0), 2: Codec(2, 1.7)}
@@ -205,7 +205,8 @@ def _run(
     # What an earlier layer computed is no input of the network, if its layers are called one by one.
     held = [tensor for tensor in inputs if not tensor.requires_grad]
     if torch.compiler.is_dynamo_compiling():
-        return _run_traced(Coding(FUNCTIONS, policy, held), functools.partial(forward, *args, **kwargs))
+        mode = Coding(TRACED_FUNCTIONS, policy, held, is_traced=True)
+        return _run_traced(mode, functools.partial(forward, *args, **kwargs))
     mode = Coding(FUNCTIONS, policy, [*module.parameters(), *module.buffers(), *held], THREAD.listener)
     THREAD.mode = mode
     output = None

@@ -88,7 +88,14 @@ FUNCTIONS: dict[Any, Handler] = {
 }  # fmt: skip
 """Coded versions, by the function that a network calls."""
 
-MODULES: dict[type[nn.Module], type[nn.Module]] = {nn.SyncBatchNorm: sync.CodedSyncBatchNorm}
+UNKNOWN_TO_A_TRACER = Tensor.unflatten, Tensor.split
+TRACED_FUNCTIONS = {function: handler for function, handler in FUNCTIONS.items() if function not in UNKNOWN_TO_A_TRACER}
+"""The same for a compiler, which finds no methods in a dictionary that PyTorch writes in Python."""
+
+MODULES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.SyncBatchNorm: sync.CodedSyncBatchNorm,
+    nn.Hardswish: activations.CodedHardswish,
+}
 """Subclasses with a coded forward, by the class of modules that calls what a mode does not see."""
 
-__all__ = ["FUNCTIONS", "MODULES", "Coding", "Policy"]
+__all__ = ["FUNCTIONS", "MODULES", "TRACED_FUNCTIONS", "Coding", "Policy"]

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from blpa.codec import Codec
-from blpa.coded.mode import Coding, is_recording, may_overwrite
+from blpa.coded.mode import Coding, current_mode, is_recording, may_overwrite
 from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Coded, Layout, is_worth_a_code, load, save
 from blpa.kernels.any_layout import Elementwise
@@ -139,6 +140,19 @@ def silu(coding: Coding, function: Any, input: Tensor, inplace: bool = False) ->
 def hardswish(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
     """Coded torch.nn.functional.hardswish."""
     return _activation(coding, input, function, Elementwise("hardswish"), inplace)
+
+
+class CodedHardswish(nn.Hardswish):
+    """A Hardswish that saves codes where a compiler traces it: unlike other functions, this one it shows no mode."""
+
+    def forward(self, input: Tensor) -> Any:
+        """Compute the activation."""
+        coding = current_mode()
+        if coding is not None and coding.is_traced and coding.is_coding:
+            result = hardswish(coding, F.hardswish, input, self.inplace)
+            if result is not NotImplemented:
+                return result
+        return super().forward(input)
 
 
 def gelu(coding: Coding, function: Any, input: Tensor, *, approximate: str = "none") -> Any:

@@ -4,7 +4,6 @@ PyTorch passes every function that Python code calls to the innermost TorchFunct
 forward written by hand, a library. So nothing in the network is replaced.
 """
 
-import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterable, Mapping
@@ -25,9 +24,6 @@ EIGHT_BITS = Codec(8, "range")
 """For attention and functions without a coded version: no sign to preserve, and errors that every layer below gets."""
 
 Handler = Callable[..., Any]
-
-COMPOSITES = frozenset({F.multi_head_attention_forward})
-"""Functions that PyTorch writes in Python, and inside which it would have the mode off."""
 
 
 @dataclass(frozen=True)
@@ -76,17 +72,19 @@ class Coding(TorchFunctionMode):
         policy: Policy | None,
         held: Iterable[Tensor],
         listener: "Listener | None" = None,
+        *,
+        is_traced: bool = False,
     ) -> None:
         super().__init__()
         self.listener = listener
         self.handlers = handlers
         self.policy = policy
         self.coded_calls = 0
-        self.is_traced = torch.compiler.is_dynamo_compiling()
-        self.tags = Tags(self.is_traced)
+        self.is_traced = is_traced
+        self.tags = Tags(is_traced)
         # Their addresses, which stay theirs as long as the forward pass runs; a compiler knows no addresses.
         held = [tensor for tensor in held if is_usual(tensor)]
-        self._held: Any = held if self.is_traced else {tensor.untyped_storage()._cdata for tensor in held}
+        self._held: Any = held if is_traced else {tensor.untyped_storage()._cdata for tensor in held}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the coded version of a function, or the function."""
@@ -95,7 +93,7 @@ class Coding(TorchFunctionMode):
             return func(*args, **kwargs)  # a compiled part of a network that is not compiled
         if func in COMPOSITES:
             with self:
-                return _body_of(func)(*args, **kwargs)
+                return COMPOSITES[func](*args, **kwargs)
         if self.listener is not None:
             self.listener.called(func)
         if not self.is_coding:
@@ -106,10 +104,7 @@ class Coding(TorchFunctionMode):
             return result
         assert self.policy is not None
         if self.policy.others is None:
-            result = func(*args, **kwargs)
-            if self.is_traced:
-                self.tags.remove_changed(args, kwargs, result)
-            return result
+            return func(*args, **kwargs)
         return call_coding_saved_tensors(self, self.policy.others, func, args, kwargs, _is_finite)
 
     def _handled(self, handler: Handler, func: Any, args: Any, kwargs: Any) -> Any:
@@ -141,6 +136,11 @@ class Coding(TorchFunctionMode):
         if self.is_traced:
             return any(tensor is other for other in self._held)
         return tensor.untyped_storage()._cdata in self._held
+
+    def hold_views(self, tensor: Tensor, views: Iterable[Tensor]) -> None:
+        """Note that views of a tensor are in memory anyway if it is; where addresses are known they tell it."""
+        if self.is_traced and self.is_held(tensor):
+            self._held.extend(view for view in views if not view.requires_grad)
 
     def tag(self, tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
         """Put a tag on a tensor, until the network's forward pass ends."""
@@ -270,7 +270,6 @@ def _is_finite(tensor: Tensor) -> bool:
     return tensor.is_meta or bool(tensor.isfinite().all())
 
 
-@functools.cache
 def _body_of(function: Any) -> Handler:
     """Return a copy of a function that PyTorch writes in Python, which does not offer itself to the mode first."""
     without_offer = {**function.__globals__, "has_torch_function": lambda tensors: False}
@@ -278,6 +277,10 @@ def _body_of(function: Any) -> Handler:
     body = FunctionType(function.__code__, without_offer, name, defaults, closure)
     body.__kwdefaults__ = function.__kwdefaults__
     return body
+
+
+COMPOSITES = {F.multi_head_attention_forward: _body_of(F.multi_head_attention_forward)}
+"""Functions that PyTorch writes in Python, and inside which it would have the mode off."""
 
 
 def _is_checkpointed() -> bool:

@@ -18,6 +18,8 @@ def view(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any
     """Pass the tag through a view or a copy of another shape, such as permute, flatten or reshape."""
     saved = coding.tags.saved(input) if isinstance(input, Tensor) else None
     out = function(input, *args, **kwargs)
+    if isinstance(out, Tensor):
+        coding.hold_views(input, [out])
     if isinstance(saved, Coded) and isinstance(out, Tensor) and out.dtype == input.dtype and out is not input:
         # The decoded tensor may differ in strides, where reshape works and view does not.
         again = torch.Tensor.reshape if function is torch.Tensor.view else function
@@ -29,6 +31,7 @@ def split(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: An
     """Pass the tag through chunk and split."""
     saved = coding.tags.saved(input) if isinstance(input, Tensor) else None
     outs = function(input, *args, **kwargs)
+    coding.hold_views(input, outs)
     if isinstance(saved, Coded):
 
         def take(k: int, tensor: Tensor) -> Tensor:

@@ -4,9 +4,8 @@ A coded function puts a tag on its output. The next function that reads the tens
 of its own. A tag counts only while the tensor is unchanged: autograd counts changes in place, and the tag remembers the
 count. So a change between two functions costs a code, and never correctness.
 
-A tag is an attribute of the tensor: nothing is looked up by address. While torch.compile traces the network there are
-no counts, and a tag is an entry under the tensor in a dictionary; a function that changes a tensor takes its tag off,
-and a check of the count by the tracer refuses the changes that cannot be seen so, through views.
+A tag is an attribute of the tensor: nothing is looked up by address. While torch.compile traces the network, a tag is
+an entry under the tensor in a dictionary, and the count is that of the tracer's own tensor.
 """
 
 import weakref
@@ -45,23 +44,18 @@ class Tags:
 
     def put(self, tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
         """Put a tag on a tensor: what is saved of it, and which dimension holds its channels; None is the usual."""
+        found = _Tag(saved, channel, self._version(tensor))
         if self.is_traced:
-            torch._dynamo.comptime.comptime(_note_version)
-            self._traced[tensor] = _Tag(saved, channel, 0)
+            self._traced[tensor] = found
         else:
-            tensor._blpa_tag = _Tag(saved, channel, tensor._version)  # type: ignore[attr-defined]
+            tensor._blpa_tag = found  # type: ignore[attr-defined]
             self._tagged.append(weakref.ref(tensor))
         return tensor
 
     def saved(self, tensor: Tensor) -> Saved | None:
         """Return what is saved of a tensor; None without a tag, or if the tensor was changed since."""
         found = self._find(tensor)
-        if found is None:
-            return None
-        if self.is_traced:
-            torch._dynamo.comptime.comptime(_check_version)
-            return found.saved
-        return found.saved if found.version == tensor._version else None
+        return found.saved if found is not None and found.version == self._version(tensor) else None
 
     def channel(self, tensor: Tensor) -> int:
         """Return the dimension of the channels: as its maker knows it, else 1, or the last of [N, tokens, C]."""
@@ -69,12 +63,6 @@ class Tags:
         if found is not None and found.channel is not None:
             return found.channel
         return 2 if tensor.dim() == 3 else min(1, tensor.dim() - 1)
-
-    def remove_changed(self, args: Any, kwargs: Any, result: Any) -> None:
-        """Take the tags off what a function changed while it was traced: it returns that, or nothing (x[0] = 1)."""
-        for tensor in (*args, *kwargs.values()):
-            if isinstance(tensor, Tensor) and (result is None or result is tensor):
-                self._traced.pop(tensor, None)
 
     def remove_all(self, but: Iterable[Tensor] = ()) -> None:
         """Take all tags off, but those of some tensors: what outlives the forward pass would keep codes alive."""
@@ -84,6 +72,9 @@ class Tags:
             if tensor is not None and id(tensor) not in spared and hasattr(tensor, _NAME):
                 delattr(tensor, _NAME)
         self._tagged.clear()
+
+    def _version(self, tensor: Tensor) -> int:
+        return _traced_version(tensor) if self.is_traced else tensor._version
 
     def _find(self, tensor: Tensor) -> _Tag | None:
         if self.is_traced:
@@ -102,17 +93,24 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
-def _note_version(context: Any) -> None:
-    """Note, while the compiler traces `put`, how often the tensor was changed."""
-    fake = context.get_local("tensor").as_fake()
-    fake._blpa_version = fake._version
+def _traced_version(tensor: Tensor) -> int:
+    """Return how often a tensor was changed, while a compiler traces this function."""
+    version = 0
+    torch._dynamo.comptime.comptime(_set_version)
+    return version
 
 
-def _check_version(context: Any) -> None:
-    """Refuse, while the compiler traces `saved`, a tensor that was changed since."""
-    fake = context.get_local("tensor").as_fake()
-    if getattr(fake, "_blpa_version", None) != fake._version:
-        raise RuntimeError(
-            f"torch.compile of a converted network: a view of an activation {list(fake.shape)} is changed in place; "
-            "change the activation itself, or blpa.restore the model"
-        )
+def _set_version(context: Any) -> None:
+    """Set the local variable `version` of the function that the compiler traces."""
+    tensor = context.get_local("tensor")
+    # The tracer's tensors do not count what functions of lists change.
+    of_lists = [user for user in tensor.as_proxy().node.users if _is_foreach_in_place(user.target)]
+    count = tensor.as_fake()._version + len(of_lists)
+    from torch._dynamo.variables import ConstantVariable  # here, since it loads the compiler
+
+    context._ComptimeContext__tx.symbolic_locals["version"] = ConstantVariable.create(count)
+
+
+def _is_foreach_in_place(function: Any) -> bool:
+    name = getattr(function, "__name__", "")
+    return name.startswith("_foreach") and name.endswith("_")

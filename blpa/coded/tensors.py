@@ -215,9 +215,7 @@ def channels_last_format(x: Tensor) -> torch.memory_format | None:
 
 def not_a_view(out: Tensor) -> Tensor:
     """Return an output that nobody sees as a view: what an autograd function returns may then be overwritten."""
-    if torch.compiler.is_dynamo_compiling():
-        return out
-    return out.detach() if out._is_view() else out
+    return out.detach() if torch.compiler.is_dynamo_compiling() or out._is_view() else out
 
 
 def shape_only(shape: Sequence[int], like: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ The first tensor of MIN_ELEMENTS compiles cpu.cpp with the system's compiler, wh
 cache. A file there is named by what it was made of, so it is never stale, and processes may share it. Where that does
 not work, and for smaller tensors and dtypes that the C++ has no code for, plain PyTorch computes the same.
 
-Codes and decoded values are those of any_layout.py to the bit. Sums differ by rounding, and do not depend on the number
-of threads. Which code computes a sum follows from the tensor alone, and not from what the process did before: a run
-that goes on from a checkpoint gets the same bits.
+Codes and decoded values are those of any_layout.py to the bit, smooth functions of them to a rounding or two. Sums
+differ by rounding, and do not depend on the number of threads. Which code computes a sum follows from the tensor alone,
+and not from what the process did before: a run that goes on from a checkpoint gets the same bits.
 """
 
 import ctypes
@@ -34,6 +34,9 @@ from blpa.kernels.order import Order
 
 MIN_ELEMENTS = 1 << 14
 """Of a tensor that is worth C++: below, calls take longer than their work, and a network of such tensors is tiny."""
+
+COMPILER_SECONDS = 120
+"""After which the compiler counts as missing; it takes about 6 s."""
 
 _SOURCE = Path(__file__).with_name("cpu.cpp")
 _FLAGS = (
@@ -77,6 +80,19 @@ def _library(file: Path) -> Any:
     return library
 
 
+def _run(command: Sequence[str], folder: str | None = None) -> str:
+    """Run the compiler and return what it prints."""
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=COMPILER_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _CompilerError(f"{shlex.join(command)}: no answer in {COMPILER_SECONDS} s") from error
+    if done.returncode:
+        raise _CompilerError(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
+    return done.stdout
+
+
 def _compile(file: Path, compiler: Sequence[str], flags: Sequence[str], link_flags: Sequence[str]) -> None:
     """Compile cpu.cpp to a file that is there as a whole or not at all."""
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
@@ -84,9 +100,7 @@ def _compile(file: Path, compiler: Sequence[str], flags: Sequence[str], link_fla
             [*compiler, *flags, "-c", str(_SOURCE), "-o", "cpu.o"],
             [*compiler, *link_flags, "-shared", "cpu.o", "-o", "cpu.so"],
         ):
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-            if done.returncode:
-                raise _CompilerError(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
+            _run(command, folder)
         os.replace(Path(folder, "cpu.so"), file)
 
 
@@ -107,7 +121,7 @@ def _cache() -> Path:
 def _built() -> Any:
     """Load the library, compiled if need be: into the cache, or for this process alone where that cannot be written."""
     compiler = _compiler()
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout
+    version = _run([*compiler, "--version"])
     vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
     failures: list[str] = []
     with tempfile.TemporaryDirectory() as private:  # what is loaded outlives its file
@@ -146,9 +160,9 @@ def _load() -> Any:
             try:
                 _found = _built()
                 _check()
-            except (_CompilerError, ArithmeticError) as error:
+            except (RuntimeError, ArithmeticError, OSError, ValueError) as error:  # no home, no compiler that runs ...
                 _found = None
-                _LOG.info("coded networks run on plain PyTorch kernels, which are slower: %s", error)
+                _LOG.warning("coded networks run on plain PyTorch kernels, which are slower: %s", error)
             _is_found = True
     return _found
 
@@ -156,7 +170,8 @@ def _load() -> Any:
 def _check() -> None:
     """Compare the codes of a small tensor, and a sum, with plain PyTorch's."""
     order = Order(3, 8, 739, False)
-    x = torch.linspace(-3, 3, order.numel).sin().view(order.outer, order.channels, order.inner)
+    x = torch.linspace(-3, 3, order.numel, dtype=torch.float32, device="cpu").sin()
+    x = x.view(order.outer, order.channels, order.inner)
     stats = any_layout.channel_stats(x, order)
     vectors = any_layout.grid_vectors(stats, None, None, None, None, Codec(4))
     codes, expected = (kernels(x, x, vectors, order, 4, None, None) for kernels in (encode, any_layout.encode))
@@ -284,7 +299,7 @@ def _function(
         return None, {"function": _IDENTITY if function is None else _RELU}
     if function.name == "leaky_relu":
         return None, {"function": _LEAKY_RELU, "slope": function.options[0]}
-    codes = torch.arange(1 << bits, dtype=vectors.dtype).unsqueeze(1).repeat(1, vectors.shape[1])
+    codes = torch.arange(1 << bits, dtype=vectors.dtype, device="cpu").unsqueeze(1).repeat(1, vectors.shape[1])
     y = any_layout.values_of(codes, vectors, bits)[1]
     table = (function.grad(torch.ones_like(y), y) if is_grad else function(y)).t().contiguous()
     return table, {"function": _TABLE, "table": table.data_ptr()}
@@ -304,7 +319,7 @@ def channel_stats(x: Tensor, order: Order, centre: Tensor | None = None, scale: 
     library = _for(order, 8, x)
     if library is None:
         return any_layout.channel_stats(x, order, centre, scale)
-    out = torch.empty(4, order.channels, dtype=compute_dtype(x.dtype))
+    out = x.new_empty(4, order.channels, dtype=compute_dtype(x.dtype))
     held, arguments = _normalisation(centre, scale, out.dtype)
     library.blpa_channel_stats(_call(order, 0, out.dtype, x=_array(x), out=_array(out), **arguments))
     del held
@@ -347,7 +362,7 @@ def encode(
     if library is None:
         return any_layout.encode(x, y, vectors, order, bits, centre, scale)
     held, arguments = _normalisation(centre, scale, vectors.dtype)
-    values = torch.empty(_layout(order, bits)[1], dtype=torch.uint8)
+    values = x.new_empty(_layout(order, bits)[1], dtype=torch.uint8)
     library.blpa_encode(
         _coded(order, bits, values, vectors, x=_array(x), y=_array(y), **arguments)
     )  # fmt: skip

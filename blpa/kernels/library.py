@@ -9,6 +9,7 @@ in memory where `channels_last` says so.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
@@ -179,7 +180,7 @@ def gradient_sums(
 
 @_operation(
     "Tensor grad, Tensor values, Tensor vectors, int bits",
-    lambda grad, values, vectors, bits: vectors.new_empty(2, grad.shape[:-1].numel(), 1),
+    lambda grad, values, vectors, bits: vectors.new_empty(2, math.prod(grad.shape[:-1]), 1),
 )
 def row_means(grad: Tensor, values: Tensor, vectors: Tensor, bits: int) -> Tensor:
     """Compute mean(gamma dY) and mean(gamma dY z~) over the last dimension of grad = dY, [2, rows, 1]."""

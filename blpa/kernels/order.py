@@ -1,5 +1,6 @@
 """In which order the elements of a tensor of any layout lie in memory, and which of their codes share a byte."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,9 +22,8 @@ class Order(NamedTuple):
     @staticmethod
     def of(shape: Sequence[int], channel: int, channels_last: bool) -> "Order":
         """Return the order of a dense tensor of this shape and channel dimension."""
-        size = torch.Size(shape)
-        channel %= len(size)
-        return Order(size[:channel].numel(), size[channel], size[channel + 1 :].numel(), channels_last)
+        channel %= len(shape)  # and math.prod, for shapes that a compiler leaves open
+        return Order(math.prod(shape[:channel]), shape[channel], math.prod(shape[channel + 1 :]), channels_last)
 
     @property
     def numel(self) -> int:
