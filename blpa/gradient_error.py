@@ -78,6 +78,7 @@ def gradient_error(
     Raises:
         ValueError: the model is not converted, or has no gradient.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if not is_converted(model):
         raise ValueError(f"{type(model).__name__} is not converted: call blpa.convert on it first")
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

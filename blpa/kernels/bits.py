@@ -1,5 +1,6 @@
 """Small codes without a grid: one bit per element for a mask, one byte per output for the place of a maximum."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,16 +43,16 @@ def places_of(
         dilation: between elements of a window.
 
     Returns:
-        uint8; int32 indices if windows have more than 256 elements.
+        uint8, contiguous; int32 indices if windows have more than 256 elements.
     """
-    if torch.Size(kernel).numel() > 256:
-        return index.int()
-    place = torch.zeros_like(index, dtype=torch.uint8)
-    for dim, start in enumerate(_starts(index, stride, padding)):
-        along = (index // torch.Size(size[dim + 1 :]).numel()).remainder_(size[dim])  # int64: one at a time
-        place.mul_(kernel[dim]).add_(along.sub_(start).floor_divide_(dilation[dim]).to(torch.uint8))
-        del along
-    return place
+    if math.prod(kernel) > 256:
+        return index.int().contiguous()
+    offsets, starts = _offsets(size, kernel, dilation, index.device), _starts(index, size, stride, padding)
+    # A table from offset to place takes one pass over the indices, where arithmetic takes several.
+    last = sum((k - 1) * spread * step for k, spread, step in zip(kernel, dilation, _steps(size), strict=True))
+    places = torch.zeros(last + 1, dtype=torch.uint8, device=index.device)
+    places[offsets] = torch.arange(offsets.numel(), device=index.device).to(torch.uint8)
+    return torch.take(places, index - starts)
 
 
 def index_of(
@@ -65,18 +66,28 @@ def index_of(
     """Undo `places_of`, whose arguments these are: int64 indices into planes of x."""
     if places.dtype != torch.uint8:
         return places.long()
-    index = torch.zeros_like(places, dtype=torch.int64)
-    for dim, start in enumerate(_starts(places, stride, padding)):
-        offset = places // torch.Size(kernel[dim + 1 :]).numel() % kernel[dim]
-        index.mul_(size[dim]).add_(offset, alpha=dilation[dim]).add_(start)
-    return index
+    offsets = _offsets(size, kernel, dilation, places.device)
+    return torch.take(offsets, places.long()).add_(_starts(places, size, stride, padding))
 
 
-def _starts(index: Tensor, stride: Sequence[int], padding: Sequence[int]) -> list[Tensor]:
-    """Return where each output's window starts in x, for each dimension; they broadcast to the outputs."""
-    starts = []
-    for dim in range(len(stride)):
-        size = index.shape[index.dim() - len(stride) + dim]
-        start = torch.arange(size, device=index.device) * stride[dim] - padding[dim]
-        starts.append(start.view(-1, *(1,) * (len(stride) - 1 - dim)))
+def _steps(size: Sequence[int]) -> list[int]:
+    """Return the distance of neighbours in a plane, for each dimension."""
+    return [math.prod(size[dim + 1 :]) for dim in range(len(size))]
+
+
+def _offsets(size: Sequence[int], kernel: Sequence[int], dilation: Sequence[int], device: torch.device) -> Tensor:
+    """Return how far each place of a window is from the first one, in elements of a plane, int64."""
+    offsets = torch.zeros(1, dtype=torch.int64, device=device)
+    for places, spread, step in zip(kernel, dilation, _steps(size), strict=True):
+        offsets = (offsets.unsqueeze(1) + torch.arange(places, device=device) * (spread * step)).view(-1)
+    return offsets
+
+
+def _starts(outputs: Tensor, size: Sequence[int], stride: Sequence[int], padding: Sequence[int]) -> Tensor:
+    """Return where each output's window starts in a plane of x, in elements; it broadcasts to the outputs."""
+    starts = torch.zeros((), dtype=torch.int64, device=outputs.device)
+    for dim, (apart, zeros, step) in enumerate(zip(stride, padding, _steps(size), strict=True)):
+        count = outputs.shape[outputs.dim() - len(size) + dim]
+        start = (torch.arange(count, device=outputs.device) * apart - zeros) * step
+        starts = starts.unsqueeze(-1) + start
     return starts

@@ -211,10 +211,12 @@ _operation("Tensor packed, SymInt[] shape", lambda packed, shape: packed.new_emp
 _WINDOWS = "SymInt[] size, int[] kernel, int[] stride, int[] padding, int[] dilation"
 _operation(
     f"Tensor index, {_WINDOWS}",
-    lambda index, size, kernel, *_: torch.empty_like(
-        index, dtype=torch.uint8 if torch.Size(kernel).numel() <= 256 else torch.int32
+    lambda index, size, kernel, *_: index.new_empty(
+        index.shape, dtype=torch.uint8 if math.prod(kernel) <= 256 else torch.int32
     ),
 )(bits.places_of)
-_operation(f"Tensor places, {_WINDOWS}", lambda places, *_: torch.empty_like(places, dtype=torch.int64))(bits.index_of)
+_operation(f"Tensor places, {_WINDOWS}", lambda places, *_: places.new_empty(places.shape, dtype=torch.int64))(
+    bits.index_of
+)
 
 OPERATIONS = torch.ops.blpa_any_layout

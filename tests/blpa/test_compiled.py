@@ -143,6 +143,7 @@ def test_a_process_that_never_ran_the_network_uncompiled() -> None:
     assert all(map(torch.equal, found[0], found[2]))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.14", reason="PyTorch 2.11 traces Tensor.unflatten under no mode")
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_attention_compiles_without_its_codes(need_weights: bool) -> None:
     class Attention(nn.MultiheadAttention):
