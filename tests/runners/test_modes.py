@@ -3,8 +3,8 @@
 import pytest
 
 from blpa.codec import Codec
+from blpa.kernels.automatic import AUTOMATIC
 from blpa.kernels.compiled import COMPILED
-from blpa.kernels.reference import REFERENCE
 from blpa.layers import CodedLayers, Layers, StockLayers
 from runners.config import ModeConfig, mode, options
 from runners.training import network
@@ -40,7 +40,7 @@ def test_file_describes_the_mode_and_its_layers(name: str) -> None:
     described, layers = MODES[name]
     described.name = name
     assert mode(name) == described
-    assert network.layers(described, REFERENCE) == layers
+    assert network.layers(described, AUTOMATIC) == layers
 
 
 def test_layers_compute_on_the_backend_that_was_chosen() -> None:
@@ -51,4 +51,4 @@ def test_layers_compute_on_the_backend_that_was_chosen() -> None:
 @pytest.mark.parametrize(("bits", "clip"), [(3, 3.0), (4, 0.0)])
 def test_code_that_does_not_exist_is_refused(bits: int, clip: float) -> None:
     with pytest.raises(ValueError, match=r"must be"):
-        network.layers(ModeConfig(name="mine", layers="coded", bits=bits, clip=clip), REFERENCE)
+        network.layers(ModeConfig(name="mine", layers="coded", bits=bits, clip=clip), AUTOMATIC)
