@@ -363,9 +363,7 @@ def encode(
         return any_layout.encode(x, y, vectors, order, bits, centre, scale)
     held, arguments = _normalisation(centre, scale, vectors.dtype)
     values = x.new_empty(_layout(order, bits)[1], dtype=torch.uint8)
-    library.blpa_encode(
-        _coded(order, bits, values, vectors, x=_array(x), y=_array(y), **arguments)
-    )  # fmt: skip
+    library.blpa_encode(_coded(order, bits, values, vectors, x=_array(x), y=_array(y), **arguments))
     del held
     return values
 
@@ -376,9 +374,7 @@ def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: E
     if library is None:
         return any_layout.decode(values, vectors, order, bits, function, out)
     held, arguments = _function(function, vectors, bits, is_grad=False)
-    library.blpa_decode(
-        _coded(order, bits, values, vectors, out=_array(out), **arguments)
-    )  # fmt: skip
+    library.blpa_decode(_coded(order, bits, values, vectors, out=_array(out), **arguments))
     del held
 
 
@@ -414,9 +410,7 @@ def row_means(grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits:
     if library is None:
         return any_layout.row_means(grad, values, vectors, order, bits)
     means = vectors.new_empty(2, order.outer, 1)
-    library.blpa_row_means(
-        _coded(order, bits, values, vectors, x=_array(grad), out=_array(means))
-    )  # fmt: skip
+    library.blpa_row_means(_coded(order, bits, values, vectors, x=_array(grad), out=_array(means)))
     return means
 
 

@@ -71,7 +71,7 @@ def _sizes(order: Order, bits: int) -> tuple[int, ...]:
 
 
 def _constants(order: Order, bits: int, positions: int, elements: int) -> dict[str, int]:
-    """Return the constants of tiles of at most so many positions and elements, and their warps."""
+    """Return the kernel constants of tiles, and their warps; `positions` and `elements` are the most of a tile."""
     blocks = 8 // bits if bits else 1
     channels_last = order.channels_last or order.inner == 1
     channels = min(triton.next_power_of_2(order.channels), TILE_CHANNELS) if channels_last else 1

@@ -31,7 +31,7 @@ def anew() -> Iterator[None]:
 
 
 class Network(nn.Module):
-    """One of each coded function, and the ways in which networks change activations in place."""
+    """Most of the coded functions, and the ways in which networks change activations in place."""
 
     def __init__(self) -> None:
         super().__init__()

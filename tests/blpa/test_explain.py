@@ -181,6 +181,13 @@ def test_gradient_error_takes_a_loss_and_is_zero_without_codes() -> None:
         blpa.gradient_error(model, x, loss=lambda logits: torch.zeros((), requires_grad=True))
 
 
+def test_gradient_error_of_a_compiled_model_is_that_of_the_model() -> None:
+    torch.manual_seed(0)
+    model = blpa.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)))
+    x = torch.randn(4, 3, 16, 16)
+    assert blpa.gradient_error(torch.compile(model), x).total == blpa.gradient_error(model, x).total > 0
+
+
 def test_an_input_that_is_no_batch_costs_a_line_of_the_table_and_no_more() -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
