@@ -7,7 +7,6 @@ and dropout count as their CUDA kernels save: on the meta device PyTorch would r
 import weakref
 from collections import Counter
 from dataclasses import dataclass, is_dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from blpa.coded.fusion import Listening
 from blpa.coded.mode import THREAD
 from blpa.convert import policy_of, set_policies
 from blpa.memory import TEMPORARY, LiveBytes
@@ -57,8 +57,8 @@ def count_step(model: nn.Module, arguments: Any, is_coded: bool) -> tuple[Bytes,
     counter.ignore([*tensors_in(arguments), *model.parameters(), *model.buffers()])
     handles: list[Any] = []
     for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(partial(recorder.entered, name), prepend=True))
-        handles.append(module.register_forward_hook(recorder.left, always_call=True))
+        handles.append(module.register_forward_pre_hook(Listening(recorder.entered, name), prepend=True))
+        handles.append(module.register_forward_hook(Listening(recorder.left), always_call=True))
     for parameter in model.parameters():
         if parameter.requires_grad:
             mark = parameter.register_post_accumulate_grad_hook(

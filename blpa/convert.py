@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from blpa import layers as own_layers
 from blpa.codec import ALLOWED_BITS, Codec
 from blpa.coded import FUNCTIONS, MODULES, TRACED_FUNCTIONS, Coding, Policy
+from blpa.coded.fusion import fusion_of
 from blpa.coded.mode import EIGHT_BITS, THREAD, current_mode
 
 DEFAULT_CODECS = {8: Codec(8, "range"), 4: Codec(4, 3.0), 2: Codec(2, 1.7)}
@@ -179,7 +180,7 @@ def _coded_class(stock: type[nn.Module], policy: Policy | None, is_root: bool) -
 
     forward.__signature__ = inspect.signature(stock.forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # what unwraps functions to the last, as Accelerate does, would unwrap this one too
-    coded.forward = forward  # type: ignore[method-assign]
+    coded.forward = forward
     return coded
 
 
@@ -194,11 +195,12 @@ def _run(
     _check_transforms()
     mode = current_mode()
     if mode is not None:
-        before, mode.policy = mode.policy, policy
+        before = mode.policy, mode.module, mode.fusion
+        _enter(mode, module, policy)
         try:
             return forward(*args, **kwargs)
         finally:
-            mode.policy = before
+            mode.policy, mode.module, mode.fusion = before
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not any(tensor.requires_grad for tensor in (*module.parameters(), *inputs)):
         return forward(*args, **kwargs)
@@ -208,6 +210,7 @@ def _run(
         mode = Coding(TRACED_FUNCTIONS, policy, held, is_traced=True)
         return _run_traced(mode, functools.partial(forward, *args, **kwargs))
     mode = Coding(FUNCTIONS, policy, [*module.parameters(), *module.buffers(), *held], THREAD.listener)
+    _enter(mode, module, policy)
     THREAD.mode = mode
     output = None
     try:
@@ -220,6 +223,13 @@ def _run(
     if is_root and policy and not mode.coded_calls:
         _warn_of_no_codes(module)
     return output
+
+
+def _enter(mode: Coding, module: nn.Module, policy: Policy | None) -> None:
+    """Note that the forward of a module begins."""
+    mode.policy = policy
+    if not mode.is_traced:
+        mode.fusion, mode.module = fusion_of(module, mode.module), module
 
 
 def _run_traced(mode: Coding, forward: Callable[[], Any]) -> Any:

@@ -6,6 +6,7 @@ forward written by hand, a library. So nothing in the network is replaced.
 
 import inspect
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import FunctionType
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blpa.codec import Codec
+from blpa.coded.fusion import NONE
 from blpa.coded.tags import Tags
 from blpa.coded.tensors import Coded, Saved, is_worth_a_code
 
@@ -63,6 +65,9 @@ class Coding(TorchFunctionMode):
 
     Attributes:
         coded_calls: number of calls to coded versions that saved codes.
+        module: the innermost converted module whose forward runs.
+        fusion: what the batch norm that it calls may do.
+        rectified: the last output of a batch norm that is rectified already.
         is_traced: whether a compiler traces the forward pass.
     """
 
@@ -81,6 +86,9 @@ class Coding(TorchFunctionMode):
         self.policy = policy
         self.coded_calls = 0
         self.is_traced = is_traced
+        self.module: nn.Module | None = None
+        self.fusion = NONE
+        self.rectified: weakref.ref[Tensor] | None = None
         self.tags = Tags(is_traced)
         # Their addresses, which stay theirs as long as the forward pass runs; a compiler knows no addresses.
         held = [tensor for tensor in held if is_usual(tensor)]

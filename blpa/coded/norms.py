@@ -8,17 +8,20 @@ pass is PyTorch's own; the statistics are computed a second time for the codes. 
 the sign of y, for the activation and the convolutions after it.
 """
 
+import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from blpa.coded.mode import Coding, is_recording
+from blpa.coded.mode import Coding, is_recording, may_overwrite
 from blpa.coded.once import differentiable_once
-from blpa.coded.tensors import Coded, Layout, is_worth_a_code, load, not_a_view, save
-from blpa.kernels import compute_dtype
-from blpa.kernels.any_layout import Vectors
+from blpa.coded.tensors import Coded, Layout, channels_last_format, is_worth_a_code, load, not_a_view, save
+from blpa.kernels import compute_dtype, cpu
+from blpa.kernels.any_layout import Elementwise, Vectors
+from blpa.kernels.library import batch_stats_and_averages, normalise_encode, rstd_of
+from blpa.kernels.order import Order
 
 Call = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """The forward pass: x, gamma, beta -> y."""
@@ -40,11 +43,19 @@ class Means(NamedTuple):
     """Over the samples of several processes: maps this one's sums to the means of all."""
 
 
-class _Norm(torch.autograd.Function):
-    """x, gamma, beta -> y, and the codes of x_hat.
+class Normalised(NamedTuple):
+    """What a norm computes."""
 
-    `normalise` maps x to centre and scale [N or 1, C or 1] and the vectors of x_hat's codes.
-    """
+    y: Tensor
+    """Or relu(y), if rectified; or x, overwritten with it."""
+    saved: Coded
+    scale: Tensor
+    """1 / deviation [N or 1, C or 1]."""
+    rectified: bool = False
+
+
+class _Norm(torch.autograd.Function):
+    """x, gamma, beta -> y, and the codes of x_hat."""
 
     @staticmethod
     def forward(
@@ -52,16 +63,12 @@ class _Norm(torch.autograd.Function):
         x: Tensor,
         gamma: Tensor | None,
         beta: Tensor | None,
-        call: Call,
-        normalise: Callable[[Tensor, Layout, Tensor, Tensor], tuple[Tensor | None, Tensor, Tensor]],
-        layout: Layout,
+        compute: Callable[[Tensor, Tensor | None, Tensor | None], Normalised],
         means: Means,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ones = x.new_ones(x.shape[layout.channel]) if gamma is None else gamma
-        zeros = torch.zeros_like(ones) if beta is None else beta
-        centre, scale, vectors = normalise(x, layout, ones, zeros)  # before running statistics change
-        y = not_a_view(call(x, gamma, beta))
-        saved = layout.encode(x, y, vectors, centre, scale)
+        y, saved, scale, ctx.rectified = compute(x, gamma, beta)
+        if y is x:
+            ctx.mark_dirty(x)
         save(ctx, saved, scale)
         ctx.means = means
         ctx.dtypes = [None if tensor is None else tensor.dtype for tensor in (x, gamma, beta)]
@@ -75,16 +82,17 @@ class _Norm(torch.autograd.Function):
         grads: list[Tensor | None] = [None] * 3
         if grad is not None:
             saved, (scale,) = load(ctx)
-            sums = saved.gradient_sums(grad, per_sample=ctx.means.per_sample)
+            sums = saved.gradient_sums(grad, per_sample=ctx.means.per_sample, rectified=ctx.rectified)
             dx = None
             if ctx.needs_input_grad[0]:
-                dx = saved.input_grad(grad, scale, _means(saved, grad, sums, ctx.means))
+                means = _means(saved, grad, sums, ctx.means)
+                dx = saved.input_grad(grad, scale, means, rectified=ctx.rectified)
             dbeta, dgamma = sums.sum(1)
             grads = [
                 one.to(dtype) if wanted else None
                 for one, dtype, wanted in zip((dx, dgamma, dbeta), ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
             ]
-        return *grads, *(None,) * 4
+        return *grads, None, None
 
 
 def _means(saved: Coded, grad: Tensor, sums: Tensor, means: Means) -> Tensor | None:
@@ -130,8 +138,29 @@ def coded_norm(
     coding: Coding, layout: Layout, x: Tensor, gamma: Tensor | None, beta: Tensor | None, call: Call, normalise: Any,
     means: Means,
 ) -> Tensor:  # fmt: skip
-    """Call a norm, save codes of this layout and tag its output with them; for the arguments see _Norm."""
-    y, values, vectors = _Norm.apply(x, gamma, beta, call, normalise, layout, means)
+    """Call a norm, save codes of this layout and tag its output with them.
+
+    `normalise(x, layout, gamma, beta)` returns centre and scale [N or 1, C or 1] and the vectors of the codes.
+    """
+
+    def compute(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Normalised:
+        centre, scale, vectors = normalise(x, layout, *_affine(x, layout, gamma, beta))  # before averages change
+        y = not_a_view(call(x, gamma, beta))
+        return Normalised(y, layout.encode(x, y, vectors, centre, scale), scale)
+
+    return _tagged(coding, layout, x, gamma, beta, compute, means)
+
+
+def _affine(x: Tensor, layout: Layout, gamma: Tensor | None, beta: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return gamma and beta, 1 and 0 where there is none."""
+    gamma = x.new_ones(x.shape[layout.channel]) if gamma is None else gamma
+    return gamma, torch.zeros_like(gamma) if beta is None else beta
+
+
+def _tagged(
+    coding: Coding, layout: Layout, x: Tensor, gamma: Tensor | None, beta: Tensor | None, compute: Any, means: Means
+) -> Tensor:
+    y, values, vectors = _Norm.apply(x, gamma, beta, compute, means)
     coding.coded_calls += 1
     return coding.tag(y, Coded(values, vectors, layout._replace(dtype=y.dtype)), layout.channel)
 
@@ -156,6 +185,9 @@ def batch_norm(
         result: Tensor = function(x, running_mean, running_var, gamma, beta, training, momentum, eps)
         return result
 
+    layout = Layout.of(input, 1, coding.codec)
+    if training and _is_ours(coding, layout, input, weight, bias, running_mean, running_var):
+        return _batch_norm(coding, layout, input, weight, bias, running_mean, running_var, momentum, eps)
     dtype = compute_dtype(input.dtype)
     if training or running_mean is None or running_var is None:
         centre = scale = None
@@ -166,12 +198,55 @@ def batch_norm(
             return _ConstantNorm.apply(input, bias, lambda x, beta: call(x, weight, beta), factor)
 
     def normalise(x: Tensor, layout: Layout, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        stats = layout.stats(x)
-        mean, rstd = (stats[0], (stats[1] + eps).rsqrt()) if centre is None or scale is None else (centre, scale)
+        if centre is None or scale is None:
+            stats = layout.batch_stats(x)
+            mean, rstd = stats[0], rstd_of(stats, eps)
+        else:
+            stats, mean, rstd = layout.stats(x), centre, scale
         return mean.unsqueeze(0), rstd.unsqueeze(0), layout.vectors(stats, gamma, beta, mean, rstd)
 
-    layout = Layout.of(input, 1, coding.codec)
     return coded_norm(coding, layout, input, weight, bias, call, normalise, Means(constant=centre is not None))
+
+
+def _is_ours(coding: Coding, layout: Layout, x: Tensor, *vectors: Tensor | None) -> bool:
+    """Return whether a batch norm is computed here, in one pass with its codes and the ReLU that reads it alone.
+
+    On a CPU that has the bits of PyTorch's own. On a GPU it has not, so it takes the place of two of PyTorch's kernels
+    or of none.
+    """
+    given = [vector for vector in vectors if vector is not None]
+    is_usual = given and all(one.shape == x.shape[1:2] and one.dtype == compute_dtype(x.dtype) for one in given)
+    is_dense = x.is_contiguous() or channels_last_format(x) is not None
+    if coding.is_traced or not is_usual or not is_dense or x.dtype == torch.float64:
+        return False
+    if x.is_cpu:
+        return cpu.normalises_as_pytorch(Order.of(x.shape, 1, layout.channels_last), layout.bits, x.dtype)
+    return x.is_meta or (x.is_cuda and coding.fusion.rectify)
+
+
+def _batch_norm(
+    coding: Coding, layout: Layout, x: Tensor, gamma: Tensor | None, beta: Tensor | None,
+    running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """Compute a batch norm in training: relu(y) for y where a ReLU alone reads y, over x where nothing else reads x."""
+    rectify, overwrite = coding.fusion.rectify, coding.fusion.overwrite and may_overwrite(x)
+
+    def compute(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Normalised:
+        stats = batch_stats_and_averages(
+            x, layout.channels_last, layout.uses_range, running_mean, running_var, momentum
+        )
+        mean, rstd = stats[0], rstd_of(stats, eps)
+        vectors = layout.vectors(stats, *_affine(x, layout, gamma, beta), mean, rstd)
+        out = x if overwrite else torch.empty_like(x)
+        values = normalise_encode(x, vectors, layout.channels_last, layout.bits, mean, rstd, rectify, out)
+        return Normalised(out, Coded(values, vectors, layout), rstd.unsqueeze(0), rectify)
+
+    y = _tagged(coding, layout, x, gamma, beta, compute, Means())
+    if not rectify:
+        return y
+    coding.rectified = weakref.ref(y)
+    saved = cast(Coded, coding.tags.saved(y))
+    return coding.tag(y, saved.after(Elementwise("relu")), 1)
 
 
 def torch_batch_norm(

@@ -50,6 +50,16 @@ class Layout(NamedTuple):
         stats: Tensor = OPERATIONS.channel_stats(x, self.channel, self.channels_last, centre, scale)
         return stats
 
+    def batch_stats(self, x: Tensor) -> Tensor:
+        """Compute what `stats` does, with PyTorch's own bits of mean and variance; the range only if it is used."""
+        stats: Tensor = OPERATIONS.batch_stats(x, self.channels_last, self.uses_range)
+        return stats
+
+    @property
+    def uses_range(self) -> bool:
+        """Whether the grid depends on low and high."""
+        return self.codec is not None and self.codec.clip == "range"
+
     def vectors(
         self,
         stats: Tensor,
@@ -59,8 +69,7 @@ class Layout(NamedTuple):
         scale: Tensor | None = None,
     ) -> Tensor:
         """Place the grid of each channel (any_layout.grid_vectors)."""
-        clip = self.codec.clip if self.codec else None
-        clip = None if clip == "range" else clip
+        clip = None if self.codec is None or self.uses_range else self.codec.clip
         vectors: Tensor = OPERATIONS.grid_vectors(stats, gamma, beta, centre, scale, self.bits, clip)
         return vectors
 
@@ -139,9 +148,9 @@ class Coded(NamedTuple):
         dy: Tensor = OPERATIONS.elementwise_grad(grad, *self.tensors, *self.layout.of_codes, *function)
         return dy
 
-    def gradient_sums(self, grad: Tensor, *, per_sample: bool = False) -> Tensor:
-        """Sum dY and dY z~ of each channel, [2, N or 1, C], from grad = dY."""
-        sums: Tensor = OPERATIONS.gradient_sums(grad, *self.tensors, *self.layout.of_codes, per_sample)
+    def gradient_sums(self, grad: Tensor, *, per_sample: bool = False, rectified: bool = False) -> Tensor:
+        """Sum dY and dY z~ of each channel, [2, N or 1, C], from grad = dY; from dA of a = relu(y), if rectified."""
+        sums: Tensor = OPERATIONS.gradient_sums(grad, *self.tensors, *self.layout.of_codes, per_sample, rectified)
         return sums
 
     def row_means(self, grad: Tensor) -> Tensor:
@@ -149,9 +158,9 @@ class Coded(NamedTuple):
         means: Tensor = OPERATIONS.row_means(grad, *self.tensors, self.layout.bits)
         return means
 
-    def input_grad(self, grad: Tensor, scale: Tensor, means: Tensor | None) -> Tensor:
-        """Compute dX = scale (gamma dY - mean0 - z~ mean1) from grad = dY; the others are [(2,) N or 1, C or 1]."""
-        dx: Tensor = OPERATIONS.input_grad(grad, *self.tensors, *self.layout.of_codes, scale, means)
+    def input_grad(self, grad: Tensor, scale: Tensor, means: Tensor | None, *, rectified: bool = False) -> Tensor:
+        """Compute dX = scale (gamma dY - mean0 - z~ mean1) from grad = dY or dA; the others: [(2,) N or 1, C or 1]."""
+        dx: Tensor = OPERATIONS.input_grad(grad, *self.tensors, *self.layout.of_codes, scale, means, rectified)
         return dx
 
 

@@ -7,14 +7,16 @@ samples or, where that packs with less waste, of different pixels: of rows [R, S
     channel_stats      mean, variance, low and high of each channel of z
     grid_vectors       the grid of each channel
     encode             code of z, with the sign of y
+    normalise_encode   y, or relu(y), of a batch norm, and the code of z
     decode             f(y~)
     elementwise_grad   dY = f'(y~) dA
     gradient_sums      sum dY and sum dY z~ of each channel, for the gradients of a norm
     row_means          mean(gamma dY) and mean(gamma dY z~) of each row, for that of a layer norm
     input_grad         dX = scale (gamma dY - mean0 - z~ mean1) of a norm
 
-where z = (x - centre) scale is a normalised activation, or x itself, and y = gamma z + beta. Without a codec (bits = 0)
-z and y themselves are saved. reference.py does the same for one BN-ReLU-conv at a time, fused and for matrices [M, C];
+where z = (x - centre) scale is a normalised activation, or x itself, and y = gamma z + beta. A `rectified` norm has its
+ReLU in it: its gradients take dA for dY, which is dA where y > 0, else 0. Without a codec (bits = 0) z and y themselves
+are saved. reference.py does the same for one BN-ReLU-conv at a time, fused and for matrices [M, C];
 codec and codes are the same. library.py makes operations of these functions, which kernels for a device may replace.
 
 A function works through a tensor in parts, so its temporaries take a few times PART_BYTES and not the tensor's size.
@@ -276,6 +278,42 @@ def encode(
     return values
 
 
+def normalise_encode(
+    x: Tensor, vectors: Tensor, order: Order, bits: int, mean: Tensor, rstd: Tensor, rectify: bool, out: Tensor
+) -> Tensor:
+    """Write y = gamma (x - mean) rstd + beta of a batch norm to out, and encode z = (x - mean) rstd with its sign.
+
+    As PyTorch computes it: y = x (gamma rstd) + (beta - mean (gamma rstd)).
+
+    Args:
+        x: dense, in this order.
+        vectors: Vectors [7, C].
+        order: of x and out.
+        bits: of the codes; 0 saves z and y themselves.
+        mean: [C] in the compute dtype.
+        rstd: 1 / deviation [C] in the compute dtype.
+        rectify: write relu(y).
+        out: as x; may be x.
+
+    Returns:
+        As encode.
+    """
+    _, _, _, _, gamma, beta, _ = vectors
+    slope = rstd * gamma
+    shift = beta - mean * slope
+    y_out = torch.empty_like(x) if out is x else out  # codes need both
+    x_rows, y_rows = order.rows(x, 0), order.rows(y_out, 0)
+    for part in parts(x_rows, None):
+        (place,) = part.blocks
+        y_rows[place] = (x_rows[place].to(slope.dtype) * slope).add_(shift)
+    values = encode(x, y_out, vectors, order, bits, mean.unsqueeze(0), rstd.unsqueeze(0))
+    if rectify:
+        y_out.relu_()
+    if out is x:
+        out.copy_(y_out)
+    return values
+
+
 def values_of(codes: Tensor, vectors: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """Decode codes.
 
@@ -342,17 +380,18 @@ def elementwise_grad(
 
 
 def gradient_sums(
-    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, *, per_sample: bool
+    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, *, per_sample: bool, rectified: bool = False
 ) -> Tensor:
     """Sum dY and dY z~ of each channel.
 
     Args:
-        grad: dY, dense in this order.
+        grad: dY, dense in this order; dA of a = relu(y), if rectified.
         values: from `encode`; so are the next two.
         vectors: Vectors [7, C].
         order: of grad.
         bits: of the codes.
         per_sample: do not sum over `outer`.
+        rectified: see grad.
 
     Returns:
         [2, outer or 1, C], in the compute dtype.
@@ -361,8 +400,9 @@ def gradient_sums(
     sums = vectors.new_zeros(2, order.outer if per_sample else 1, order.channels)
     of_rows = [order.of_rows(total, bits) for total in sums]
     axes = (1 if order.outer_first(bits) else 0,) if per_sample else (0, 1)
-    for place, z, _ in decoded(values, vectors, order, bits):
+    for place, z, y in decoded(values, vectors, order, bits):
         dy = grad_rows[place].to(vectors.dtype)
+        dy = where_positive(y, dy) if rectified else dy
         of_place(of_rows[0], place).add_(dy.sum(axes, keepdim=True))
         of_place(of_rows[1], place).add_(z.mul_(dy).sum(axes, keepdim=True))
     return sums
@@ -393,11 +433,13 @@ def input_grad(
     scale: Tensor,
     means: Tensor | None,
     out: Tensor,
+    *,
+    rectified: bool = False,
 ) -> None:
     """Write dX = scale (gamma dY - mean0 - z~ mean1) of a norm to out.
 
     Args:
-        grad: dY, dense in this order.
+        grad: dY, dense in this order; dA of a = relu(y), if rectified.
         values: from `encode`; so are the next two.
         vectors: Vectors [7, C].
         order: of grad and out.
@@ -405,6 +447,7 @@ def input_grad(
         scale: 1 / deviation [outer or 1, C or 1].
         means: [2, outer or 1, C or 1]; None is 0, if the statistics are constant.
         out: dense in this order.
+        rectified: see grad; then there are means.
     """
     gamma = Vectors(*vectors).gamma
     grad_rows, out_rows, scale = order.rows(grad, bits), order.rows(out, bits), order.of_rows(scale, bits)
@@ -414,7 +457,8 @@ def input_grad(
             out_rows[place] = grad_rows[place].to(vectors.dtype).mul(gamma).mul_(of_place(scale, place))
         return
     mean_dy, mean_dy_z = (order.of_rows(mean, bits) for mean in means)
-    for place, z, _ in decoded(values, vectors, order, bits):
-        dx = grad_rows[place].to(vectors.dtype) * gamma
+    for place, z, y in decoded(values, vectors, order, bits):
+        dy = grad_rows[place].to(vectors.dtype)
+        dx = (where_positive(y, dy) if rectified else dy) * gamma
         dx.sub_(of_place(mean_dy, place)).sub_(z.mul_(of_place(mean_dy_z, place)))
         out_rows[place] = dx.mul_(of_place(scale, place))

@@ -1,6 +1,6 @@
 // The functions of any_layout.py for CPUs; cpu.py compiles this file and calls it. any_layout.py is the specification,
 // and has the formulas. Codes and decoded values equal its own to the bit, so operations keep its order, and the compiler
-// must not fuse a product and a sum.
+// must not fuse a product and a sum. Batch norms have the bits of PyTorch's own, which are fused, where a CPU can.
 //
 // A tensor is a sequence of lines, in the order of memory. With the channels last a line is one pixel: C elements, each
 // with parameters of its own. Else it is one channel of one sample: elements with the same parameters. A thread takes a
@@ -194,7 +194,7 @@ struct Call {
   int64_t function;
   double slope;                           // of leaky ReLU
   const void* table;                      // [C, L] of f, or of its derivative
-  int64_t per_sample;
+  int64_t per_sample, rectified;
 
   template <class T>
   Rows<T> rows(const void* data, int64_t step, const T& otherwise) const {
@@ -261,6 +261,76 @@ void encode(const Call& call) {
   });
 }
 
+// ---- batch norm
+
+template <class T>
+T product_and_sum(T a, T b, T c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  return std::fma(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+template <class T>
+void relu(T* y, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T value = y[i];
+    y[i] = value < 0 ? T(0) : value;
+  }
+}
+
+// Round to the dtype of an array.
+template <class T>
+NOINLINE void round_as(const Array& array, int64_t size, T* values) {
+  with_type(array, [&](auto* data) {
+    using To = std::remove_pointer_t<decltype(data)>;
+    if constexpr (!std::is_same_v<To, T>) {
+      To rounded[PIECE];
+      convert(values, size, rounded);
+      convert(rounded, size, values);
+    }
+  });
+}
+
+template <class T, bool V, bool W>
+void normalise_encode(const Call& call) {
+  const Layout& layout = *call.layout;
+  const Vectors<T> all = call.all<T>();
+  const T *mean = static_cast<const T*>(call.centre), *rstd = static_cast<const T*>(call.scale);
+  std::vector<T> units(layout.channels), slopes(layout.channels), shifts(layout.channels);
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    units[c] = all.zero[c] == all.zero[c] ? 1 / all.width[c] : all.zero[c];
+    slopes[c] = rstd[c] * all.gamma[c];
+    shifts[c] = product_and_sum(-mean[c], slopes[c], all.beta[c]);
+  }
+  parallel_pieces(layout, call.threads, [&](const Piece& piece) {
+    const int64_t c = piece.channel;
+    const Parameter<T, V> slope(&slopes[c]), shift(&shifts[c]);
+    const Encoding<T, V, V> of{Parameter<T, V>(&units[c]), Parameter<T, V>(all.frac + c),
+                               Parameter<T, V>(all.zero + c), Parameter<T, V>(all.mean + c),
+                               Parameter<T, V>(mean + c), Parameter<T, V>(rstd + c), T(1 << layout.bits)};
+    int32_t codes[PIECE];
+    std::fill(codes, codes + piece.size, 0);
+    T buffer[PIECE], y[PIECE];
+    for (int64_t k = 0; k < layout.codes(); ++k) {
+      const Block block = block_of(layout, piece, k);
+      if (block.size <= 0) break;
+      const T* xs = load(call.x, block, buffer);
+#pragma omp simd
+      for (int64_t i = 0; i < block.size; ++i) y[i] = product_and_sum(xs[i], slope[i], shift[i]);
+      round_as(call.out, block.size, y);
+      add_codes<T, V, V>(of, xs, y, block.size, int(k * layout.bits), codes);
+      if (call.rectified) relu(y, block.size);
+      T* out = target(call.out, block, buffer);  // may be where x is
+      std::copy(y, y + block.size, out);
+      store(call.out, block, out);
+    }
+    convert(codes, piece.size, call.values + piece.byte);
+  });
+}
+
 // ---- decode
 
 template <class T, bool V>
@@ -302,15 +372,6 @@ void look_up(const Layout& layout, const T* table, const uint8_t* bytes, int64_t
 }
 
 template <class T>
-void relu(T* y, int64_t size) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    const T value = y[i];
-    y[i] = value < 0 ? T(0) : value;
-  }
-}
-
-template <class T>
 void relu_grad(const T* da, const T* y, int64_t size, T* dy) {
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
@@ -336,6 +397,22 @@ void multiply(const T* da, const T* derivative, int64_t size, T* dy) {
     const T product = da[i] * derivative[i];
     dy[i] = derivative[i] == 0 ? T(0) : product;
   }
+}
+
+// dY of a piece, from it or, where a batch norm was rectified, from dA.
+template <class T, bool V>
+const T* load_dy(const Call& call, const Vectors<T>& all, const Piece& piece, int64_t k, const Block& block, T* buffer) {
+  const T* da = load(call.x, block, buffer);
+  if (!call.rectified) return da;
+  const Parameter<T, V> zero(all.zero + piece.channel);
+  const uint8_t* bytes = call.values + piece.byte;
+  const int shift = int(k * call.layout->bits), mask = (1 << call.layout->bits) - 1;
+#pragma omp simd
+  for (int64_t i = 0; i < block.size; ++i) {
+    const T value = da[i];
+    buffer[i] = T((bytes[i] >> shift) & mask) <= zero[i] - T(0.5) ? T(0) : value;
+  }
+  return buffer;
 }
 
 template <class T, bool V>
@@ -402,7 +479,7 @@ void input_grad(const Call& call) {
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
-      const T* dy = load(call.x, block, buffer);
+      const T* dy = load_dy<T, V>(call, all, piece, k, block, buffer);
       T* dx = target(call.out, block, out_buffer);
       const Parameter<T, W> factor(scale.at(block.outer, c));
       if (call.centre) {
@@ -477,7 +554,7 @@ void gradient_sums(const Call& call) {
       for (int64_t k = 0; k < layout.codes(); ++k) {
         const Block block = block_of(layout, piece, k);
         if (block.size <= 0) break;
-        const T* dy = load(call.x, block, buffer);
+        const T* dy = load_dy<T, V>(call, all, piece, k, block, buffer);
         z_of<T, V>(layout, all, call.values + piece.byte, c, k, block.size, z);
         double* sum = mine + (samples > 1 ? k : 0) * 2 * channels + c;
         add_to_sums<T, V>(dy, z, block.size, sum, sum + channels);
@@ -739,6 +816,7 @@ int blpa_has_half() { return HAS_HALF; }
 
 BLPA_FUNCTION(channel_stats, T, V, W)
 BLPA_FUNCTION(encode, T, V, W)
+BLPA_FUNCTION(normalise_encode, T, V, W)
 BLPA_FUNCTION(decode, T, V)
 BLPA_FUNCTION(elementwise_grad, T, V)
 BLPA_FUNCTION(gradient_sums, T, V)

@@ -44,8 +44,8 @@ _FLAGS = (
     "-fno-thread-jumps",  # would make branches of conditions, which keep loops from being vectorised
 )  # fmt: skip
 _VECTORS = {
-    "AVX2": ("-mavx2", "-mf16c"),
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mf16c"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
 }
 """By what torch finds on this machine, and not -march=native: machines may share the cache."""
 _OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), (("-fopenmp-simd",), ()), ((), ()))
@@ -58,7 +58,8 @@ _IDENTITY, _RELU, _LEAKY_RELU, _TABLE = range(4)
 
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 _FUNCTIONS = (
-    "channel_stats", "encode", "decode", "elementwise_grad", "gradient_sums", "row_means", "input_grad",
+    "channel_stats", "encode", "normalise_encode", "decode", "elementwise_grad", "gradient_sums", "row_means",
+    "input_grad",
 )  # fmt: skip
 
 
@@ -150,6 +151,8 @@ def _built() -> Any:
 _LOCK = threading.RLock()
 _found: Any = None
 _is_found = False
+_exact_batch_norms: set[torch.dtype] = set()
+"""Dtypes of x whose batch norms have PyTorch's bits."""
 
 
 def _load() -> Any:
@@ -175,9 +178,29 @@ def _check() -> None:
     stats = any_layout.channel_stats(x, order)
     vectors = any_layout.grid_vectors(stats, None, None, None, None, Codec(4))
     codes, expected = (kernels(x, x, vectors, order, 4, None, None) for kernels in (encode, any_layout.encode))
-    sums, total = gradient_sums(x, codes, vectors, order, 4, per_sample=False)[0], x.sum((0, 2))
-    if not torch.equal(codes, expected) or (sums - total).abs().max() > 1e-2:
+    sums = gradient_sums(x, codes, vectors, order, 4, per_sample=False, rectified=False)[0]
+    if not torch.equal(codes, expected) or (sums - x.sum((0, 2))).abs().max() > 1e-2:
         raise ArithmeticError("compiled kernels compute something else")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype != torch.float16 or _found.blpa_has_half():
+            _check_batch_norm(dtype)
+
+
+def _check_batch_norm(dtype: torch.dtype) -> None:
+    """Note that batch norms of a dtype have PyTorch's bits, if they do."""
+    x = torch.linspace(-3000, 3000, 2 * 11 * 31 * 37, device="cpu").sin().view(2, 11, 31, 37).to(dtype)
+    gamma, beta = torch.linspace(-2, 2, 22, device="cpu").view(2, 11)
+    for channels_last in (False, True):
+        x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+        expected = torch.nn.functional.batch_norm(x, None, None, gamma, beta, training=True)
+        mean, var = torch.batch_norm_update_stats(x, gamma.new_zeros(11), gamma.new_zeros(11), 0.0)
+        order, rstd = Order.of(x.shape, 1, channels_last), (var.double() + 1e-5).rsqrt().float()
+        vectors = any_layout.grid_vectors(torch.stack((mean, var, mean, mean)), gamma, beta, mean, rstd, Codec(4))
+        out = torch.empty_like(x)
+        normalise_encode(x, vectors, order, 4, mean, rstd, False, out)
+        if not torch.equal(out, expected):
+            return
+    _exact_batch_norms.add(dtype)
 
 
 def _for(order: Order, bits: int, *tensors: Tensor) -> Any:
@@ -220,7 +243,7 @@ class _Call(ctypes.Structure):
         ("layout", ctypes.POINTER(_Layout)), ("threads", _L), ("is_double", _L),
         ("x", _Array), ("y", _Array), ("out", _Array), ("values", _P), ("vectors", _P),
         ("centre", _P), ("scale", _P), ("centre_z", _P), ("centre_step", _L), ("scale_step", _L), ("by_channel", _L),
-        ("function", _L), ("slope", _D), ("table", _P), ("per_sample", _L),
+        ("function", _L), ("slope", _D), ("table", _P), ("per_sample", _L), ("rectified", _L),
     ]  # fmt: skip
 
 
@@ -368,6 +391,31 @@ def encode(
     return values
 
 
+def normalises_as_pytorch(order: Order, bits: int, dtype: torch.dtype) -> bool:
+    """Return whether normalise_encode serves x of this order and dtype, with the bits of PyTorch's batch norm."""
+    if not bits or order.numel < MIN_ELEMENTS or (_found if _is_found else _load()) is None:
+        return False
+    return dtype in _exact_batch_norms
+
+
+def normalise_encode(
+    x: Tensor, vectors: Tensor, order: Order, bits: int, mean: Tensor, rstd: Tensor, rectify: bool, out: Tensor
+) -> Tensor:
+    """Write y of a batch norm, or relu(y), to out, and encode z with the sign of y."""
+    library = _for(order, bits, x, out)
+    if library is None:
+        return any_layout.normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
+    values = x.new_empty(_layout(order, bits)[1], dtype=torch.uint8)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    library.blpa_normalise_encode(
+        _coded(
+            order, bits, values, vectors, x=_array(x), out=_array(out), centre=mean.data_ptr(), scale=rstd.data_ptr(),
+            by_channel=order.channels > 1, rectified=rectify,
+        )
+    )  # fmt: skip
+    return values
+
+
 def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: Elementwise | None, out: Tensor) -> None:
     """Write f(y~) to out."""
     library = _for(order, bits, out) if _is_long(order, bits, function) else None
@@ -391,15 +439,17 @@ def elementwise_grad(
 
 
 def gradient_sums(
-    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, *, per_sample: bool
+    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, *, per_sample: bool, rectified: bool = False
 ) -> Tensor:
     """Sum dY and dY z~ of each channel, [2, outer or 1, C]."""
     library = _for(order, bits, grad)
     if library is None:
-        return any_layout.gradient_sums(grad, values, vectors, order, bits, per_sample=per_sample)
+        return any_layout.gradient_sums(grad, values, vectors, order, bits, per_sample=per_sample, rectified=rectified)
     sums = vectors.new_empty(2, order.outer if per_sample else 1, order.channels)
     library.blpa_gradient_sums(
-        _coded(order, bits, values, vectors, x=_array(grad), out=_array(sums), per_sample=per_sample)
+        _coded(
+            order, bits, values, vectors, x=_array(grad), out=_array(sums), per_sample=per_sample, rectified=rectified
+        )
     )
     return sums
 
@@ -416,12 +466,14 @@ def row_means(grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits:
 
 def input_grad(
     grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, scale: Tensor, means: Tensor | None,
-    out: Tensor,
+    out: Tensor, *, rectified: bool = False,
 ) -> None:  # fmt: skip
     """Write dX = scale (gamma dY - mean0 - z~ mean1) to out, of grad's dtype."""
     library = _for(order, bits, grad)
     if library is None:
-        return any_layout.input_grad(grad, values, vectors, order, bits, scale, means, out)
+        return any_layout.input_grad(grad, values, vectors, order, bits, scale, means, out, rectified=rectified)
     held, arguments = _means(scale, means, vectors.dtype)
-    library.blpa_input_grad(_coded(order, bits, values, vectors, x=_array(grad), out=_array(out), **arguments))
+    library.blpa_input_grad(
+        _coded(order, bits, values, vectors, x=_array(grad), out=_array(out), rectified=rectified, **arguments)
+    )
     del held

@@ -28,6 +28,7 @@ class AnyLayoutKernels(Protocol):
     channel_stats: Callable[..., Tensor]
     grid_vectors: Callable[..., Tensor]
     encode: Callable[..., Tensor]
+    normalise_encode: Callable[..., Tensor]
     decode: Callable[..., None]
     elementwise_grad: Callable[..., None]
     gradient_sums: Callable[..., Tensor]
@@ -82,6 +83,34 @@ def channel_stats(x: Tensor, channel: int, channels_last: bool, centre: Tensor |
     return kernels_for(x.device).channel_stats(dense(x, channels_last), order, centre, scale)
 
 
+@_operation("Tensor x, bool channels_last, bool with_range", lambda x, *_: _of_channels(4, x, 1))
+def batch_stats(x: Tensor, channels_last: bool, with_range: bool) -> Tensor:
+    """Compute what channel_stats does, mean and variance with the bits of PyTorch's batch norm; 0 without the range."""
+    return batch_stats_and_averages(x, channels_last, with_range, None, None, 0.0)
+
+
+def batch_stats_and_averages(
+    x: Tensor, channels_last: bool, with_range: bool, running_mean: Tensor | None, running_var: Tensor | None,
+    momentum: float,
+) -> Tensor:  # fmt: skip
+    """Do as batch_stats, and update running averages as PyTorch's batch norm does."""
+    stats = x.new_zeros(4, x.shape[1], dtype=compute_dtype(x.dtype))
+    if x.is_meta:
+        return stats
+    if x.dtype != stats.dtype and running_mean is None:  # else PyTorch's would be as short as x
+        running_mean, running_var = torch.zeros_like(stats[:2])
+    stats[0], stats[1] = torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
+    if with_range:
+        order = Order.of(x.shape, 1, channels_last)
+        stats[2:] = kernels_for(x.device).channel_stats(dense(x, channels_last), order)[2:]
+    return stats
+
+
+def rstd_of(stats: Tensor, eps: float) -> Tensor:
+    """Compute 1 / deviation [C] of batch_stats, rounded as PyTorch's batch norm on a CPU does."""
+    return (stats[1].double() + eps).sqrt().reciprocal().to(stats.dtype)
+
+
 @_operation(
     "Tensor stats, Tensor? gamma, Tensor? beta, Tensor? centre, Tensor? scale, int bits, float? clip",
     lambda stats, *_: stats.new_empty(len(Vectors._fields), stats.shape[1]),
@@ -115,6 +144,16 @@ def encode(
     x_dense = dense(x, channels_last)
     y_dense = x_dense if y is x else dense(y, channels_last)
     return kernels_for(x.device).encode(x_dense, y_dense, vectors, order, bits, centre, scale)
+
+
+def normalise_encode(
+    x: Tensor, vectors: Tensor, channels_last: bool, bits: int, mean: Tensor, rstd: Tensor, rectify: bool, out: Tensor
+) -> Tensor:
+    """Write y of a batch norm, or relu(y), to out, which may be x, and return the codes. Not for compilers."""
+    if x.is_meta:
+        return _allocate_codes(x, out, vectors, 1, channels_last, bits)
+    order = Order.of(x.shape, 1, channels_last)
+    return kernels_for(x.device).normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
 
 
 def _allocate_value(
@@ -163,18 +202,20 @@ def elementwise_grad(
 
 
 @_operation(
-    "Tensor grad, Tensor values, Tensor vectors, int channel, bool channels_last, int bits, bool per_sample",
-    lambda grad, values, vectors, channel, channels_last, bits, per_sample: vectors.new_empty(
+    "Tensor grad, Tensor values, Tensor vectors, int channel, bool channels_last, int bits, bool per_sample, "
+    "bool rectified",
+    lambda grad, values, vectors, channel, channels_last, bits, per_sample, rectified: vectors.new_empty(
         2, grad.shape[0] if per_sample else 1, vectors.shape[1]
     ),
 )
 def gradient_sums(
-    grad: Tensor, values: Tensor, vectors: Tensor, channel: int, channels_last: bool, bits: int, per_sample: bool
-) -> Tensor:
-    """Sum dY and dY z~ of each channel, [2, N or 1, C], from grad = dY."""
+    grad: Tensor, values: Tensor, vectors: Tensor, channel: int, channels_last: bool, bits: int, per_sample: bool,
+    rectified: bool,
+) -> Tensor:  # fmt: skip
+    """Sum dY and dY z~ of each channel, [2, N or 1, C], from grad = dY; from dA of a = relu(y), if rectified."""
     order = Order.of(grad.shape, channel, channels_last)
     return kernels_for(grad.device).gradient_sums(
-        dense(grad, channels_last), values, vectors, order, bits, per_sample=per_sample
+        dense(grad, channels_last), values, vectors, order, bits, per_sample=per_sample, rectified=rectified
     )
 
 
@@ -190,17 +231,19 @@ def row_means(grad: Tensor, values: Tensor, vectors: Tensor, bits: int) -> Tenso
 
 @_operation(
     "Tensor grad, Tensor values, Tensor vectors, int channel, bool channels_last, int bits, Tensor scale, "
-    "Tensor? means",
+    "Tensor? means, bool rectified",
     _allocate_like,
 )
 def input_grad(
     grad: Tensor, values: Tensor, vectors: Tensor, channel: int, channels_last: bool, bits: int, scale: Tensor,
-    means: Tensor | None,
+    means: Tensor | None, rectified: bool,
 ) -> Tensor:  # fmt: skip
-    """Compute dX = scale (gamma dY - mean0 - z~ mean1) of a norm from grad = dY."""
+    """Compute dX = scale (gamma dY - mean0 - z~ mean1) of a norm from grad = dY; or dA of a = relu(y), if rectified."""
     out = empty(grad.shape, channels_last, grad.dtype, grad.device)
     order = Order.of(grad.shape, channel, channels_last)
-    kernels_for(grad.device).input_grad(dense(grad, channels_last), values, vectors, order, bits, scale, means, out)
+    kernels_for(grad.device).input_grad(
+        dense(grad, channels_last), values, vectors, order, bits, scale, means, out, rectified=rectified
+    )
     return out
 
 

@@ -7,11 +7,12 @@ memory, else one channel, whose positions are. So what is per channel is loaded 
     channel_stats     1 or 2     4                reads x
     grid_vectors      1          of channels only
     encode            1          4 + 4 + K/8      reads x, and y where it is another tensor; writes codes
+    normalise_encode  1          4 + K/8 + 4      reads x; writes codes and y or relu(y)
     decode            1          K/8 + 4          reads codes, writes f(y~)
     elementwise_grad  1          4 + K/8 + 4      reads dA and codes, writes dY
-    gradient_sums     1 or 2     4 + K/8          reads dY and codes
+    gradient_sums     1 or 2     4 + K/8          reads dY, or dA of a ReLU, and codes
     row_means         1          4 + K/8          reads dY and codes
-    input_grad        1          4 + K/8 + 4      reads dY and codes, writes dX; no codes without means
+    input_grad        1          4 + K/8 + 4      reads dY or dA and codes, writes dX; no codes without means
 
 A sum of few elements takes one launch. Else several programs share a channel: of gradient_sums PyTorch sums their
 partial results; those of channel_stats the last program combines, and a first launch sets the counter of programs to 0.
@@ -32,7 +33,7 @@ from blpa.codec import RECTIFIED_CLIP, Codec
 from blpa.kernels import any_layout
 from blpa.kernels.any_layout import Elementwise, Vectors
 from blpa.kernels.order import Order
-from blpa.kernels.triton_elements import _decode, _elementwise_grad, _encode, _input_grad
+from blpa.kernels.triton_elements import _decode, _elementwise_grad, _encode, _input_grad, _normalise_encode
 from blpa.kernels.triton_ops import LANE_ROWS, OPTIONS, PROGRAMS
 from blpa.kernels.triton_sums import _channel_stats, _gradient_sums, _grid_vectors, _row_means
 
@@ -197,6 +198,23 @@ def encode(
     return values
 
 
+def normalise_encode(
+    x: Tensor, vectors: Tensor, order: Order, bits: int, mean: Tensor, rstd: Tensor, rectify: bool, out: Tensor
+) -> Tensor:
+    """See any_layout."""
+    if _refuses(order, vectors.dtype):
+        return any_layout.normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
+    *_, packed_outer, packed_inner = _sizes(order, bits)
+    count = order.channels * packed_outer * packed_inner if bits else 2 * order.numel
+    values = vectors.new_empty(count, dtype=torch.uint8 if bits else vectors.dtype)
+    programs, constants = _tiles(order, bits)
+    _launch(
+        _normalise_encode, programs, x, out, mean.contiguous(), rstd.contiguous(), values, vectors,
+        *_sizes(order, bits), **constants, RECTIFIED=rectify,
+    )  # fmt: skip
+    return values
+
+
 def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: Elementwise | None, out: Tensor) -> None:
     """See any_layout."""
     if _refuses(order, vectors.dtype):
@@ -222,16 +240,16 @@ def elementwise_grad(
 
 
 def gradient_sums(
-    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, *, per_sample: bool
+    grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, *, per_sample: bool, rectified: bool = False
 ) -> Tensor:
     """See any_layout."""
     if _refuses(order, vectors.dtype):
-        return any_layout.gradient_sums(grad, values, vectors, order, bits, per_sample=per_sample)
+        return any_layout.gradient_sums(grad, values, vectors, order, bits, per_sample=per_sample, rectified=rectified)
     sums, parts, steps, constants = _sum_tiles(order, bits, per_sample)
     partial = vectors.new_empty(parts, 2, order.outer if per_sample else 1, order.channels)
     _launch(
         _gradient_sums, sums * parts, grad, values, vectors, partial, *_sizes(order, bits), parts, steps, **constants,
-        PER_SAMPLE=per_sample,
+        PER_SAMPLE=per_sample, RECTIFIED=rectified,
     )  # fmt: skip
     return partial[0] if parts == 1 else partial.sum(0)
 
@@ -258,15 +276,17 @@ def input_grad(
     scale: Tensor,
     means: Tensor | None,
     out: Tensor,
+    *,
+    rectified: bool = False,
 ) -> None:
     """See any_layout."""
     if _refuses(order, vectors.dtype):
-        return any_layout.input_grad(grad, values, vectors, order, bits, scale, means, out)
+        return any_layout.input_grad(grad, values, vectors, order, bits, scale, means, out, rectified=rectified)
     (scales, means), flags = _given(scale, means)
     bits = 0 if means is None else bits
     apart = 0 if means is None else means[0].numel()
     programs, constants = _tiles(order, bits)
     _launch(
         _input_grad, programs, grad, out, values, vectors, scales, means, apart, *_sizes(order, bits), **constants,
-        **flags,
+        **flags, RECTIFIED=rectified,
     )  # fmt: skip

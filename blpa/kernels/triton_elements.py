@@ -168,6 +168,21 @@ def _gradient(grad, y, a, FUNCTION: tl.constexpr):
         return grad * (0.5 * (1.0 + tl.math.erf(y * 0.7071067811865476)) + y * density)
 
 
+@triton.jit
+def _store_codes(
+    values, vectors, z, y, byte_offset, byte_mask, mask, c, C, BITS: tl.constexpr, BLOCKS: tl.constexpr
+):  # fmt: skip
+    """Encode z [BLOCKS, POSITIONS, CHANNELS] with the sign of y, and store the bytes."""
+    zero, width = _vector(vectors, ZERO, c, C), _vector(vectors, WIDTH, c, C)
+    is_negative = y <= 0  # a NaN counts as positive
+    lowest = tl.where(is_negative, 0.0, zero)
+    highest = tl.where(is_negative, zero - 1.0, (1 << BITS) - 1.0)
+    bins = (z - _vector(vectors, MEAN, c, C)) * tl.div_rn(1.0, width) + _vector(vectors, FRAC, c, C)
+    code = tl.minimum(tl.maximum(tl.floor(bins) + (1 << (BITS - 1)), lowest), highest)
+    code = tl.where(mask & (bins == bins), code, 0.0).to(tl.int32) << (tl.arange(0, BLOCKS)[:, None, None] * BITS)
+    tl.store(values + byte_offset, tl.sum(code, axis=0).to(tl.uint8), mask=byte_mask)
+
+
 @triton.jit(do_not_specialize=["outer", "packed_outer"])
 def _encode(
     x, y, centre, scale, values, vectors, C, outer, inner, packed_outer, packed_inner,
@@ -188,14 +203,35 @@ def _encode(
         tl.store(values + offset, z, mask=mask)
         tl.store(values + outer.to(tl.int64) * C * inner + offset, y_value, mask=mask)
     else:
-        zero, width = _vector(vectors, ZERO, c, C), _vector(vectors, WIDTH, c, C)
-        is_negative = y_value <= 0  # a NaN counts as positive
-        lowest = tl.where(is_negative, 0.0, zero)
-        highest = tl.where(is_negative, zero - 1.0, (1 << BITS) - 1.0)
-        bins = (z - _vector(vectors, MEAN, c, C)) * tl.div_rn(1.0, width) + _vector(vectors, FRAC, c, C)
-        code = tl.minimum(tl.maximum(tl.floor(bins) + (1 << (BITS - 1)), lowest), highest)
-        code = tl.where(mask & (bins == bins), code, 0.0).to(tl.int32) << (tl.arange(0, BLOCKS)[:, None, None] * BITS)
-        tl.store(values + byte_offset, tl.sum(code, axis=0).to(tl.uint8), mask=byte_mask)
+        _store_codes(values, vectors, z, y_value, byte_offset, byte_mask, mask, c, C, BITS, BLOCKS)
+
+
+@triton.jit(do_not_specialize=["outer", "packed_outer"])
+def _normalise_encode(
+    x, out, mean, rstd, values, vectors, C, outer, inner, packed_outer, packed_inner,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, OUTER_FIRST: tl.constexpr, RECTIFIED: tl.constexpr,
+):  # fmt: skip
+    """Write y or relu(y) to out, which may be x: a program reads all its elements before it writes them."""
+    first, c = _place(C, POSITIONS, CHANNELS)
+    byte_offset, byte_mask, o, i = _bytes(
+        first, packed_outer * packed_inner, c, C, packed_inner, POSITIONS, CHANNELS_LAST
+    )
+    offset, mask, o = _elements(
+        first, byte_offset, byte_mask, o, i, c, C, outer, inner, packed_outer, packed_inner, BLOCKS, CHANNELS_LAST,
+        OUTER_FIRST,
+    )  # fmt: skip
+    centre, scale = _vector(mean, 0, c, C), _vector(rstd, 0, c, C)
+    slope = scale * _vector(vectors, GAMMA, c, C)
+    x_value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    y = (x_value * slope + (_vector(vectors, BETA, c, C) - centre * slope)).to(out.dtype.element_ty)
+    z = (x_value - centre) * scale
+    if BITS == 0:
+        tl.store(values + offset, z, mask=mask)
+        tl.store(values + outer.to(tl.int64) * C * inner + offset, y.to(tl.float32), mask=mask)
+    else:
+        _store_codes(values, vectors, z, y.to(tl.float32), byte_offset, byte_mask, mask, c, C, BITS, BLOCKS)
+    tl.store(out + offset, tl.where(y < 0, 0.0, y).to(out.dtype.element_ty) if RECTIFIED else y, mask=mask)
 
 
 @triton.jit(do_not_specialize=["outer", "packed_outer"])
@@ -240,6 +276,7 @@ def _input_grad(
     grad, out, values, vectors, scale, means, apart, C, outer, inner, packed_outer, packed_inner,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, OUTER_FIRST: tl.constexpr, PER_OUTER: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    RECTIFIED: tl.constexpr,
 ):  # fmt: skip
     """Write dX to out; the second of the means is `apart` from the first."""
     first, c = _place(C, POSITIONS, CHANNELS)
@@ -250,9 +287,13 @@ def _input_grad(
         first, byte_offset, byte_mask, o, i, c, C, outer, inner, packed_outer, packed_inner, BLOCKS, CHANNELS_LAST,
         OUTER_FIRST,
     )  # fmt: skip
-    dx = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32) * _vector(vectors, GAMMA, c, C)
-    if means is not None:
-        z, _ = _decoded(values, vectors, byte_offset, byte_mask, offset, mask, c, C, outer, inner, BITS, BLOCKS)
+    dy = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
+    if means is None:
+        dx = dy * _vector(vectors, GAMMA, c, C)
+    else:
+        z, y = _decoded(values, vectors, byte_offset, byte_mask, offset, mask, c, C, outer, inner, BITS, BLOCKS)
+        dy = tl.where(y <= 0, 0.0, dy) if RECTIFIED else dy
+        dx = dy * _vector(vectors, GAMMA, c, C)
         dx = dx - _broadcast(means, o, c, C, mask, PER_OUTER, PER_CHANNEL)
         dx = dx - z * _broadcast(means + apart, o, c, C, mask, PER_OUTER, PER_CHANNEL)
     dx = dx * _broadcast(scale, o, c, C, mask, PER_OUTER, PER_CHANNEL)

@@ -35,7 +35,7 @@ TINY_ROOT = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
 def _gradient_sums(
     grad, values, vectors, partial, C, outer, inner, packed_outer, packed_inner, parts, steps,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
-    CHANNELS_LAST: tl.constexpr, OUTER_FIRST: tl.constexpr, PER_SAMPLE: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, OUTER_FIRST: tl.constexpr, PER_SAMPLE: tl.constexpr, RECTIFIED: tl.constexpr,
 ):  # fmt: skip
     """Write sums of dY and dY z~ to partial [parts, 2, outer if PER_SAMPLE else 1, C], `steps` tiles per program."""
     across, program = tl.cdiv(C, CHANNELS), tl.program_id(0)
@@ -53,8 +53,9 @@ def _gradient_sums(
             first, byte_offset, byte_mask, o, i, c, C, outer, inner, packed_outer, packed_inner, BLOCKS, CHANNELS_LAST,
             OUTER_FIRST,
         )  # fmt: skip
-        z, _ = _decoded(values, vectors, byte_offset, byte_mask, offset, mask, c, C, outer, inner, BITS, BLOCKS)
+        z, y = _decoded(values, vectors, byte_offset, byte_mask, offset, mask, c, C, outer, inner, BITS, BLOCKS)
         dy = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.where(y <= 0, 0.0, dy) if RECTIFIED else dy
         sum_dy += dy
         sum_dy_z += tl.where(mask, z * dy, 0.0)
     of_blocks, of_blocks_z = tl.sum(sum_dy, axis=1), tl.sum(sum_dy_z, axis=1)

@@ -34,13 +34,14 @@ ORDERS = {
 }
 ANY_LAYOUT = [
     (triton_sums._channel_stats, {"ALONE": False}),
-    (triton_sums._gradient_sums, {"PER_SAMPLE": False}),
+    (triton_sums._gradient_sums, {"PER_SAMPLE": False, "RECTIFIED": True}),
     (triton_sums._row_means, {}),
     (triton_sums._grid_vectors, {"LEVELS": 16, "OF_RANGE": True, "CHANNELS": triton_any_layout.VECTOR_CHANNELS}),
     (triton_elements._encode, {}),
+    (triton_elements._normalise_encode, {"RECTIFIED": True}),
     (triton_elements._decode, {"FUNCTION": "gelu"}),
     (triton_elements._elementwise_grad, {"FUNCTION": "gelu_tanh"}),
-    (triton_elements._input_grad, {}),
+    (triton_elements._input_grad, {"RECTIFIED": True}),
 ]
 """Kernels of triton_any_layout.py, and constants that need registers."""
 ANY_LAYOUT_VARIANTS = [

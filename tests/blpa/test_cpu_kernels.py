@@ -10,12 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from blpa.codec import Codec
 from blpa.coded.tensors import Coded
 from blpa.kernels import any_layout, compute_dtype, cpu
 from blpa.kernels.any_layout import Elementwise
+from blpa.kernels.library import batch_stats_and_averages, rstd_of
 from blpa.kernels.order import Order
 
 CODECS = [Codec(8, "range"), Codec(4), Codec(2, 1.7)]
@@ -161,13 +163,12 @@ def test_sums_and_input_gradients(name: str, bits: int, dtype: torch.dtype, libr
     values = any_layout.encode(x, x, vectors, order, bits, None, None)
     # A sum of n terms: theirs rounded once each, and the result; the reference's, of fp32 terms, less exactly.
     unit = torch.finfo(vectors.dtype).eps
-    for per_sample in (False, True):
+    for per_sample, rectified in ((False, False), (False, True), (True, False), (True, True)):
+        of = {"per_sample": per_sample, "rectified": rectified}
         with poisoned():
-            found = library.gradient_sums(grad, values, vectors, order, bits, per_sample=per_sample)
-        wide = any_layout.gradient_sums(grad.double(), values, vectors.double(), order, bits, per_sample=per_sample)
-        sizes = any_layout.gradient_sums(
-            grad.double().abs(), values, vectors.double(), order, bits, per_sample=per_sample
-        )
+            found = library.gradient_sums(grad, values, vectors, order, bits, **of)
+        wide = any_layout.gradient_sums(grad.double(), values, vectors.double(), order, bits, **of)
+        sizes = any_layout.gradient_sums(grad.double().abs(), values, vectors.double(), order, bits, **of)
         largest = (vectors[2].abs() * codec.levels + vectors[3].abs()).double()
         bound = unit * 4 * sizes[0] * torch.stack((torch.ones_like(largest), largest)).unsqueeze(1) + unit
         assert ((found.double() - wide).abs() <= bound).all()
@@ -185,6 +186,40 @@ def test_sums_and_input_gradients(name: str, bits: int, dtype: torch.dtype, libr
             library.input_grad(grad, values, vectors, order, bits, scale, both, dx.fill_(torch.nan))
             any_layout.input_grad(grad, values, vectors, order, bits, scale, both, expected)
             assert torch.equal(dx, expected)
+        both = torch.stack((means, means - 1))
+        library.input_grad(grad, values, vectors, order, bits, scale, both, dx.fill_(torch.nan), rectified=True)
+        any_layout.input_grad(grad, values, vectors, order, bits, scale, both, expected, rectified=True)
+        assert torch.equal(dx, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(16, 24, 13, 17), (3, 7, 61, 31), (512, 40), (4, 9, 1000), (1, 3, 70, 80)], ids=str)
+def test_a_batch_norm_has_the_bits_of_pytorch_s(shape: tuple[int, ...], dtype: torch.dtype, library: Any) -> None:
+    """So whether the kernels serve a tensor is nowhere to be seen, and what follows PyTorch's is not affected."""
+    channels, view = shape[1], (1, shape[1], *(1,) * (len(shape) - 2))
+    generator = torch.Generator().manual_seed(len(shape))
+    gamma, beta, spread, middle = torch.randn(4, channels, generator=generator)
+    contiguous = (torch.randn(shape, generator=generator) * spread.view(view) + 2 * middle.view(view)).to(dtype)
+    layouts = [(contiguous, False)]
+    if len(shape) == 4:
+        layouts.append((contiguous.contiguous(memory_format=torch.channels_last), True))
+    for x, channels_last in layouts:
+        averages = torch.rand(2, channels, generator=generator)
+        expected_averages = averages.clone()
+        expected = F.batch_norm(x, *expected_averages, gamma, beta, training=True, momentum=0.3)
+        stats = batch_stats_and_averages(x, channels_last, True, *averages, 0.3)
+        assert torch.equal(averages, expected_averages)
+        mean, rstd = stats[0], rstd_of(stats, 1e-5)
+        order = Order.of(shape, 1, channels_last)
+        for bits in (8, 4, 2):
+            assert library.normalises_as_pytorch(order, bits, dtype)
+            vectors = any_layout.grid_vectors(stats, gamma, beta, mean, rstd, Codec(bits))
+            codes = any_layout.encode(x, expected, vectors, order, bits, mean.unsqueeze(0), rstd.unsqueeze(0))
+            y, a = torch.full_like(x, torch.nan), x.clone(memory_format=torch.preserve_format)
+            assert torch.equal(library.normalise_encode(x, vectors, order, bits, mean, rstd, False, y), codes)
+            assert torch.equal(library.normalise_encode(a, vectors, order, bits, mean, rstd, True, a), codes)
+            assert torch.equal(y, expected)
+            assert torch.equal(a, F.relu(expected))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

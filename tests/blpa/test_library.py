@@ -35,11 +35,13 @@ def calls(x: Tensor, channel: int, channels_last: bool, bits: int) -> dict[str, 
         "encode": (x, x, vectors, *layout, centre, scale),
         "decode": (values, vectors, x.shape, x.dtype, *layout, "", ()),
         "elementwise_grad": (x, values, vectors, *layout, "relu", ()),
-        "gradient_sums": (x, values, vectors, *layout, channel == 1),
-        "input_grad": (x, values, vectors, *layout, scale, None),
+        "gradient_sums": (x, values, vectors, *layout, channel == 1, True),
+        "input_grad": (x, values, vectors, *layout, scale, None, False),
     }
     if channel == x.dim() - 1:
         found["row_means"] = (x, values, vectors, bits)
+    if channel == 1:
+        found["batch_stats"] = (x, channels_last, bits == 8)
     if x.dim() == 4:
         mask = x > 0
         windows = (2, 3), (1, 2), (1, 0), (2, 1)

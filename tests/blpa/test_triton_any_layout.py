@@ -151,6 +151,15 @@ def assert_codes_are_the_references(name: str, bits: int, dtype: torch.dtype = t
     out = case.empty(DEVICE)
     triton_any_layout.decode(on.values, on.vectors, case.order, bits, None, out)
     assert_same(out, rounded(expected, dtype))
+    for rectify in (False, True):
+        mean, rstd = case.centre[0], case.scale[0]
+        of_norm = any_layout.normalise_encode(case.x, case.vectors, case.order, bits, mean, rstd, rectify, expected)
+        over = on.x.clone(memory_format=torch.preserve_format)
+        mean, rstd = mean.to(DEVICE), rstd.to(DEVICE)
+        found = triton_any_layout.normalise_encode(over, on.vectors, case.order, bits, mean, rstd, rectify, over)
+        assert_same(over, rounded(expected, dtype))
+        if bits or dtype == torch.float32:  # y itself is saved as rounded by the interpreter, where there are no codes
+            assert_same(found, of_norm)
 
 
 @all_bits
@@ -212,9 +221,10 @@ def assert_gradients_are_the_references(name: str, bits: int, dtype: torch.dtype
     case = Case.of(name, bits, dtype)
     on = case.moved()
     saved, on_saved = (case.values, case.vectors, case.order, bits), (on.values, on.vectors, case.order, bits)
-    for per_sample in (False, True):
-        expected = any_layout.gradient_sums(case.grad, *saved, per_sample=per_sample)
-        assert_near(triton_any_layout.gradient_sums(on.grad, *on_saved, per_sample=per_sample), expected)
+    for per_sample, rectified in ((False, False), (False, True), (True, False)):
+        of = {"per_sample": per_sample, "rectified": rectified}
+        expected = any_layout.gradient_sums(case.grad, *saved, **of)
+        assert_near(triton_any_layout.gradient_sums(on.grad, *on_saved, **of), expected)
     if case.order.inner == 1:
         assert_near(triton_any_layout.row_means(on.grad, *on_saved), any_layout.row_means(case.grad, *saved))
     means = torch.stack((case.centre, case.scale))
@@ -227,6 +237,9 @@ def assert_gradients_are_the_references(name: str, bits: int, dtype: torch.dtype
         moved = scale.to(DEVICE), None if some_means is None else some_means.to(DEVICE)
         triton_any_layout.input_grad(on.grad, *on_saved, *moved, out)
         assert_same(out, rounded(expected, dtype))
+    any_layout.input_grad(case.grad, *saved, case.scale, means, expected, rectified=True)
+    triton_any_layout.input_grad(on.grad, *on_saved, on.scale, means.to(DEVICE), out, rectified=True)
+    assert_same(out, rounded(expected, dtype))
 
 
 @all_bits
@@ -396,9 +409,10 @@ def test_a_batch_norm_takes_few_launches(channels_last: bool, monkeypatch: pytes
             triton_any_layout.encode(x, x, vectors, order, 4, scale, scale)
             triton_any_layout.gradient_sums(x, *saved, per_sample=False)
             triton_any_layout.input_grad(x, *saved, scale, vectors[:2, None], x)
-        expected = ["_channel_stats", "_grid_vectors", "_encode", "_gradient_sums", "_input_grad"]
+            triton_any_layout.normalise_encode(x, vectors, order, 4, scale[0], scale[0], True, x)
+        expected = ["_channel_stats", "_grid_vectors", "_encode", "_gradient_sums", "_input_grad", "_normalise_encode"]
         if is_shared:  # by several programs: a counter is set to zero, and partial sums are added
-            expected = ["aten::new_zeros", *expected[:4], "aten::sum", "_input_grad"]
+            expected = ["aten::new_zeros", *expected[:4], "aten::sum", *expected[4:]]
         assert launches.names == expected
 
 
