@@ -137,12 +137,24 @@ def _uses(kind: type[object]) -> dict[Any, list[_Use]]:
                 (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
             except (OSError, SyntaxError, TypeError, ValueError):
                 return {}
-            if isinstance(tree, ast.FunctionDef) and tree.args.args:
+            if not isinstance(tree, ast.FunctionDef) or (tree.name != "__init__" and _calls_by_loop(tree)):
+                return {}
+            if tree.args.args:
                 for key, use in _Reader(tree, function.__globals__).uses():
                     uses[key].append(use)
-            elif not isinstance(tree, ast.FunctionDef):
-                return {}
     return dict(uses)
+
+
+def _calls_by_loop(method: ast.FunctionDef) -> bool:
+    """Return whether a method may call modules that it does not name."""
+    for node in ast.walk(method):
+        if isinstance(node, ast.Attribute) and node.attr in ("children", "named_children", "_modules", "__dict__"):
+            return True
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "vars"):
+            owner = node.args[0] if node.args else None
+            if isinstance(owner, ast.Name) and method.args.args and owner.id == method.args.args[0].arg:
+                return True
+    return False
 
 
 class _Reader:
