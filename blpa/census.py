@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from blpa.coded.fusion import Listening
 from blpa.coded.mode import THREAD
 from blpa.convert import policy_of, set_policies
 from blpa.memory import TEMPORARY, LiveBytes
@@ -52,13 +51,10 @@ def count_step(model: nn.Module, arguments: Any, is_coded: bool) -> tuple[Bytes,
     policies = {module: policy_of(module) for module in model.modules()}
     if not is_coded:
         set_policies(model, dict.fromkeys(policies))
-    counter = _Counter()
+    counter = _Counter({module: name for name, module in model.named_modules()})
     recorder = counter.recorder
     counter.ignore([*tensors_in(arguments), *model.parameters(), *model.buffers()])
     handles: list[Any] = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(Listening(recorder.entered, name), prepend=True))
-        handles.append(module.register_forward_hook(Listening(recorder.left), always_call=True))
     for parameter in model.parameters():
         if parameter.requires_grad:
             mark = parameter.register_post_accumulate_grad_hook(
@@ -136,8 +132,9 @@ class _LikeCuda(TorchFunctionMode):
 class _Recorder:
     """Hear what a network saves, and which module and function runs (blpa.coded.mode.Listener)."""
 
-    def __init__(self, counter: LiveBytes) -> None:
+    def __init__(self, counter: LiveBytes, names: dict[nn.Module, str]) -> None:
         self.counter = counter
+        self.names = names
         self.modules: list[str] = []
         self.calls: Counter[tuple[str, str]] = Counter()
         self.caller = "", "", 0
@@ -148,12 +145,12 @@ class _Recorder:
         """Name of the module that runs."""
         return self.modules[-1] if self.modules else ""
 
-    def entered(self, name: str, *_: Any) -> None:
-        """Hear that a module's forward begins."""
-        self.modules.append(name)
+    def entered(self, module: nn.Module) -> None:
+        """See Listener."""
+        self.modules.append(self.names.get(module, ""))
 
-    def left(self, *_: Any) -> None:
-        """Hear that the innermost forward has ended."""
+    def left(self) -> None:
+        """See Listener."""
         self.modules.pop()
 
     def called(self, function: Any) -> None:
@@ -185,9 +182,9 @@ class _Recorder:
 class _Counter(LiveBytes):
     """Count live bytes by kind, where a temporary's kind is the module that runs and the shape."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: dict[nn.Module, str]) -> None:
         super().__init__()
-        self.recorder = _Recorder(self)
+        self.recorder = _Recorder(self, names)
         self.tensor_bytes: dict[str, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -26,7 +26,6 @@ from torch.utils._pytree import tree_leaves
 from blpa import layers as own_layers
 from blpa.codec import ALLOWED_BITS, Codec
 from blpa.coded import FUNCTIONS, MODULES, TRACED_FUNCTIONS, Coding, Policy
-from blpa.coded.fusion import fusion_of
 from blpa.coded.mode import EIGHT_BITS, THREAD, current_mode
 
 DEFAULT_CODECS = {8: Codec(8, "range"), 4: Codec(4, 3.0), 2: Codec(2, 1.7)}
@@ -46,6 +45,8 @@ def convert(
     others: Literal[8] | None = None,
 ) -> Model:
     """Save the activations of a network as codes for the backward pass; outputs and statistics stay the same bits.
+
+    On a GPU a batch norm that computes its ReLU too (coded/fusion.py) has PyTorch's values but for rounding.
 
     Args:
         model: any network, changed in place; a converted one gets the new settings.
@@ -195,12 +196,12 @@ def _run(
     _check_transforms()
     mode = current_mode()
     if mode is not None:
-        before = mode.policy, mode.module, mode.fusion
+        before = mode.policy
         _enter(mode, module, policy)
         try:
             return forward(*args, **kwargs)
         finally:
-            mode.policy, mode.module, mode.fusion = before
+            _leave(mode, before)
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     if not any(tensor.requires_grad for tensor in (*module.parameters(), *inputs)):
         return forward(*args, **kwargs)
@@ -210,14 +211,15 @@ def _run(
         mode = Coding(TRACED_FUNCTIONS, policy, held, is_traced=True)
         return _run_traced(mode, functools.partial(forward, *args, **kwargs))
     mode = Coding(FUNCTIONS, policy, [*module.parameters(), *module.buffers(), *held], THREAD.listener)
-    _enter(mode, module, policy)
     THREAD.mode = mode
+    _enter(mode, module, policy)
     output = None
     try:
         with mode:
             output = forward(*args, **kwargs)
     finally:
         THREAD.mode = None
+        _leave(mode, None)
         passed_on = [] if is_root else [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
         mode.tags.remove_all(but=passed_on)
     if is_root and policy and not mode.coded_calls:
@@ -228,8 +230,15 @@ def _run(
 def _enter(mode: Coding, module: nn.Module, policy: Policy | None) -> None:
     """Note that the forward of a module begins."""
     mode.policy = policy
-    if not mode.is_traced:
-        mode.fusion, mode.module = fusion_of(module, mode.module), module
+    if mode.listener is not None:
+        mode.listener.entered(module)
+
+
+def _leave(mode: Coding, policy: Policy | None) -> None:
+    """Note that it has ended, and return to the policy before."""
+    mode.policy = policy
+    if mode.listener is not None:
+        mode.listener.left()
 
 
 def _run_traced(mode: Coding, forward: Callable[[], Any]) -> Any:

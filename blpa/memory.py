@@ -56,6 +56,8 @@ class LiveBytes(TorchDispatchMode):
         timeline: live_bytes after each operation.
     """
 
+    only_counts = True  # and keeps no tensor
+
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)
         self.live_bytes = 0

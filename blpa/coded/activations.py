@@ -111,8 +111,6 @@ def _copied(coding: Coding, y: Tensor, a: Tensor) -> Tensor:
 
 def relu(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
     """Coded torch.nn.functional.relu and torch.relu."""
-    if coding.rectified is not None and coding.rectified() is input:
-        return input  # the batch norm before it has computed it
     return _activation(
         coding, input, lambda y, inplace: torch.relu_(y) if inplace else torch.relu(y), Elementwise("relu"), inplace
     )

@@ -1,35 +1,52 @@
-"""Which batch norms compute their ReLU too, or write over their input: those where the source of the program proves it.
+"""Which batch norms compute their ReLU too, or write over their input: those where the running program proves it.
 
     out = self.relu(self.bn(self.conv(x)))        out = self.conv(x)
                                                   out = self.bn(out)
                                                   out = self.relu(out)
 
 In both forms nobody but the ReLU can read what the batch norm returns, and nobody but the batch norm what the
-convolution returns, whatever else the program does. So one pass over memory normalises, rectifies and encodes, and may
-write where it reads. Neighbours in an nn.Sequential are as good. Any other use of a module, a hook, or source that
-cannot be read, and nothing is fused.
+convolution returns. So one pass over memory normalises, rectifies and encodes, and may write where it reads.
 
-A class is read once. Tracing the program in its place would prove it for the branches that a trial takes, and not for
-the others.
+The proof is of one call in one function that runs: the code object tells the place in its source, whatever the modules
+are called there; the source must compile to that code; a variable must be the function's own, be read by the next
+statement alone, and then end or be bound anew. Between that call and the batch norm there may be nothing but PyTorch's
+own functions, so no hook. Neighbours in an nn.Sequential are as good. Where anything else is found, nothing is fused.
+
+Tracing the program in place of reading it would prove this for the branches that a trial takes, and not for the others.
 """
 
 import ast
 import functools
-import inspect
 import itertools
-import textwrap
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+import linecache
+import types
+import weakref
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 RELUS = F.relu, F.relu_, torch.relu, torch.relu_
-BATCH_NORMS = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
-CONVOLUTIONS = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_RELU_FORWARD = nn.ReLU.forward
+_SEQUENTIAL: types.CodeType = nn.Sequential.forward.__code__
+_PASSING_ON = {
+    function.__code__
+    for function in (
+        F.batch_norm, torch.overrides.handle_torch_function, _BatchNorm.forward, nn.Module._call_impl,
+        nn.Module._wrapped_call_impl,
+        *(getattr(kind, name) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) for name in ("forward", "_conv_forward")),
+    )
+}  # fmt: skip
+"""Functions that return what they call returns, and keep none of it. That of modules with hooks is not among them."""
+_OWN = ("blpa.coded.", "blpa.convert")
+
+Position = tuple[int | None, int | None, int | None, int | None]
+"""Of an expression: first and last line, first and last column."""
 
 
 class Fusion(NamedTuple):
@@ -44,219 +61,223 @@ class Fusion(NamedTuple):
 NONE = Fusion()
 
 
-class Listening(functools.partial[Any]):
-    """A hook of a module that reads no tensor, so that it is in nobody's way."""
+class Place(NamedTuple):
+    """A call in a function that runs."""
+
+    frame: int
+    code: types.CodeType
+    instruction: int
+
+    @property
+    def position(self) -> Position:
+        """Where the call is in the source."""
+        return _positions(self.code)[self.instruction // 2]
 
 
-class _Use(NamedTuple):
-    """A call in a class: the calls whose value it reads, and that read its value; None if others may."""
+class Output(NamedTuple):
+    """The last output of a convolution, and the call that has returned it."""
 
-    argument: Any
-    reader: Any
+    tensor: "weakref.ref[Tensor]"
+    place: Place
 
 
-def fusion_of(module: nn.Module, parent: nn.Module | None) -> Fusion:
-    """Return what the batch norm that a module calls may do.
+def caller_of(frame: types.FrameType | None) -> types.FrameType | None:
+    """Return the frame of the program that called PyTorch's function or module, from a frame of its handler."""
+    while frame is not None and (
+        frame.f_code in _PASSING_ON or frame.f_globals.get("__name__", "").startswith(_OWN)
+    ):  # fmt: skip
+        frame = frame.f_back
+    return frame
+
+
+def output_of(frame: types.FrameType | None, tensor: Tensor) -> Output | None:
+    """Note the output of a convolution that a frame of the program has called."""
+    return None if frame is None else Output(weakref.ref(tensor), _place(frame))
+
+
+def fusion_of(frame: types.FrameType | None, x: Tensor, convolved: Output | None) -> Fusion:
+    """Return what a batch norm of x may do, which a frame of the program has called.
 
     Args:
-        module: whose forward runs.
-        parent: the module whose forward calls it, if any.
+        frame: from `caller_of`.
+        x: input of the batch norm.
+        convolved: the last output of a convolution, if any.
     """
-    kind = stock_class(module)
-    if kind not in BATCH_NORMS:
-        own = _uses(kind).get(F.batch_norm, [])  # type: ignore[arg-type]
-        return Fusion(bool(own) and all(_is_relu(module, use.reader) for use in own))
-    if parent is None or _has_hooks(module):
+    if frame is None:
         return NONE
-    before, after = _neighbours(parent, module)
-    if before is None:
+    if convolved is not None and (convolved.tensor() is not x or _is_observed()):
+        convolved = None
+    place = _place(frame)
+    if convolved is not None and (convolved.place.frame, convolved.place.code) != (place.frame, place.code):
+        convolved = None
+    if place.code is _SEQUENTIAL:
+        return Fusion(_is_relu_next(frame.f_locals["self"], frame.f_locals.get("module")), convolved is not None)
+    function = _function(place.code)
+    call = None if function is None else function.calls.get(place.position)
+    if function is None or call is None:
         return NONE
-    is_rectified = all(_is_relu(parent, reader) for reader in after)
-    return Fusion(is_rectified, all(_is(CONVOLUTIONS, parent, argument) for argument in before))
+    producer = function.producers.get(call)
+    is_proven = convolved is not None and producer is not None and _position(producer) == convolved.place.position
+    return Fusion(_is_read_by_relu(function, frame, call), is_proven)
 
 
-def stock_class(module: nn.Module) -> type[nn.Module]:
-    """Return a module's own class, converted or not."""
-    found: type[nn.Module] = getattr(type(module), "_blpa_stock", type(module))
-    return found
+def _place(frame: types.FrameType) -> Place:
+    return Place(id(frame), frame.f_code, frame.f_lasti)
 
 
-def _neighbours(parent: nn.Module, module: nn.Module) -> tuple[Sequence[Any] | None, Sequence[Any]]:
-    """Return whose values a module inside `parent` reads, and who reads its own; None and nothing if unknown."""
-    names = [name for name, inside in parent._modules.items() if inside is module]
-    if len(names) != 1:
-        return None, ()
-    kind = stock_class(parent)
-    if kind.forward is nn.Sequential.forward:
-        inside = [None, *parent._modules, None]
-        place = inside.index(names[0])
-        return [inside[place - 1]], [inside[place + 1]]
-    uses = _uses(kind).get(names[0])  # type: ignore[arg-type]
-    return ([use.argument for use in uses], [use.reader for use in uses]) if uses else (None, ())
+def _is_observed() -> bool:
+    """Return whether a mode of PyTorch's may have kept a tensor; one that only counts has not."""
+    return not all(getattr(mode, "only_counts", False) for mode in _get_current_dispatch_mode_stack())
 
 
-def _is(kinds: Sequence[type[nn.Module]], parent: nn.Module, name: Any) -> bool:
-    """Return whether a module inside `parent` is exactly of these classes, and has no hooks."""
-    found = parent._modules.get(name) if isinstance(name, str) else None
-    return found is not None and stock_class(found) in kinds and not _has_hooks(found)
+def _is_usual(module: Any, kind: type[nn.Module]) -> bool:
+    """Return whether a module is exactly of a class, converted or not, has no hooks, and its class's forward."""
+    if not isinstance(module, nn.Module) or getattr(type(module), "_blpa_stock", type(module)) is not kind:
+        return False
+    return "forward" not in vars(module) and not any(
+        getattr(where, f"{prefix}_{hooks}_hooks")
+        for where, prefix in ((module, ""), (hooks_of_all, "_global"))
+        for hooks in ("forward", "forward_pre", "backward", "backward_pre")
+    )
 
 
-def _is_relu(parent: nn.Module, reader: Any) -> bool:
-    """Return whether a reader is a ReLU, perhaps behind modules that return their argument."""
-    if _is((nn.Identity,), parent, reader):
-        _, after = _neighbours(parent, parent._modules[reader])  # type: ignore[arg-type]
-        return bool(after) and all(_is_relu(parent, one) for one in after)
-    return reader in RELUS or _is((nn.ReLU,), parent, reader)
+def _is_relu(called: Any) -> bool:
+    """Return whether what is called is PyTorch's ReLU, and nobody has replaced that."""
+    if F.relu is not RELUS[0] or nn.ReLU.forward is not _RELU_FORWARD:
+        return False
+    return any(called is function for function in RELUS) or _is_usual(called, nn.ReLU)
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    """Return whether hooks may read what goes into or comes out of a module."""
-    for where, prefix in ((module, ""), (hooks_of_all, "_global")):
-        for kind in ("forward", "forward_pre", "backward", "backward_pre"):
-            hooks = getattr(where, f"{prefix}_{kind}_hooks")
-            if hooks and not all(isinstance(hook, Listening) for hook in hooks.values()):
-                return True
-    return False
+def _is_relu_next(sequential: nn.Sequential, module: Any) -> bool:
+    """Return whether a ReLU follows a module in an nn.Sequential, perhaps after some nn.Identity."""
+    kind = getattr(type(sequential), "_blpa_stock", type(sequential))
+    modules = list(sequential._modules.values())
+    places = [k for k, inside in enumerate(modules) if inside is module]
+    if kind.__iter__ is not nn.Sequential.__iter__ or len(places) != 1:
+        return False
+    after = modules[places[0] + 1 :]
+    return _is_relu(next((one for one in after if not _is_usual(one, nn.Identity)), None))
+
+
+def _is_read_by_relu(function: "_Function", frame: types.FrameType, call: ast.Call) -> bool:
+    """Return whether a ReLU alone reads the value of a call, perhaps after some nn.Identity."""
+    reader = function.reader(call)
+    if reader is None:
+        return False
+    called = _called(frame, reader.func)
+    return _is_read_by_relu(function, frame, reader) if _is_usual(called, nn.Identity) else _is_relu(called)
+
+
+def _called(frame: types.FrameType, expression: ast.expr) -> Any:
+    """Return what a dotted name stands for in a frame, if finding it runs none of the program's own code; else None."""
+    code = frame.f_code
+    if isinstance(expression, ast.Name):
+        if expression.id in code.co_varnames:
+            return None if expression.id in code.co_cellvars else frame.f_locals.get(expression.id)
+        return None if expression.id in code.co_freevars else frame.f_globals.get(expression.id)
+    if not isinstance(expression, ast.Attribute):
+        return None
+    owner, name = _called(frame, expression.value), expression.attr
+    if isinstance(owner, types.ModuleType):
+        return vars(owner).get(name)
+    if not isinstance(owner, nn.Module) or name in vars(owner):
+        return None
+    found_first = any(name in vars(base) for base in type(owner).__mro__)
+    is_plain = type(owner).__getattr__ is nn.Module.__getattr__ and (
+        type(owner).__getattribute__ is object.__getattribute__
+    )
+    return owner._modules.get(name) if is_plain and not found_first else None
 
 
 # ---- reading source
 
 
-@functools.cache
-def _uses(kind: type[object]) -> dict[Any, list[_Use]]:
-    """Return the uses, in the source of a class, of the modules `self.name` by name, and of functions."""
-    uses: defaultdict[Any, list[_Use]] = defaultdict(list)
-    for base in kind.__mro__:
-        if base.__module__.split(".")[0] == "torch" or base is object:
-            continue
-        for method in vars(base).values():
-            function = inspect.unwrap(getattr(method, "__func__", method)) if callable(method) else None
-            if not inspect.isfunction(function):
-                continue
-            try:
-                (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-            except (OSError, SyntaxError, TypeError, ValueError):
-                return {}
-            if not isinstance(tree, ast.FunctionDef) or (tree.name != "__init__" and _calls_by_loop(tree)):
-                return {}
-            if tree.args.args:
-                for key, use in _Reader(tree, function.__globals__).uses():
-                    uses[key].append(use)
-    return dict(uses)
+@functools.lru_cache(maxsize=4096)
+def _positions(code: types.CodeType) -> tuple[Position, ...]:
+    return tuple(code.co_positions())
 
 
-def _calls_by_loop(method: ast.FunctionDef) -> bool:
-    """Return whether a method may call modules that it does not name."""
-    for node in ast.walk(method):
-        if isinstance(node, ast.Attribute) and node.attr in ("children", "named_children", "_modules", "__dict__"):
-            return True
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("getattr", "vars"):
-            owner = node.args[0] if node.args else None
-            if isinstance(owner, ast.Name) and method.args.args and owner.id == method.args.args[0].arg:
-                return True
-    return False
+def _position(call: ast.Call) -> Position:
+    return call.lineno, call.end_lineno, call.col_offset, call.end_col_offset
 
 
-class _Reader:
-    """Find out whose values go where in a method."""
+class _Function:
+    """Whose value goes where in a function.
 
-    def __init__(self, method: ast.FunctionDef, names: dict[str, Any]) -> None:
-        self.method, self.names = method, names
-        self.me = method.args.args[0].arg
-        self.parents = {child: node for node in ast.walk(method) for child in ast.iter_child_nodes(node)}
+    Attributes:
+        calls: by their position.
+        producers: the call whose value a call is the only one to read.
+    """
+
+    def __init__(self, tree: ast.FunctionDef, code: types.CodeType) -> None:
+        self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        self.own = set(code.co_varnames) - set(code.co_cellvars)
         self.next: dict[ast.AST, ast.stmt] = {}
-        for node in ast.walk(method):
+        for node in ast.walk(tree):
             for _, field in ast.iter_fields(node):
                 if isinstance(field, list) and field and isinstance(field[0], ast.stmt):
                     self.next.update(itertools.pairwise(field))
-        inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Lambda, ast.Global, ast.Nonlocal)
-        self.shared = {
-            name
-            for node in ast.walk(method)
-            if isinstance(node, inner) and node is not method
-            for name in _names_in(node)
-        }
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        self.calls = {_position(call): call for call in calls}
+        self.producers = {reader: call for call in calls if (reader := self.reader(call)) is not None}
 
-    def uses(self) -> Iterator[tuple[Any, _Use]]:
-        """Yield a key and use of each call, and of each other mention of a module."""
-        arguments: dict[ast.AST, Any] = {}
-        readers: dict[ast.AST, Any] = {}
-        calls = [node for node in ast.walk(self.method) if isinstance(node, ast.Call)]
-        for call in calls:
-            reader = self._reader(call)
-            if reader is not None:
-                readers[call], arguments[reader] = self._key(reader.func), self._key(call.func)
-        for call in calls:
-            key = self._key(call.func)
-            if isinstance(key, str) or key is F.batch_norm:
-                yield key, _Use(arguments.get(call), readers.get(call))
-        for node in ast.walk(self.method):
-            if isinstance(node, ast.Attribute) and self._is_me(node.value) and not self._is_harmless(node):
-                yield node.attr, _Use(None, None)
-
-    def _reader(self, call: ast.Call) -> ast.Call | None:
-        """Return the call that alone reads a call's value: at once, or by a variable that it takes next."""
+    def reader(self, call: ast.Call) -> ast.Call | None:
+        """Return the call that alone reads a call's value, as its first argument; None if there is no proof."""
         parent = self.parents[call]
         if isinstance(parent, ast.Call):
-            return parent if _is_first(parent, call) else None
-        if not isinstance(parent, ast.Assign) or len(parent.targets) != 1 or parent.value is not call:
+            return parent if parent.args[:1] == [call] else None
+        then = self.next.get(parent)
+        if not isinstance(parent, ast.Assign) or then is None or len(parent.targets) != 1:
             return None
-        (target,), then = parent.targets, self.next.get(parent)
-        if not isinstance(target, ast.Name) or target.id in self.shared:
+        target = parent.targets[0]
+        if not isinstance(target, ast.Name) or target.id not in self.own or not self._ends(target.id, then):
             return None
-        if not isinstance(then, ast.Return) and not (
-            isinstance(then, ast.Assign)
-            and [one.id for one in then.targets if isinstance(one, ast.Name)] == [target.id]
-            and len(then.targets) == 1
-        ):
+        read = [node for node in ast.walk(then) if isinstance(node, ast.Name) and node.id == target.id]
+        read = [node for node in read if isinstance(node.ctx, ast.Load)]
+        reader = self.parents[read[0]] if len(read) == 1 else None
+        if not isinstance(reader, ast.Call) or reader.args[:1] != read:
             return None
-        reads = [node for node in ast.walk(then) if isinstance(node, ast.Name) and node.id == target.id]
-        reads = [node for node in reads if isinstance(node.ctx, ast.Load)]
-        if len(reads) != 1:
-            return None
-        reader = self.parents[reads[0]]
-        return reader if isinstance(reader, ast.Call) and _is_first(reader, reads[0]) else None
+        again = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.Lambda
+        return None if any(isinstance(node, again) for node in self._around(reader)) else reader
 
-    def _key(self, function: ast.expr) -> Any:
-        """Return the name of a module `self.name`, or the function that a dotted name stands for."""
-        if isinstance(function, ast.Attribute):
-            if self._is_me(function.value):
-                return function.attr
-            owner = self._key(function.value)
-            return None if owner is None or isinstance(owner, str) else getattr(owner, function.attr, None)
-        is_global = isinstance(function, ast.Name) and function.id not in _assigned(self.method)
-        return self.names.get(function.id) if is_global else None  # type: ignore[attr-defined]
+    def _ends(self, name: str, statement: ast.stmt) -> bool:
+        """Return whether nobody reads a variable's value after a statement."""
+        if isinstance(statement, ast.Return):
+            return not any(isinstance(node, ast.Try | ast.TryStar) for node in self._around(statement))
+        is_bound = isinstance(statement, ast.Assign) and len(statement.targets) == 1
+        target = statement.targets[0] if is_bound else None  # type: ignore[attr-defined]
+        return isinstance(target, ast.Name) and target.id == name
 
-    def _is_me(self, node: ast.AST) -> bool:
-        return isinstance(node, ast.Name) and node.id == self.me
-
-    def _is_harmless(self, node: ast.Attribute) -> bool:
-        """Return whether a mention of `self.name` leaves its calls as they are: an attribute of it, a test, a call."""
-        parent = self.parents[node]
-        if isinstance(node.ctx, ast.Store):
-            return True
-        if isinstance(parent, ast.Call) and parent.func is node:
-            return True
-        if isinstance(parent, ast.Attribute):
-            return parent.attr not in ("forward", "__call__", "modules", "children")
-        return isinstance(parent, ast.Compare | ast.If | ast.IfExp | ast.BoolOp | ast.UnaryOp)
+    def _around(self, node: ast.AST) -> Iterator[ast.AST]:
+        while node in self.parents:
+            node = self.parents[node]
+            yield node
 
 
-def _is_first(call: ast.Call, argument: ast.expr) -> bool:
-    """Return whether an argument is the first of a call, and the others hold no calls."""
-    if not call.args or call.args[0] is not argument:
-        return False
-    others = [*call.args[1:], *(keyword.value for keyword in call.keywords)]
-    return not any(isinstance(node, ast.Call | ast.Starred) for other in others for node in ast.walk(other))
+@functools.lru_cache(maxsize=4096)
+def _function(code: types.CodeType) -> _Function | None:
+    """Read the source of a function; None unless it is there, and is what was compiled."""
+    found = _functions(code.co_filename, "".join(linecache.getlines(code.co_filename))).get(code)
+    return None if found is None else _Function(found, code)
 
 
-def _names_in(node: ast.AST) -> set[str]:
-    named = {one.id for one in ast.walk(node) if isinstance(one, ast.Name)}
-    return named | set(node.names if isinstance(node, ast.Global | ast.Nonlocal) else ())
-
-
-def _assigned(method: ast.FunctionDef) -> set[str]:
-    arguments = {one.arg for one in ast.walk(method.args) if isinstance(one, ast.arg)}
-    return arguments | {
-        node.id for node in ast.walk(method) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+@functools.lru_cache(maxsize=64)
+def _functions(filename: str, source: str) -> dict[types.CodeType, ast.FunctionDef]:
+    """Return the functions in a file by what they compile to."""
+    try:
+        tree = ast.parse(source, filename)
+        compiled = compile(tree, filename, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError, RecursionError):
+        return {}
+    by_place = {
+        (node.name, min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])): node
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
     }
+    found, codes = {}, [compiled]
+    for code in codes:  # grows
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+        node = by_place.get((code.co_name, code.co_firstlineno))
+        if node is not None:
+            found[code] = node
+    return found

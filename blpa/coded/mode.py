@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from blpa.codec import Codec
-from blpa.coded.fusion import NONE
+from blpa.coded.fusion import RELUS, Output
 from blpa.coded.tags import Tags
 from blpa.coded.tensors import Coded, Saved, is_worth_a_code
 
@@ -46,6 +46,12 @@ class Policy:
 class Listener(Protocol):
     """Who counts what a network saves."""
 
+    def entered(self, module: nn.Module) -> None:
+        """Hear that the forward of a converted module begins."""
+
+    def left(self) -> None:
+        """Hear that the innermost has ended."""
+
     def called(self, function: Any) -> None:
         """Hear that the network calls a function."""
 
@@ -65,9 +71,8 @@ class Coding(TorchFunctionMode):
 
     Attributes:
         coded_calls: number of calls to coded versions that saved codes.
-        module: the innermost converted module whose forward runs.
-        fusion: what the batch norm that it calls may do.
-        rectified: the last output of a batch norm that is rectified already.
+        convolved: the last output of a convolution.
+        rectified: the output of a batch norm that has computed its ReLU too, for which the next call is.
         is_traced: whether a compiler traces the forward pass.
     """
 
@@ -86,8 +91,7 @@ class Coding(TorchFunctionMode):
         self.policy = policy
         self.coded_calls = 0
         self.is_traced = is_traced
-        self.module: nn.Module | None = None
-        self.fusion = NONE
+        self.convolved: Output | None = None
         self.rectified: weakref.ref[Tensor] | None = None
         self.tags = Tags(is_traced)
         # Their addresses, which stay theirs as long as the forward pass runs; a compiler knows no addresses.
@@ -104,15 +108,18 @@ class Coding(TorchFunctionMode):
                 return COMPOSITES[func](*args, **kwargs)
         if self.listener is not None:
             self.listener.called(func)
+        rectified, self.rectified = self.rectified, None
+        if rectified is not None and func in RELUS and args and args[0] is rectified():
+            return args[0]
         if not self.is_coding:
             return func(*args, **kwargs)
         handler = self.handlers.get(func)
         result = NotImplemented if handler is None else self._handled(handler, func, args, kwargs)
         if result is not NotImplemented:
             return result
-        assert self.policy is not None
-        if self.policy.others is None:
+        if self.saves_others_exactly:
             return func(*args, **kwargs)
+        assert self.policy is not None and self.policy.others is not None
         return call_coding_saved_tensors(self, self.policy.others, func, args, kwargs, _is_finite)
 
     def _handled(self, handler: Handler, func: Any, args: Any, kwargs: Any) -> Any:
@@ -136,6 +143,11 @@ class Coding(TorchFunctionMode):
         """Codec of the policy."""
         assert self.policy is not None
         return self.policy.codec
+
+    @property
+    def saves_others_exactly(self) -> bool:
+        """Whether functions without a coded version save what they always save."""
+        return self.policy is None or self.policy.others is None
 
     def is_held(self, tensor: Tensor) -> bool:
         """Return whether a tensor is in memory anyway: a weight, a buffer, an input of the network or a view of one."""

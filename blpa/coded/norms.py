@@ -8,6 +8,7 @@ pass is PyTorch's own; the statistics are computed a second time for the codes. 
 the sign of y, for the activation and the convolutions after it.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, cast
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from blpa.coded.fusion import Fusion, caller_of, fusion_of
 from blpa.coded.mode import Coding, is_recording, may_overwrite
 from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Coded, Layout, channels_last_format, is_worth_a_code, load, not_a_view, save
@@ -186,8 +188,11 @@ def batch_norm(
         return result
 
     layout = Layout.of(input, 1, coding.codec)
-    if training and _is_ours(coding, layout, input, weight, bias, running_mean, running_var):
-        return _batch_norm(coding, layout, input, weight, bias, running_mean, running_var, momentum, eps)
+    if training and eps > 0 and not coding.is_traced and _is_usual(input, weight, bias, running_mean, running_var):
+        fusion = fusion_of(caller_of(sys._getframe(1)), input, coding.convolved)
+        if _is_ours(layout, input, fusion):
+            averages = running_mean, running_var, momentum
+            return _batch_norm(coding, layout, input, weight, bias, averages, eps, fusion)
     dtype = compute_dtype(input.dtype)
     if training or running_mean is None or running_var is None:
         centre = scale = None
@@ -208,39 +213,43 @@ def batch_norm(
     return coded_norm(coding, layout, input, weight, bias, call, normalise, Means(constant=centre is not None))
 
 
-def _is_ours(coding: Coding, layout: Layout, x: Tensor, *vectors: Tensor | None) -> bool:
-    """Return whether a batch norm is computed here, in one pass with its codes and the ReLU that reads it alone.
-
-    On a CPU that has the bits of PyTorch's own. On a GPU it has not, so it takes the place of two of PyTorch's kernels
-    or of none.
-    """
-    given = [vector for vector in vectors if vector is not None]
-    is_usual = given and all(one.shape == x.shape[1:2] and one.dtype == compute_dtype(x.dtype) for one in given)
-    is_dense = x.is_contiguous() or channels_last_format(x) is not None
-    if coding.is_traced or not is_usual or not is_dense or x.dtype == torch.float64:
+def _is_usual(
+    x: Tensor, gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
+) -> bool:
+    """Return whether a batch norm has arguments that PyTorch takes, for which it has one formula."""
+    given = [vector for vector in (gamma, beta, running_mean, running_var) if vector is not None]
+    if not given or (running_mean is None) != (running_var is None) or x.dtype == torch.float64:
         return False
+    is_dense = x.is_contiguous() or channels_last_format(x) is not None
+    return is_dense and all(one.shape == x.shape[1:2] and one.dtype == compute_dtype(x.dtype) for one in given)
+
+
+def _is_ours(layout: Layout, x: Tensor, fusion: Fusion) -> bool:
+    """Return whether a batch norm is computed here, in one pass with its codes.
+
+    On a CPU it has the bits of PyTorch's own. On a GPU it has not, and it takes the place of two of PyTorch's kernels.
+    """
     if x.is_cpu:
         return cpu.normalises_as_pytorch(Order.of(x.shape, 1, layout.channels_last), layout.bits, x.dtype)
-    return x.is_meta or (x.is_cuda and coding.fusion.rectify)
+    return x.is_meta or (x.is_cuda and fusion.rectify)
 
 
 def _batch_norm(
     coding: Coding, layout: Layout, x: Tensor, gamma: Tensor | None, beta: Tensor | None,
-    running_mean: Tensor | None, running_var: Tensor | None, momentum: float, eps: float,
+    averages: tuple[Tensor | None, Tensor | None, float], eps: float, fusion: Fusion,
 ) -> Tensor:  # fmt: skip
-    """Compute a batch norm in training: relu(y) for y where a ReLU alone reads y, over x where nothing else reads x."""
-    rectify, overwrite = coding.fusion.rectify, coding.fusion.overwrite and may_overwrite(x)
+    """Compute a batch norm in training, from running mean, variance and momentum, and what it may do beside."""
+    rectify, overwrite = fusion.rectify, fusion.overwrite and may_overwrite(x)
 
     def compute(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Normalised:
-        stats = batch_stats_and_averages(
-            x, layout.channels_last, layout.uses_range, running_mean, running_var, momentum
-        )
+        stats = batch_stats_and_averages(x, layout.channels_last, layout.uses_range, *averages)
         mean, rstd = stats[0], rstd_of(stats, eps)
         vectors = layout.vectors(stats, *_affine(x, layout, gamma, beta), mean, rstd)
         out = x if overwrite else torch.empty_like(x)
         values = normalise_encode(x, vectors, layout.channels_last, layout.bits, mean, rstd, rectify, out)
         return Normalised(out, Coded(values, vectors, layout), rstd.unsqueeze(0), rectify)
 
+    coding.convolved = None
     y = _tagged(coding, layout, x, gamma, beta, compute, Means())
     if not rectify:
         return y

@@ -6,12 +6,14 @@ So the error of a code stays in the gradient of the layer's own weight, and reac
 nothing of the input is saved; PyTorch's convolution saves it all the same.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from blpa.coded.fusion import caller_of, output_of
 from blpa.coded.mode import Coding, is_recording
 from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Saved, load, not_a_view, save, shape_only
@@ -169,9 +171,14 @@ def _conv(
     if not is_recording(a, weight, bias) or a.dim() != weight.dim():
         return NotImplemented
     saved = coding.saved_of(a, 1) if weight.requires_grad else None
-    if saved is None and weight.requires_grad:
+    if saved is not None or not weight.requires_grad:
+        out = _Conv.apply(a, weight, bias, saved, options, lambda a, weight, bias: function(a, weight, bias, *others))
+    elif coding.saves_others_exactly:
+        out = function(a, weight, bias, *others)
+    else:
         return NotImplemented
-    out = _Conv.apply(a, weight, bias, saved, options, lambda a, weight, bias: function(a, weight, bias, *others))
+    if not coding.is_traced:
+        coding.convolved = output_of(caller_of(sys._getframe(1)), out)
     return coding.tag(out, None, 1)
 
 

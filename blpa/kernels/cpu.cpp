@@ -399,18 +399,30 @@ void multiply(const T* da, const T* derivative, int64_t size, T* dy) {
   }
 }
 
+// Of each channel a number that is less than the codes of positive y; y is NaN for all codes or for none.
+template <class T>
+std::vector<T> edges_of(const Layout& layout, const Vectors<T>& all) {
+  std::vector<T> edges(layout.channels);
+  for (int64_t c = 0; c < layout.channels; ++c) {
+    const T y = (all.width[c] - all.frac[c] * all.width[c] + all.mean[c]) * all.gamma[c] + all.beta[c];
+    edges[c] = y == y ? all.zero[c] - T(0.5) : -std::numeric_limits<T>::infinity();
+  }
+  return edges;
+}
+
 // dY of a piece, from it or, where a batch norm was rectified, from dA.
 template <class T, bool V>
-const T* load_dy(const Call& call, const Vectors<T>& all, const Piece& piece, int64_t k, const Block& block, T* buffer) {
+const T* load_dy(const Call& call, const std::vector<T>& edges, const Piece& piece, int64_t k, const Block& block,
+                 T* buffer) {
   const T* da = load(call.x, block, buffer);
   if (!call.rectified) return da;
-  const Parameter<T, V> zero(all.zero + piece.channel);
+  const Parameter<T, V> edge(&edges[piece.channel]);
   const uint8_t* bytes = call.values + piece.byte;
   const int shift = int(k * call.layout->bits), mask = (1 << call.layout->bits) - 1;
 #pragma omp simd
   for (int64_t i = 0; i < block.size; ++i) {
     const T value = da[i];
-    buffer[i] = T((bytes[i] >> shift) & mask) <= zero[i] - T(0.5) ? T(0) : value;
+    buffer[i] = T((bytes[i] >> shift) & mask) <= edge[i] ? T(0) : value;
   }
   return buffer;
 }
@@ -472,6 +484,7 @@ void input_grad(const Call& call) {
   const Rows<T> centre = call.rows(call.centre, call.centre_step, zero);
   const Rows<T> scale = call.rows(call.scale, call.scale_step, one);
   const Rows<T> centre_z = call.rows(call.centre_z, call.centre_step, zero);
+  const std::vector<T> edges = edges_of(layout, all);
   parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     const int64_t c = piece.channel;
     const Parameter<T, V> gamma(all.gamma + c);
@@ -479,7 +492,7 @@ void input_grad(const Call& call) {
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
-      const T* dy = load_dy<T, V>(call, all, piece, k, block, buffer);
+      const T* dy = load_dy<T, V>(call, edges, piece, k, block, buffer);
       T* dx = target(call.out, block, out_buffer);
       const Parameter<T, W> factor(scale.at(block.outer, c));
       if (call.centre) {
@@ -539,6 +552,7 @@ void gradient_sums(const Call& call) {
   const Layout& layout = *call.layout;
   const Vectors<T> all = call.all<T>();
   const bool per_sample = call.per_sample;
+  const std::vector<T> edges = edges_of(layout, all);
   T* out = static_cast<T*>(call.out.data);
   const Chunks chunks(layout, per_sample);
   const int64_t channels = layout.channels, rows = per_sample ? layout.outer : 1;
@@ -554,7 +568,7 @@ void gradient_sums(const Call& call) {
       for (int64_t k = 0; k < layout.codes(); ++k) {
         const Block block = block_of(layout, piece, k);
         if (block.size <= 0) break;
-        const T* dy = load_dy<T, V>(call, all, piece, k, block, buffer);
+        const T* dy = load_dy<T, V>(call, edges, piece, k, block, buffer);
         z_of<T, V>(layout, all, call.values + piece.byte, c, k, block.size, z);
         double* sum = mine + (samples > 1 ? k : 0) * 2 * channels + c;
         add_to_sums<T, V>(dy, z, block.size, sum, sum + channels);

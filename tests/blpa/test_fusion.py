@@ -1,8 +1,10 @@
 """Batch norms that compute their ReLU too, or write over their input: where that is proven, and nowhere else."""
 
 import copy
-import importlib
+import importlib.util
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,12 +14,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import blpa
-from blpa.coded import fusion
-from blpa.coded.fusion import Fusion, fusion_of
+from blpa.coded import fusion, norms
+from blpa.coded.fusion import NONE, Fusion
 from blpa.kernels import cpu
 
-BOTH = Fusion(rectify=True, overwrite=True)
-convert_module = importlib.import_module("blpa.convert")
+BOTH, RECTIFY, OVERWRITE = Fusion(True, True), Fusion(rectify=True), Fusion(overwrite=True)
 
 
 class Parts(nn.Module):
@@ -143,7 +144,7 @@ def call(module: nn.Module, x: Tensor) -> Any:
 
 class OtherInput(Parts):
     def forward(self, x: Tensor) -> Any:
-        return self.head(self.relu(self.bn(x.repeat(1, 3, 1, 1)[:, :8])))
+        return self.head(self.relu(self.bn(torch.cat((x, x, x[:, :2]), 1))))
 
 
 class ByLoop(Parts):
@@ -154,6 +155,104 @@ class ByLoop(Parts):
 
     def unused(self, x: Tensor) -> Any:
         return self.relu(self.bn(self.conv(x)))
+
+
+class ByChoice(Parts):
+    def forward(self, x: Tensor) -> Any:
+        out = self.relu(self.bn(self.conv(x)))
+        norm = self.bn if self.training else self.same
+        again = norm(out)
+        return self.head(F.relu(again) + again)
+
+
+class ByHelper(Parts):
+    def forward(self, x: Tensor) -> Any:
+        out = self.relu(self.bn(self.conv(x)))
+        return self.head(F.relu(out) + helped(self, out))
+
+
+def helped(parts: Any, x: Tensor) -> Any:
+    return parts.bn(x)
+
+
+class FinallyRead(Parts):
+    def forward(self, x: Tensor) -> Any:
+        self.seen: list[Tensor] = []
+        try:
+            y = self.bn(self.conv(x))
+            return self.relu(y)
+        finally:
+            self.seen.append(y)
+
+
+class SameInputAgain(Parts):
+    def forward(self, x: Tensor) -> Any:
+        z = self.conv(x)
+        z = torch.stack([self.bn(z) for _ in range(2)]).sum(0)
+        return self.head(z)
+
+
+class OtherNames(Parts):
+    def forward(self, x: Tensor) -> Any:
+        def relu(y: Tensor) -> Tensor:
+            return F.leaky_relu(y, 0.3)
+
+        return self.head(relu(self.bn(self.conv(x))))
+
+
+class CentredAfterwards(Parts):
+    def forward(self, x: Tensor) -> Any:
+        out = self.relu(self.bn(self.conv(x)))
+        out.data.sub_(0.5)
+        return self.head(F.relu(out))
+
+
+class ReluOfItsOwn(Parts):
+    def act(self, x: Tensor) -> Tensor:
+        return x + 1
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._modules["act"] = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.act(self.bn(self.conv(x))))
+
+
+class Inserting(nn.Sequential):
+    def __iter__(self) -> Any:
+        """Yield more modules than there are."""
+        for module in self._modules.values():
+            yield module
+            if isinstance(module, nn.BatchNorm2d):
+                yield nn.Tanh()
+
+
+class ByFunctions(Parts):
+    def forward(self, x: Tensor) -> Any:
+        x = F.conv2d(x, self.conv.weight, self.conv.bias, padding=1)
+        x = F.batch_norm(x, None, None, self.bn.weight, self.bn.bias, True)
+        x = F.relu(x)
+        x = centred(x)
+        return self.head(x)
+
+
+def centred(x: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, training=True, weight=torch.ones(8), bias=torch.zeros(8))
+
+
+class Decorated(Parts):
+    @torch.enable_grad()  # type: ignore[untyped-decorator]
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.relu(self.bn(self.conv(x))))
+
+
+class Positional(Parts):
+    def tail(self, x: Tensor, /) -> Any:
+        return self.bn(x)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(F.relu(self.tail(self.conv(x))))
 
 
 class SixAtMost(Parts):
@@ -199,74 +298,161 @@ def with_one_module() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), BatchNormAct(), nn.Conv2d(8, 4, 1))
 
 
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Fusion]] = {
-    "nested": (Nested, BOTH),
-    "statements": (StatementsInOrder, BOTH),
-    "functional": (Functional, BOTH),
-    "out of place": (OutOfPlace, BOTH),
-    "no relu": (NoReLU, Fusion(overwrite=True)),
-    "statements with a branch": (Statements, Fusion(overwrite=True)),
-    "read later": (ReadLater, Fusion(overwrite=True)),
-    "read later by name": (ReadLaterByName, Fusion(overwrite=True)),
-    "both read": (BothRead, Fusion(overwrite=True)),
-    "in a branch": (InABranch, Fusion(overwrite=True)),
-    "kept as an attribute": (KeptAsAttribute, Fusion(overwrite=True)),
-    "kept by a function": (KeptByAFunction, Fusion(overwrite=True)),
-    "relu6": (SixAtMost, Fusion(overwrite=True)),
-    "a ReLU of its own": (OwnReLU, Fusion(overwrite=True)),
-    "input read too": (InputReadToo, Fusion(rectify=True)),
-    "other input": (OtherInput, Fusion(rectify=True)),
-    "called elsewhere": (CalledElsewhere, fusion.NONE),
-    "passed on": (PassedOn, fusion.NONE),
-    "by a loop": (ByLoop, fusion.NONE),
-    "in sequence": (lambda: in_sequence(nn.ReLU()), BOTH),
-    "in sequence, behind others": (lambda: in_sequence(nn.Identity(), nn.ReLU(True)), BOTH),
-    "in sequence, no relu": (lambda: in_sequence(nn.SiLU()), Fusion(overwrite=True)),
-    "one module": (with_one_module, Fusion(rectify=True)),
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[Fusion]]] = {
+    "nested": (Nested, [BOTH]),
+    "statements": (StatementsInOrder, [BOTH]),
+    "functional": (Functional, [BOTH]),
+    "out of place": (OutOfPlace, [BOTH]),
+    "decorated": (Decorated, [BOTH]),
+    "called elsewhere too": (CalledElsewhere, [BOTH]),
+    "without modules": (ByFunctions, [BOTH, NONE]),
+    "no relu": (NoReLU, [OVERWRITE]),
+    "statements with a branch": (Statements, [OVERWRITE]),
+    "read later": (ReadLater, [OVERWRITE]),
+    "read later by name": (ReadLaterByName, [OVERWRITE]),
+    "both read": (BothRead, [OVERWRITE]),
+    "in a branch": (InABranch, [OVERWRITE]),
+    "kept as an attribute": (KeptAsAttribute, [OVERWRITE]),
+    "kept by a function": (KeptByAFunction, [OVERWRITE]),
+    "read at the end": (FinallyRead, [OVERWRITE]),
+    "relu6": (SixAtMost, [OVERWRITE]),
+    "a ReLU of its own": (OwnReLU, [OVERWRITE]),
+    "a method before a module": (ReluOfItsOwn, [OVERWRITE]),
+    "a function of its own": (OtherNames, [OVERWRITE]),
+    "input read too": (InputReadToo, [RECTIFY]),
+    "input read again": (SameInputAgain, [NONE, NONE]),
+    "other input": (OtherInput, [RECTIFY]),
+    "passed on": (PassedOn, [BOTH, NONE]),
+    "by choice": (ByChoice, [BOTH, NONE]),
+    "by a helper": (ByHelper, [BOTH, NONE]),
+    "by another method": (Positional, [NONE]),
+    "by a loop": (ByLoop, [NONE]),
+    "changed afterwards": (CentredAfterwards, [BOTH]),
+    "in sequence": (lambda: in_sequence(nn.ReLU()), [BOTH]),
+    "in sequence, behind others": (lambda: in_sequence(nn.Identity(), nn.ReLU(True)), [BOTH]),
+    "in sequence, no relu": (lambda: in_sequence(nn.SiLU()), [OVERWRITE]),
+    "in a sequence of its own": (lambda: Inserting(*in_sequence(nn.ReLU())), [OVERWRITE]),
+    "one module": (with_one_module, [RECTIFY]),
 }
-
-
-def batch_norm_in(model: nn.Module) -> tuple[nn.BatchNorm2d, nn.Module]:
-    """Return the batch norm, and the module around it."""
-    return next(
-        (inside, module)
-        for module in model.modules()
-        for inside in module.children()
-        if isinstance(inside, nn.BatchNorm2d)
-    )
 
 
 def made(name: str) -> nn.Module:
     torch.manual_seed(0)
     model = NETWORKS[name][0]()
-    bn, _ = batch_norm_in(model)
+    bn = next(module for module in model.modules() if isinstance(module, nn.BatchNorm2d))
     with torch.no_grad():
         bn.weight.copy_(torch.linspace(-1, 1, 8))
         bn.bias.copy_(torch.randn(8))
     return model
 
 
+X = torch.randn(6, 3, 9, 11)
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch) -> list[Fusion]:
+    """What batch norms may do, one after the other."""
+    found: list[Fusion] = []
+
+    def noted(*args: Any) -> Fusion:
+        found.append(fusion.fusion_of(*args))
+        return found[-1]
+
+    monkeypatch.setattr(norms, "fusion_of", noted)
+    return found
+
+
 @pytest.mark.parametrize("name", NETWORKS)
-def test_what_a_batch_norm_may_do(name: str) -> None:
-    model = made(name)
-    assert fusion_of(*batch_norm_in(model)) == NETWORKS[name][1]
-    assert fusion_of(*batch_norm_in(blpa.convert(model))) == NETWORKS[name][1]
+def test_what_a_batch_norm_may_do(name: str, found: list[Fusion]) -> None:
+    blpa.convert(made(name))(X)
+    assert found == NETWORKS[name][1]
 
 
 @pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
-@pytest.mark.parametrize(
-    ("hooked", "expected"), [("conv", Fusion(rectify=True)), ("bn", fusion.NONE), ("relu", Fusion(overwrite=True))]
-)
-def test_a_hook_may_read_what_goes_by(hooked: str, expected: Fusion, register: str) -> None:
+@pytest.mark.parametrize(("hooked", "expected"), [("conv", RECTIFY), ("bn", NONE), ("relu", OVERWRITE)])
+def test_a_hook_may_read_what_goes_by(hooked: str, expected: Fusion, register: str, found: list[Fusion]) -> None:
     model = Nested()
+    model.relu = nn.ReLU()  # PyTorch refuses to overwrite what a backward hook has seen
+    blpa.convert(model)
     handle = getattr(model.get_submodule(hooked), f"register_{register}")(lambda *_: None)
-    assert fusion_of(*batch_norm_in(model)) == expected
+    model(X)
     handle.remove()
-    assert fusion_of(*batch_norm_in(model)) == BOTH
+    model(X)
     with_all = getattr(nn.modules.module, f"register_module_{register}")(lambda *_: None)
-    found = fusion_of(*batch_norm_in(model))
-    with_all.remove()
-    assert found == fusion.NONE
+    try:
+        model(X)
+    finally:
+        with_all.remove()
+    assert found == [expected, BOTH, NONE]
+
+
+@pytest.mark.parametrize(("hooked", "expected"), [("conv", RECTIFY), ("bn", NONE)])
+def test_a_hook_that_removes_itself_has_read_it_too(hooked: str, expected: Fusion, found: list[Fusion]) -> None:
+    model = blpa.convert(Nested())
+    module = model.get_submodule(hooked)
+    register = module.register_forward_hook if hooked == "conv" else module.register_forward_pre_hook
+    handle = register(lambda *_: handle.remove())
+    model(X)
+    assert found == [expected]
+
+
+@pytest.mark.parametrize("before", [False, True])
+@pytest.mark.parametrize(
+    ("patched", "expected"), [("conv", RECTIFY), ("bn", NONE), ("same", OVERWRITE), ("relu", OVERWRITE)]
+)
+def test_a_forward_that_was_replaced_may_do_anything(
+    patched: str, expected: Fusion, before: bool, found: list[Fusion]
+) -> None:
+    model = StatementsInOrder()
+    module = model.get_submodule(patched)
+    if before:
+        forward = module.forward
+        module.forward = lambda x: forward(x)  # type: ignore[method-assign]
+    blpa.convert(model)
+    if not before:
+        forward_after = module.forward
+        module.forward = lambda x: forward_after(x)  # type: ignore[method-assign]
+    model(X)
+    # What is called from an unconverted forward has no coded version of its module, but its functions have.
+    assert found == [expected]
+
+
+def test_relu_that_was_replaced_may_do_anything(found: list[Fusion], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = blpa.convert(Nested())
+    monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.leaky_relu(x))
+    model(X)
+    assert found == [OVERWRITE]
+
+
+def test_a_mode_may_keep_a_tensor(found: list[Fusion]) -> None:
+    class Keeping(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            """Call the operation; this mode could keep the result."""
+            return func(*args, **(kwargs or {}))
+
+    with Keeping():
+        blpa.convert(Nested())(X)
+    assert found == [RECTIFY]
+
+
+def test_source_that_is_not_what_runs_proves_nothing(found: list[Fusion], tmp_path: Path) -> None:
+    """A file that was edited after it was imported, and text that was never in a file."""
+    good = "return F.relu(self.bn(self.conv(x)))"
+    bad = "z = self.conv(x); y = self.bn(z); return F.relu(y) + y + z"
+    text = "from test_fusion import *\nclass Net(Parts):\n    def forward(self, x):\n        {}\n"
+    file = tmp_path / "edited_network.py"
+    file.write_text(text.format(bad))
+    spec = importlib.util.spec_from_file_location("edited_network", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["test_fusion"] = sys.modules[__name__]
+    spec.loader.exec_module(module)
+    file.write_text(text.format(good))
+    blpa.convert(module.Net())(X)
+    names: dict[str, Any] = {}
+    exec(text.format(good), names)
+    blpa.convert(names["Net"]())(X)
+    assert found == [NONE, NONE]
 
 
 class Trained:
@@ -295,12 +481,11 @@ def in_cpp(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_step_has_the_bits_of_one_that_fuses_nothing(
     name: str, bits: int, channels_last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    x = torch.randn(6, 3, 9, 11)
-    x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
+    x = X.contiguous(memory_format=torch.channels_last) if channels_last else X
     stock, fused, unfused = (made(name) for _ in range(3))
     expected = Trained(stock, x)
     found = Trained(blpa.convert(fused, bits), x)
-    monkeypatch.setattr(convert_module, "fusion_of", lambda *_: fusion.NONE)
+    monkeypatch.setattr(norms, "fusion_of", lambda *_: NONE)
     monkeypatch.setattr(cpu, "normalises_as_pytorch", lambda *_: False)
     plain = Trained(blpa.convert(unfused, bits), x)
     assert all(map(torch.equal, found.outputs, expected.outputs))
@@ -313,7 +498,7 @@ def test_a_step_has_the_bits_of_one_that_fuses_nothing(
 @pytest.mark.usefixtures("in_cpp")
 def test_a_relu_that_is_excluded_changes_no_gradient_below() -> None:
     """It runs once more, on what is rectified; the convolution after it then encodes its input for itself."""
-    x = torch.randn(6, 3, 9, 11)
+    x = X
     whole, but_relu = made("nested"), made("nested")
     found = Trained(blpa.convert(but_relu, layers={"relu": None}), x)
     expected = Trained(blpa.convert(whole), x)
@@ -324,7 +509,7 @@ def test_a_relu_that_is_excluded_changes_no_gradient_below() -> None:
 @pytest.mark.usefixtures("in_cpp")
 def test_outputs_seen_by_a_hook_are_pytorch_s() -> None:
     seen: list[Tensor] = []
-    x, model = torch.randn(6, 3, 9, 11), made("nested")
+    x, model = X, made("nested")
     stock = copy.deepcopy(model)
     blpa.convert(model)
     for one in (model, stock):
@@ -386,7 +571,7 @@ def test_bytes_per_element_of_a_batch_norm_a_relu_and_a_convolution(
     model = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1))
     blpa.convert(model)
     if not is_fused:
-        monkeypatch.setattr(convert_module, "fusion_of", lambda *_: fusion.NONE)
+        monkeypatch.setattr(norms, "fusion_of", lambda *_: NONE)
     traffic = Traffic(x.numel())
     for name, (read, written) in KERNELS.items():
         kernel = getattr(cpu, name)
