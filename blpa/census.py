@@ -102,6 +102,8 @@ def tensors_in(tree: Any) -> list[Tensor]:
 class _LikeCuda(TorchFunctionMode):
     """Run attention and dropout on the meta device by the operations of a GPU, which save the least."""
 
+    only_counts = True
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args else None

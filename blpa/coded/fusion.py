@@ -29,6 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 RELUS = F.relu, F.relu_, torch.relu, torch.relu_
@@ -126,8 +128,9 @@ def _place(frame: types.FrameType) -> Place:
 
 
 def _is_observed() -> bool:
-    """Return whether a mode of PyTorch's may have kept a tensor; one that only counts has not."""
-    return not all(getattr(mode, "only_counts", False) for mode in _get_current_dispatch_mode_stack())
+    """Return whether a mode of PyTorch's may have kept a tensor; one that only counts has not, nor a default device."""
+    modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
+    return not all(getattr(mode, "only_counts", isinstance(mode, DeviceContext)) for mode in modes)
 
 
 def _is_usual(module: Any, kind: type[nn.Module]) -> bool:
@@ -161,7 +164,7 @@ def _is_relu_next(sequential: nn.Sequential, module: Any) -> bool:
 
 def _is_read_by_relu(function: "_Function", frame: types.FrameType, call: ast.Call) -> bool:
     """Return whether a ReLU alone reads the value of a call, perhaps after some nn.Identity."""
-    reader = function.reader(call)
+    reader = function.readers.get(call)
     if reader is None:
         return False
     called = _called(frame, reader.func)
@@ -182,11 +185,15 @@ def _called(frame: types.FrameType, expression: ast.expr) -> Any:
         return vars(owner).get(name)
     if not isinstance(owner, nn.Module) or name in vars(owner):
         return None
-    found_first = any(name in vars(base) for base in type(owner).__mro__)
-    is_plain = type(owner).__getattr__ is nn.Module.__getattr__ and (
-        type(owner).__getattribute__ is object.__getattribute__
+    return owner._modules.get(name) if _finds_modules(type(owner), name) else None
+
+
+def _finds_modules(kind: type[nn.Module], name: str) -> bool:
+    """Return whether `self.name` is a module's module of that name: its class has nothing of this name before."""
+    is_plain = (
+        kind.__getattr__ is nn.Module.__getattr__ and kind.__getattribute__ is object.__getattribute__  # type: ignore[comparison-overlap]
     )
-    return owner._modules.get(name) if is_plain and not found_first else None
+    return is_plain and not any(name in vars(base) for base in kind.__mro__)
 
 
 # ---- reading source
@@ -206,7 +213,8 @@ class _Function:
 
     Attributes:
         calls: by their position.
-        producers: the call whose value a call is the only one to read.
+        readers: the call that alone reads a call's value, as its first argument, where that is proven.
+        producers: the same the other way round.
     """
 
     def __init__(self, tree: ast.FunctionDef, code: types.CodeType) -> None:
@@ -219,10 +227,11 @@ class _Function:
                     self.next.update(itertools.pairwise(field))
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
         self.calls = {_position(call): call for call in calls}
-        self.producers = {reader: call for call in calls if (reader := self.reader(call)) is not None}
+        self.readers = {call: reader for call in calls if (reader := self._reader(call)) is not None}
+        self.producers = {reader: call for call, reader in self.readers.items()}
 
-    def reader(self, call: ast.Call) -> ast.Call | None:
-        """Return the call that alone reads a call's value, as its first argument; None if there is no proof."""
+    def _reader(self, call: ast.Call) -> ast.Call | None:
+        """Return the reader of a call's value: the call around it, or the next statement's by a variable."""
         parent = self.parents[call]
         if isinstance(parent, ast.Call):
             return parent if parent.args[:1] == [call] else None

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import blpa
@@ -424,15 +425,39 @@ def test_relu_that_was_replaced_may_do_anything(found: list[Fusion], monkeypatch
     assert found == [OVERWRITE]
 
 
-def test_a_mode_may_keep_a_tensor(found: list[Fusion]) -> None:
-    class Keeping(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            """Call the operation; this mode could keep the result."""
-            return func(*args, **(kwargs or {}))
+class KeepingResults(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the operation; this mode could keep the result."""
+        return func(*args, **(kwargs or {}))
 
-    with Keeping():
-        blpa.convert(Nested())(X)
-    assert found == [RECTIFY]
+
+class KeepingValues(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call the function; this mode could keep the value."""
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_may_keep_a_tensor(found: list[Fusion]) -> None:
+    for mode in (KeepingResults(), KeepingValues(), torch.device("cpu")):
+        with mode:
+            blpa.convert(Nested())(X)
+    assert found == [RECTIFY, RECTIFY, BOTH]
+
+
+@pytest.mark.usefixtures("in_cpp")
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_a_nan_reaches_the_gradients_that_it_reaches_unfused(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = blpa.convert(made("nested"), bits), X.clone()
+    with torch.no_grad():
+        model.get_submodule("conv").weight[2, 0, 0, 0] = torch.nan
+    unfused = copy.deepcopy(model)
+    (model(x) * X[:, :1]).sum().backward()
+    monkeypatch.setattr(norms, "fusion_of", lambda *_: NONE)
+    (unfused(x) * X[:, :1]).sum().backward()
+    for one, other in zip(model.parameters(), unfused.parameters(), strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        torch.testing.assert_close(one.grad, other.grad, rtol=0, atol=0, equal_nan=True)
 
 
 def test_source_that_is_not_what_runs_proves_nothing(found: list[Fusion], tmp_path: Path) -> None:
