@@ -113,7 +113,7 @@ def fusion_of(frame: types.FrameType | None, x: Tensor, convolved: Output | None
     if convolved is not None and (convolved.place.frame, convolved.place.code) != (place.frame, place.code):
         convolved = None
     if place.code is _SEQUENTIAL:
-        return Fusion(_is_relu_next(frame.f_locals["self"], frame.f_locals.get("module")), convolved is not None)
+        return Fusion(_is_relu_next(_local(frame, "self"), _local(frame, "module")), convolved is not None)
     function = _function(place.code)
     call = None if function is None else function.calls.get(place.position)
     if function is None or call is None:
@@ -171,12 +171,21 @@ def _is_read_by_relu(function: "_Function", frame: types.FrameType, call: ast.Ca
     return _is_read_by_relu(function, frame, reader) if _is_usual(called, nn.Identity) else _is_relu(called)
 
 
+def _local(frame: types.FrameType, name: str) -> Any:
+    """Return a local variable of a function."""
+    variables = frame.f_locals
+    found = variables.get(name)
+    if isinstance(variables, dict):  # until Python 3.13 a copy, which would keep all tensors in it alive
+        variables.clear()
+    return found
+
+
 def _called(frame: types.FrameType, expression: ast.expr) -> Any:
     """Return what a dotted name stands for in a frame, if finding it runs none of the program's own code; else None."""
     code = frame.f_code
     if isinstance(expression, ast.Name):
         if expression.id in code.co_varnames:
-            return None if expression.id in code.co_cellvars else frame.f_locals.get(expression.id)
+            return None if expression.id in code.co_cellvars else _local(frame, expression.id)
         return None if expression.id in code.co_freevars else frame.f_globals.get(expression.id)
     if not isinstance(expression, ast.Attribute):
         return None

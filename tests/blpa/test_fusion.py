@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -423,6 +424,33 @@ def test_relu_that_was_replaced_may_do_anything(found: list[Fusion], monkeypatch
     monkeypatch.setattr(F, "relu", lambda x, inplace=False: F.leaky_relu(x))
     model(X)
     assert found == [OVERWRITE]
+
+
+class Watched(Parts):
+    """Notes which of the watched tensors are alive when its activation is not needed any more."""
+
+    watched: "list[weakref.ref[Tensor]]"
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x)
+        x = self.bn(x)
+        x = self.relu(x)
+        x = self.head(x)
+        self.alive = [tensor() is not None for tensor in self.watched]
+        return x
+
+
+def test_to_look_at_the_program_keeps_no_tensor_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = blpa.convert(Watched())
+    model.watched = []
+
+    def noted(frame: Any, x: Tensor, convolved: Any) -> Fusion:
+        model.watched.append(weakref.ref(x))
+        return fusion.fusion_of(frame, x, convolved)
+
+    monkeypatch.setattr(norms, "fusion_of", noted)
+    model(X)
+    assert model.alive == [False]
 
 
 class KeepingResults(TorchDispatchMode):
