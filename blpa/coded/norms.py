@@ -104,7 +104,7 @@ def _means(saved: Coded, grad: Tensor, sums: Tensor, means: Means) -> Tensor | N
     if means.per_row:
         found: Tensor = saved.row_means(grad)
         return found if means.centred else torch.stack((torch.zeros_like(found[0]), found[1]))
-    gamma: Tensor = Vectors(*saved.vectors.unbind(0)).gamma
+    gamma = saved.vectors[Vectors._fields.index("gamma")]
     if means.of_all is not None:
         return means.of_all(sums) * gamma
     if not means.per_sample:

@@ -357,15 +357,16 @@ def grid_vectors(
     if _found is None or codec is None or stats.dtype not in (torch.float32, torch.float64):
         return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec)
     dtype = stats.dtype
-    stats, mean, var = stats.contiguous(), stats[0], stats[1]
+    stats, var = stats.contiguous(), stats[1]
     gamma, beta = (None if one is None else one.to(dtype).contiguous() for one in (gamma, beta))
     if centre is None or scale is None:
         centre = scale = None
     else:
         centre, scale = centre.to(dtype).contiguous(), scale.to(dtype).contiguous()
-        mean, var = (mean - centre) * scale, var * scale.square()
+        var = scale.square().mul_(var)
     roots, mean_roots = var.sqrt(), None
     if gamma is None and beta is None:
+        mean = stats[0] if centre is None or scale is None else (stats[0] - centre) * scale
         mean_roots = mean.square().add_(var).sqrt_()
     out = stats.new_empty(len(any_layout.Vectors._fields), stats.shape[1])
     clip = 0.0 if codec.clip == "range" else codec.clip

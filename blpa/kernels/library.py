@@ -85,7 +85,7 @@ def channel_stats(x: Tensor, channel: int, channels_last: bool, centre: Tensor |
 
 @_operation("Tensor x, bool channels_last, bool with_range", lambda x, *_: _of_channels(4, x, 1))
 def batch_stats(x: Tensor, channels_last: bool, with_range: bool) -> Tensor:
-    """Compute what channel_stats does, mean and variance with the bits of PyTorch's batch norm; 0 without the range."""
+    """Do as channel_stats, with PyTorch's own bits of mean and variance; low and high only with the range."""
     return batch_stats_and_averages(x, channels_last, with_range, None, None, 0.0)
 
 
@@ -94,21 +94,22 @@ def batch_stats_and_averages(
     momentum: float,
 ) -> Tensor:  # fmt: skip
     """Do as batch_stats, and update running averages as PyTorch's batch norm does."""
-    stats = x.new_zeros(4, x.shape[1], dtype=compute_dtype(x.dtype))
+    dtype = compute_dtype(x.dtype)
     if x.is_meta:
-        return stats
-    if x.dtype != stats.dtype and running_mean is None:  # else PyTorch's would be as short as x
-        running_mean, running_var = torch.zeros_like(stats[:2])
-    stats[0], stats[1] = torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
+        return x.new_empty(4, x.shape[1], dtype=dtype)
+    if x.dtype != dtype and running_mean is None:  # else PyTorch's would be as short as x
+        running_mean, running_var = x.new_zeros(2, x.shape[1], dtype=dtype)
+    mean, var = torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
+    low = high = mean
     if with_range:
         order = Order.of(x.shape, 1, channels_last)
-        stats[2:] = kernels_for(x.device).channel_stats(dense(x, channels_last), order)[2:]
-    return stats
+        *_, low, high = kernels_for(x.device).channel_stats(dense(x, channels_last), order)
+    return torch.stack((mean, var, low, high))
 
 
 def rstd_of(stats: Tensor, eps: float) -> Tensor:
     """Compute 1 / deviation [C] of batch_stats, rounded as PyTorch's batch norm on a CPU does."""
-    return (stats[1].double() + eps).sqrt().reciprocal().to(stats.dtype)
+    return stats[1].to(torch.float64, copy=True).add_(eps).rsqrt_().to(stats.dtype)
 
 
 @_operation(
