@@ -1,4 +1,4 @@
-"""Convert any network: its forward pass stays PyTorch's own, its activations are saved as codes.
+"""Convert any network: its forward pass keeps PyTorch's values, its activations are saved as codes.
 
     blpa.convert(model, bits=4)
     ...                           train as before
