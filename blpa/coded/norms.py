@@ -6,9 +6,9 @@
 As in the paper's layer only the last term is approximate, whether the statistics are a batch's or a row's. The output's
 tag holds the codes, with the sign of y, for the activation and the convolutions after it.
 
-The forward pass is PyTorch's own, and statistics are computed a second time for the codes. Only a batch norm in training
-is computed here, in one pass with its codes and, where that is proven to be unseen (fusion.py), with its ReLU and over
-its input: on a CPU always, where it has PyTorch's bits, and on a GPU with a ReLU, where it has them but for rounding.
+The forward pass is PyTorch's own, and statistics are computed a second time for the codes. Only a batch norm in
+training is computed here, in one pass with its codes and, where that is proven to be unseen (fusion.py), with its ReLU
+and over its input: on a CPU always, with PyTorch's bits, and on a GPU with a ReLU, with its values but for rounding.
 """
 
 import sys
