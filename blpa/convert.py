@@ -13,6 +13,7 @@ import difflib
 import fnmatch
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -203,7 +204,7 @@ def _run(
         finally:
             _leave(mode, before)
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if not any(tensor.requires_grad for tensor in (*module.parameters(), *inputs)):
+    if not any(tensor.requires_grad for tensor in itertools.chain(module.parameters(), inputs)):
         return forward(*args, **kwargs)
     # What an earlier layer computed is no input of the network, if its layers are called one by one.
     held = [tensor for tensor in inputs if not tensor.requires_grad]
