@@ -4,7 +4,8 @@
 
 PyTorch's functions save their inputs or outputs at full precision, a BN-ReLU-conv three of them. Here the output of a
 coded function has a tag with the codes (tensors.py), and the functions that read it share them. `mode.py` sends a
-network's functions here; functions that are not in FUNCTIONS save what they always save.
+network's functions here; functions that are not in FUNCTIONS save what they always save. Batch norms alone may be
+computed here too, in fewer passes over memory (norms.py, fusion.py).
 
     norms.py         batch, instance, group, layer, root mean square norm    K bits
     activations.py   ReLU and others                                        K bits shared, or 1

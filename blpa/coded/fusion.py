@@ -20,6 +20,7 @@ import functools
 import itertools
 import linecache
 import types
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -283,8 +284,9 @@ def _function(code: types.CodeType) -> _Function | None:
 def _functions(filename: str, source: str) -> dict[types.CodeType, ast.FunctionDef]:
     """Return the functions in a file by what they compile to."""
     try:
-        tree = ast.parse(source, filename)
-        compiled = compile(tree, filename, "exec", dont_inherit=True)
+        with warnings.catch_warnings(action="ignore"):  # of the program, which has heard them
+            tree = ast.parse(source, filename)
+            compiled = compile(tree, filename, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError):
         return {}
     by_place = {
