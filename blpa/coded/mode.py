@@ -108,9 +108,10 @@ class Coding(TorchFunctionMode):
                 return COMPOSITES[func](*args, **kwargs)
         if self.listener is not None:
             self.listener.called(func)
-        rectified, self.rectified = self.rectified, None
-        if rectified is not None and func in RELUS and args and args[0] is rectified():
-            return args[0]
+        if self.rectified is not None:  # never while traced: a tracer refuses the change
+            rectified, self.rectified = self.rectified(), None
+            if func in RELUS and args and args[0] is rectified:
+                return args[0]
         if not self.is_coding:
             return func(*args, **kwargs)
         handler = self.handlers.get(func)
