@@ -35,18 +35,26 @@ from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 RELUS = F.relu, F.relu_, torch.relu, torch.relu_
-_RELU_FORWARD = nn.ReLU.forward
+_BATCH_NORMS = F.batch_norm, torch.batch_norm
+_CONVOLUTIONS = torch.conv1d, torch.conv2d, torch.conv3d  # which F.conv1d and the others are
+_BATCH_NORM_MODULES = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
+_CONVOLUTION_MODULES = nn.Conv1d, nn.Conv2d, nn.Conv3d
+_FORWARDS: dict[type[nn.Module], Any] = {
+    kind: kind.forward for kind in (nn.ReLU, nn.Identity, *_BATCH_NORM_MODULES, *_CONVOLUTION_MODULES)
+}  # fmt: skip
+_CALL = nn.Module.__call__
+"""What modules ran when this was imported: who has replaced it since may keep tensors."""
 _SEQUENTIAL: types.CodeType = nn.Sequential.forward.__code__
 _PASSING_ON = {
-    function.__code__
+    getattr(function, "__code__", None)
     for function in (
         F.batch_norm, torch.overrides.handle_torch_function, _BatchNorm.forward, nn.Module._call_impl,
         nn.Module._wrapped_call_impl,
         *(getattr(kind, name) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) for name in ("forward", "_conv_forward")),
     )
 }  # fmt: skip
-"""Functions that return what they call returns, and keep none of it. That of modules with hooks is not among them."""
-_OWN = ("blpa.coded.", "blpa.convert")
+"""Functions that return what they call returns, and keep none of it. What runs hooks is a function inside _call_impl,
+and not among them."""
 
 Position = tuple[int | None, int | None, int | None, int | None]
 """Of an expression: first and last line, first and last column."""
@@ -65,9 +73,8 @@ NONE = Fusion()
 
 
 class Place(NamedTuple):
-    """A call in a function that runs."""
+    """A call in a function."""
 
-    frame: int
     code: types.CodeType
     instruction: int
 
@@ -78,7 +85,7 @@ class Place(NamedTuple):
 
 
 class Output(NamedTuple):
-    """The last output of a convolution, and the call that has returned it."""
+    """The last output of a convolution, and the place of the call that has returned it."""
 
     tensor: "weakref.ref[Tensor]"
     place: Place
@@ -87,10 +94,14 @@ class Output(NamedTuple):
 def caller_of(frame: types.FrameType | None) -> types.FrameType | None:
     """Return the frame of the program that called PyTorch's function or module, from a frame of its handler."""
     while frame is not None and (
-        frame.f_code in _PASSING_ON or frame.f_globals.get("__name__", "").startswith(_OWN)
+        frame.f_code in _PASSING_ON or _is_own(frame.f_globals.get("__name__"))
     ):  # fmt: skip
         frame = frame.f_back
     return frame
+
+
+def _is_own(module: Any) -> bool:
+    return isinstance(module, str) and (module == "blpa.convert" or module.startswith("blpa.coded."))
 
 
 def output_of(frame: types.FrameType | None, tensor: Tensor) -> Output | None:
@@ -111,21 +122,26 @@ def fusion_of(frame: types.FrameType | None, x: Tensor, convolved: Output | None
     if convolved is not None and (convolved.tensor() is not x or _is_observed()):
         convolved = None
     place = _place(frame)
-    if convolved is not None and (convolved.place.frame, convolved.place.code) != (place.frame, place.code):
+    if convolved is not None and convolved.place.code is not place.code:
         convolved = None
     if place.code is _SEQUENTIAL:
-        return Fusion(_is_relu_next(_local(frame, "self"), _local(frame, "module")), convolved is not None)
+        return _in_sequential(_local(frame, "self"), _local(frame, "module"), convolved is not None)
     function = _function(place.code)
     call = None if function is None else function.calls.get(place.position)
-    if function is None or call is None:
+    if function is None or call is None or not _is(_called(frame, call.func), _BATCH_NORMS, _BATCH_NORM_MODULES):
         return NONE
     producer = function.producers.get(call)
-    is_proven = convolved is not None and producer is not None and _position(producer) == convolved.place.position
+    is_proven = (
+        convolved is not None
+        and producer is not None
+        and _position(producer) == convolved.place.position
+        and _is(_called(frame, producer.func), _CONVOLUTIONS, _CONVOLUTION_MODULES)
+    )
     return Fusion(_is_read_by_relu(function, frame, call), is_proven)
 
 
 def _place(frame: types.FrameType) -> Place:
-    return Place(id(frame), frame.f_code, frame.f_lasti)
+    return Place(frame.f_code, frame.f_lasti)
 
 
 def _is_observed() -> bool:
@@ -135,8 +151,10 @@ def _is_observed() -> bool:
 
 
 def _is_usual(module: Any, kind: type[nn.Module]) -> bool:
-    """Return whether a module is exactly of a class, converted or not, has no hooks, and its class's forward."""
+    """Return whether a module is exactly of a class, converted or not, has no hooks, and runs as PyTorch wrote it."""
     if not isinstance(module, nn.Module) or getattr(type(module), "_blpa_stock", type(module)) is not kind:
+        return False
+    if kind.forward is not _FORWARDS[kind] or type(module).__call__ is not _CALL:
         return False
     return "forward" not in vars(module) and not any(
         getattr(where, f"{prefix}_{hooks}_hooks")
@@ -145,22 +163,26 @@ def _is_usual(module: Any, kind: type[nn.Module]) -> bool:
     )
 
 
+def _is(called: Any, functions: tuple[Any, ...], kinds: tuple[type[nn.Module], ...]) -> bool:
+    """Return whether what is called is one of these functions, or a usual module of these classes."""
+    return any(called is function for function in functions) or any(_is_usual(called, kind) for kind in kinds)
+
+
 def _is_relu(called: Any) -> bool:
     """Return whether what is called is PyTorch's ReLU, and nobody has replaced that."""
-    if F.relu is not RELUS[0] or nn.ReLU.forward is not _RELU_FORWARD:
-        return False
-    return any(called is function for function in RELUS) or _is_usual(called, nn.ReLU)
+    return F.relu is RELUS[0] and _is(called, RELUS, (nn.ReLU,))
 
 
-def _is_relu_next(sequential: nn.Sequential, module: Any) -> bool:
-    """Return whether a ReLU follows a module in an nn.Sequential, perhaps after some nn.Identity."""
+def _in_sequential(sequential: nn.Sequential, module: Any, is_convolved: bool) -> Fusion:
+    """Return what a batch norm may do in an nn.Sequential, of which neighbours read each other's values alone."""
     kind = getattr(type(sequential), "_blpa_stock", type(sequential))
     modules = list(sequential._modules.values())
     places = [k for k, inside in enumerate(modules) if inside is module]
-    if kind.__iter__ is not nn.Sequential.__iter__ or len(places) != 1:
-        return False
-    after = modules[places[0] + 1 :]
-    return _is_relu(next((one for one in after if not _is_usual(one, nn.Identity)), None))
+    if kind.__iter__ is not nn.Sequential.__iter__ or len(places) != 1 or not _is(module, (), _BATCH_NORM_MODULES):
+        return NONE
+    before, after = modules[: places[0]][-1:], modules[places[0] + 1 :]
+    is_dead = is_convolved and bool(before) and _is(before[0], (), _CONVOLUTION_MODULES)
+    return Fusion(_is_relu(next((one for one in after if not _is_usual(one, nn.Identity)), None)), is_dead)
 
 
 def _is_read_by_relu(function: "_Function", frame: types.FrameType, call: ast.Call) -> bool:
@@ -182,7 +204,7 @@ def _local(frame: types.FrameType, name: str) -> Any:
 
 
 def _called(frame: types.FrameType, expression: ast.expr) -> Any:
-    """Return what a dotted name stands for in a frame, if finding it runs none of the program's own code; else None."""
+    """Return what a dotted name stands for in a frame; None if finding that would run code of the program's own."""
     code = frame.f_code
     if isinstance(expression, ast.Name):
         if expression.id in code.co_varnames:
@@ -218,6 +240,11 @@ def _position(call: ast.Call) -> Position:
     return call.lineno, call.end_lineno, call.col_offset, call.end_col_offset
 
 
+def _unpacks(call: ast.Call) -> bool:
+    """Return whether a call unpacks its arguments, which may run other calls at its place."""
+    return any(isinstance(one, ast.Starred) for one in call.args) or any(one.arg is None for one in call.keywords)
+
+
 class _Function:
     """Whose value goes where in a function.
 
@@ -235,7 +262,7 @@ class _Function:
             for _, field in ast.iter_fields(node):
                 if isinstance(field, list) and field and isinstance(field[0], ast.stmt):
                     self.next.update(itertools.pairwise(field))
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and not _unpacks(node)]
         self.calls = {_position(call): call for call in calls}
         self.readers = {call: reader for call in calls if (reader := self._reader(call)) is not None}
         self.producers = {reader: call for call, reader in self.readers.items()}
@@ -244,7 +271,7 @@ class _Function:
         """Return the reader of a call's value: the call around it, or the next statement's by a variable."""
         parent = self.parents[call]
         if isinstance(parent, ast.Call):
-            return parent if parent.args[:1] == [call] else None
+            return parent if parent.args[:1] == [call] and not _unpacks(parent) else None
         then = self.next.get(parent)
         if not isinstance(parent, ast.Assign) or then is None or len(parent.targets) != 1:
             return None
@@ -254,7 +281,7 @@ class _Function:
         read = [node for node in ast.walk(then) if isinstance(node, ast.Name) and node.id == target.id]
         read = [node for node in read if isinstance(node.ctx, ast.Load)]
         reader = self.parents[read[0]] if len(read) == 1 else None
-        if not isinstance(reader, ast.Call) or reader.args[:1] != read:
+        if not isinstance(reader, ast.Call) or reader.args[:1] != read or _unpacks(reader):
             return None
         again = ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp | ast.Lambda
         return None if any(isinstance(node, again) for node in self._around(reader)) else reader
@@ -275,7 +302,9 @@ class _Function:
 
 @functools.lru_cache(maxsize=4096)
 def _function(code: types.CodeType) -> _Function | None:
-    """Read the source of a function; None unless it is there, and is what was compiled."""
+    """Read the source of a function; None unless it is there, is what was compiled, and names its variables itself."""
+    if {"locals", "vars", "eval", "exec", "dir"} & set(code.co_names):
+        return None
     found = _functions(code.co_filename, "".join(linecache.getlines(code.co_filename))).get(code)
     return None if found is None else _Function(found, code)
 

@@ -245,10 +245,10 @@ def _batch_norm(
     rectify, overwrite = fusion.rectify, fusion.overwrite and may_overwrite(x)
 
     def compute(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Normalised:
+        out = x if overwrite else torch.empty_like(x)  # what may fail comes before averages change
         stats = batch_stats_and_averages(x, layout.channels_last, layout.uses_range, *averages)
         mean, rstd = stats[0], rstd_of(stats, eps)
         vectors = layout.vectors(stats, *_affine(x, layout, gamma, beta), mean, rstd)
-        out = x if overwrite else torch.empty_like(x)
         values = normalise_encode(x, vectors, layout.channels_last, layout.bits, mean, rstd, rectify, out)
         return Normalised(out, Coded(values, vectors, layout), rstd.unsqueeze(0), rectify)
 

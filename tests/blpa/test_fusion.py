@@ -1,6 +1,7 @@
 """Batch norms that compute their ReLU too, or write over their input: where that is proven, and nowhere else."""
 
 import copy
+import functools
 import importlib.util
 import sys
 import weakref
@@ -257,6 +258,88 @@ class Positional(Parts):
         return self.head(F.relu(self.tail(self.conv(x))))
 
 
+class Residual(Parts):
+    """A convolution in one sequence, read by a batch norm in the next and by an addition."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Sequential(self.conv), nn.Sequential(self.bn, self.relu)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.stem(x)
+        x = x + self.body(x)
+        return self.head(x)
+
+
+class Tap(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        self.kept = x
+        return x
+
+
+class Tapped(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tap = Tap()
+        self.body = nn.Sequential(self.conv, self.tap, self.bn, self.relu)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.head(self.body(x) + self.tap.kept)
+
+
+class InStages(Parts):
+    def forward(self, x: Tensor) -> Any:
+        outs = []
+        for first, second in ((self.conv, self.same), (self.same, self.bn)):
+            x = first(x)
+            x = second(x)
+            outs.append(x)
+        return self.head(F.relu(outs[1]) + outs[0])
+
+
+class Pair(nn.Module):
+    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.first(x)
+        x = self.second(x)
+        return x
+
+
+class InPairs(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = Pair(self.conv, self.same), Pair(self.same, self.bn)
+
+    def forward(self, x: Tensor) -> Any:
+        z = self.one(x)
+        y = self.two(z)
+        return self.head(F.relu(y) + z)
+
+
+class ByMap(Parts):
+    def forward(self, x: Tensor) -> Any:
+        z = self.conv(x)
+        out = F.relu(torch.add(*map(self.bn, [z, z.flip(0)])))
+        return self.head(out + F.relu(sum(map(self.bn, [z, z.flip(0)]))))
+
+
+class Cached(Parts):
+    def forward(self, x: Tensor) -> Any:
+        conv, norm = functools.lru_cache(self.conv), functools.lru_cache(self.bn)
+        out = self.relu(norm(conv(x)))
+        return self.head(out + norm(conv(x)) + conv(x))
+
+
+class LocalsRead(Parts):
+    def forward(self, x: Tensor, scale: float = 2.0) -> Any:
+        named = locals()
+        x = self.head(self.relu(self.bn(self.conv(x))))
+        return x * named["scale"]
+
+
 class SixAtMost(Parts):
     def forward(self, x: Tensor) -> Any:
         return self.head(F.relu6(self.bn(self.conv(x))))
@@ -329,11 +412,18 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], list[Fusion]]] = {
     "by a helper": (ByHelper, [BOTH, NONE]),
     "by another method": (Positional, [NONE]),
     "by a loop": (ByLoop, [NONE]),
+    "in two sequences": (Residual, [RECTIFY]),
+    "kept in a sequence": (Tapped, [RECTIFY]),
+    "in stages": (InStages, [NONE]),
+    "in pairs": (InPairs, [NONE]),
+    "by map": (ByMap, [NONE] * 4),
+    "cached": (Cached, [NONE]),
+    "by locals": (LocalsRead, [NONE]),
     "changed afterwards": (CentredAfterwards, [BOTH]),
     "in sequence": (lambda: in_sequence(nn.ReLU()), [BOTH]),
     "in sequence, behind others": (lambda: in_sequence(nn.Identity(), nn.ReLU(True)), [BOTH]),
     "in sequence, no relu": (lambda: in_sequence(nn.SiLU()), [OVERWRITE]),
-    "in a sequence of its own": (lambda: Inserting(*in_sequence(nn.ReLU())), [OVERWRITE]),
+    "in a sequence of its own": (lambda: Inserting(*in_sequence(nn.ReLU())), [NONE]),
     "one module": (with_one_module, [RECTIFY]),
 }
 
@@ -463,6 +553,13 @@ class KeepingValues(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the function; this mode could keep the value."""
         return func(*args, **(kwargs or {}))
+
+
+def test_a_call_that_was_replaced_may_do_anything(found: list[Fusion], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = blpa.convert(Nested())
+    monkeypatch.setattr(nn.ReLU, "__call__", lambda self, x: nn.Module.__call__(self, x), raising=False)
+    model(X)
+    assert found == [OVERWRITE]
 
 
 def test_a_mode_may_keep_a_tensor(found: list[Fusion]) -> None:
