@@ -9,9 +9,9 @@ convolution returns. So one pass over memory normalises, rectifies and encodes, 
 
 The proof is of one call in one function that runs: the code object tells the place in its source, which must compile to
 that code; what is called there must be PyTorch's batch norm, convolution and ReLU, as PyTorch wrote them and without
-hooks; a variable must be the function's own, be read by the next statement alone, and then end or be bound anew. Between
-that call and the batch norm there may be nothing but PyTorch's own functions. Of an nn.Sequential the same is known of
-neighbours. Where anything else is found, nothing is fused.
+hooks; a variable must be the function's own, be read by the next statement alone, and then end or be bound anew.
+Between that call and the batch norm there may be nothing but PyTorch's own functions. Of an nn.Sequential the same is
+known of neighbours. Where anything else is found, nothing is fused.
 
 Tracing the program in place of reading it would prove this for the branches that a trial takes, and not for the others.
 """
