@@ -56,7 +56,8 @@ class LiveBytes(TorchDispatchMode):
         timeline: live_bytes after each operation.
     """
 
-    only_counts = True  # and keeps no tensor
+    only_counts = True
+    """It keeps no tensor, so a tensor may be written over while it is active (coded/fusion.py)."""
 
     def __init__(self) -> None:
         TorchDispatchMode.__init__(self)

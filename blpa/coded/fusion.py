@@ -42,7 +42,7 @@ _BATCH_NORM_MODULES = nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d
 _CONVOLUTION_MODULES = nn.Conv1d, nn.Conv2d, nn.Conv3d
 _FORWARDS: dict[type[nn.Module], Any] = {
     kind: kind.forward for kind in (nn.ReLU, nn.Identity, *_BATCH_NORM_MODULES, *_CONVOLUTION_MODULES)
-}  # fmt: skip
+}
 _CALL = nn.Module.__call__
 """What modules ran when this was imported: who has replaced it since may keep tensors."""
 _SEQUENTIAL: types.CodeType = nn.Sequential.forward.__code__
@@ -51,7 +51,7 @@ _PASSING_ON = {
     for function in (
         F.batch_norm, torch.overrides.handle_torch_function, _BatchNorm.forward, nn.Module._call_impl,
         nn.Module._wrapped_call_impl,
-        *(getattr(kind, name) for kind in (nn.Conv1d, nn.Conv2d, nn.Conv3d) for name in ("forward", "_conv_forward")),
+        *(function for kind in _CONVOLUTION_MODULES for function in (kind.forward, kind._conv_forward)),
     )
 }  # fmt: skip
 """Functions that return what they call returns, and keep none of it. What runs hooks is a function inside _call_impl,
@@ -73,30 +73,17 @@ class Fusion(NamedTuple):
 NONE = Fusion()
 
 
-class Place(NamedTuple):
-    """A call in a function."""
-
-    code: types.CodeType
-    instruction: int
-
-    @property
-    def position(self) -> Position:
-        """Where the call is in the source."""
-        return _positions(self.code)[self.instruction // 2]
-
-
 class Output(NamedTuple):
     """The last output of a convolution, and the place of the call that has returned it."""
 
     tensor: "weakref.ref[Tensor]"
-    place: Place
+    code: types.CodeType
+    position: Position
 
 
 def caller_of(frame: types.FrameType | None) -> types.FrameType | None:
     """Return the frame of the program that called PyTorch's function or module, from a frame of its handler."""
-    while frame is not None and (
-        frame.f_code in _PASSING_ON or _is_own(frame.f_globals.get("__name__"))
-    ):  # fmt: skip
+    while frame is not None and (frame.f_code in _PASSING_ON or _is_own(frame.f_globals.get("__name__"))):
         frame = frame.f_back
     return frame
 
@@ -107,7 +94,7 @@ def _is_own(module: Any) -> bool:
 
 def output_of(frame: types.FrameType | None, tensor: Tensor) -> Output | None:
     """Note the output of a convolution that a frame of the program has called."""
-    return None if frame is None else Output(weakref.ref(tensor), _place(frame))
+    return None if frame is None else Output(weakref.ref(tensor), frame.f_code, _position_in(frame))
 
 
 def fusion_of(frame: types.FrameType | None, x: Tensor, convolved: Output | None) -> Fusion:
@@ -120,29 +107,22 @@ def fusion_of(frame: types.FrameType | None, x: Tensor, convolved: Output | None
     """
     if frame is None:
         return NONE
-    if convolved is not None and (convolved.tensor() is not x or _is_observed()):
+    if convolved is not None and (convolved.tensor() is not x or convolved.code is not frame.f_code or _is_observed()):
         convolved = None
-    place = _place(frame)
-    if convolved is not None and convolved.place.code is not place.code:
-        convolved = None
-    if place.code is _SEQUENTIAL:
+    if frame.f_code is _SEQUENTIAL:
         return _in_sequential(_local(frame, "self"), _local(frame, "module"), convolved is not None)
-    function = _function(place.code)
-    call = None if function is None else function.calls.get(place.position)
-    if function is None or call is None or not _is(_called(frame, call.func), _BATCH_NORMS, _BATCH_NORM_MODULES):
+    calls = _calls_in(frame.f_code)
+    call = None if calls is None else calls.by_position.get(_position_in(frame))
+    if calls is None or call is None or not _is(_called(frame, call.func), _BATCH_NORMS, _BATCH_NORM_MODULES):
         return NONE
-    producer = function.producers.get(call)
-    is_proven = (
+    producer = calls.producers.get(call)
+    is_dead = (
         convolved is not None
         and producer is not None
-        and _position(producer) == convolved.place.position
+        and _position(producer) == convolved.position
         and _is(_called(frame, producer.func), _CONVOLUTIONS, _CONVOLUTION_MODULES)
     )
-    return Fusion(_is_read_by_relu(function, frame, call), is_proven)
-
-
-def _place(frame: types.FrameType) -> Place:
-    return Place(frame.f_code, frame.f_lasti)
+    return Fusion(_is_read_by_relu(calls, frame, call), is_dead)
 
 
 def _is_observed() -> bool:
@@ -151,7 +131,7 @@ def _is_observed() -> bool:
     return not all(getattr(mode, "only_counts", isinstance(mode, DeviceContext)) for mode in modes)
 
 
-def _is_usual(module: Any, kind: type[nn.Module]) -> bool:
+def _is_exactly(module: Any, kind: type[nn.Module]) -> bool:
     """Return whether a module is exactly of a class, converted or not, has no hooks, and runs as PyTorch wrote it."""
     if not isinstance(module, nn.Module) or getattr(type(module), "_blpa_stock", type(module)) is not kind:
         return False
@@ -165,8 +145,8 @@ def _is_usual(module: Any, kind: type[nn.Module]) -> bool:
 
 
 def _is(called: Any, functions: tuple[Any, ...], kinds: tuple[type[nn.Module], ...]) -> bool:
-    """Return whether what is called is one of these functions, or a usual module of these classes."""
-    return any(called is function for function in functions) or any(_is_usual(called, kind) for kind in kinds)
+    """Return whether what is called is one of these functions, or a module exactly of one of these classes."""
+    return any(called is function for function in functions) or any(_is_exactly(called, kind) for kind in kinds)
 
 
 def _is_relu(called: Any) -> bool:
@@ -183,16 +163,16 @@ def _in_sequential(sequential: nn.Sequential, module: Any, is_convolved: bool) -
         return NONE
     before, after = modules[: places[0]][-1:], modules[places[0] + 1 :]
     is_dead = is_convolved and bool(before) and _is(before[0], (), _CONVOLUTION_MODULES)
-    return Fusion(_is_relu(next((one for one in after if not _is_usual(one, nn.Identity)), None)), is_dead)
+    return Fusion(_is_relu(next((one for one in after if not _is_exactly(one, nn.Identity)), None)), is_dead)
 
 
-def _is_read_by_relu(function: "_Function", frame: types.FrameType, call: ast.Call) -> bool:
+def _is_read_by_relu(calls: "_Calls", frame: types.FrameType, call: ast.Call) -> bool:
     """Return whether a ReLU alone reads the value of a call, perhaps after some nn.Identity."""
-    reader = function.readers.get(call)
+    reader = calls.readers.get(call)
     if reader is None:
         return False
     called = _called(frame, reader.func)
-    return _is_read_by_relu(function, frame, reader) if _is_usual(called, nn.Identity) else _is_relu(called)
+    return _is_read_by_relu(calls, frame, reader) if _is_exactly(called, nn.Identity) else _is_relu(called)
 
 
 def _local(frame: types.FrameType, name: str) -> Any:
@@ -237,6 +217,11 @@ def _positions(code: types.CodeType) -> tuple[Position, ...]:
     return tuple(code.co_positions())
 
 
+def _position_in(frame: types.FrameType) -> Position:
+    """Return the position of the call that a frame waits for."""
+    return _positions(frame.f_code)[frame.f_lasti // 2]
+
+
 def _position(call: ast.Call) -> Position:
     return call.lineno, call.end_lineno, call.col_offset, call.end_col_offset
 
@@ -246,27 +231,35 @@ def _unpacks(call: ast.Call) -> bool:
     return any(isinstance(one, ast.Starred) for one in call.args) or any(one.arg is None for one in call.keywords)
 
 
-class _Function:
-    """Whose value goes where in a function.
+class _Calls(NamedTuple):
+    """The calls in a function, and whose value goes where."""
 
-    Attributes:
-        calls: by their position.
-        readers: the call that alone reads a call's value, as its first argument, where that is proven.
-        producers: the same the other way round.
-    """
+    by_position: dict[Position, ast.Call]
+    readers: dict[ast.Call, ast.Call]
+    """The call that alone reads a call's value, as its first argument, where that is proven."""
+    producers: dict[ast.Call, ast.Call]
+    """The same the other way round."""
+
+
+class _Reading:
+    """A function that is read for its calls."""
 
     def __init__(self, tree: ast.FunctionDef, code: types.CodeType) -> None:
-        self.parents = {child: node for node in ast.walk(tree) for child in ast.iter_child_nodes(node)}
+        self.nodes = list(ast.walk(tree))
+        self.parents = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
         self.own = set(code.co_varnames) - set(code.co_cellvars)
         self.next: dict[ast.AST, ast.stmt] = {}
-        for node in ast.walk(tree):
+        for node in self.nodes:
             for _, field in ast.iter_fields(node):
                 if isinstance(field, list) and field and isinstance(field[0], ast.stmt):
                     self.next.update(itertools.pairwise(field))
-        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and not _unpacks(node)]
-        self.calls = {_position(call): call for call in calls}
-        self.readers = {call: reader for call in calls if (reader := self._reader(call)) is not None}
-        self.producers = {reader: call for call, reader in self.readers.items()}
+
+    def calls(self) -> _Calls:
+        """Return the calls that unpack no arguments."""
+        calls = [node for node in self.nodes if isinstance(node, ast.Call) and not _unpacks(node)]
+        readers = {call: reader for call in calls if (reader := self._reader(call)) is not None}
+        producers = {reader: call for call, reader in readers.items()}
+        return _Calls({_position(call): call for call in calls}, readers, producers)
 
     def _reader(self, call: ast.Call) -> ast.Call | None:
         """Return the reader of a call's value: the call around it, or the next statement's by a variable."""
@@ -302,15 +295,15 @@ class _Function:
 
 
 @functools.lru_cache(maxsize=4096)
-def _function(code: types.CodeType) -> _Function | None:
-    """Read the source of a function; None unless it is there, is what was compiled, and names its variables itself."""
+def _calls_in(code: types.CodeType) -> _Calls | None:
+    """Read a function's source; None unless it is there, is what was compiled, and reads variables by name alone."""
     if {"locals", "vars", "eval", "exec", "dir"} & set(code.co_names):
         return None
     found = _functions(code.co_filename, "".join(linecache.getlines(code.co_filename))).get(code)
-    return None if found is None else _Function(found, code)
+    return None if found is None else _Reading(found, code).calls()
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=4)  # whole files
 def _functions(filename: str, source: str) -> dict[types.CodeType, ast.FunctionDef]:
     """Return the functions in a file by what they compile to."""
     try:

@@ -23,10 +23,9 @@ from blpa.coded.fusion import Fusion, caller_of, fusion_of
 from blpa.coded.mode import Coding, is_recording, may_overwrite
 from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Coded, Layout, channels_last_format, is_worth_a_code, load, not_a_view, save
-from blpa.kernels import compute_dtype, cpu
+from blpa.kernels import compute_dtype
 from blpa.kernels.any_layout import Elementwise, Vectors
-from blpa.kernels.library import batch_stats_and_averages, normalise_encode, rstd_of
-from blpa.kernels.order import Order
+from blpa.kernels.library import batch_stats_and_averages, computes_batch_norm, normalise_encode, rstd_of
 
 Call = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """The forward pass: x, gamma, beta -> y."""
@@ -191,9 +190,9 @@ def batch_norm(
         return result
 
     layout = Layout.of(input, 1, coding.codec)
-    if training and eps > 0 and not coding.is_traced and _is_usual(input, weight, bias, running_mean, running_var):
+    if training and eps > 0 and not coding.is_traced and _is_plain(input, weight, bias, running_mean, running_var):
         fusion = fusion_of(caller_of(sys._getframe(1)), input, coding.convolved)
-        if _is_ours(layout, input, fusion):
+        if computes_batch_norm(input, layout.channels_last, layout.bits, with_relu=fusion.rectify):
             averages = running_mean, running_var, momentum
             return _batch_norm(coding, layout, input, weight, bias, averages, eps, fusion)
     dtype = compute_dtype(input.dtype)
@@ -216,7 +215,7 @@ def batch_norm(
     return coded_norm(coding, layout, input, weight, bias, call, normalise, Means(constant=centre is not None))
 
 
-def _is_usual(
+def _is_plain(
     x: Tensor, gamma: Tensor | None, beta: Tensor | None, running_mean: Tensor | None, running_var: Tensor | None
 ) -> bool:
     """Return whether a batch norm has arguments that PyTorch takes, for which it has one formula."""
@@ -225,16 +224,6 @@ def _is_usual(
         return False
     is_dense = x.is_contiguous() or channels_last_format(x) is not None
     return is_dense and all(one.shape == x.shape[1:2] and one.dtype == compute_dtype(x.dtype) for one in given)
-
-
-def _is_ours(layout: Layout, x: Tensor, fusion: Fusion) -> bool:
-    """Return whether a batch norm is computed here, in one pass with its codes.
-
-    On a CPU it has the bits of PyTorch's own. On a GPU it has not, and it takes the place of two of PyTorch's kernels.
-    """
-    if x.is_cpu:
-        return cpu.normalises_as_pytorch(Order.of(x.shape, 1, layout.channels_last), layout.bits, x.dtype)
-    return x.is_meta or (x.is_cuda and fusion.rectify)
 
 
 def _batch_norm(

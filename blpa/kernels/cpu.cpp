@@ -232,6 +232,14 @@ void add_codes(Encoding<T, V, W> of, const T* x, const T* y, int64_t size, int s
   }
 }
 
+// Bins per unit of each channel; NaN, and so code 0, also where the grid has no zero.
+template <class T>
+std::vector<T> units_of(const Layout& layout, const Vectors<T>& all) {
+  std::vector<T> units(layout.channels);
+  for (int64_t c = 0; c < layout.channels; ++c) units[c] = all.zero[c] == all.zero[c] ? 1 / all.width[c] : all.zero[c];
+  return units;
+}
+
 template <class T, bool V, bool W>
 void encode(const Call& call) {
   const Layout& layout = *call.layout;
@@ -239,8 +247,7 @@ void encode(const Call& call) {
   const T zero = 0, one = 1;
   const Rows<T> centre = call.rows(call.centre, call.centre_step, zero);
   const Rows<T> scale = call.rows(call.scale, call.scale_step, one);
-  std::vector<T> units(layout.channels);  // NaN, and so code 0, also where the grid has no zero
-  for (int64_t c = 0; c < layout.channels; ++c) units[c] = all.zero[c] == all.zero[c] ? 1 / all.width[c] : all.zero[c];
+  const std::vector<T> units = units_of(layout, all);
   parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     const int64_t c = piece.channel;
     int32_t codes[PIECE];
@@ -299,9 +306,9 @@ void normalise_encode(const Call& call) {
   const Layout& layout = *call.layout;
   const Vectors<T> all = call.all<T>();
   const T *mean = static_cast<const T*>(call.centre), *rstd = static_cast<const T*>(call.scale);
-  std::vector<T> units(layout.channels), slopes(layout.channels), shifts(layout.channels);
+  const std::vector<T> units = units_of(layout, all);
+  std::vector<T> slopes(layout.channels), shifts(layout.channels);
   for (int64_t c = 0; c < layout.channels; ++c) {
-    units[c] = all.zero[c] == all.zero[c] ? 1 / all.width[c] : all.zero[c];
     slopes[c] = rstd[c] * all.gamma[c];
     shifts[c] = product_and_sum(-mean[c], slopes[c], all.beta[c]);
   }

@@ -147,6 +147,17 @@ def encode(
     return kernels_for(x.device).encode(x_dense, y_dense, vectors, order, bits, centre, scale)
 
 
+def computes_batch_norm(x: Tensor, channels_last: bool, bits: int, *, with_relu: bool) -> bool:
+    """Return whether normalise_encode is the way to compute a batch norm of a dense x.
+
+    On a CPU where it has the bits of PyTorch's own. On a GPU that Triton supports, where it has not, in place of two of
+    PyTorch's kernels. The meta device stands for either.
+    """
+    if x.is_cpu:
+        return cpu.normalises_as_pytorch(Order.of(x.shape, 1, channels_last), bits, x.dtype)
+    return x.is_meta or (with_relu and kernels_for(x.device) is not any_layout)
+
+
 def normalise_encode(
     x: Tensor, vectors: Tensor, channels_last: bool, bits: int, mean: Tensor, rstd: Tensor, rectify: bool, out: Tensor
 ) -> Tensor:

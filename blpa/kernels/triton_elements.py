@@ -72,6 +72,24 @@ def _elements(
 
 
 @triton.jit
+def _tile(
+    C, outer, inner, packed_outer, packed_inner,
+    BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr,
+    OUTER_FIRST: tl.constexpr,
+):  # fmt: skip
+    """Return a program's channels, offsets and mask of its bytes, and offsets, mask and samples of their elements."""
+    first, c = _place(C, POSITIONS, CHANNELS)
+    byte_offset, byte_mask, o, i = _bytes(
+        first, packed_outer * packed_inner, c, C, packed_inner, POSITIONS, CHANNELS_LAST
+    )
+    offset, mask, o = _elements(
+        first, byte_offset, byte_mask, o, i, c, C, outer, inner, packed_outer, packed_inner, BLOCKS, CHANNELS_LAST,
+        OUTER_FIRST,
+    )  # fmt: skip
+    return c, byte_offset, byte_mask, offset, mask, o
+
+
+@triton.jit
 def _vector(vectors, row: tl.constexpr, c, C):
     return tl.load(vectors + row * C + c, mask=c < C, other=0.0)
 
@@ -189,14 +207,9 @@ def _encode(
     BITS: tl.constexpr, BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, OUTER_FIRST: tl.constexpr, PER_OUTER: tl.constexpr, PER_CHANNEL: tl.constexpr,
 ):  # fmt: skip
-    first, c = _place(C, POSITIONS, CHANNELS)
-    byte_offset, byte_mask, o, i = _bytes(
-        first, packed_outer * packed_inner, c, C, packed_inner, POSITIONS, CHANNELS_LAST
+    c, byte_offset, byte_mask, offset, mask, o = _tile(
+        C, outer, inner, packed_outer, packed_inner, BLOCKS, POSITIONS, CHANNELS, CHANNELS_LAST, OUTER_FIRST
     )
-    offset, mask, o = _elements(
-        first, byte_offset, byte_mask, o, i, c, C, outer, inner, packed_outer, packed_inner, BLOCKS, CHANNELS_LAST,
-        OUTER_FIRST,
-    )  # fmt: skip
     z = _normalised(x, centre, scale, offset, mask, o, c, C, PER_OUTER, PER_CHANNEL)
     y_value = tl.load((x if y is None else y) + offset, mask=mask, other=0.0).to(tl.float32)
     if BITS == 0:
@@ -213,14 +226,9 @@ def _normalise_encode(
     CHANNELS_LAST: tl.constexpr, OUTER_FIRST: tl.constexpr, RECTIFIED: tl.constexpr,
 ):  # fmt: skip
     """Write y or relu(y) to out, which may be x: a program reads all its elements before it writes them."""
-    first, c = _place(C, POSITIONS, CHANNELS)
-    byte_offset, byte_mask, o, i = _bytes(
-        first, packed_outer * packed_inner, c, C, packed_inner, POSITIONS, CHANNELS_LAST
+    c, byte_offset, byte_mask, offset, mask, _ = _tile(
+        C, outer, inner, packed_outer, packed_inner, BLOCKS, POSITIONS, CHANNELS, CHANNELS_LAST, OUTER_FIRST
     )
-    offset, mask, o = _elements(
-        first, byte_offset, byte_mask, o, i, c, C, outer, inner, packed_outer, packed_inner, BLOCKS, CHANNELS_LAST,
-        OUTER_FIRST,
-    )  # fmt: skip
     centre, scale = _vector(mean, 0, c, C), _vector(rstd, 0, c, C)
     slope = scale * _vector(vectors, GAMMA, c, C)
     x_value = tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
@@ -240,14 +248,9 @@ def _decode(
     BITS: tl.constexpr, BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, OUTER_FIRST: tl.constexpr, FUNCTION: tl.constexpr,
 ):  # fmt: skip
-    first, c = _place(C, POSITIONS, CHANNELS)
-    byte_offset, byte_mask, o, i = _bytes(
-        first, packed_outer * packed_inner, c, C, packed_inner, POSITIONS, CHANNELS_LAST
+    c, byte_offset, byte_mask, offset, mask, _ = _tile(
+        C, outer, inner, packed_outer, packed_inner, BLOCKS, POSITIONS, CHANNELS, CHANNELS_LAST, OUTER_FIRST
     )
-    offset, mask, o = _elements(
-        first, byte_offset, byte_mask, o, i, c, C, outer, inner, packed_outer, packed_inner, BLOCKS, CHANNELS_LAST,
-        OUTER_FIRST,
-    )  # fmt: skip
     _, y = _decoded(values, vectors, byte_offset, byte_mask, offset, mask, c, C, outer, inner, BITS, BLOCKS)
     tl.store(out + offset, _function(y, a, b, FUNCTION).to(out.dtype.element_ty), mask=mask)
 
@@ -258,14 +261,9 @@ def _elementwise_grad(
     BITS: tl.constexpr, BLOCKS: tl.constexpr, POSITIONS: tl.constexpr, CHANNELS: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, OUTER_FIRST: tl.constexpr, FUNCTION: tl.constexpr,
 ):  # fmt: skip
-    first, c = _place(C, POSITIONS, CHANNELS)
-    byte_offset, byte_mask, o, i = _bytes(
-        first, packed_outer * packed_inner, c, C, packed_inner, POSITIONS, CHANNELS_LAST
+    c, byte_offset, byte_mask, offset, mask, _ = _tile(
+        C, outer, inner, packed_outer, packed_inner, BLOCKS, POSITIONS, CHANNELS, CHANNELS_LAST, OUTER_FIRST
     )
-    offset, mask, o = _elements(
-        first, byte_offset, byte_mask, o, i, c, C, outer, inner, packed_outer, packed_inner, BLOCKS, CHANNELS_LAST,
-        OUTER_FIRST,
-    )  # fmt: skip
     _, y = _decoded(values, vectors, byte_offset, byte_mask, offset, mask, c, C, outer, inner, BITS, BLOCKS)
     da = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offset, _gradient(da, y, a, FUNCTION).to(out.dtype.element_ty), mask=mask)
@@ -279,14 +277,9 @@ def _input_grad(
     RECTIFIED: tl.constexpr,
 ):  # fmt: skip
     """Write dX to out; the second of the means is `apart` from the first."""
-    first, c = _place(C, POSITIONS, CHANNELS)
-    byte_offset, byte_mask, o, i = _bytes(
-        first, packed_outer * packed_inner, c, C, packed_inner, POSITIONS, CHANNELS_LAST
+    c, byte_offset, byte_mask, offset, mask, o = _tile(
+        C, outer, inner, packed_outer, packed_inner, BLOCKS, POSITIONS, CHANNELS, CHANNELS_LAST, OUTER_FIRST
     )
-    offset, mask, o = _elements(
-        first, byte_offset, byte_mask, o, i, c, C, outer, inner, packed_outer, packed_inner, BLOCKS, CHANNELS_LAST,
-        OUTER_FIRST,
-    )  # fmt: skip
     dy = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
     if means is None:
         dx = dy * _vector(vectors, GAMMA, c, C)
