@@ -208,7 +208,7 @@ def grid_vectors(
     floor = torch.full_like(mean, -torch.inf)
     if codec is None:
         return torch.stack(Vectors(*(torch.zeros_like(mean),) * 4, gamma, beta, floor))
-    deviation = var.sqrt().clamp_min_(torch.finfo(mean.dtype).tiny ** 0.5)
+    deviation = _root(var).clamp_min_(torch.finfo(mean.dtype).tiny ** 0.5)
     # t = (z - mean) / deviation is standardised, and y = (gamma deviation) t + (gamma mean + beta).
     slope, shift = gamma * deviation, gamma * mean + beta
     # y of a channel whose gamma is 0 has one sign, which must not take codes from z: all of them mean that sign.
@@ -220,7 +220,7 @@ def grid_vectors(
         grid = codec.grid(slope, shift)
     frac, zero, width = grid.frac, torch.where(is_flat, flat_zero, grid.zero), grid.bin_width * deviation
     if is_input:
-        rectified = codec.rectified_grid(high, (var + mean.square()).sqrt_())
+        rectified = codec.rectified_grid(high, _root(var + mean.square()))
         # A channel that starts at 0 was rectified. One above 0 has the better of both grids.
         is_rectified = (low == 0) | ((low > 0) & (rectified.bin_width <= width.abs()))
         frac, zero, width, mean, floor = (
@@ -234,6 +234,11 @@ def grid_vectors(
             )
         )
     return torch.stack(Vectors(frac, zero, width, mean, gamma, beta, floor))
+
+
+def _root(x: Tensor) -> Tensor:
+    """Compute a square root, to the nearest number as other kernels do; PyTorch's own of fp32 is not, on a CPU."""
+    return x.double().sqrt().to(x.dtype) if x.is_cpu else x.sqrt()
 
 
 def encode(

@@ -213,24 +213,18 @@ struct Encoding {
   Parameter<T, V> unit, frac, zero, mean;  // unit: bins per unit
   Parameter<T, W> centre, scale;
   T levels;
-};
 
-template <class T, bool V, bool W>
-void add_codes(Encoding<T, V, W> of, const T* x, const T* y, int64_t size, int shift, int32_t* codes) {
-  const T half = of.levels / 2;
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    const T z = (x[i] - of.centre[i]) * of.scale[i];
-    const T bin = std::floor((z - of.mean[i]) * of.unit[i] + of.frac[i]) + half;
-    const T zero = of.zero[i], sign = y[i];
-    const T lowest = sign <= 0 ? T(0) : zero;
-    const T highest = (sign <= 0 ? T(0) : of.levels - zero) + (zero - 1);
+  int32_t code(int64_t i, T x, T sign) const {
+    const T z = (x - centre[i]) * scale[i];
+    const T bin = std::floor((z - mean[i]) * unit[i] + frac[i]) + levels / 2;
+    const T first = zero[i];
+    const T lowest = sign <= 0 ? T(0) : first;
+    const T highest = (sign <= 0 ? T(0) : levels - first) + (first - 1);
     T code = bin < lowest ? lowest : bin;
     code = code > highest ? highest : code;
-    code = code == code ? code : T(0);  // a NaN
-    codes[i] += int32_t(code) << shift;
+    return int32_t(code == code ? code : T(0));  // a NaN
   }
-}
+};
 
 // Bins per unit of each channel; NaN, and so code 0, also where the grid has no zero.
 template <class T>
@@ -262,7 +256,9 @@ void encode(const Call& call) {
                                  Parameter<T, V>(all.zero + c), Parameter<T, V>(all.mean + c),
                                  Parameter<T, W>(centre.at(block.outer, c)), Parameter<T, W>(scale.at(block.outer, c)),
                                  T(1 << layout.bits)};
-      add_codes<T, V, W>(of, xs, ys, block.size, int(k * layout.bits), codes);
+      const int shift = int(k * layout.bits);
+#pragma omp simd
+      for (int64_t i = 0; i < block.size; ++i) codes[i] += of.code(i, xs[i], ys[i]) << shift;
     }
     convert(codes, piece.size, call.values + piece.byte);
   });
@@ -279,28 +275,6 @@ T product_and_sum(T a, T b, T c) {
 #endif
 }
 
-template <class T>
-void relu(T* y, int64_t size) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    const T value = y[i];
-    y[i] = value < 0 ? T(0) : value;
-  }
-}
-
-// Round to the dtype of an array.
-template <class T>
-NOINLINE void round_as(const Array& array, int64_t size, T* values) {
-  with_type(array, [&](auto* data) {
-    using To = std::remove_pointer_t<decltype(data)>;
-    if constexpr (!std::is_same_v<To, T>) {
-      To rounded[PIECE];
-      convert(values, size, rounded);
-      convert(rounded, size, values);
-    }
-  });
-}
-
 template <class T, bool V, bool W>
 void normalise_encode(const Call& call) {
   const Layout& layout = *call.layout;
@@ -312,6 +286,7 @@ void normalise_encode(const Call& call) {
     slopes[c] = rstd[c] * all.gamma[c];
     shifts[c] = product_and_sum(-mean[c], slopes[c], all.beta[c]);
   }
+  const T least = call.rectified ? T(0) : -std::numeric_limits<T>::infinity();
   parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     const int64_t c = piece.channel;
     const Parameter<T, V> slope(&slopes[c]), shift(&shifts[c]);
@@ -320,91 +295,27 @@ void normalise_encode(const Call& call) {
                                Parameter<T, V>(mean + c), Parameter<T, V>(rstd + c), T(1 << layout.bits)};
     int32_t codes[PIECE];
     std::fill(codes, codes + piece.size, 0);
-    T buffer[PIECE], y[PIECE];
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
-      const T* xs = load(call.x, block, buffer);
+      const int bits = int(k * layout.bits);
+      with_type(call.x, [&](auto* data) {
+        using X = std::remove_pointer_t<decltype(data)>;
+        const X* xs = data + block.position;
+        X* out = static_cast<X*>(call.out.data) + block.position;  // may be where x is
 #pragma omp simd
-      for (int64_t i = 0; i < block.size; ++i) y[i] = product_and_sum(xs[i], slope[i], shift[i]);
-      round_as(call.out, block.size, y);
-      add_codes<T, V, V>(of, xs, y, block.size, int(k * layout.bits), codes);
-      if (call.rectified) relu(y, block.size);
-      T* out = target(call.out, block, buffer);  // may be where x is
-      std::copy(y, y + block.size, out);
-      store(call.out, block, out);
+        for (int64_t i = 0; i < block.size; ++i) {
+          const T x = cast<T>(xs[i]), y = cast<T>(cast<X>(product_and_sum(x, slope[i], shift[i])));
+          codes[i] += of.code(i, x, y) << bits;
+          out[i] = cast<X>(y < least ? least : y);
+        }
+      });
     }
     convert(codes, piece.size, call.values + piece.byte);
   });
 }
 
 // ---- decode
-
-template <class T, bool V>
-void z_of(const Layout& layout, const Vectors<T>& all, const uint8_t* bytes, int64_t c, int64_t k, int64_t size, T* z) {
-  const Parameter<T, V> frac(all.frac + c), width(all.width + c), mean(all.mean + c);
-  const T middle = T(0.5) - T(1 << layout.bits) / 2;
-  const int shift = int(k * layout.bits), mask = (1 << layout.bits) - 1;
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) z[i] = (T((bytes[i] >> shift) & mask) + middle - frac[i]) * width[i] + mean[i];
-}
-
-template <class T, bool V>
-void y_of(const Layout& layout, const Vectors<T>& all, const uint8_t* bytes, int64_t c, int64_t k, int64_t size, T* y) {
-  const Parameter<T, V> frac(all.frac + c), width(all.width + c), mean(all.mean + c), zero(all.zero + c);
-  const Parameter<T, V> gamma(all.gamma + c), beta(all.beta + c), floor(all.floor + c);
-  const T middle = T(0.5) - T(1 << layout.bits) / 2, tiny = std::numeric_limits<T>::min();
-  const int shift = int(k * layout.bits), mask = (1 << layout.bits) - 1;
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    const T code = T((bytes[i] >> shift) & mask);
-    const T sign = code - (zero[i] - T(0.5));
-    const T value = ((code + middle - frac[i]) * width[i] + mean[i]) * gamma[i] + beta[i];
-    const T positive = sign <= 0 ? T(0) : (value < tiny ? tiny : value);
-    const T negative = sign >= 0 ? T(0) : (value > 0 ? T(0) : value);
-    const T sum = positive + negative;
-    y[i] = sum < floor[i] ? floor[i] : sum;
-  }
-}
-
-enum Function { IDENTITY, RELU, LEAKY_RELU, TABLE };
-
-// The entries of a table for the codes of a piece.
-template <class T>
-void look_up(const Layout& layout, const T* table, const uint8_t* bytes, int64_t c, int64_t k, int64_t size, T* found) {
-  const int shift = int(k * layout.bits), mask = (1 << layout.bits) - 1;
-  const int64_t step = layout.per_element ? mask + 1 : 0;
-  table += c * (mask + 1);
-  for (int64_t i = 0; i < size; ++i) found[i] = table[i * step + ((bytes[i] >> shift) & mask)];
-}
-
-template <class T>
-void relu_grad(const T* da, const T* y, int64_t size, T* dy) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    const T value = da[i];
-    dy[i] = y[i] <= 0 ? T(0) : value;
-  }
-}
-
-// y itself, or a gradient, times the slope where y is negative.
-template <class T>
-void leaky_relu(const T* from, const T* y, T slope, int64_t size, T* out) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    const T value = from[i], product = value * slope;
-    out[i] = y[i] > 0 ? value : product;
-  }
-}
-
-template <class T>
-void multiply(const T* da, const T* derivative, int64_t size, T* dy) {
-#pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
-    const T product = da[i] * derivative[i];
-    dy[i] = derivative[i] == 0 ? T(0) : product;
-  }
-}
 
 // Of each channel a number that is less than the codes of positive y; y is NaN for all codes or for none.
 template <class T>
@@ -417,40 +328,76 @@ std::vector<T> edges_of(const Layout& layout, const Vectors<T>& all) {
   return edges;
 }
 
-// dY of a piece, from it or, where a batch norm was rectified, from dA.
+template <class T>
+struct Grids {
+  Vectors<T> all;
+  std::vector<T> edges;
+  explicit Grids(const Call& call) : all(call.all<T>()), edges(edges_of(*call.layout, all)) {}
+};
+
+// The k-th codes of a piece.
 template <class T, bool V>
-const T* load_dy(const Call& call, const std::vector<T>& edges, const Piece& piece, int64_t k, const Block& block,
-                 T* buffer) {
-  const T* da = load(call.x, block, buffer);
-  if (!call.rectified) return da;
-  const Parameter<T, V> edge(&edges[piece.channel]);
-  const uint8_t* bytes = call.values + piece.byte;
-  const int shift = int(k * call.layout->bits), mask = (1 << call.layout->bits) - 1;
-#pragma omp simd
-  for (int64_t i = 0; i < block.size; ++i) {
-    const T value = da[i];
-    buffer[i] = T((bytes[i] >> shift) & mask) <= edge[i] ? T(0) : value;
+struct Decoding {
+  const uint8_t* bytes;
+  int shift, mask;
+  T middle;
+  Parameter<T, V> frac, zero, width, mean, gamma, beta, floor, edge;
+  Decoding(const Call& call, const Grids<T>& grids, const Piece& piece, int64_t k)
+      : bytes(call.values + piece.byte), shift(int(k * call.layout->bits)), mask((1 << call.layout->bits) - 1),
+        middle(T(0.5) - T(1 << call.layout->bits) / 2), frac(grids.all.frac + piece.channel),
+        zero(grids.all.zero + piece.channel), width(grids.all.width + piece.channel),
+        mean(grids.all.mean + piece.channel), gamma(grids.all.gamma + piece.channel),
+        beta(grids.all.beta + piece.channel), floor(grids.all.floor + piece.channel),
+        edge(&grids.edges[piece.channel]) {}
+
+  int index(int64_t i) const { return (bytes[i] >> shift) & mask; }
+  T code(int64_t i) const { return T(index(i)); }
+  T z(int64_t i, T code) const { return (code + middle - frac[i]) * width[i] + mean[i]; }
+  T y(int64_t i, T code) const {
+    const T sign = code - (zero[i] - T(0.5)), tiny = std::numeric_limits<T>::min();
+    const T value = z(i, code) * gamma[i] + beta[i];
+    const T positive = sign <= 0 ? T(0) : (value < tiny ? tiny : value);
+    const T negative = sign >= 0 ? T(0) : (value > 0 ? T(0) : value);
+    const T sum = positive + negative;
+    return sum < floor[i] ? floor[i] : sum;
   }
-  return buffer;
-}
+  T relu(int64_t i, T code) const {
+    const T value = z(i, code) * gamma[i] + beta[i], tiny = std::numeric_limits<T>::min();
+    const T positive = value < tiny ? tiny : value;
+    return code <= edge[i] ? T(0) : positive;
+  }
+  T relu_grad(int64_t i, T code, T da) const { return code <= edge[i] ? T(0) : da; }
+};
+
+enum Function { IDENTITY, RELU, LEAKY_RELU, TABLE };
 
 template <class T, bool V>
 void decode(const Call& call) {
   const Layout& layout = *call.layout;
-  const Vectors<T> all = call.all<T>();
+  const Grids<T> grids(call);
   const T slope = T(call.slope);
+  const int64_t levels = 1 << layout.bits;
   parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     T buffer[PIECE];
+    const T* table = static_cast<const T*>(call.table) + piece.channel * levels;
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
+      const Decoding<T, V> of(call, grids, piece, k);
       T* y = target(call.out, block, buffer);
-      if (call.function == TABLE)
-        look_up(layout, static_cast<const T*>(call.table), call.values + piece.byte, piece.channel, k, block.size, y);
-      else
-        y_of<T, V>(layout, all, call.values + piece.byte, piece.channel, k, block.size, y);
-      if (call.function == RELU) relu(y, block.size);
-      if (call.function == LEAKY_RELU) leaky_relu(y, y, slope, block.size, y);
+      if (call.function == TABLE) {
+        for (int64_t i = 0; i < block.size; ++i) y[i] = table[i * V * levels + of.index(i)];
+      } else if (call.function == RELU) {
+#pragma omp simd
+        for (int64_t i = 0; i < block.size; ++i) y[i] = of.relu(i, of.code(i));
+      } else {
+        const T factor = call.function == LEAKY_RELU ? slope : T(1);
+#pragma omp simd
+        for (int64_t i = 0; i < block.size; ++i) {
+          const T value = of.y(i, of.code(i)), product = value * factor;
+          y[i] = value > 0 ? value : product;
+        }
+      }
       store(call.out, block, y);
     }
   });
@@ -459,24 +406,32 @@ void decode(const Call& call) {
 template <class T, bool V>
 void elementwise_grad(const Call& call) {
   const Layout& layout = *call.layout;
-  const Vectors<T> all = call.all<T>();
+  const Grids<T> grids(call);
   const T slope = T(call.slope);
+  const int64_t levels = 1 << layout.bits;
   parallel_pieces(layout, call.threads, [&](const Piece& piece) {
-    T buffer[PIECE], y[PIECE], out_buffer[PIECE];
+    T buffer[PIECE], out_buffer[PIECE];
+    const T* table = static_cast<const T*>(call.table) + piece.channel * levels;
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
+      const Decoding<T, V> of(call, grids, piece, k);
       const T* da = load(call.x, block, buffer);
       T* dy = target(call.out, block, out_buffer);
-      if (call.function == TABLE) {     // y is the derivative; where that is 0, so is dY, whatever dA
-        look_up(layout, static_cast<const T*>(call.table), call.values + piece.byte, piece.channel, k, block.size, y);
-        multiply(da, y, block.size, dy);
+      if (call.function == TABLE) {       // of the derivative; where that is 0, so is dY, whatever dA
+        for (int64_t i = 0; i < block.size; ++i) {
+          const T derivative = table[i * V * levels + of.index(i)];
+          dy[i] = derivative == 0 ? T(0) : da[i] * derivative;
+        }
+      } else if (call.function == RELU) {
+#pragma omp simd
+        for (int64_t i = 0; i < block.size; ++i) dy[i] = of.relu_grad(i, of.code(i), da[i]);
       } else {
-        y_of<T, V>(layout, all, call.values + piece.byte, piece.channel, k, block.size, y);
-        if (call.function == RELU)
-          relu_grad(da, y, block.size, dy);
-        else
-          leaky_relu(da, y, slope, block.size, dy);
+#pragma omp simd
+        for (int64_t i = 0; i < block.size; ++i) {
+          const T product = da[i] * slope;
+          dy[i] = of.y(i, of.code(i)) > 0 ? da[i] : product;
+        }
       }
       store(call.out, block, dy);
     }
@@ -486,30 +441,35 @@ void elementwise_grad(const Call& call) {
 template <class T, bool V, bool W>
 void input_grad(const Call& call) {
   const Layout& layout = *call.layout;
-  const Vectors<T> all = call.all<T>();
+  const Grids<T> grids(call);
   const T zero = 0, one = 1;
   const Rows<T> centre = call.rows(call.centre, call.centre_step, zero);
   const Rows<T> scale = call.rows(call.scale, call.scale_step, one);
   const Rows<T> centre_z = call.rows(call.centre_z, call.centre_step, zero);
-  const std::vector<T> edges = edges_of(layout, all);
   parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     const int64_t c = piece.channel;
-    const Parameter<T, V> gamma(all.gamma + c);
-    T buffer[PIECE], z[PIECE], out_buffer[PIECE];
+    T buffer[PIECE], out_buffer[PIECE];
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
-      const T* dy = load_dy<T, V>(call, edges, piece, k, block, buffer);
+      const Decoding<T, V> of(call, grids, piece, k);
+      const T* dy = load(call.x, block, buffer);
       T* dx = target(call.out, block, out_buffer);
       const Parameter<T, W> factor(scale.at(block.outer, c));
-      if (call.centre) {
-        const Parameter<T, W> mean(centre.at(block.outer, c)), mean_z(centre_z.at(block.outer, c));
-        z_of<T, V>(layout, all, call.values + piece.byte, c, k, block.size, z);
+      const Parameter<T, W> mean(centre.at(block.outer, c)), mean_z(centre_z.at(block.outer, c));
+      if (call.rectified) {
 #pragma omp simd
-        for (int64_t i = 0; i < block.size; ++i) dx[i] = (dy[i] * gamma[i] - mean[i] - z[i] * mean_z[i]) * factor[i];
+        for (int64_t i = 0; i < block.size; ++i) {
+          const T code = of.code(i), du = of.relu_grad(i, code, dy[i]) * of.gamma[i];
+          dx[i] = (du - mean[i] - of.z(i, code) * mean_z[i]) * factor[i];
+        }
+      } else if (call.centre) {
+#pragma omp simd
+        for (int64_t i = 0; i < block.size; ++i)
+          dx[i] = (dy[i] * of.gamma[i] - mean[i] - of.z(i, of.code(i)) * mean_z[i]) * factor[i];
       } else {
 #pragma omp simd
-        for (int64_t i = 0; i < block.size; ++i) dx[i] = dy[i] * gamma[i] * factor[i];
+        for (int64_t i = 0; i < block.size; ++i) dx[i] = dy[i] * of.gamma[i] * factor[i];
       }
       store(call.out, block, dx);
     }
@@ -533,14 +493,22 @@ struct Chunks {
   int64_t end(int64_t i) const { return i / per_group * lines + std::min(lines, (i % per_group + 1) * step); }
 };
 
-// Sums are in double: an fp32 sum of n terms would lose up to n units in the last place.
-template <class T, bool V>
-void add_to_sums(const T* dy, const T* z, int64_t size, double* sum, double* sum_z) {
-  if (V) {
+// Add dY and dY z~ to each element's sums, or to one for all; dy_of(i, code) is dY. Sums are in double: an fp32 sum of n
+// terms would lose up to n units in the last place.
+template <bool per_element, class T, bool V, class F>
+void add_to_sums(const Decoding<T, V>& of, int64_t size, const F& dy_of, double* sum, double* sum_z) {
+  T dy[PIECE], dy_z[PIECE];               // one loop from bytes to doubles would be a slow one
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T code = of.code(i);
+    dy[i] = dy_of(i, code);
+    dy_z[i] = dy[i] * of.z(i, code);
+  }
+  if (per_element) {
 #pragma omp simd
     for (int64_t i = 0; i < size; ++i) {
       sum[i] += double(dy[i]);
-      sum_z[i] += double(dy[i] * z[i]);
+      sum_z[i] += double(dy_z[i]);
     }
     return;
   }
@@ -548,7 +516,7 @@ void add_to_sums(const T* dy, const T* z, int64_t size, double* sum, double* sum
 #pragma omp simd reduction(+ : total, total_z)
   for (int64_t i = 0; i < size; ++i) {
     total += double(dy[i]);
-    total_z += double(dy[i] * z[i]);
+    total_z += double(dy_z[i]);
   }
   *sum += total;
   *sum_z += total_z;
@@ -557,9 +525,8 @@ void add_to_sums(const T* dy, const T* z, int64_t size, double* sum, double* sum
 template <class T, bool V>
 void gradient_sums(const Call& call) {
   const Layout& layout = *call.layout;
-  const Vectors<T> all = call.all<T>();
+  const Grids<T> grids(call);
   const bool per_sample = call.per_sample;
-  const std::vector<T> edges = edges_of(layout, all);
   T* out = static_cast<T*>(call.out.data);
   const Chunks chunks(layout, per_sample);
   const int64_t channels = layout.channels, rows = per_sample ? layout.outer : 1;
@@ -569,16 +536,19 @@ void gradient_sums(const Call& call) {
   parallel(chunks.count(), layout.elements(), call.threads, [&](int64_t i) {
     double* mine = sums.get() + i * size;
     std::fill(mine, mine + size, 0.0);
-    T buffer[PIECE], z[PIECE];
+    T buffer[PIECE];
     for_pieces(layout, chunks.begin(i), chunks.end(i), [&](const Piece& piece) {
-      const int64_t c = piece.channel;
       for (int64_t k = 0; k < layout.codes(); ++k) {
         const Block block = block_of(layout, piece, k);
         if (block.size <= 0) break;
-        const T* dy = load_dy<T, V>(call, edges, piece, k, block, buffer);
-        z_of<T, V>(layout, all, call.values + piece.byte, c, k, block.size, z);
-        double* sum = mine + (samples > 1 ? k : 0) * 2 * channels + c;
-        add_to_sums<T, V>(dy, z, block.size, sum, sum + channels);
+        const Decoding<T, V> of(call, grids, piece, k);
+        const T* dy = load(call.x, block, buffer);
+        double* sum = mine + (samples > 1 ? k : 0) * 2 * channels + piece.channel;
+        if (call.rectified)
+          add_to_sums<V>(of, block.size, [&](int64_t i, T code) { return of.relu_grad(i, code, dy[i]); }, sum,
+                         sum + channels);
+        else
+          add_to_sums<V>(of, block.size, [&](int64_t i, T) { return dy[i]; }, sum, sum + channels);
       }
     });
   });
@@ -602,11 +572,11 @@ void gradient_sums(const Call& call) {
 template <class T, bool V>
 void row_means(const Call& call) {
   const Layout& layout = *call.layout;
-  const Vectors<T> all = call.all<T>();
+  const Grids<T> grids(call);
   T* out = static_cast<T*>(call.out.data);
   const int64_t step = std::max<int64_t>(1, CHUNK / 2 / layout.length);
   parallel((layout.lines + step - 1) / step, layout.elements(), call.threads, [&](int64_t chunk) {
-    T buffer[PIECE], du[PIECE], z[PIECE];
+    T buffer[PIECE];
     for (int64_t line = chunk * step; line < std::min(layout.lines, (chunk + 1) * step); ++line)
       for (int64_t k = 0; k < layout.codes(); ++k) {
         double sum = 0, sum_z = 0;
@@ -616,11 +586,8 @@ void row_means(const Call& call) {
           if (block.size <= 0) return;
           row = block.outer;
           const T* dy = load(call.x, block, buffer);
-          const T* gamma = all.gamma + piece.channel;
-          z_of<T, true>(layout, all, call.values + piece.byte, piece.channel, k, block.size, z);
-#pragma omp simd
-          for (int64_t i = 0; i < block.size; ++i) du[i] = dy[i] * gamma[i];
-          add_to_sums<T, false>(du, z, block.size, &sum, &sum_z);
+          const Decoding<T, true> of(call, grids, piece, k);
+          add_to_sums<false>(of, block.size, [&](int64_t i, T) { return dy[i] * of.gamma[i]; }, &sum, &sum_z);
         });
         if (row < 0) continue;
         out[row] = T(sum / double(layout.channels));
@@ -630,6 +597,19 @@ void row_means(const Call& call) {
 }
 
 // ---- statistics
+
+template <class T>
+void add_to_range(const T* z, int64_t size, bool may_have_nan, T* low, T* high) {
+  T least = *low, most = *high;
+#pragma omp simd reduction(min : least) reduction(max : most)
+  for (int64_t i = 0; i < size; ++i) {
+    least = z[i] < least ? z[i] : least;
+    most = z[i] > most ? z[i] : most;
+  }
+  for (int64_t i = 0; may_have_nan && i < size; ++i)
+    if (z[i] != z[i]) least = most = z[i];
+  if (*low == *low) *low = least, *high = most;  // a NaN stays
+}
 
 // About a value of the channel, in double: the mean of squares less the square of the mean loses what the mean has more
 // of than the deviation, which is then at most the root of the number of elements.
@@ -648,21 +628,15 @@ void add_to_stats(const T* z, int64_t size, const double* from, double* sum, dou
   }
   const double origin = *from;
   double total = 0, total_squares = 0;
-  T least = *low, most = *high;
-#pragma omp simd reduction(+ : total, total_squares) reduction(min : least) reduction(max : most)
+#pragma omp simd reduction(+ : total, total_squares)
   for (int64_t i = 0; i < size; ++i) {
     const double deviation = double(z[i]) - origin;
     total += deviation;
     total_squares += deviation * deviation;
-    least = z[i] < least ? z[i] : least;
-    most = z[i] > most ? z[i] : most;
   }
   *sum += total;
   *squares += total_squares;
-  if (total != total)
-    for (int64_t i = 0; i < size; ++i)
-      if (z[i] != z[i]) least = most = z[i];
-  if (*low == *low) *low = least, *high = most;  // a NaN stays
+  add_to_range(z, size, total != total, low, high);
 }
 
 template <class T, bool V, bool W>
@@ -724,6 +698,35 @@ void channel_stats(const Call& call) {
   }
 }
 
+// ---- statistics of a batch norm in training
+
+// PyTorch adds the elements of a channel one after another, in double, so that each sum waits for the one before. Four
+// channels at once have the same bits in less than half the time.
+struct FourSums {
+  double a = 0, b = 0, c = 0, d = 0;
+
+  void add(const float* const rows[4], int64_t size) {
+    const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
+    for (int64_t i = 0; i < size; ++i) {
+      a += double(p[i]);
+      b += double(q[i]);
+      c += double(r[i]);
+      d += double(s[i]);
+    }
+  }
+  void add_squares(const float* const rows[4], const float means[4], int64_t size) {
+    const float *p = rows[0], *q = rows[1], *r = rows[2], *s = rows[3];
+    const float of_p = means[0], of_q = means[1], of_r = means[2], of_s = means[3];
+    for (int64_t i = 0; i < size; ++i) {
+      const float x = p[i] - of_p, y = q[i] - of_q, z = r[i] - of_r, w = s[i] - of_s;
+      a += double(x * x);
+      b += double(y * y);
+      c += double(z * z);
+      d += double(w * w);
+    }
+  }
+};
+
 // ---- grids
 
 template <class T>
@@ -738,68 +741,6 @@ T finite(T value) {
 
 template <class T>
 T at_least(T value, T low) { return value < low ? low : value; }
-
-// clip <= 0 is the channel's own range; what is null is 1 for gamma, and 0 for beta. The roots are PyTorch's, whose last
-// bit is not always the nearest: root of the variance of z, and of its mean square where gamma and beta are null.
-template <class T>
-void grid_vectors(int64_t channels, const T* stats, const T* roots, const T* mean_roots, const T* gammas,
-                  const T* betas, const T* centre, const T* scale, int bits, double clip, double rectified_clip,
-                  T* out) {
-  const T levels = T(1 << bits), half = levels / 2, infinity = std::numeric_limits<T>::infinity();
-  const T tiny = T(std::sqrt(double(std::numeric_limits<T>::min())));
-  const bool is_input = !gammas && !betas, is_range = clip <= 0;
-#pragma omp simd
-  for (int64_t c = 0; c < channels; ++c) {
-    T mean = stats[c], low = stats[2 * channels + c], high = stats[3 * channels + c];
-    if (centre) {
-      mean = (mean - centre[c]) * scale[c];
-      low = (low - centre[c]) * scale[c];
-      high = (high - centre[c]) * scale[c];
-    }
-    const T gamma = gammas ? gammas[c] : T(1), beta = betas ? betas[c] : T(0);
-    const T deviation = at_least(roots[c], tiny);
-    const T slope = gamma * deviation + T(0);  // -0 becomes 0
-    T shift = gamma * mean + beta;
-    const bool is_flat = slope == 0;
-    const T flat_zero = shift > 0 ? T(0) : levels;
-    if (is_flat) shift = shift > 0 ? T(1) : T(-1);
-    T frac, zero, width;
-    if (is_range) {
-      const T sign = std::copysign(T(1), slope);
-      const T one = (low - mean) / deviation * sign, other = (high - mean) / deviation * sign;
-      const T first_value = least(one, other), last_value = -least(-one, -other);
-      width = at_least((last_value - first_value) / (levels - 1), tiny);
-      const T edge = -shift / std::fabs(slope), bins = finite(edge / width), lowest = first_value / width;
-      const bool is_inside = (edge > first_value) & (edge < last_value);
-      frac = is_inside ? std::ceil(bins) - bins : -lowest;
-      const T first = is_inside ? std::floor(lowest + frac) : edge <= first_value ? T(-1) : T(0);
-      zero = std::rint(bins + frac) - first;
-      frac = frac - first - half;
-      width = sign * width;
-    } else {
-      width = std::copysign(T(2 * clip / double(levels)), slope);
-      const T edge = finite(shift / (slope * width)), nearest = std::rint(edge);
-      frac = edge - nearest;
-      zero = half - nearest;
-    }
-    zero = zero < 1 ? T(1) : zero > levels - 1 ? levels - 1 : zero;
-    zero = is_flat ? flat_zero : zero;
-    width = width * deviation;
-    T floor = -infinity;
-    if (is_input) {
-      const T top = is_range ? high : least(high, T(rectified_clip) * mean_roots[c]);
-      const T rectified = at_least(top / (levels - 1), tiny);
-      const bool is_rectified = (low == 0) | ((low > 0) & (rectified <= std::fabs(width)));
-      frac = is_rectified ? 1 - half : frac;
-      zero = is_rectified ? T(1) : zero;
-      width = is_rectified ? rectified : width;
-      mean = is_rectified ? T(0) : mean;
-      floor = is_rectified ? T(0) : floor;
-    }
-    const T found[] = {frac, zero, width, mean, gamma, beta, floor};
-    for (int64_t row = 0; row < 7; ++row) out[row * channels + c] = found[row];
-  }
-}
 
 // ---- from arguments to types
 
@@ -844,18 +785,108 @@ BLPA_FUNCTION(gradient_sums, T, V)
 BLPA_FUNCTION(row_means, T, V)
 BLPA_FUNCTION(input_grad, T, V, W)
 
-void blpa_grid_vectors(int is_double, int64_t channels, const void* stats, const void* roots, const void* mean_roots,
-                       const void* gamma, const void* beta, const void* centre, const void* scale, int bits,
-                       double clip, double rectified_clip, void* out) {
-  const auto run = [&](auto t) {
-    const auto as = [&](const void* data) { return static_cast<const decltype(t)*>(data); };
-    grid_vectors(channels, as(stats), as(roots), as(mean_roots), as(gamma), as(beta), as(centre), as(scale), bits, clip,
-                 rectified_clip, static_cast<decltype(t)*>(out));
-  };
-  if (is_double)
-    run(double());
-  else
-    run(float());
+// Mean, biased variance and, with the range, low and high [4, C] of x [outer, C, inner]; running averages may be null.
+void blpa_batch_stats(const float* x, int64_t outer, int64_t channels, int64_t inner, int threads, int with_range,
+                      float momentum, float* running_mean, float* running_var, float* out) {
+  const int64_t count = outer * inner;
+  parallel((channels + 3) / 4, outer * channels * inner, threads, [&](int64_t group) {
+    int64_t of[4];                        // the last ones again, where channels end
+    for (int64_t k = 0; k < 4; ++k) of[k] = std::min(4 * group + k, channels - 1);
+    const auto for_rows = [&](const auto& f) {
+      for (int64_t n = 0; n < outer; ++n) {
+        const float* rows[4];
+        for (int64_t k = 0; k < 4; ++k) rows[k] = x + (n * channels + of[k]) * inner;
+        f(rows);
+      }
+    };
+    FourSums sums, squares;
+    for_rows([&](const float* const* rows) { sums.add(rows, inner); });
+    const double totals[4] = {sums.a, sums.b, sums.c, sums.d};
+    float means[4];
+    for (int64_t k = 0; k < 4; ++k) means[k] = float(totals[k] / double(count));
+    float low[4], high[4];
+    std::fill(low, low + 4, std::numeric_limits<float>::infinity());
+    std::fill(high, high + 4, -std::numeric_limits<float>::infinity());
+    for_rows([&](const float* const* rows) {
+      squares.add_squares(rows, means, inner);
+      for (int64_t k = 0; with_range && k < 4; ++k) add_to_range(rows[k], inner, means[k] != means[k], &low[k], &high[k]);
+    });
+    const float all_squares[4] = {float(squares.a), float(squares.b), float(squares.c), float(squares.d)};
+    for (int64_t k = 0; k < std::min<int64_t>(4, channels - 4 * group); ++k) {
+      const int64_t c = of[k];
+      out[c] = means[k];
+      out[channels + c] = all_squares[k] / float(count);
+      out[2 * channels + c] = with_range ? low[k] : means[k];
+      out[3 * channels + c] = with_range ? high[k] : means[k];
+      if (running_mean) running_mean[c] = momentum * means[k] + (1 - momentum) * running_mean[c];
+      if (running_var) {
+        const double unbiased = all_squares[k] / float(count - 1);
+        running_var[c] = float(momentum * unbiased + (1 - momentum) * running_var[c]);
+      }
+    }
+  });
+}
+
+// clip <= 0 is the channel's own range; what is null is 1 for gamma, and 0 for beta.
+void blpa_grid_vectors(int64_t channels, const float* stats, const float* gammas, const float* betas,
+                       const float* centre, const float* scale, int bits, double clip, double rectified_clip,
+                       float* out) {
+  using T = float;
+  const T levels = T(1 << bits), half = levels / 2, infinity = std::numeric_limits<T>::infinity();
+  const T tiny = T(std::sqrt(double(std::numeric_limits<T>::min())));
+  const bool is_input = !gammas && !betas, is_range = clip <= 0;
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) {
+    T mean = stats[c], var = stats[channels + c], low = stats[2 * channels + c], high = stats[3 * channels + c];
+    if (centre) {
+      var = var * (scale[c] * scale[c]);
+      mean = (mean - centre[c]) * scale[c];
+      low = (low - centre[c]) * scale[c];
+      high = (high - centre[c]) * scale[c];
+    }
+    const T gamma = gammas ? gammas[c] : T(1), beta = betas ? betas[c] : T(0);
+    const T deviation = at_least(std::sqrt(var), tiny);
+    const T slope = gamma * deviation + T(0);  // -0 becomes 0
+    T shift = gamma * mean + beta;
+    const bool is_flat = slope == 0;
+    const T flat_zero = shift > 0 ? T(0) : levels;
+    if (is_flat) shift = shift > 0 ? T(1) : T(-1);
+    T frac, zero, width;
+    if (is_range) {
+      const T sign = std::copysign(T(1), slope);
+      const T one = (low - mean) / deviation * sign, other = (high - mean) / deviation * sign;
+      const T first_value = least(one, other), last_value = -least(-one, -other);
+      width = at_least((last_value - first_value) / (levels - 1), tiny);
+      const T edge = -shift / std::fabs(slope), bins = finite(edge / width), lowest = first_value / width;
+      const bool is_inside = (edge > first_value) & (edge < last_value);
+      frac = is_inside ? std::ceil(bins) - bins : -lowest;
+      const T first = is_inside ? std::floor(lowest + frac) : edge <= first_value ? T(-1) : T(0);
+      zero = std::rint(bins + frac) - first;
+      frac = frac - first - half;
+      width = sign * width;
+    } else {
+      width = std::copysign(T(2 * clip / double(levels)), slope);
+      const T edge = finite(shift / (slope * width)), nearest = std::rint(edge);
+      frac = edge - nearest;
+      zero = half - nearest;
+    }
+    zero = zero < 1 ? T(1) : zero > levels - 1 ? levels - 1 : zero;
+    zero = is_flat ? flat_zero : zero;
+    width = width * deviation;
+    T floor = -infinity;
+    if (is_input) {
+      const T top = is_range ? high : least(high, T(rectified_clip) * std::sqrt(var + mean * mean));
+      const T rectified = at_least(top / (levels - 1), tiny);
+      const bool is_rectified = (low == 0) | ((low > 0) & (rectified <= std::fabs(width)));
+      frac = is_rectified ? 1 - half : frac;
+      zero = is_rectified ? T(1) : zero;
+      width = is_rectified ? rectified : width;
+      mean = is_rectified ? T(0) : mean;
+      floor = is_rectified ? T(0) : floor;
+    }
+    const T found[] = {frac, zero, width, mean, gamma, beta, floor};
+    for (int64_t row = 0; row < 7; ++row) out[row * channels + c] = found[row];
+  }
 }
 
 }  // extern "C"

@@ -94,22 +94,24 @@ def batch_stats_and_averages(
     momentum: float,
 ) -> Tensor:  # fmt: skip
     """Do as batch_stats, and update running averages as PyTorch's batch norm does."""
-    dtype = compute_dtype(x.dtype)
+    dtype, order = compute_dtype(x.dtype), Order.of(x.shape, 1, channels_last)
     if x.is_meta:
         return x.new_empty(4, x.shape[1], dtype=dtype)
+    if x.is_cpu and (stats := cpu.batch_stats(x, order, with_range, running_mean, running_var, momentum)) is not None:
+        return stats
     if x.dtype != dtype and running_mean is None:  # else PyTorch's would be as short as x
         running_mean, running_var = x.new_zeros(2, x.shape[1], dtype=dtype)
     mean, var = torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
     low = high = mean
     if with_range:
-        order = Order.of(x.shape, 1, channels_last)
         *_, low, high = kernels_for(x.device).channel_stats(dense(x, channels_last), order)
     return torch.stack((mean, var, low, high))
 
 
 def rstd_of(stats: Tensor, eps: float) -> Tensor:
-    """Compute 1 / deviation [C] of batch_stats, rounded as PyTorch's batch norm on a CPU does."""
-    return stats[1].to(torch.float64, copy=True).add_(eps).rsqrt_().to(stats.dtype)
+    """Compute 1 / deviation [C] of batch_stats; on a CPU rounded as PyTorch's batch norm does."""
+    dtype = torch.float64 if stats.is_cpu else stats.dtype
+    return stats[1].to(dtype, copy=True).add_(eps).rsqrt_().to(stats.dtype)
 
 
 @_operation(
