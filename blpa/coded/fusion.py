@@ -107,7 +107,7 @@ def fusion_of(frame: types.FrameType | None, x: Tensor, convolved: Output | None
     """
     if frame is None:
         return NONE
-    if convolved is not None and (convolved.tensor() is not x or convolved.code is not frame.f_code or _is_observed()):
+    if convolved is not None and (convolved.tensor() is not x or convolved.code is not frame.f_code):
         convolved = None
     if frame.f_code is _SEQUENTIAL:
         return _in_sequential(_local(frame, "self"), _local(frame, "module"), convolved is not None)
@@ -125,7 +125,7 @@ def fusion_of(frame: types.FrameType | None, x: Tensor, convolved: Output | None
     return Fusion(_is_read_by_relu(calls, frame, call), is_dead)
 
 
-def _is_observed() -> bool:
+def is_observed() -> bool:
     """Return whether a mode of PyTorch's may have kept a tensor; one that only counts has not, nor a default device."""
     modes = [*_get_current_dispatch_mode_stack(), *_get_current_function_mode_stack()]
     return not all(getattr(mode, "only_counts", isinstance(mode, DeviceContext)) for mode in modes)

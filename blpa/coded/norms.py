@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from blpa.coded.fusion import Fusion, caller_of, fusion_of
+from blpa.coded.fusion import Fusion, caller_of, fusion_of, is_observed
 from blpa.coded.mode import Coding, is_recording, may_overwrite
 from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Coded, Layout, channels_last_format, is_worth_a_code, load, not_a_view, save
-from blpa.kernels import compute_dtype
+from blpa.kernels import RunningStats, compute_dtype, library
 from blpa.kernels.any_layout import Elementwise, Vectors
-from blpa.kernels.library import batch_stats_and_averages, computes_batch_norm, normalise_encode, rstd_of
+from blpa.kernels.library import BatchNorm, computes_batch_norm, rstd_of
 
 Call = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """The forward pass: x, gamma, beta -> y."""
@@ -190,11 +190,13 @@ def batch_norm(
         return result
 
     layout = Layout.of(input, 1, coding.codec)
-    if training and eps > 0 and not coding.is_traced and _is_plain(input, weight, bias, running_mean, running_var):
+    is_computed_here = training and eps > 0 and not coding.is_traced and not is_observed()
+    if is_computed_here and _is_plain(input, weight, bias, running_mean, running_var):
         fusion = fusion_of(caller_of(sys._getframe(1)), input, coding.convolved)
         if computes_batch_norm(input, layout.channels_last, layout.bits, with_relu=fusion.rectify):
-            averages = running_mean, running_var, momentum
-            return _batch_norm(coding, layout, input, weight, bias, averages, eps, fusion)
+            has_none = running_mean is None or running_var is None
+            running = None if has_none else RunningStats(running_mean, running_var, momentum)  # type: ignore[arg-type]
+            return _batch_norm(coding, layout, input, weight, bias, running, eps, fusion)
     dtype = compute_dtype(input.dtype)
     if training or running_mean is None or running_var is None:
         centre = scale = None
@@ -228,17 +230,15 @@ def _is_plain(
 
 def _batch_norm(
     coding: Coding, layout: Layout, x: Tensor, gamma: Tensor | None, beta: Tensor | None,
-    averages: tuple[Tensor | None, Tensor | None, float], eps: float, fusion: Fusion,
+    running: RunningStats | None, eps: float, fusion: Fusion,
 ) -> Tensor:  # fmt: skip
-    """Compute a batch norm in training, from running mean, variance and momentum, and what it may do beside."""
+    """Compute a batch norm in training, and what it may do beside."""
     rectify, overwrite = fusion.rectify, fusion.overwrite and may_overwrite(x)
 
     def compute(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Normalised:
         out = x if overwrite else torch.empty_like(x)  # what may fail comes before averages change
-        stats = batch_stats_and_averages(x, layout.channels_last, layout.uses_range, *averages)
-        mean, rstd = stats[0], rstd_of(stats, eps)
-        vectors = layout.vectors(stats, *_affine(x, layout, gamma, beta), mean, rstd)
-        values = normalise_encode(x, vectors, layout.channels_last, layout.bits, mean, rstd, rectify, out)
+        norm = BatchNorm(*_affine(x, layout, gamma, beta), running, eps)
+        values, vectors, rstd = library.batch_norm(x, layout.channels_last, layout.codec, norm, rectify, out)
         return Normalised(out, Coded(values, vectors, layout), rstd.unsqueeze(0), rectify)
 
     coding.convolved = None

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from blpa.coded.mode import Coding, is_recording
@@ -29,24 +28,16 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, windows: Windows) -> Tensor:
-        kernel, stride, padding, dilation, ceil_mode = windows
-        pool = F.max_pool2d if len(kernel) == 2 else F.max_pool3d
-        out, index = pool(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True)
+        out, places = OPERATIONS.max_pool(x, *windows)
         ctx.windows, ctx.like = windows, _like(x)
-        ctx.sizes = x.shape[x.dim() - len(kernel) :], *windows[:4]
-        ctx.save_for_backward(OPERATIONS.places_of(index, *ctx.sizes))
-        return out
+        ctx.save_for_backward(places)
+        return cast(Tensor, out)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (places,) = ctx.saved_tensors
-        x = ctx.like(grad)
-        index = OPERATIONS.index_of(places, *ctx.sizes)
-        dims = len(ctx.windows[0])
-        aten = torch.ops.aten
-        backward = aten.max_pool2d_with_indices_backward if dims == 2 else aten.max_pool3d_with_indices_backward
-        return backward(grad, x, *ctx.windows, index), None
+        return OPERATIONS.max_pool_grad(grad, ctx.like(grad), places, *ctx.windows), None
 
 
 class _AveragePool(torch.autograd.Function):

@@ -41,6 +41,11 @@ class Layout(NamedTuple):
         return self.codec.bits if self.codec else 0
 
     @property
+    def clip(self) -> float | None:
+        """Clip of the codec; None for each channel's range, and without a codec."""
+        return None if self.codec is None or self.codec.clip == "range" else self.codec.clip
+
+    @property
     def of_codes(self) -> tuple[int, bool, int]:
         """The channel dimension, the order in memory and the bits, as the operations take them."""
         return self.channel, self.channels_last, self.bits
@@ -69,8 +74,7 @@ class Layout(NamedTuple):
         scale: Tensor | None = None,
     ) -> Tensor:
         """Place the grid of each channel (any_layout.grid_vectors)."""
-        clip = None if self.codec is None or self.uses_range else self.codec.clip
-        vectors: Tensor = OPERATIONS.grid_vectors(stats, gamma, beta, centre, scale, self.bits, clip)
+        vectors: Tensor = OPERATIONS.grid_vectors(stats, gamma, beta, centre, scale, self.bits, self.clip)
         return vectors
 
     def encode(
@@ -102,7 +106,8 @@ class Coded(NamedTuple):
         """Encode x itself, whatever computed it: about each channel's mean, or a rectified channel from 0."""
         with torch.no_grad():
             layout = Layout.of(x, channel, codec)
-            return layout.encode(x, x, layout.vectors(layout.stats(x)))
+            values, vectors = OPERATIONS.encode_own(x, *layout.of_codes, layout.clip)
+            return Coded(values, vectors, layout)
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

@@ -698,6 +698,66 @@ void channel_stats(const Call& call) {
   }
 }
 
+// ---- max pooling
+
+struct Windows {                          // over planes of the input; [rows, columns] each
+  int64_t size[2], outputs[2], kernel[2], stride[2], padding[2], dilation[2];
+
+  // Where a window begins in the input, and the first of its places that is inside.
+  int64_t start(int dim, int64_t output) const { return output * stride[dim] - padding[dim]; }
+  int64_t first(int dim, int64_t output) const {
+    const int64_t from = start(dim, output);
+    return from < 0 ? (-from + dilation[dim] - 1) / dilation[dim] : 0;
+  }
+  bool is_inside(int dim, int64_t index) const { return 0 <= index && index < size[dim]; }
+};
+
+// As PyTorch: of equal elements the first, and of NaNs the last.
+void max_pool(const Windows& of, const float* x, float* maxima, uint8_t* places) {
+  const int64_t width = of.outputs[1];
+  std::vector<int32_t> chosen(width);
+  std::vector<int64_t> begin(of.kernel[1], width), end(of.kernel[1], 0);  // outputs whose windows have this column inside
+  for (int64_t v = 0; v < of.kernel[1]; ++v)
+    for (int64_t j = 0; j < width; ++j)
+      if (of.is_inside(1, of.start(1, j) + v * of.dilation[1])) begin[v] = std::min(begin[v], j), end[v] = j + 1;
+  for (int64_t i = 0; i < of.outputs[0]; ++i) {
+    float* best = maxima + i * width;
+    for (int64_t j = 0; j < width; ++j) {
+      best[j] = -std::numeric_limits<float>::infinity();
+      chosen[j] = int32_t(of.first(0, i) * of.kernel[1] + of.first(1, j));
+    }
+    for (int64_t u = 0; u < of.kernel[0]; ++u) {
+      const int64_t row = of.start(0, i) + u * of.dilation[0];
+      if (!of.is_inside(0, row)) continue;
+      for (int64_t v = 0; v < of.kernel[1]; ++v) {
+        const float* from = x + row * of.size[1] - of.padding[1] + v * of.dilation[1];
+        const int64_t stride = of.stride[1];
+        const int32_t place = int32_t(u * of.kernel[1] + v);
+        int32_t* choice = chosen.data();
+#pragma omp simd
+        for (int64_t j = begin[v]; j < end[v]; ++j) {
+          const float value = from[j * stride];
+          const bool is_better = (value > best[j]) | (value != value);
+          best[j] = is_better ? value : best[j];
+          choice[j] = is_better ? place : choice[j];
+        }
+      }
+    }
+    convert(chosen.data(), width, places + i * width);
+  }
+}
+
+// Sums in the order of the outputs, as PyTorch.
+void max_pool_grad(const Windows& of, const float* grad, const uint8_t* places, float* dx) {
+  std::fill(dx, dx + of.size[0] * of.size[1], 0.0f);
+  for (int64_t i = 0; i < of.outputs[0]; ++i)
+    for (int64_t j = 0; j < of.outputs[1]; ++j, ++grad, ++places) {
+      const int64_t row = of.start(0, i) + *places / of.kernel[1] * of.dilation[0];
+      const int64_t column = of.start(1, j) + *places % of.kernel[1] * of.dilation[1];
+      dx[row * of.size[1] + column] += *grad;
+    }
+}
+
 // ---- statistics of a batch norm in training
 
 // PyTorch adds the elements of a channel one after another, in double, so that each sum waits for the one before. Four
@@ -887,6 +947,41 @@ void blpa_grid_vectors(int64_t channels, const float* stats, const float* gammas
     const T found[] = {frac, zero, width, mean, gamma, beta, floor};
     for (int64_t row = 0; row < 7; ++row) out[row * channels + c] = found[row];
   }
+}
+
+// A batch norm in training from its statistics; the call has addresses for what is computed: vectors, and rstd as scale.
+void blpa_batch_norm(const Call* call, const float* stats, const float* gammas, const float* betas, double eps,
+                     double clip, double rectified_clip) {
+  const int64_t channels = call->layout->channels;
+  float *rstd = static_cast<float*>(const_cast<void*>(call->scale));
+  for (int64_t c = 0; c < channels; ++c) rstd[c] = float(1 / std::sqrt(double(stats[channels + c]) + eps));
+  blpa_grid_vectors(channels, stats, gammas, betas, stats, rstd, int(call->layout->bits), clip, rectified_clip,
+                    static_cast<float*>(const_cast<void*>(call->vectors)));
+  blpa_normalise_encode(call);
+}
+
+// A tensor's own codes, from its own statistics; the calls have addresses for what is computed.
+void blpa_encode_own(const Call* of_stats, const Call* call, double clip, double rectified_clip) {
+  blpa_channel_stats(of_stats);
+  blpa_grid_vectors(call->layout->channels, static_cast<const float*>(of_stats->out.data), nullptr, nullptr, nullptr,
+                    nullptr, int(call->layout->bits), clip, rectified_clip,
+                    static_cast<float*>(const_cast<void*>(call->vectors)));
+  blpa_encode(call);
+}
+
+void blpa_max_pool(const Windows* windows, int64_t planes, int threads, const float* x, float* out, uint8_t* places) {
+  const int64_t size = windows->size[0] * windows->size[1], outputs = windows->outputs[0] * windows->outputs[1];
+  parallel(planes, planes * size, threads, [&](int64_t plane) {
+    max_pool(*windows, x + plane * size, out + plane * outputs, places + plane * outputs);
+  });
+}
+
+void blpa_max_pool_grad(const Windows* windows, int64_t planes, int threads, const float* grad, const uint8_t* places,
+                        float* out) {
+  const int64_t size = windows->size[0] * windows->size[1], outputs = windows->outputs[0] * windows->outputs[1];
+  parallel(planes, planes * size, threads, [&](int64_t plane) {
+    max_pool_grad(*windows, grad + plane * outputs, places + plane * outputs, out + plane * size);
+  });
 }
 
 }  // extern "C"

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import hashlib
 import logging
+import math
 import os
 import platform
 import shlex
@@ -26,9 +27,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from blpa.codec import RECTIFIED_CLIP, Codec
-from blpa.kernels import any_layout, compute_dtype
+from blpa.kernels import RunningStats, any_layout, compute_dtype
 from blpa.kernels.any_layout import Elementwise
 from blpa.kernels.order import Order
 
@@ -78,7 +80,18 @@ def _library(file: Path) -> Any:
         function.argtypes, function.restype = (ctypes.POINTER(_Call),), None
     library.blpa_batch_stats.argtypes = (_P, _L, _L, _L, _I, _I, ctypes.c_float, _P, _P, _P)
     library.blpa_grid_vectors.argtypes = (_L, *(_P,) * 5, _I, _D, _D, _P)
-    library.blpa_batch_stats.restype = library.blpa_grid_vectors.restype = None
+    library.blpa_batch_norm.argtypes = (ctypes.POINTER(_Call), _P, _P, _P, _D, _D, _D)
+    library.blpa_max_pool.argtypes = library.blpa_max_pool_grad.argtypes = (
+        ctypes.POINTER(_Windows),
+        _L,
+        _I,
+        _P,
+        _P,
+        _P,
+    )
+    library.blpa_encode_own.argtypes = (ctypes.POINTER(_Call), ctypes.POINTER(_Call), _D, _D)
+    for name in ("batch_stats", "grid_vectors", "batch_norm", "encode_own", "max_pool", "max_pool_grad"):
+        getattr(library, f"blpa_{name}").restype = None
     return library
 
 
@@ -165,7 +178,8 @@ def _load() -> Any:
         if not _is_found and _found is None:
             try:
                 _found = _built()
-                _check()
+                with _disable_current_modes():  # of the caller's, who may be traced
+                    _check()
             except (RuntimeError, ArithmeticError, OSError, ValueError) as error:  # no home, no compiler that runs ...
                 _found = None
                 _LOG.warning("coded networks run on plain PyTorch kernels, which are slower: %s", error)
@@ -196,9 +210,9 @@ def _check_batch_stats() -> None:
     x = torch.linspace(-3000, 3000, 2 * 11 * 31 * 37, device="cpu").sin().add_(0.2).view(2, 11, 31, 37)
     expected = torch.linspace(-2, 2, 22, device="cpu").view(2, 11)
     found = expected.clone()
-    expected_stats = torch.batch_norm_update_stats(x, *expected, 0.1)
+    expected_stats = torch.batch_norm_update_stats(x, expected[0], expected[1], 0.1)
     _has_exact_stats = True
-    stats = batch_stats(x, Order.of(x.shape, 1, False), False, *found, 0.1)
+    stats = batch_stats(x, Order.of(x.shape, 1, False), False, RunningStats(found[0], found[1], 0.1))
     _has_exact_stats = stats is not None and torch.equal(stats[:2], torch.stack(expected_stats))
     _has_exact_stats &= torch.equal(found, expected)
 
@@ -220,11 +234,15 @@ def _check_batch_norm(dtype: torch.dtype) -> None:
     _exact_batch_norms.add(dtype)
 
 
+def _library_or_none() -> Any:
+    return _found if _is_found else _load()
+
+
 def _for(order: Order, bits: int, *tensors: Tensor) -> Any:
     """Return the library if it serves a call on these tensors, else None."""
     if not bits or order.numel < MIN_ELEMENTS:
         return None
-    library = _found if _is_found else _load()
+    library = _library_or_none()
     if library is not None:
         for tensor in tensors:
             if tensor.dtype not in _DTYPES or (tensor.dtype == torch.float16 and not library.blpa_has_half()):
@@ -251,6 +269,12 @@ class _Array(ctypes.Structure):
     """Array of cpu.cpp."""
 
     _fields_ = [("data", _P), ("dtype", _L)]
+
+
+class _Windows(ctypes.Structure):
+    """Windows of cpu.cpp."""
+
+    _fields_ = [(name, _L * 2) for name in ("size", "outputs", "kernel", "stride", "padding", "dilation")]
 
 
 class _Call(ctypes.Structure):
@@ -296,10 +320,24 @@ def _coded(order: Order, bits: int, values: Tensor, vectors: Tensor, **arguments
     return _call(order, bits, vectors.dtype, **arguments)
 
 
+def _dense(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a contiguous tensor of a dtype, often the same: the question takes less time than PyTorch's functions."""
+    return tensor if tensor.dtype == dtype and tensor.is_contiguous() else tensor.to(dtype).contiguous()
+
+
+def _clips(codec: Codec) -> tuple[float, float]:
+    """Return the ends of grids in deviations and, for rectified channels, in roots of mean squares; 0 for a range."""
+    clip = 0.0 if codec.clip == "range" else codec.clip
+    return clip, RECTIFIED_CLIP * clip
+
+
 def _same_columns(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
     """Bring tensors [..., C or 1] to one number of columns."""
     columns = max(tensor.shape[-1] for tensor in tensors)
-    return [tensor.to(dtype).expand(*tensor.shape[:-1], columns).contiguous() for tensor in tensors]
+    return [
+        _dense(tensor if tensor.shape[-1] == columns else tensor.expand(*tensor.shape[:-1], columns), dtype)
+        for tensor in tensors
+    ]
 
 
 def _row_step(tensor: Tensor) -> int:
@@ -366,22 +404,21 @@ def channel_stats(x: Tensor, order: Order, centre: Tensor | None = None, scale: 
     return out
 
 
-def batch_stats(
-    x: Tensor, order: Order, with_range: bool, running_mean: Tensor | None, running_var: Tensor | None, momentum: float
-) -> Tensor | None:
+def batch_stats(x: Tensor, order: Order, with_range: bool, running: RunningStats | None) -> Tensor | None:
     """Compute mean, biased variance, low and high [4, C], and update running averages, with the bits of PyTorch's.
 
-    None where PyTorch's own is to be called: it is as fast with the channels last and for 16-bit numbers.
+    None where PyTorch's own is to do it, which is as fast with the channels last and for 16-bit numbers.
     """
-    is_served = x.dtype == torch.float32 and x.is_contiguous() and order.inner > 1 and _for(order, 8, x)
-    averages = [one for one in (running_mean, running_var) if one is not None]
+    averages = (running.mean, running.var) if running else ()
+    is_served = x.dtype == torch.float32 and x.is_contiguous() and order.inner > 1 and _for(order, 8, x) is not None
     is_served = is_served and all(one.dtype == x.dtype and one.is_contiguous() for one in averages)
     if not is_served or not _has_exact_stats:
         return None
     out = x.new_empty(4, order.channels)
     _found.blpa_batch_stats(
-        x.data_ptr(), order.outer, order.channels, order.inner, torch.get_num_threads(), with_range, momentum,
-        *(None if one is None else one.data_ptr() for one in (running_mean, running_var)), out.data_ptr(),
+        x.data_ptr(), order.outer, order.channels, order.inner, torch.get_num_threads(), with_range,
+        running.momentum if running else 0.0, *((one.data_ptr() for one in averages) if running else (None, None)),
+        out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -395,11 +432,10 @@ def grid_vectors(
         return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec)
     if centre is None or scale is None:
         centre = scale = None
-    given = [None if one is None else one.to(stats.dtype).contiguous() for one in (stats, gamma, beta, centre, scale)]
+    given = [None if one is None else _dense(one, stats.dtype) for one in (stats, gamma, beta, centre, scale)]
     out = stats.new_empty(len(any_layout.Vectors._fields), stats.shape[1])
-    clip = 0.0 if codec.clip == "range" else codec.clip
     addresses = (None if one is None else one.data_ptr() for one in given)
-    _found.blpa_grid_vectors(stats.shape[1], *addresses, codec.bits, clip, RECTIFIED_CLIP * clip, out.data_ptr())
+    _found.blpa_grid_vectors(stats.shape[1], *addresses, codec.bits, *_clips(codec), out.data_ptr())
     return out
 
 
@@ -417,9 +453,28 @@ def encode(
     return values
 
 
+def encode_own(x: Tensor, order: Order, codec: Codec) -> tuple[Tensor, Tensor] | None:
+    """Do as channel_stats, grid_vectors and encode of x itself, in one call; None where this does not serve.
+
+    Returns:
+        Codes and Vectors [7, C].
+    """
+    dtype = compute_dtype(x.dtype)
+    library = None if dtype == torch.float64 else _for(order, codec.bits, x)
+    if library is None:
+        return None
+    values = x.new_empty(_layout(order, codec.bits)[1], dtype=torch.uint8)
+    stats = x.new_empty(4, order.channels, dtype=dtype)
+    vectors = x.new_empty(len(any_layout.Vectors._fields), order.channels, dtype=dtype)
+    of_stats = _call(order, 0, dtype, x=_array(x), out=_array(stats))
+    call = _coded(order, codec.bits, values, vectors, x=_array(x), y=_array(x))
+    library.blpa_encode_own(of_stats, call, *_clips(codec))
+    return values, vectors
+
+
 def normalises_as_pytorch(order: Order, bits: int, dtype: torch.dtype) -> bool:
     """Return whether normalise_encode serves x of this order and dtype, with the bits of PyTorch's batch norm."""
-    if not bits or order.numel < MIN_ELEMENTS or (_found if _is_found else _load()) is None:
+    if not bits or order.numel < MIN_ELEMENTS or _library_or_none() is None:
         return False
     return dtype in _exact_batch_norms
 
@@ -433,13 +488,35 @@ def normalise_encode(
         return any_layout.normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
     values = x.new_empty(_layout(order, bits)[1], dtype=torch.uint8)
     mean, rstd = mean.contiguous(), rstd.contiguous()
-    library.blpa_normalise_encode(
-        _coded(
-            order, bits, values, vectors, x=_array(x), out=_array(out), centre=mean.data_ptr(), scale=rstd.data_ptr(),
-            by_channel=order.channels > 1, rectified=rectify,
-        )
-    )  # fmt: skip
+    library.blpa_normalise_encode(_normalisation_of(x, values, vectors, order, bits, mean, rstd, rectify, out))
     return values
+
+
+def _normalisation_of(
+    x: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, mean: Tensor, rstd: Tensor, rectify: bool,
+    out: Tensor,
+) -> Any:  # fmt: skip
+    return _coded(
+        order, bits, values, vectors, x=_array(x), out=_array(out), centre=mean.data_ptr(), scale=rstd.data_ptr(),
+        by_channel=order.channels > 1, rectified=rectify,
+    )  # fmt: skip
+
+
+def batch_norm(
+    x: Tensor, order: Order, codec: Codec, stats: Tensor, gamma: Tensor, beta: Tensor, eps: float, rectify: bool,
+    out: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Do as grid_vectors and normalise_encode from the statistics, in one call, where `normalises_as_pytorch`.
+
+    Returns:
+        Codes, Vectors [7, C] and 1 / deviation [C].
+    """
+    values = x.new_empty(_layout(order, codec.bits)[1], dtype=torch.uint8)
+    vectors, rstd = stats.new_empty(len(any_layout.Vectors._fields), order.channels), stats.new_empty(order.channels)
+    gamma, beta = _dense(gamma, stats.dtype), _dense(beta, stats.dtype)
+    call = _normalisation_of(x, values, vectors, order, codec.bits, stats, rstd, rectify, out)
+    _found.blpa_batch_norm(call, stats.data_ptr(), gamma.data_ptr(), beta.data_ptr(), eps, *_clips(codec))
+    return values, vectors, rstd
 
 
 def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: Elementwise | None, out: Tensor) -> None:
@@ -503,3 +580,49 @@ def input_grad(
         _coded(order, bits, values, vectors, x=_array(grad), out=_array(out), rectified=rectified, **arguments)
     )
     del held
+
+
+# ---- max pooling
+
+
+def max_pool(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, Tensor] | None:
+    """Compute maxima over windows of two dimensions, and their places in them; None where PyTorch's own is to do it."""
+    is_served = len(kernel) == 2 and x.dim() in (3, 4) and x.is_contiguous() and math.prod(kernel) <= 256
+    if not is_served or x.dtype != torch.float32 or x.numel() < MIN_ELEMENTS or _library_or_none() is None:
+        return None
+    sizes = list(zip(x.shape[-2:], kernel, stride, padding, dilation, strict=True))
+    for size, places, step, zeros, spread in sizes:
+        if step < 1 or not 1 <= spread <= size or not 0 <= 2 * zeros <= places:
+            return None  # PyTorch says what is wrong; and a window might miss the input
+    outputs = [
+        (size + 2 * zeros - spread * (places - 1) - 1) // step + 1 for size, places, step, zeros, spread in sizes
+    ]
+    if min(outputs) < 1:
+        return None
+    out = x.new_empty(*x.shape[:-2], *outputs)
+    found = torch.empty_like(out, dtype=torch.uint8)
+    windows = _Windows(*((_L * 2)(*values) for values in (x.shape[-2:], outputs, kernel, stride, padding, dilation)))
+    planes = math.prod(x.shape[:-2])
+    _found.blpa_max_pool(windows, planes, torch.get_num_threads(), x.data_ptr(), out.data_ptr(), found.data_ptr())
+    return out, found
+
+
+def max_pool_grad(
+    grad: Tensor, places: Tensor, shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
+    padding: Sequence[int], dilation: Sequence[int],
+) -> Tensor | None:  # fmt: skip
+    """Compute dX [shape] from the gradient of max_pool's output; None where PyTorch's own is to do it."""
+    is_served = len(kernel) == 2 and grad.dim() in (3, 4) and grad.dtype == torch.float32
+    if not is_served or places.dtype != torch.uint8 or math.prod(shape) < MIN_ELEMENTS or _library_or_none() is None:
+        return None
+    grad, places, out = grad.contiguous(), places.contiguous(), grad.new_empty(shape)
+    windows = _Windows(
+        *((_L * 2)(*values) for values in (shape[-2:], grad.shape[-2:], kernel, stride, padding, dilation))
+    )
+    planes = math.prod(shape[:-2])
+    _found.blpa_max_pool_grad(
+        windows, planes, torch.get_num_threads(), grad.data_ptr(), places.data_ptr(), out.data_ptr()
+    )
+    return out

@@ -11,13 +11,13 @@ in memory where `channels_last` says so.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels import any_layout, bits, compute_dtype, cpu, missing_for_triton
+from blpa.kernels import RunningStats, any_layout, bits, compute_dtype, cpu, missing_for_triton
 from blpa.kernels.any_layout import Elementwise, Vectors
 from blpa.kernels.order import Order, dense, empty
 
@@ -49,15 +49,15 @@ def kernels_for(device: torch.device) -> AnyLayoutKernels:
 
 
 _LIBRARY = torch.library.Library("blpa_any_layout", "FRAGMENT")
-Function = TypeVar("Function", bound=Callable[..., Tensor])
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def _operation(arguments: str, fake: Callable[..., Tensor]) -> Callable[[Function], Function]:
+def _operation(arguments: str, fake: Callable[..., Any], result: str = "Tensor") -> Callable[[Function], Function]:
     """Make an operation of a function; `fake` has the same arguments, and only allocates the result."""
 
     def define(function: Function) -> Function:
         name = function.__name__
-        _LIBRARY.define(f"{name}({arguments}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.define(f"{name}({arguments}) -> {result}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(name, function, "CompositeExplicitAutograd")
         torch.library.register_fake(f"blpa_any_layout::{name}", fake, lib=_LIBRARY)
         return function
@@ -73,6 +73,10 @@ def _function(name: str, options: Sequence[float]) -> Elementwise | None:
     return Elementwise(name, tuple(options)) if name else None
 
 
+def _codec(bits: int, clip: float | None) -> Codec | None:
+    return Codec(bits, "range" if clip is None else clip) if bits else None
+
+
 @_operation(
     "Tensor x, int channel, bool channels_last, Tensor? centre, Tensor? scale",
     lambda x, channel, *_: _of_channels(4, x, channel),
@@ -86,22 +90,20 @@ def channel_stats(x: Tensor, channel: int, channels_last: bool, centre: Tensor |
 @_operation("Tensor x, bool channels_last, bool with_range", lambda x, *_: _of_channels(4, x, 1))
 def batch_stats(x: Tensor, channels_last: bool, with_range: bool) -> Tensor:
     """Do as channel_stats, with PyTorch's own bits of mean and variance; low and high only with the range."""
-    return batch_stats_and_averages(x, channels_last, with_range, None, None, 0.0)
+    return batch_stats_and_averages(x, channels_last, with_range, None)
 
 
-def batch_stats_and_averages(
-    x: Tensor, channels_last: bool, with_range: bool, running_mean: Tensor | None, running_var: Tensor | None,
-    momentum: float,
-) -> Tensor:  # fmt: skip
+def batch_stats_and_averages(x: Tensor, channels_last: bool, with_range: bool, running: RunningStats | None) -> Tensor:
     """Do as batch_stats, and update running averages as PyTorch's batch norm does."""
     dtype, order = compute_dtype(x.dtype), Order.of(x.shape, 1, channels_last)
     if x.is_meta:
         return x.new_empty(4, x.shape[1], dtype=dtype)
-    if x.is_cpu and (stats := cpu.batch_stats(x, order, with_range, running_mean, running_var, momentum)) is not None:
+    if x.is_cpu and (stats := cpu.batch_stats(x, order, with_range, running)) is not None:
         return stats
-    if x.dtype != dtype and running_mean is None:  # else PyTorch's would be as short as x
-        running_mean, running_var = x.new_zeros(2, x.shape[1], dtype=dtype)
-    mean, var = torch.batch_norm_update_stats(x, running_mean, running_var, momentum)
+    if x.dtype != dtype and running is None:  # else PyTorch's would be as short as x
+        unused = x.new_zeros(x.shape[1], dtype=dtype)
+        running = RunningStats(unused, unused.clone(), 0.0)
+    mean, var = torch.batch_norm_update_stats(x, *(running[:3] if running else (None, None, 0.0)))
     low = high = mean
     if with_range:
         *_, low, high = kernels_for(x.device).channel_stats(dense(x, channels_last), order)
@@ -123,8 +125,7 @@ def grid_vectors(
     clip: float | None,
 ) -> Tensor:  # fmt: skip
     """Place the grid of each channel, Vectors [7, C]; the range is each channel's own where clip is None."""
-    codec = Codec(bits, "range" if clip is None else clip) if bits else None
-    return kernels_for(stats.device).grid_vectors(stats, gamma, beta, centre, scale, codec)
+    return kernels_for(stats.device).grid_vectors(stats, gamma, beta, centre, scale, _codec(bits, clip))
 
 
 def _allocate_codes(
@@ -149,8 +150,25 @@ def encode(
     return kernels_for(x.device).encode(x_dense, y_dense, vectors, order, bits, centre, scale)
 
 
+def _allocate_own(x: Tensor, channel: int, channels_last: bool, bits: int, clip: float | None) -> tuple[Tensor, Tensor]:
+    vectors = _of_channels(len(Vectors._fields), x, channel)
+    return _allocate_codes(x, x, vectors, channel, channels_last, bits), vectors
+
+
+@_operation("Tensor x, int channel, bool channels_last, int bits, float? clip", _allocate_own, "(Tensor, Tensor)")
+def encode_own(x: Tensor, channel: int, channels_last: bool, bits: int, clip: float | None) -> tuple[Tensor, Tensor]:
+    """Encode x about its own mean, or from 0 where it was rectified: codes and Vectors [7, C]."""
+    order, codec, x = Order.of(x.shape, channel, channels_last), _codec(bits, clip), dense(x, channels_last)
+    found = cpu.encode_own(x, order, codec) if x.is_cpu and codec is not None else None
+    if found is not None:
+        return found
+    kernels = kernels_for(x.device)
+    vectors = kernels.grid_vectors(kernels.channel_stats(x, order), None, None, None, None, codec)
+    return kernels.encode(x, x, vectors, order, bits, None, None), vectors
+
+
 def computes_batch_norm(x: Tensor, channels_last: bool, bits: int, *, with_relu: bool) -> bool:
-    """Return whether normalise_encode is the way to compute a batch norm of a dense x.
+    """Return whether `batch_norm` is the way to compute a batch norm of a dense x.
 
     On a CPU where it has the bits of PyTorch's own. On a GPU that Triton supports, where it has not, in place of two of
     PyTorch's kernels. The meta device stands for either.
@@ -160,14 +178,36 @@ def computes_batch_norm(x: Tensor, channels_last: bool, bits: int, *, with_relu:
     return x.is_meta or (with_relu and kernels_for(x.device) is not any_layout)
 
 
-def normalise_encode(
-    x: Tensor, vectors: Tensor, channels_last: bool, bits: int, mean: Tensor, rstd: Tensor, rectify: bool, out: Tensor
-) -> Tensor:
-    """Write y of a batch norm, or relu(y), to out, which may be x, and return the codes. Not for compilers."""
+class BatchNorm(NamedTuple):
+    """A batch norm in training."""
+
+    gamma: Tensor
+    beta: Tensor
+    running: RunningStats | None
+    eps: float
+
+
+def batch_norm(
+    x: Tensor, channels_last: bool, codec: Codec | None, norm: BatchNorm, rectify: bool, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write y of a batch norm, or relu(y), to out, which may be x; update its averages. Not for compilers.
+
+    Returns:
+        Codes of x_hat with the sign of y, Vectors [7, C] and 1 / deviation [C].
+    """
+    order, bits = Order.of(x.shape, 1, channels_last), codec.bits if codec else 0
+    with_range = codec is not None and codec.clip == "range"
+    stats = batch_stats_and_averages(x, channels_last, with_range, norm.running)
+    if x.is_cpu and codec is not None:
+        return cpu.batch_norm(x, order, codec, stats, norm.gamma, norm.beta, norm.eps, rectify, out)
+    mean, rstd = stats[0], rstd_of(stats, norm.eps)
     if x.is_meta:
-        return _allocate_codes(x, out, vectors, 1, channels_last, bits)
-    order = Order.of(x.shape, 1, channels_last)
-    return kernels_for(x.device).normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
+        vectors = stats.new_empty(len(Vectors._fields), order.channels)
+        return _allocate_codes(x, out, vectors, 1, channels_last, bits), vectors, rstd
+    kernels = kernels_for(x.device)
+    vectors = kernels.grid_vectors(stats, norm.gamma, norm.beta, mean, rstd, codec)
+    values = kernels.normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
+    return values, vectors, rstd
 
 
 def _allocate_value(
@@ -265,15 +305,52 @@ _operation("Tensor mask", lambda mask: mask.new_empty(-(-mask.numel() // 8), dty
 _operation("Tensor packed, SymInt[] shape", lambda packed, shape: packed.new_empty(shape, dtype=torch.bool))(
     bits.unpack_bits
 )
-_WINDOWS = "SymInt[] size, int[] kernel, int[] stride, int[] padding, int[] dilation"
-_operation(
-    f"Tensor index, {_WINDOWS}",
-    lambda index, size, kernel, *_: index.new_empty(
-        index.shape, dtype=torch.uint8 if math.prod(kernel) <= 256 else torch.int32
-    ),
-)(bits.places_of)
-_operation(f"Tensor places, {_WINDOWS}", lambda places, *_: places.new_empty(places.shape, dtype=torch.int64))(
-    bits.index_of
-)
+_WINDOWS = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
+
+
+def _max_pool_of(kernel: Sequence[int], *, is_grad: bool = False) -> Any:
+    """Return PyTorch's function for windows of two or three dimensions."""
+    return getattr(torch.ops.aten, f"max_pool{len(kernel)}d_with_indices{'_backward' if is_grad else ''}")
+
+
+def _allocate_maxima(x: Tensor, kernel: Sequence[int], *others: Any) -> tuple[Tensor, Tensor]:
+    out, index = _max_pool_of(kernel)(x, kernel, *others)
+    return out, index.new_empty(index.shape, dtype=torch.uint8 if math.prod(kernel) <= 256 else torch.int32)
+
+
+@_operation(f"Tensor x, {_WINDOWS}", _allocate_maxima, "(Tensor, Tensor)")
+def max_pool(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+    ceil_mode: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Compute maxima over windows of two or three dimensions, and their places (bits.places_of)."""
+    windows = kernel, stride, padding, dilation
+    found = cpu.max_pool(x, *windows) if x.is_cpu and not ceil_mode else None
+    if found is not None:
+        return found
+    out, index = _max_pool_of(kernel)(x, *windows, ceil_mode)
+    return out, bits.places_of(index, x.shape[-len(kernel) :], *windows)
+
+
+def _allocate_max_pool_grad(grad: Tensor, x: Tensor, places: Tensor, *windows: Any) -> Tensor:
+    index = places.new_empty(places.shape, dtype=torch.int64)
+    dx: Tensor = _max_pool_of(windows[0], is_grad=True)(grad, x, *windows, index)
+    return dx
+
+
+@_operation(f"Tensor grad, Tensor x, Tensor places, {_WINDOWS}", _allocate_max_pool_grad)
+def max_pool_grad(
+    grad: Tensor, x: Tensor, places: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int],
+    dilation: Sequence[int], ceil_mode: bool,
+) -> Tensor:  # fmt: skip
+    """Compute dX from the gradient of max_pool's maxima and their places; of x only shape and memory format count."""
+    windows = kernel, stride, padding, dilation
+    dx = cpu.max_pool_grad(grad, places, x.shape, *windows) if x.is_cpu and x.is_contiguous() else None
+    if dx is not None:
+        return dx
+    index = bits.index_of(places, x.shape[-len(kernel) :], *windows)
+    result: Tensor = _max_pool_of(kernel, is_grad=True)(grad, x, *windows, ceil_mode, index)
+    return result
+
 
 OPERATIONS = torch.ops.blpa_any_layout

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from blpa.codec import Codec
 from blpa.coded.tensors import Coded
-from blpa.kernels import any_layout, compute_dtype, cpu
+from blpa.kernels import RunningStats, any_layout, compute_dtype, cpu
 from blpa.kernels.any_layout import Elementwise
+from blpa.kernels.bits import places_of
 from blpa.kernels.library import batch_stats_and_averages, rstd_of
 from blpa.kernels.order import Order
 
@@ -207,7 +208,7 @@ def test_a_batch_norm_has_the_bits_of_pytorch_s(shape: tuple[int, ...], dtype: t
         averages = torch.rand(2, channels, generator=generator)
         expected_averages = averages.clone()
         expected = F.batch_norm(x, *expected_averages, gamma, beta, training=True, momentum=0.3)
-        stats = batch_stats_and_averages(x, channels_last, True, *averages, 0.3)
+        stats = batch_stats_and_averages(x, channels_last, True, RunningStats(*averages, 0.3))
         assert torch.equal(averages, expected_averages)
         mean, rstd = stats[0], rstd_of(stats, 1e-5)
         order = Order.of(shape, 1, channels_last)
@@ -220,6 +221,73 @@ def test_a_batch_norm_has_the_bits_of_pytorch_s(shape: tuple[int, ...], dtype: t
             assert torch.equal(library.normalise_encode(a, vectors, order, bits, mean, rstd, True, a), codes)
             assert torch.equal(y, expected)
             assert torch.equal(a, F.relu(expected))
+            a.copy_(x)
+            with poisoned():
+                saved = library.batch_norm(a, order, Codec(bits), stats, gamma, beta, 1e-5, True, a)
+            assert all(
+                torch.equal(*pair) for pair in zip((a, *saved), (F.relu(expected), codes, vectors, rstd), strict=False)
+            )
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("name", ORDERS)
+def test_own_codes_are_those_of_their_parts(name: str, codec: Codec, library: Any) -> None:
+    order = ORDERS[name]
+    for x in (activation(order, torch.float32), activation(order, torch.bfloat16).relu()):
+        vectors = library.grid_vectors(library.channel_stats(x, order), None, None, None, None, codec)
+        expected = library.encode(x, x, vectors, order, codec.bits, None, None), vectors
+        with poisoned():
+            found = library.encode_own(x, order, codec)
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+    assert library.encode_own(activation(order, torch.float64), order, codec) is None
+
+
+WINDOWS = {
+    "usual": ((3, 3), (2, 2), (1, 1), (1, 1)),
+    "VGG's": ((2, 2), (2, 2), (0, 0), (1, 1)),
+    "apart": ((2, 3), (3, 4), (1, 0), (1, 1)),
+    "dilated": ((4, 3), (1, 2), (2, 1), (3, 2)),
+    "large": ((16, 16), (5, 1), (8, 8), (1, 2)),
+}
+
+
+@pytest.mark.parametrize("values", ["usual", "ties", "nan", "minus infinity"])
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_max_pooling_has_the_bits_of_pytorch_s(windows: str, values: str, library: Any) -> None:
+    arguments = WINDOWS[windows]
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 5, 41, 57, generator=generator)
+    if values == "ties":
+        x = x.round()
+    elif values != "usual":
+        some = torch.rand(x.shape, generator=generator) < 0.5
+        x[some] = float(values.replace("minus ", "-"))
+        x[0, 0] = x[some][0]
+    x.requires_grad_()
+    expected, index = F.max_pool2d(x, *arguments, return_indices=True)
+    grad = torch.randn(expected.shape, generator=generator)
+    expected.backward(grad)
+    with poisoned():
+        found, places = library.max_pool(x.detach(), *arguments)
+        dx = library.max_pool_grad(grad, places, x.shape, *arguments)
+    assert same(found, expected.detach())
+    assert torch.equal(places, places_of(index, x.shape[2:], *arguments))
+    assert torch.equal(dx, x.grad)
+
+
+def test_windows_that_pytorch_refuses_or_that_may_miss_the_input_are_left_to_it(library: Any) -> None:
+    x = torch.zeros(64, 64, 4, 4)
+    for arguments in (
+        ((2, 2), (2, 2), (2, 2), (1, 1)),
+        ((2, 2), (0, 2), (0, 0), (1, 1)),
+        ((6, 6), (1, 1), (0, 0), (1, 1)),
+        ((3, 3), (1, 1), (1, 1), (5, 1)),
+        ((17, 17), (1, 1), (8, 8), (1, 1)),
+        ((2, 2, 2), (1, 1, 1), (0, 0, 0), (1, 1, 1)),
+    ):
+        assert library.max_pool(x, *arguments) is None
+    assert library.max_pool(x.double(), *WINDOWS["usual"]) is None
+    assert library.max_pool(x.contiguous(memory_format=torch.channels_last), *WINDOWS["usual"]) is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import blpa
 from blpa.coded import fusion, norms
@@ -562,11 +564,29 @@ def test_a_call_that_was_replaced_may_do_anything(found: list[Fusion], monkeypat
     assert found == [OVERWRITE]
 
 
-def test_a_mode_may_keep_a_tensor(found: list[Fusion]) -> None:
-    for mode in (KeepingResults(), KeepingValues(), torch.device("cpu")):
+def test_nothing_is_fused_while_a_mode_may_keep_a_tensor(found: list[Fusion]) -> None:
+    for mode in (KeepingResults(), KeepingValues()):
         with mode:
             blpa.convert(Nested())(X)
-    assert found == [RECTIFY, RECTIFY, BOTH]
+        assert not found
+    with torch.device("cpu"):
+        blpa.convert(Nested())(X)
+    assert found == [BOTH]
+
+
+@pytest.mark.usefixtures("in_cpp")
+def test_a_traced_step_computes_the_gradients_of_other_inputs() -> None:
+    """What is computed beside the dispatcher would be a constant of the graph."""
+    traced = blpa.convert(Nested())
+    eager, other, factor = copy.deepcopy(traced), X.flip(0), torch.randn(6, 1, 9, 11)
+
+    def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad((model(x) * factor).sum(), list(model.parameters()))
+
+    graph = make_fx(lambda x: gradients(traced, x))(X)
+    with torch.no_grad():
+        found = graph(other)
+    assert all(torch.equal(*pair) for pair in zip(found, gradients(eager, other), strict=True))
 
 
 @pytest.mark.usefixtures("in_cpp")
@@ -672,6 +692,8 @@ def test_outputs_seen_by_a_hook_are_pytorch_s() -> None:
 class Traffic(TorchDispatchMode):
     """Count the bytes that operations read and write of tensors with an element for each of an activation's."""
 
+    only_counts = True
+
     def __init__(self, numel: int) -> None:
         super().__init__()
         self.numel, self.nbytes = numel, 0
@@ -703,7 +725,7 @@ class Traffic(TorchDispatchMode):
 
 
 KERNELS = {  # which arguments are read, and which written
-    "channel_stats": ((0,), ()), "encode": ((0, 1), ()), "normalise_encode": ((0,), (7,)), "decode": ((0,), (5,)),
+    "batch_stats": ((0,), ()), "batch_norm": ((0,), (8,)), "encode": ((0, 1), ()), "decode": ((0,), (5,)),
     "elementwise_grad": ((0, 1), (6,)), "gradient_sums": ((0, 1), ()), "input_grad": ((0, 1), (7,)),
 }  # fmt: skip
 
@@ -730,7 +752,7 @@ def test_bytes_per_element_of_a_batch_norm_a_relu_and_a_convolution(
             *args: Any, kernel: Any = kernel, name: str = name, of: Any = (read, written), **kwargs: Any
         ) -> Any:
             result = kernel(*args, **kwargs)
-            traffic.count(name, ([args[k] for k in of[0]], [*(args[k] for k in of[1]), result]))
+            traffic.count(name, ([args[k] for k in of[0]], [*(args[k] for k in of[1]), *tree_leaves(result)]))
             return result
 
         monkeypatch.setattr(cpu, name, counted)

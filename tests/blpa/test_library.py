@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from blpa.codec import Codec
 from blpa.coded.tensors import Coded
@@ -32,6 +32,7 @@ def calls(x: Tensor, channel: int, channels_last: bool, bits: int) -> dict[str, 
     found = {
         "channel_stats": (x, *layout[:2], centre, scale),
         "grid_vectors": (stats, None, None, stats[0], stats[1].sqrt(), bits, None),
+        "encode_own": (x, *layout, None),
         "encode": (x, x, vectors, *layout, centre, scale),
         "decode": (values, vectors, x.shape, x.dtype, *layout, "", ()),
         "elementwise_grad": (x, values, vectors, *layout, "relu", ()),
@@ -45,11 +46,11 @@ def calls(x: Tensor, channel: int, channels_last: bool, bits: int) -> dict[str, 
     if x.dim() == 4:
         mask = x > 0
         windows = (2, 3), (1, 2), (1, 0), (2, 1)
-        _, index = F.max_pool2d(x, *windows, return_indices=True)
         found["pack_bits"] = (mask,)
         found["unpack_bits"] = (OPERATIONS.pack_bits(mask), x.shape)
-        found["places_of"] = (index, x.shape[2:], *windows)
-        found["index_of"] = (OPERATIONS.places_of(*found["places_of"]), x.shape[2:], *windows)
+        found["max_pool"] = (x, *windows, True)
+        maxima, places = OPERATIONS.max_pool(*found["max_pool"])
+        found["max_pool_grad"] = (maxima, x, places, *windows, True)
     return found
 
 
@@ -70,7 +71,8 @@ def test_on_the_meta_device_the_results_are_as_large(name: str, bits: int) -> No
     for operation, args in calls(x, channel, channels_last, bits).items():
         result = getattr(OPERATIONS, operation)(*args)
         on_meta = getattr(OPERATIONS, operation)(*(a.to("meta") if isinstance(a, Tensor) else a for a in args))
-        assert (on_meta.shape, on_meta.dtype, on_meta.stride()) == (result.shape, result.dtype, result.stride())
+        for one, other in zip(tree_leaves(on_meta), tree_leaves(result), strict=True):
+            assert (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
 
 
 def test_every_operation_is_tried() -> None:
