@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blpa.codec import Codec
 from blpa.coded.mode import Coding, current_mode, is_recording, may_overwrite
 from blpa.coded.once import differentiable_once
-from blpa.coded.tensors import Coded, Layout, is_worth_a_code, load, save
+from blpa.coded.tensors import Coded, Layout, channels_last_format, is_worth_a_code, load, save
 from blpa.kernels.any_layout import Elementwise
 from blpa.kernels.library import OPERATIONS
 
@@ -61,12 +61,13 @@ class _Elementwise(torch.autograd.Function):
         return dy, *(None,) * 5
 
 
-class _Masked(torch.autograd.Function):
-    """y -> call(y), whose gradient is that of its output where mask(y) holds, else 0; saves one bit per element."""
+class _Clamped(torch.autograd.Function):
+    """y -> call(y), whose gradient is that of its output where low < y < high, else 0; saves one bit per element."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, call: Call, mask: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(OPERATIONS.pack_bits(mask(y)))  # of y before it is overwritten
+    def forward(ctx: Any, y: Tensor, call: Call, low: float, high: float) -> Tensor:
+        ctx.channels_last = channels_last_format(y) is not None
+        ctx.save_for_backward(OPERATIONS.pack_between(y, low, high, ctx.channels_last))  # before y is overwritten
         a = call(y)
         if a is y:
             ctx.mark_dirty(y)
@@ -75,8 +76,8 @@ class _Masked(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (bits,) = ctx.saved_tensors
-        return grad.masked_fill(~OPERATIONS.unpack_bits(bits, grad.shape), 0), None, None
+        (packed,) = ctx.saved_tensors
+        return OPERATIONS.masked(grad, packed, ctx.channels_last), None, None, None
 
 
 def _activation(
@@ -194,6 +195,6 @@ def _clamped(
         return _copied(coding, y, _clamped(coding, y, call, low, high, False))
     coding.coded_calls += 1
     saved, channel = coding.tags.saved(y), coding.tags.channel(y)
-    a = _Masked.apply(y, lambda y: call(y, inplace), lambda y: (y > low) & (y < high))
+    a = _Clamped.apply(y, lambda y: call(y, inplace), low, high)
     clamped = Elementwise("hardtanh", (low, high))
     return coding.tag(a, saved.after(clamped) if isinstance(saved, Coded) and saved.is_plain else None, channel)

@@ -24,6 +24,16 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
     return flat.view(shape)
 
 
+def pack_between(y: Tensor, low: float, high: float) -> Tensor:
+    """Pack whether low < y < high."""
+    return pack_bits((y > low) & (y < high))
+
+
+def masked(grad: Tensor, packed: Tensor) -> Tensor:
+    """Return grad, 0 where the bit is not set."""
+    return grad.masked_fill(~unpack_bits(packed, grad.shape), 0)
+
+
 def places_of(
     index: Tensor,
     size: Sequence[int],

@@ -758,6 +758,52 @@ void max_pool_grad(const Windows& of, const float* grad, const uint8_t* places, 
     }
 }
 
+// ---- one bit per element
+
+// Byte i has the elements i + k count, k = 0 ... 7, of which there are `size`.
+template <class F>
+void for_bits(int64_t size, int threads, const F& f) {
+  const int64_t count = (size + 7) / 8;
+  parallel((count + PIECE - 1) / PIECE, size, threads, [&](int64_t piece) {
+    const int64_t first = piece * PIECE;
+    f(first, std::min(PIECE, count - first), count);
+  });
+}
+
+void pack_between(const Array& y, int64_t size, float low, float high, int threads, uint8_t* packed) {
+  for_bits(size, threads, [&](int64_t first, int64_t bytes, int64_t count) {
+    int32_t bits[PIECE];
+    std::fill(bits, bits + bytes, 0);
+    with_type(y, [&](auto* data) {
+      for (int64_t k = 0; k < 8; ++k) {
+        const auto* ys = data + first + k * count;
+        const int64_t end = std::min(bytes, size - first - k * count);
+#pragma omp simd
+        for (int64_t i = 0; i < end; ++i) {
+          const auto value = cast<float>(ys[i]);
+          bits[i] |= int32_t((value > low) & (value < high)) << k;
+        }
+      }
+    });
+    convert(bits, bytes, packed + first);
+  });
+}
+
+void masked(const Array& grad, int64_t size, const uint8_t* packed, int threads, void* out) {
+  for_bits(size, threads, [&](int64_t first, int64_t bytes, int64_t count) {
+    with_type(grad, [&](auto* data) {
+      using X = std::remove_pointer_t<decltype(data)>;
+      for (int64_t k = 0; k < 8; ++k) {
+        const X* from = data + first + k * count;
+        X* to = static_cast<X*>(out) + first + k * count;
+        const int64_t end = std::min(bytes, size - first - k * count);
+#pragma omp simd
+        for (int64_t i = 0; i < end; ++i) to[i] = (packed[first + i] >> k) & 1 ? from[i] : X(0);
+      }
+    });
+  });
+}
+
 // ---- statistics of a batch norm in training
 
 // PyTorch adds the elements of a channel one after another, in double, so that each sum waits for the one before. Four
@@ -982,6 +1028,14 @@ void blpa_max_pool_grad(const Windows* windows, int64_t planes, int threads, con
   parallel(planes, planes * size, threads, [&](int64_t plane) {
     max_pool_grad(*windows, grad + plane * outputs, places + plane * outputs, out + plane * size);
   });
+}
+
+void blpa_pack_between(const Array* y, int64_t size, float low, float high, int threads, uint8_t* packed) {
+  pack_between(*y, size, low, high, threads, packed);
+}
+
+void blpa_masked(const Array* grad, int64_t size, const uint8_t* packed, int threads, void* out) {
+  masked(*grad, size, packed, threads, out);
 }
 
 }  // extern "C"

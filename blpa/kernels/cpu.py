@@ -63,6 +63,10 @@ _FUNCTIONS = (
     "channel_stats", "encode", "normalise_encode", "decode", "elementwise_grad", "gradient_sums", "row_means",
     "input_grad",
 )  # fmt: skip
+_OTHERS = (
+    "batch_stats", "grid_vectors", "batch_norm", "encode_own", "max_pool", "max_pool_grad", "pack_between", "masked",
+)  # fmt: skip
+"""Those with arguments of their own."""
 
 
 # ---- the library
@@ -90,7 +94,9 @@ def _library(file: Path) -> Any:
         _P,
     )
     library.blpa_encode_own.argtypes = (ctypes.POINTER(_Call), ctypes.POINTER(_Call), _D, _D)
-    for name in ("batch_stats", "grid_vectors", "batch_norm", "encode_own", "max_pool", "max_pool_grad"):
+    library.blpa_pack_between.argtypes = (ctypes.POINTER(_Array), _L, ctypes.c_float, ctypes.c_float, _I, _P)
+    library.blpa_masked.argtypes = (ctypes.POINTER(_Array), _L, _P, _I, _P)
+    for name in _OTHERS:
         getattr(library, f"blpa_{name}").restype = None
     return library
 
@@ -626,3 +632,30 @@ def max_pool_grad(
         windows, planes, torch.get_num_threads(), grad.data_ptr(), places.data_ptr(), out.data_ptr()
     )
     return out
+
+
+# ---- one bit per element; bits.py says what they do
+
+
+def pack_between(y: Tensor, low: float, high: float) -> Tensor | None:
+    """Pack whether low < y < high; None where this does not serve. y is contiguous."""
+    if not _serves_bits(y):
+        return None
+    if y.dtype != torch.float32:  # PyTorch compares with the nearest number of this dtype
+        low, high = torch.tensor((low, high), dtype=y.dtype, device="cpu").tolist()
+    packed = y.new_empty(-(-y.numel() // 8), dtype=torch.uint8)
+    _found.blpa_pack_between(_Array(*_array(y)), y.numel(), low, high, torch.get_num_threads(), packed.data_ptr())
+    return packed
+
+
+def masked(grad: Tensor, packed: Tensor) -> Tensor | None:
+    """Return grad, 0 where the bit is not set; None where this does not serve. grad is contiguous."""
+    if not _serves_bits(grad):
+        return None
+    out = torch.empty_like(grad)
+    _found.blpa_masked(_Array(*_array(grad)), grad.numel(), packed.data_ptr(), torch.get_num_threads(), out.data_ptr())
+    return out
+
+
+def _serves_bits(x: Tensor) -> bool:
+    return x.is_contiguous() and x.dtype != torch.float64 and _for(Order(1, 1, x.numel(), False), 8, x) is not None

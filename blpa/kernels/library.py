@@ -305,6 +305,37 @@ _operation("Tensor mask", lambda mask: mask.new_empty(-(-mask.numel() // 8), dty
 _operation("Tensor packed, SymInt[] shape", lambda packed, shape: packed.new_empty(shape, dtype=torch.bool))(
     bits.unpack_bits
 )
+
+
+def _in_memory(x: Tensor, channels_last: bool) -> Tensor:
+    """Return a dense tensor as a contiguous one, with its dimensions in the order of memory."""
+    x = dense(x, channels_last)
+    return x.movedim(1, -1) if channels_last else x
+
+
+@_operation(
+    "Tensor y, float low, float high, bool channels_last",
+    lambda y, *_: y.new_empty(-(-y.numel() // 8), dtype=torch.uint8),
+)
+def pack_between(y: Tensor, low: float, high: float, channels_last: bool) -> Tensor:
+    """Pack whether low < y < high, a bit per element."""
+    y = _in_memory(y, channels_last)
+    found = cpu.pack_between(y, low, high) if y.is_cpu else None
+    return bits.pack_between(y, low, high) if found is None else found
+
+
+@_operation(
+    "Tensor grad, Tensor packed, bool channels_last",
+    lambda grad, packed, channels_last: empty(grad.shape, channels_last, grad.dtype, grad.device),
+)
+def masked(grad: Tensor, packed: Tensor, channels_last: bool) -> Tensor:
+    """Return grad, 0 where the bit is not set."""
+    grad = _in_memory(grad, channels_last)
+    found = cpu.masked(grad, packed) if grad.is_cpu else None
+    found = bits.masked(grad, packed) if found is None else found
+    return found.movedim(-1, 1) if channels_last else found
+
+
 _WINDOWS = "int[] kernel, int[] stride, int[] padding, int[] dilation, bool ceil_mode"
 
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from blpa.codec import Codec
 from blpa.coded.tensors import Coded
 from blpa.kernels import RunningStats, any_layout, compute_dtype, cpu
+from blpa.kernels import bits as reference_bits
 from blpa.kernels.any_layout import Elementwise
-from blpa.kernels.bits import places_of
 from blpa.kernels.library import batch_stats_and_averages, rstd_of
 from blpa.kernels.order import Order
 
@@ -271,8 +271,25 @@ def test_max_pooling_has_the_bits_of_pytorch_s(windows: str, values: str, librar
         found, places = library.max_pool(x.detach(), *arguments)
         dx = library.max_pool_grad(grad, places, x.shape, *arguments)
     assert same(found, expected.detach())
-    assert torch.equal(places, places_of(index, x.shape[2:], *arguments))
+    assert torch.equal(places, reference_bits.places_of(index, x.shape[2:], *arguments))
     assert torch.equal(dx, x.grad)
+
+
+@pytest.mark.parametrize("size", [1 << 14, 100_003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bits_of_what_lies_between(dtype: torch.dtype, size: int, library: Any) -> None:
+    y = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ends = (-0.3, 0.7)
+    y[:3] = torch.tensor([*ends, torch.nan], dtype=dtype)
+    grad = torch.linspace(-1, 1, size).to(dtype)
+    grad[5:7] = torch.nan
+    expected = reference_bits.pack_between(y, *ends)
+    with poisoned():
+        packed = library.pack_between(y, *ends)
+        found = library.masked(grad, packed)
+    assert torch.equal(packed, expected)
+    assert same(found, reference_bits.masked(grad, expected))
+    assert library.masked(grad.double(), packed) is library.pack_between(y.double(), *ends) is None
 
 
 def test_windows_that_pytorch_refuses_or_that_may_miss_the_input_are_left_to_it(library: Any) -> None:

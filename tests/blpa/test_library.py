@@ -47,6 +47,8 @@ def calls(x: Tensor, channel: int, channels_last: bool, bits: int) -> dict[str, 
         mask = x > 0
         windows = (2, 3), (1, 2), (1, 0), (2, 1)
         found["pack_bits"] = (mask,)
+        found["pack_between"] = (x, -0.5, 1.0, channels_last)
+        found["masked"] = (x, OPERATIONS.pack_between(*found["pack_between"]), channels_last)
         found["unpack_bits"] = (OPERATIONS.pack_bits(mask), x.shape)
         found["max_pool"] = (x, *windows, True)
         maxima, places = OPERATIONS.max_pool(*found["max_pool"])
