@@ -192,7 +192,7 @@ struct Call {
   int64_t centre_step, scale_step;        // from row to row; 0 if there is one row
   int64_t by_channel;                     // whether they have C columns
   int64_t function;
-  double slope;                           // of leaky ReLU
+  double slope, low, high;                // of leaky ReLU, and the ends of a clamp
   const void* table;                      // [C, L] of f, or of its derivative
   int64_t per_sample, rectified;
 
@@ -369,13 +369,26 @@ struct Decoding {
   T relu_grad(int64_t i, T code, T da) const { return code <= edge[i] ? T(0) : da; }
 };
 
-enum Function { IDENTITY, RELU, LEAKY_RELU, TABLE };
+enum Function { IDENTITY, RELU, LEAKY_RELU, CLAMP, TABLE };
+
+// y of each code of each channel [C, L].
+template <class T>
+void levels_of(const Call& call) {
+  const Grids<T> grids(call);
+  const int64_t levels = 1 << call.layout->bits;
+  for (int64_t c = 0; c < call.layout->channels; ++c) {
+    const Decoding<T, false> of(call, grids, Piece{0, 0, 0, 0, c}, 0);
+    T* out = static_cast<T*>(call.out.data) + c * levels;
+#pragma omp simd
+    for (int64_t code = 0; code < levels; ++code) out[code] = of.y(0, T(code));
+  }
+}
 
 template <class T, bool V>
 void decode(const Call& call) {
   const Layout& layout = *call.layout;
   const Grids<T> grids(call);
-  const T slope = T(call.slope);
+  const T slope = T(call.slope), low = T(call.low), high = T(call.high);
   const int64_t levels = 1 << layout.bits;
   parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     T buffer[PIECE];
@@ -390,6 +403,12 @@ void decode(const Call& call) {
       } else if (call.function == RELU) {
 #pragma omp simd
         for (int64_t i = 0; i < block.size; ++i) y[i] = of.relu(i, of.code(i));
+      } else if (call.function == CLAMP) {
+#pragma omp simd
+        for (int64_t i = 0; i < block.size; ++i) {
+          const T value = of.y(i, of.code(i)), most = value > high ? high : value;
+          y[i] = most < low ? low : most;
+        }
       } else {
         const T factor = call.function == LEAKY_RELU ? slope : T(1);
 #pragma omp simd
@@ -873,7 +892,7 @@ void with_types(const Call& call, const F& f) {
     with_types(*call, [&](auto t, auto v, auto w) { \
       using T = decltype(t); \
       constexpr bool V = v(), W = w(); \
-      static_cast<void>(W); \
+      static_cast<void>(V), static_cast<void>(W); \
       name<__VA_ARGS__>(*call); \
     }); \
   }
@@ -885,6 +904,7 @@ int blpa_has_half() { return HAS_HALF; }
 BLPA_FUNCTION(channel_stats, T, V, W)
 BLPA_FUNCTION(encode, T, V, W)
 BLPA_FUNCTION(normalise_encode, T, V, W)
+BLPA_FUNCTION(levels_of, T)
 BLPA_FUNCTION(decode, T, V)
 BLPA_FUNCTION(elementwise_grad, T, V)
 BLPA_FUNCTION(gradient_sums, T, V)

@@ -56,12 +56,12 @@ own; without threads; and without vectorised loops."""
 
 _LOG = logging.getLogger(__name__)
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-_IDENTITY, _RELU, _LEAKY_RELU, _TABLE = range(4)
+_IDENTITY, _RELU, _LEAKY_RELU, _CLAMP, _TABLE = range(5)
 
 _P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 _FUNCTIONS = (
-    "channel_stats", "encode", "normalise_encode", "decode", "elementwise_grad", "gradient_sums", "row_means",
-    "input_grad",
+    "channel_stats", "encode", "normalise_encode", "levels_of", "decode", "elementwise_grad", "gradient_sums",
+    "row_means", "input_grad",
 )  # fmt: skip
 _OTHERS = (
     "batch_stats", "grid_vectors", "batch_norm", "encode_own", "max_pool", "max_pool_grad", "pack_between", "masked",
@@ -290,7 +290,8 @@ class _Call(ctypes.Structure):
         ("layout", ctypes.POINTER(_Layout)), ("threads", _L), ("is_double", _L),
         ("x", _Array), ("y", _Array), ("out", _Array), ("values", _P), ("vectors", _P),
         ("centre", _P), ("scale", _P), ("centre_z", _P), ("centre_step", _L), ("scale_step", _L), ("by_channel", _L),
-        ("function", _L), ("slope", _D), ("table", _P), ("per_sample", _L), ("rectified", _L),
+        ("function", _L), ("slope", _D), ("low", _D), ("high", _D), ("table", _P), ("per_sample", _L),
+        ("rectified", _L),
     ]  # fmt: skip
 
 
@@ -376,23 +377,20 @@ def _means(scale: Tensor, means: Tensor | None, dtype: torch.dtype) -> tuple[Seq
 
 
 def _function(
-    function: Elementwise | None, vectors: Tensor, bits: int, *, is_grad: bool
+    function: Elementwise | None, vectors: Tensor, order: Order, bits: int, *, is_grad: bool
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """Return a table of f or f' [C, L], which must outlive the call, and the arguments for the function."""
     if function is None or function.name == "relu":
         return None, {"function": _IDENTITY if function is None else _RELU}
     if function.name == "leaky_relu":
         return None, {"function": _LEAKY_RELU, "slope": function.options[0]}
-    codes = torch.arange(1 << bits, dtype=vectors.dtype, device="cpu").unsqueeze(1).repeat(1, vectors.shape[1])
-    y = any_layout.values_of(codes, vectors, bits)[1]
-    table = (function.grad(torch.ones_like(y), y) if is_grad else function(y)).t().contiguous()
+    if function.name == "hardtanh" and not is_grad:
+        low, high = function.options
+        return None, {"function": _CLAMP, "low": low, "high": high}
+    y = vectors.new_empty(order.channels, 1 << bits)
+    _found.blpa_levels_of(_call(order, bits, y.dtype, vectors=vectors.data_ptr(), out=_array(y)))
+    table = function.grad(torch.ones_like(y), y) if is_grad else function(y)
     return table, {"function": _TABLE, "table": table.data_ptr()}
-
-
-def _is_long(order: Order, bits: int, function: Elementwise | None) -> bool:
-    """Return whether a tensor has more elements than a table for its function."""
-    has_table = function is not None and function.name not in ("relu", "leaky_relu")
-    return not has_table or order.numel > order.channels << bits
 
 
 # ---- the functions; any_layout.py says what they do
@@ -527,10 +525,10 @@ def batch_norm(
 
 def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: Elementwise | None, out: Tensor) -> None:
     """Write f(y~) to out."""
-    library = _for(order, bits, out) if _is_long(order, bits, function) else None
+    library = _for(order, bits, out)
     if library is None:
         return any_layout.decode(values, vectors, order, bits, function, out)
-    held, arguments = _function(function, vectors, bits, is_grad=False)
+    held, arguments = _function(function, vectors, order, bits, is_grad=False)
     library.blpa_decode(_coded(order, bits, values, vectors, out=_array(out), **arguments))
     del held
 
@@ -539,10 +537,10 @@ def elementwise_grad(
     grad: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, function: Elementwise, out: Tensor
 ) -> None:
     """Write dY = f'(y~) dA to out, of grad's dtype."""
-    library = _for(order, bits, grad) if _is_long(order, bits, function) else None
+    library = _for(order, bits, grad)
     if library is None:
         return any_layout.elementwise_grad(grad, values, vectors, order, bits, function, out)
-    held, arguments = _function(function, vectors, bits, is_grad=True)
+    held, arguments = _function(function, vectors, order, bits, is_grad=True)
     library.blpa_elementwise_grad(_coded(order, bits, values, vectors, x=_array(grad), out=_array(out), **arguments))
     del held
 

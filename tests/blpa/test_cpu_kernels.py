@@ -124,7 +124,8 @@ def test_codes_and_decoded_values_are_the_reference_s_to_the_bit(
 @pytest.mark.parametrize("name", ORDERS)
 def test_smooth_functions_are_the_reference_s_but_for_rounding(name: str, dtype: torch.dtype, library: Any) -> None:
     # PyTorch computes a function in vectors, and in another way at their ends; dY is the rounded derivative times dA
-    # where the reference rounds twice more. f itself is as exact as the range of y, here at most 30, allows.
+    # where the reference rounds twice more. erf and tanh near -1 are off by some units in the last place of 1, which f
+    # multiplies by |y| / 2, and f' too: here |y| is at most 30.
     order = ORDERS[name]
     tolerance = 8 * torch.finfo(dtype).eps
     grad, found, expected = activation(order, dtype, 1), *torch.empty(2, order.numel, dtype=dtype)
@@ -135,11 +136,11 @@ def test_smooth_functions_are_the_reference_s_but_for_rounding(name: str, dtype:
         for function in (*SMOOTH, Elementwise("hardtanh", (0.0, 6.0))):
             library.decode(values, vectors, order, codec.bits, function, found.fill_(torch.nan))
             any_layout.decode(values, vectors, order, codec.bits, function, expected)
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=15 * tolerance)
         for function in SMOOTH:
             library.elementwise_grad(grad, values, vectors, order, codec.bits, function, found.fill_(torch.nan))
             any_layout.elementwise_grad(grad, values, vectors, order, codec.bits, function, expected)
-            torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(found, expected, rtol=tolerance, atol=15 * tolerance)
 
 
 def test_a_derivative_of_zero_stops_an_infinite_gradient(library: Any) -> None:
