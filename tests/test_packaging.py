@@ -36,7 +36,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_wheel_holds_both_packages_and_the_configuration(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {path for path in OURS if path.suffix in (".py", ".cpp", ".yaml", ".typed", ".j2")}
+    expected = {path for path in OURS if path.suffix in (".py", ".cpp", ".h", ".yaml", ".typed", ".j2")}
     assert {"runners/" + str(path) if path.parts[0] == "conf" else str(path) for path in expected} <= names
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"blpa", "runners"}
 

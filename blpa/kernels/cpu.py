@@ -1,8 +1,7 @@
-"""Kernels for CPUs: the functions of any_layout.py in C++ (cpu.cpp), several times faster than in plain PyTorch.
+"""Kernels for CPUs: the functions of any_layout.py in C++ (cpp), several times faster than in plain PyTorch.
 
-The first tensor of MIN_ELEMENTS compiles cpu.cpp with the system's compiler, which takes some seconds, into the user's
-cache. A file there is named by what it was made of, so it is never stale, and processes may share it. Where that does
-not work, and for smaller tensors and dtypes that the C++ has no code for, plain PyTorch computes the same.
+The first tensor of MIN_ELEMENTS has the C++ compiled (cpu_build.py). Where that does not work, and for smaller tensors
+and dtypes that the C++ has no code for, plain PyTorch computes the same.
 
 Codes and decoded values are those of any_layout.py to the bit, smooth functions of them to a rounding or two. Sums
 differ by rounding, and do not depend on the number of threads. Which code computes a sum follows from the tensor alone,
@@ -11,18 +10,10 @@ and not from what the process did before: a run that goes on from a checkpoint g
 
 import ctypes
 import functools
-import hashlib
 import logging
 import math
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,141 +23,18 @@ from torch.utils._python_dispatch import _disable_current_modes
 from blpa.codec import RECTIFIED_CLIP, Codec
 from blpa.kernels import RunningStats, any_layout, compute_dtype
 from blpa.kernels.any_layout import Elementwise
+from blpa.kernels.cpu_build import Array, Call, Layout, Windows, built
 from blpa.kernels.order import Order
 
 MIN_ELEMENTS = 1 << 14
 """Of a tensor that is worth C++: below, calls take longer than their work, and a network of such tensors is tiny."""
 
-COMPILER_SECONDS = 120
-"""After which the compiler counts as missing; it takes about 6 s."""
-
-_SOURCE = Path(__file__).with_name("cpu.cpp")
-_FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math",
-    "-fno-thread-jumps",  # would make branches of conditions, which keep loops from being vectorised
-)  # fmt: skip
-_VECTORS = {
-    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
-    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mf16c"),
-}
-"""By what torch finds on this machine, and not -march=native: machines may share the cache."""
-_OPENMP = ((("-fopenmp",), ()), (("-fopenmp",), ("-fopenmp",)), (("-fopenmp-simd",), ()), ((), ()))
-"""How to compile and link: with the OpenMP that torch has loaded, whose threads then serve both; with the compiler's
-own; without threads; and without vectorised loops."""
-
 _LOG = logging.getLogger(__name__)
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 _IDENTITY, _RELU, _LEAKY_RELU, _CLAMP, _TABLE = range(5)
 
-_P, _I, _L, _D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
-_FUNCTIONS = (
-    "channel_stats", "encode", "normalise_encode", "levels_of", "decode", "elementwise_grad", "gradient_sums",
-    "row_means", "input_grad",
-)  # fmt: skip
-_OTHERS = (
-    "batch_stats", "grid_vectors", "batch_norm", "encode_own", "max_pool", "max_pool_grad", "pack_between", "masked",
-)  # fmt: skip
-"""Those with arguments of their own."""
-
 
 # ---- the library
-
-
-class _CompilerError(RuntimeError):
-    """The compiler refuses."""
-
-
-def _library(file: Path) -> Any:
-    """Load a compiled cpu.cpp, and give its functions their types."""
-    library = ctypes.CDLL(str(file))
-    for name in _FUNCTIONS:
-        function = getattr(library, f"blpa_{name}")
-        function.argtypes, function.restype = (ctypes.POINTER(_Call),), None
-    library.blpa_batch_stats.argtypes = (_P, _L, _L, _L, _I, _I, ctypes.c_float, _P, _P, _P)
-    library.blpa_grid_vectors.argtypes = (_L, *(_P,) * 5, _I, _D, _D, _P)
-    library.blpa_batch_norm.argtypes = (ctypes.POINTER(_Call), _P, _P, _P, _D, _D, _D)
-    library.blpa_max_pool.argtypes = library.blpa_max_pool_grad.argtypes = (
-        ctypes.POINTER(_Windows),
-        _L,
-        _I,
-        _P,
-        _P,
-        _P,
-    )
-    library.blpa_encode_own.argtypes = (ctypes.POINTER(_Call), ctypes.POINTER(_Call), _D, _D)
-    library.blpa_pack_between.argtypes = (ctypes.POINTER(_Array), _L, ctypes.c_float, ctypes.c_float, _I, _P)
-    library.blpa_masked.argtypes = (ctypes.POINTER(_Array), _L, _P, _I, _P)
-    for name in _OTHERS:
-        getattr(library, f"blpa_{name}").restype = None
-    return library
-
-
-def _run(command: Sequence[str], folder: str | None = None) -> str:
-    """Run the compiler and return what it prints."""
-    try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=COMPILER_SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        raise _CompilerError(f"{shlex.join(command)}: no answer in {COMPILER_SECONDS} s") from error
-    if done.returncode:
-        raise _CompilerError(f"{shlex.join(command)}: {done.stderr.strip()[-300:]}")
-    return done.stdout
-
-
-def _compile(file: Path, compiler: Sequence[str], flags: Sequence[str], link_flags: Sequence[str]) -> None:
-    """Compile cpu.cpp to a file that is there as a whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-        for command in (
-            [*compiler, *flags, "-c", str(_SOURCE), "-o", "cpu.o"],
-            [*compiler, *link_flags, "-shared", "cpu.o", "-o", "cpu.so"],
-        ):
-            _run(command, folder)
-        os.replace(Path(folder, "cpu.so"), file)
-
-
-def _compiler() -> list[str]:
-    """Return the command of the system's compiler."""
-    for name in (os.environ.get("CXX", ""), "c++", "g++", "clang++"):
-        command = shlex.split(name)
-        if command and shutil.which(command[0]):
-            return command
-    raise _CompilerError("no C++ compiler found (looked for $CXX, c++, g++, clang++)")
-
-
-def _cache() -> Path:
-    """Return the user's folder for compiled files."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "blpa")
-
-
-def _built() -> Any:
-    """Load the library, compiled if need be: into the cache, or for this process alone where that cannot be written."""
-    compiler = _compiler()
-    version = _run([*compiler, "--version"])
-    vectors = _VECTORS.get(torch.backends.cpu.get_cpu_capability(), ())
-    failures: list[str] = []
-    with tempfile.TemporaryDirectory() as private:  # what is loaded outlives its file
-        for openmp, link_flags in _OPENMP:
-            flags = (*_FLAGS, *vectors, *openmp)
-            made_of = repr((_SOURCE.read_text(), compiler, version, flags, link_flags, platform.machine()))
-            for folder in (_cache(), Path(private)):
-                file = folder / f"{hashlib.sha256(made_of.encode()).hexdigest()[:24]}.so"
-                try:
-                    if file.exists():
-                        try:
-                            return _library(file)
-                        except (OSError, AttributeError):
-                            _LOG.info("%s is broken: compiled anew", file)
-                    folder.mkdir(parents=True, exist_ok=True)
-                    _compile(file, compiler, flags, link_flags)
-                    return _library(file)
-                except OSError as error:
-                    failures.append(str(error))
-                except _CompilerError as error:
-                    failures.append(str(error))
-                    break
-    raise _CompilerError("; ".join(failures))
-
 
 _LOCK = threading.RLock()
 _found: Any = None
@@ -183,7 +51,7 @@ def _load() -> Any:
     with _LOCK:  # re-entrant: the check below comes by here
         if not _is_found and _found is None:
             try:
-                _found = _built()
+                _found = built()
                 with _disable_current_modes():  # of the caller's, who may be traced
                     _check()
             except (RuntimeError, ArithmeticError, OSError, ValueError) as error:  # no home, no compiler that runs ...
@@ -259,42 +127,6 @@ def _for(order: Order, bits: int, *tensors: Tensor) -> Any:
 # ---- arguments
 
 
-class _Layout(ctypes.Structure):
-    """Layout of cpu.cpp."""
-
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "bits", "channels", "lines", "length", "lines_per_slab", "slab_bytes", "slab_elements", "lines_per_outer",
-            "outer_step", "outer", "per_element",
-        )
-    ]  # fmt: skip
-
-
-class _Array(ctypes.Structure):
-    """Array of cpu.cpp."""
-
-    _fields_ = [("data", _P), ("dtype", _L)]
-
-
-class _Windows(ctypes.Structure):
-    """Windows of cpu.cpp."""
-
-    _fields_ = [(name, _L * 2) for name in ("size", "outputs", "kernel", "stride", "padding", "dilation")]
-
-
-class _Call(ctypes.Structure):
-    """Call of cpu.cpp."""
-
-    _fields_ = [
-        ("layout", ctypes.POINTER(_Layout)), ("threads", _L), ("is_double", _L),
-        ("x", _Array), ("y", _Array), ("out", _Array), ("values", _P), ("vectors", _P),
-        ("centre", _P), ("scale", _P), ("centre_z", _P), ("centre_step", _L), ("scale_step", _L), ("by_channel", _L),
-        ("function", _L), ("slope", _D), ("low", _D), ("high", _D), ("table", _P), ("per_sample", _L),
-        ("rectified", _L),
-    ]  # fmt: skip
-
-
 @functools.lru_cache(maxsize=4096)
 def _layout(order: Order, bits: int) -> Any:
     """Describe where the codes of a tensor lie; for 0 bits, its elements."""
@@ -305,7 +137,7 @@ def _layout(order: Order, bits: int) -> Any:
     lines = packed.numel // length
     per_outer = packed.inner if per_element else packed.channels
     per_slab = lines if outer_first else packed.inner if per_element else 1
-    layout = _Layout(
+    layout = Layout(
         bits, order.channels, lines, length, per_slab, per_slab * length, order.numel * per_slab // lines, per_outer,
         packed.outer if outer_first else 0, order.outer, per_element,
     )  # fmt: skip
@@ -318,7 +150,7 @@ def _array(tensor: Tensor) -> tuple[int, int]:
 
 def _call(order: Order, bits: int, dtype: torch.dtype, **arguments: Any) -> Any:
     """Return the argument of a function; the tensors whose addresses are in it must outlive the call."""
-    return _Call(_layout(order, bits)[0], torch.get_num_threads(), dtype == torch.float64, **arguments)
+    return Call(_layout(order, bits)[0], torch.get_num_threads(), dtype == torch.float64, **arguments)
 
 
 def _coded(order: Order, bits: int, values: Tensor, vectors: Tensor, **arguments: Any) -> Any:
@@ -589,6 +421,10 @@ def input_grad(
 # ---- max pooling
 
 
+def _windows(shape: Sequence[int], outputs: Sequence[int], *others: Sequence[int]) -> Windows:
+    return Windows(*(tuple(values) for values in (shape[-2:], outputs[-2:], *others)))
+
+
 def max_pool(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, Tensor] | None:
@@ -607,7 +443,7 @@ def max_pool(
         return None
     out = x.new_empty(*x.shape[:-2], *outputs)
     found = torch.empty_like(out, dtype=torch.uint8)
-    windows = _Windows(*((_L * 2)(*values) for values in (x.shape[-2:], outputs, kernel, stride, padding, dilation)))
+    windows = _windows(x.shape, out.shape, kernel, stride, padding, dilation)
     planes = math.prod(x.shape[:-2])
     _found.blpa_max_pool(windows, planes, torch.get_num_threads(), x.data_ptr(), out.data_ptr(), found.data_ptr())
     return out, found
@@ -622,9 +458,7 @@ def max_pool_grad(
     if not is_served or places.dtype != torch.uint8 or math.prod(shape) < MIN_ELEMENTS or _library_or_none() is None:
         return None
     grad, places, out = grad.contiguous(), places.contiguous(), grad.new_empty(shape)
-    windows = _Windows(
-        *((_L * 2)(*values) for values in (shape[-2:], grad.shape[-2:], kernel, stride, padding, dilation))
-    )
+    windows = _windows(shape, grad.shape, kernel, stride, padding, dilation)
     planes = math.prod(shape[:-2])
     _found.blpa_max_pool_grad(
         windows, planes, torch.get_num_threads(), grad.data_ptr(), places.data_ptr(), out.data_ptr()
@@ -642,7 +476,7 @@ def pack_between(y: Tensor, low: float, high: float) -> Tensor | None:
     if y.dtype != torch.float32:  # PyTorch compares with the nearest number of this dtype
         low, high = torch.tensor((low, high), dtype=y.dtype, device="cpu").tolist()
     packed = y.new_empty(-(-y.numel() // 8), dtype=torch.uint8)
-    _found.blpa_pack_between(_Array(*_array(y)), y.numel(), low, high, torch.get_num_threads(), packed.data_ptr())
+    _found.blpa_pack_between(Array(*_array(y)), y.numel(), low, high, torch.get_num_threads(), packed.data_ptr())
     return packed
 
 
@@ -651,7 +485,7 @@ def masked(grad: Tensor, packed: Tensor) -> Tensor | None:
     if not _serves_bits(grad):
         return None
     out = torch.empty_like(grad)
-    _found.blpa_masked(_Array(*_array(grad)), grad.numel(), packed.data_ptr(), torch.get_num_threads(), out.data_ptr())
+    _found.blpa_masked(Array(*_array(grad)), grad.numel(), packed.data_ptr(), torch.get_num_threads(), out.data_ptr())
     return out
 
 

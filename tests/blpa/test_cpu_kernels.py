@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blpa.codec import Codec
 from blpa.coded.tensors import Coded
-from blpa.kernels import RunningStats, any_layout, compute_dtype, cpu
+from blpa.kernels import RunningStats, any_layout, compute_dtype, cpu, cpu_build
 from blpa.kernels import bits as reference_bits
 from blpa.kernels.any_layout import Elementwise
 from blpa.kernels.library import batch_stats_and_averages, rstd_of
@@ -432,7 +432,7 @@ def copied(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         made.append(file)
         shutil.copy(compiled, file.with_suffix(".new")).replace(file)
 
-    monkeypatch.setattr(cpu, "_compile", copy)
+    monkeypatch.setattr(cpu_build, "_compile", copy)
     return made
 
 
@@ -457,10 +457,10 @@ def test_a_library_that_computes_something_else_is_not_used(
     library: Any, unloaded: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def built() -> Any:
-        functions = {f"blpa_{name}": lambda *_: None for name in (*cpu._FUNCTIONS, "grid_vectors")}
+        functions = {f"blpa_{name}": lambda *_: None for name in cpu_build.FUNCTIONS}
         return SimpleNamespace(**functions, blpa_has_half=lambda: 1)
 
-    monkeypatch.setattr(cpu, "_built", built)
+    monkeypatch.setattr(cpu, "built", built)
     with caplog.at_level(logging.INFO, logger="blpa"), poisoned():
         assert cpu._load() is None
     assert "something else" in caplog.text
