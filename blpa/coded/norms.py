@@ -224,8 +224,10 @@ def _is_plain(
     given = [vector for vector in (gamma, beta, running_mean, running_var) if vector is not None]
     if not given or (running_mean is None) != (running_var is None) or x.dtype == torch.float64:
         return False
-    is_dense = x.is_contiguous() or channels_last_format(x) is not None
-    return is_dense and all(one.shape == x.shape[1:2] and one.dtype == compute_dtype(x.dtype) for one in given)
+    if not x.is_contiguous() and channels_last_format(x) is None:
+        return False
+    dtype = compute_dtype(x.dtype)
+    return all(one.shape == x.shape[1:2] and one.dtype == dtype and one.is_contiguous() for one in given)
 
 
 def _batch_norm(

@@ -57,15 +57,21 @@ def _load() -> Any:
             except (RuntimeError, ArithmeticError, OSError, ValueError) as error:  # no home, no compiler that runs ...
                 _found = None
                 _LOG.warning("coded networks run on plain PyTorch kernels, which are slower: %s", error)
+            except BaseException:  # interrupted
+                _found = None
+                raise
             _is_found = True
     return _found
+
+
+def _ramp(end: float, count: int) -> Tensor:
+    return torch.linspace(-end, end, count, dtype=torch.float32, device="cpu")
 
 
 def _check() -> None:
     """Compare the codes of a small tensor, and a sum, with plain PyTorch's."""
     order = Order(3, 8, 739, False)
-    x = torch.linspace(-3, 3, order.numel, dtype=torch.float32, device="cpu").sin()
-    x = x.view(order.outer, order.channels, order.inner)
+    x = _ramp(3, order.numel).sin().view(order.outer, order.channels, order.inner)
     stats = any_layout.channel_stats(x, order)
     vectors = any_layout.grid_vectors(stats, None, None, None, None, Codec(4))
     codes, expected = (kernels(x, x, vectors, order, 4, None, None) for kernels in (encode, any_layout.encode))
@@ -81,8 +87,8 @@ def _check() -> None:
 def _check_batch_stats() -> None:
     """Note whether the statistics of a batch norm have PyTorch's bits."""
     global _has_exact_stats
-    x = torch.linspace(-3000, 3000, 2 * 11 * 31 * 37, device="cpu").sin().add_(0.2).view(2, 11, 31, 37)
-    expected = torch.linspace(-2, 2, 22, device="cpu").view(2, 11)
+    x = _ramp(3000, 2 * 11 * 31 * 37).sin().add_(0.2).view(2, 11, 31, 37)
+    expected = _ramp(2, 22).view(2, 11)
     found = expected.clone()
     expected_stats = torch.batch_norm_update_stats(x, expected[0], expected[1], 0.1)
     _has_exact_stats = True
@@ -93,8 +99,8 @@ def _check_batch_stats() -> None:
 
 def _check_batch_norm(dtype: torch.dtype) -> None:
     """Note that batch norms of a dtype have PyTorch's bits, if they do."""
-    x = torch.linspace(-3000, 3000, 2 * 11 * 31 * 37, device="cpu").sin().view(2, 11, 31, 37).to(dtype)
-    gamma, beta = torch.linspace(-2, 2, 22, device="cpu").view(2, 11)
+    x = _ramp(3000, 2 * 11 * 31 * 37).sin().view(2, 11, 31, 37).to(dtype)
+    gamma, beta = _ramp(2, 22).view(2, 11)
     for channels_last in (False, True):
         x = x.contiguous(memory_format=torch.channels_last) if channels_last else x
         expected = torch.nn.functional.batch_norm(x, None, None, gamma, beta, training=True)
@@ -264,7 +270,7 @@ def grid_vectors(
     codec: Codec | None,
 ) -> Tensor:  # fmt: skip
     """Place the grid of each channel, Vectors [7, C]."""
-    if _found is None or codec is None or stats.dtype != torch.float32:
+    if not _is_found or _found is None or codec is None or stats.dtype != torch.float32:
         return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec)
     if centre is None or scale is None:
         centre = scale = None
@@ -332,6 +338,7 @@ def _normalisation_of(
     x: Tensor, values: Tensor, vectors: Tensor, order: Order, bits: int, mean: Tensor, rstd: Tensor, rectify: bool,
     out: Tensor,
 ) -> Any:  # fmt: skip
+    """Return the argument of a batch norm."""
     return _coded(
         order, bits, values, vectors, x=_array(x), out=_array(out), centre=mean.data_ptr(), scale=rstd.data_ptr(),
         by_channel=order.channels > 1, rectified=rectify,
@@ -421,44 +428,52 @@ def input_grad(
 # ---- max pooling
 
 
-def _windows(shape: Sequence[int], outputs: Sequence[int], *others: Sequence[int]) -> Windows:
-    return Windows(*(tuple(values) for values in (shape[-2:], outputs[-2:], *others)))
+def _windows(
+    shape: Sequence[int], dtype: torch.dtype, outputs: Sequence[int] | None, kernel: Sequence[int],
+    stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
+) -> Windows | None:  # fmt: skip
+    """Describe windows of two dimensions, with as many outputs as there are without ceil_mode, or those given.
+
+    None where PyTorch's own functions are to do it: they say what is wrong with windows, and know what to do with those
+    that have no element inside the input.
+    """
+    is_served = len(kernel) == 2 and len(shape) in (3, 4) and dtype == torch.float32 and math.prod(kernel) <= 256
+    if not is_served or math.prod(shape) < MIN_ELEMENTS or _library_or_none() is None:
+        return None
+    counts = []
+    for size, places, step, zeros, spread in zip(shape[-2:], kernel, stride, padding, dilation, strict=True):
+        if places < 1 or step < 1 or not 1 <= spread <= size or not 0 <= 2 * zeros <= places:
+            return None
+        counts.append((size + 2 * zeros - spread * (places - 1) - 1) // step + 1)
+    found = counts if outputs is None else outputs
+    if not all(1 <= one <= count + 1 for one, count in zip(found, counts, strict=True)):
+        return None
+    return Windows(*(tuple(values) for values in (shape[-2:], found, kernel, stride, padding, dilation)))
 
 
 def max_pool(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> tuple[Tensor, Tensor] | None:
     """Compute maxima over windows of two dimensions, and their places in them; None where PyTorch's own is to do it."""
-    is_served = len(kernel) == 2 and x.dim() in (3, 4) and x.is_contiguous() and math.prod(kernel) <= 256
-    if not is_served or x.dtype != torch.float32 or x.numel() < MIN_ELEMENTS or _library_or_none() is None:
+    windows = _windows(x.shape, x.dtype, None, kernel, stride, padding, dilation) if x.is_contiguous() else None
+    if windows is None:
         return None
-    sizes = list(zip(x.shape[-2:], kernel, stride, padding, dilation, strict=True))
-    for size, places, step, zeros, spread in sizes:
-        if step < 1 or not 1 <= spread <= size or not 0 <= 2 * zeros <= places:
-            return None  # PyTorch says what is wrong; and a window might miss the input
-    outputs = [
-        (size + 2 * zeros - spread * (places - 1) - 1) // step + 1 for size, places, step, zeros, spread in sizes
-    ]
-    if min(outputs) < 1:
-        return None
-    out = x.new_empty(*x.shape[:-2], *outputs)
-    found = torch.empty_like(out, dtype=torch.uint8)
-    windows = _windows(x.shape, out.shape, kernel, stride, padding, dilation)
+    out = x.new_empty(*x.shape[:-2], *windows.outputs)
+    places = torch.empty_like(out, dtype=torch.uint8)
     planes = math.prod(x.shape[:-2])
-    _found.blpa_max_pool(windows, planes, torch.get_num_threads(), x.data_ptr(), out.data_ptr(), found.data_ptr())
-    return out, found
+    _found.blpa_max_pool(windows, planes, torch.get_num_threads(), x.data_ptr(), out.data_ptr(), places.data_ptr())
+    return out, places
 
 
 def max_pool_grad(
     grad: Tensor, places: Tensor, shape: Sequence[int], kernel: Sequence[int], stride: Sequence[int],
     padding: Sequence[int], dilation: Sequence[int],
 ) -> Tensor | None:  # fmt: skip
-    """Compute dX [shape] from the gradient of max_pool's output; None where PyTorch's own is to do it."""
-    is_served = len(kernel) == 2 and grad.dim() in (3, 4) and grad.dtype == torch.float32
-    if not is_served or places.dtype != torch.uint8 or math.prod(shape) < MIN_ELEMENTS or _library_or_none() is None:
+    """Compute dX [shape] from the gradient of maxima and their places; None where PyTorch's own is to do it."""
+    windows = _windows(shape, grad.dtype, grad.shape[-2:], kernel, stride, padding, dilation)
+    if windows is None or places.shape != grad.shape:
         return None
     grad, places, out = grad.contiguous(), places.contiguous(), grad.new_empty(shape)
-    windows = _windows(shape, grad.shape, kernel, stride, padding, dilation)
     planes = math.prod(shape[:-2])
     _found.blpa_max_pool_grad(
         windows, planes, torch.get_num_threads(), grad.data_ptr(), places.data_ptr(), out.data_ptr()

@@ -298,12 +298,16 @@ def test_windows_that_pytorch_refuses_or_that_may_miss_the_input_are_left_to_it(
     for arguments in (
         ((2, 2), (2, 2), (2, 2), (1, 1)),
         ((2, 2), (0, 2), (0, 0), (1, 1)),
+        ((0, 2), (1, 1), (0, 0), (1, 1)),
         ((6, 6), (1, 1), (0, 0), (1, 1)),
         ((3, 3), (1, 1), (1, 1), (5, 1)),
         ((17, 17), (1, 1), (8, 8), (1, 1)),
         ((2, 2, 2), (1, 1, 1), (0, 0, 0), (1, 1, 1)),
     ):
         assert library.max_pool(x, *arguments) is None
+    missing = (2, 2), (1, 1), (1, 1), (2, 2)  # of a plane of one pixel
+    places = torch.zeros(1 << 14, 1, 1, 1, dtype=torch.uint8)
+    assert library.max_pool_grad(places.float(), places, places.shape, *missing) is None
     assert library.max_pool(x.double(), *WINDOWS["usual"]) is None
     assert library.max_pool(x.contiguous(memory_format=torch.channels_last), *WINDOWS["usual"]) is None
 
@@ -378,6 +382,31 @@ def test_the_number_of_threads_changes_no_bit(library: Any) -> None:
             results.append([stats, vectors, values, *sums])
         assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other, strict=True))
         results.clear()
+
+
+def test_a_norm_of_constant_statistics_reads_no_means(library: Any) -> None:
+    """So many channels that a read behind one zero would end the process."""
+    order = Order(2, 1_000_000, 2, False)
+    x = activation(order, torch.float32)
+    vectors = grids(x, order, Codec(4))
+    values = library.encode(x, x, vectors, order, 4, None, None)
+    found, expected = torch.empty(2, order.numel)
+    scale = torch.ones(1, order.channels)
+    library.input_grad(x, values, vectors, order, 4, scale, None, found)
+    any_layout.input_grad(x, values, vectors, order, 4, scale, None, expected)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_is_the_user_s(dtype: torch.dtype, library: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_found", None)
+    monkeypatch.setattr(cpu, "_is_found", False)
+    monkeypatch.setattr(cpu, "_has_exact_stats", False)
+    torch.set_default_dtype(dtype)
+    try:
+        assert cpu._load() is not None and cpu._has_exact_stats
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture

@@ -575,6 +575,19 @@ def test_nothing_is_fused_while_a_mode_may_keep_a_tensor(found: list[Fusion]) ->
 
 
 @pytest.mark.usefixtures("in_cpp")
+@pytest.mark.parametrize("strided", ["weight", "bias", "running_mean", "running_var"])
+def test_vectors_that_are_not_contiguous_have_another_formula(strided: str) -> None:
+    x = torch.randn(64, 5, 300, requires_grad=True)
+    norm = nn.BatchNorm1d(5)
+    vector = getattr(norm, strided)
+    vector.data = torch.rand(5, 2)[:, 0]
+    stock = copy.deepcopy(norm)
+    getattr(stock, strided).data = torch.stack((vector.data,) * 2, 1)[:, 0]
+    assert torch.equal(blpa.convert(norm)(x), stock(x))
+    assert all(torch.equal(*pair) for pair in zip(norm.buffers(), stock.buffers(), strict=True))
+
+
+@pytest.mark.usefixtures("in_cpp")
 def test_a_traced_step_computes_the_gradients_of_other_inputs() -> None:
     """What is computed beside the dispatcher would be a constant of the graph."""
     traced = blpa.convert(Nested())

@@ -213,7 +213,7 @@ struct Call {
 
   template <class T>
   Rows<T> rows(const void* data, int64_t step, const T& otherwise) const {
-    return {data ? static_cast<const T*>(data) : &otherwise, step, by_channel};
+    return {data ? static_cast<const T*>(data) : &otherwise, step, data ? by_channel : 0};
   }
   template <class T>
   Vectors<T> all() const {

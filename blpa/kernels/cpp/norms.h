@@ -75,17 +75,19 @@ void input_grad(const Call& call) {
       const T* dy = load(call.x, block, buffer);
       T* dx = target(call.out, block, out_buffer);
       const Parameter<T, W> factor(scale.at(block.outer, c));
-      const Parameter<T, W> mean(centre.at(block.outer, c)), mean_z(centre_z.at(block.outer, c));
-      if (call.rectified) {
+      if (call.centre) {
+        const Parameter<T, W> mean(centre.at(block.outer, c)), mean_z(centre_z.at(block.outer, c));
+        if (call.rectified) {
 #pragma omp simd
-        for (int64_t i = 0; i < block.size; ++i) {
-          const T code = of.code(i), du = of.relu_grad(i, code, dy[i]) * of.gamma[i];
-          dx[i] = (du - mean[i] - of.z(i, code) * mean_z[i]) * factor[i];
+          for (int64_t i = 0; i < block.size; ++i) {
+            const T code = of.code(i), du = of.relu_grad(i, code, dy[i]) * of.gamma[i];
+            dx[i] = (du - mean[i] - of.z(i, code) * mean_z[i]) * factor[i];
+          }
+        } else {
+#pragma omp simd
+          for (int64_t i = 0; i < block.size; ++i)
+            dx[i] = (dy[i] * of.gamma[i] - mean[i] - of.z(i, of.code(i)) * mean_z[i]) * factor[i];
         }
-      } else if (call.centre) {
-#pragma omp simd
-        for (int64_t i = 0; i < block.size; ++i)
-          dx[i] = (dy[i] * of.gamma[i] - mean[i] - of.z(i, of.code(i)) * mean_z[i]) * factor[i];
       } else {
 #pragma omp simd
         for (int64_t i = 0; i < block.size; ++i) dx[i] = dy[i] * of.gamma[i] * factor[i];
