@@ -54,12 +54,11 @@ def _load() -> Any:
                 _found = built()
                 with _disable_current_modes():  # of the caller's, who may be traced
                     _check()
-            except (RuntimeError, ArithmeticError, OSError, ValueError) as error:  # no home, no compiler that runs ...
+            except BaseException as error:
                 _found = None
+                if not isinstance(error, RuntimeError | ArithmeticError | OSError | ValueError):
+                    raise  # interrupted; the others: no home, no compiler that runs, ...
                 _LOG.warning("coded networks run on plain PyTorch kernels, which are slower: %s", error)
-            except BaseException:  # interrupted
-                _found = None
-                raise
             _is_found = True
     return _found
 
@@ -91,10 +90,8 @@ def _check_batch_stats() -> None:
     expected = _ramp(2, 22).view(2, 11)
     found = expected.clone()
     expected_stats = torch.batch_norm_update_stats(x, expected[0], expected[1], 0.1)
-    _has_exact_stats = True
-    stats = batch_stats(x, Order.of(x.shape, 1, False), False, RunningStats(found[0], found[1], 0.1))
-    _has_exact_stats = stats is not None and torch.equal(stats[:2], torch.stack(expected_stats))
-    _has_exact_stats &= torch.equal(found, expected)
+    stats = _batch_stats(_found, x, Order.of(x.shape, 1, False), False, RunningStats(found[0], found[1], 0.1))
+    _has_exact_stats = torch.equal(stats[:2], torch.stack(expected_stats)) and torch.equal(found, expected)
 
 
 def _check_batch_norm(dtype: torch.dtype) -> None:
@@ -114,20 +111,21 @@ def _check_batch_norm(dtype: torch.dtype) -> None:
     _exact_batch_norms.add(dtype)
 
 
-def _library_or_none() -> Any:
-    return _found if _is_found else _load()
-
-
-def _for(order: Order, bits: int, *tensors: Tensor) -> Any:
-    """Return the library if it serves a call on these tensors, else None."""
-    if not bits or order.numel < MIN_ELEMENTS:
+def _serving(elements: int, *tensors: Tensor) -> Any:
+    """Return the library if it serves a call on so many elements of these tensors' dtypes, else None."""
+    if elements < MIN_ELEMENTS:
         return None
-    library = _library_or_none()
+    library = _found if _is_found else _load()
     if library is not None:
         for tensor in tensors:
             if tensor.dtype not in _DTYPES or (tensor.dtype == torch.float16 and not library.blpa_has_half()):
                 return None
     return library
+
+
+def _for(order: Order, bits: int, *tensors: Tensor) -> Any:
+    """Return the library if it serves a call on codes of these tensors, else None."""
+    return _serving(order.numel, *tensors) if bits else None
 
 
 # ---- arguments
@@ -215,7 +213,7 @@ def _means(scale: Tensor, means: Tensor | None, dtype: torch.dtype) -> tuple[Seq
 
 
 def _function(
-    function: Elementwise | None, vectors: Tensor, order: Order, bits: int, *, is_grad: bool
+    library: Any, function: Elementwise | None, vectors: Tensor, order: Order, bits: int, *, is_grad: bool
 ) -> tuple[Tensor | None, dict[str, Any]]:
     """Return a table of f or f' [C, L], which must outlive the call, and the arguments for the function."""
     if function is None or function.name == "relu":
@@ -226,7 +224,7 @@ def _function(
         low, high = function.options
         return None, {"function": _CLAMP, "low": low, "high": high}
     y = vectors.new_empty(order.channels, 1 << bits)
-    _found.blpa_levels_of(_call(order, bits, y.dtype, vectors=vectors.data_ptr(), out=_array(y)))
+    library.blpa_levels_of(_call(order, bits, y.dtype, vectors=vectors.data_ptr(), out=_array(y)))
     table = function.grad(torch.ones_like(y), y) if is_grad else function(y)
     return table, {"function": _TABLE, "table": table.data_ptr()}
 
@@ -252,15 +250,20 @@ def batch_stats(x: Tensor, order: Order, with_range: bool, running: RunningStats
     None where PyTorch's own is to do it, which is as fast with the channels last and for 16-bit numbers.
     """
     averages = (running.mean, running.var) if running else ()
-    is_served = x.dtype == torch.float32 and x.is_contiguous() and order.inner > 1 and _for(order, 8, x) is not None
+    is_served = x.dtype == torch.float32 and x.is_contiguous() and order.inner > 1
     is_served = is_served and all(one.dtype == x.dtype and one.is_contiguous() for one in averages)
-    if not is_served or not _has_exact_stats:
-        return None
+    library = _serving(x.numel()) if is_served else None
+    return None if library is None or not _has_exact_stats else _batch_stats(library, x, order, with_range, running)
+
+
+def _batch_stats(library: Any, x: Tensor, order: Order, with_range: bool, running: RunningStats | None) -> Tensor:
     out = x.new_empty(4, order.channels)
-    _found.blpa_batch_stats(
-        x.data_ptr(), order.outer, order.channels, order.inner, torch.get_num_threads(), with_range,
-        running.momentum if running else 0.0, *((one.data_ptr() for one in averages) if running else (None, None)),
-        out.data_ptr(),
+    momentum, *averages = (
+        (running.momentum, running.mean.data_ptr(), running.var.data_ptr()) if running else (0.0, None, None)
+    )
+    library.blpa_batch_stats(
+        x.data_ptr(), order.outer, order.channels, order.inner, torch.get_num_threads(), with_range, momentum,
+        *averages, out.data_ptr(),
     )  # fmt: skip
     return out
 
@@ -270,14 +273,15 @@ def grid_vectors(
     codec: Codec | None,
 ) -> Tensor:  # fmt: skip
     """Place the grid of each channel, Vectors [7, C]."""
-    if not _is_found or _found is None or codec is None or stats.dtype != torch.float32:
+    library = _found if _is_found else None  # vectors alone load none
+    if library is None or codec is None or stats.dtype != torch.float32:
         return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec)
     if centre is None or scale is None:
         centre = scale = None
     given = [None if one is None else _dense(one, stats.dtype) for one in (stats, gamma, beta, centre, scale)]
     out = stats.new_empty(len(any_layout.Vectors._fields), stats.shape[1])
     addresses = (None if one is None else one.data_ptr() for one in given)
-    _found.blpa_grid_vectors(stats.shape[1], *addresses, codec.bits, *_clips(codec), out.data_ptr())
+    library.blpa_grid_vectors(stats.shape[1], *addresses, codec.bits, *_clips(codec), out.data_ptr())
     return out
 
 
@@ -316,9 +320,7 @@ def encode_own(x: Tensor, order: Order, codec: Codec) -> tuple[Tensor, Tensor] |
 
 def normalises_as_pytorch(order: Order, bits: int, dtype: torch.dtype) -> bool:
     """Return whether normalise_encode serves x of this order and dtype, with the bits of PyTorch's batch norm."""
-    if not bits or order.numel < MIN_ELEMENTS or _library_or_none() is None:
-        return False
-    return dtype in _exact_batch_norms
+    return _for(order, bits) is not None and dtype in _exact_batch_norms
 
 
 def normalise_encode(
@@ -358,7 +360,9 @@ def batch_norm(
     vectors, rstd = stats.new_empty(len(any_layout.Vectors._fields), order.channels), stats.new_empty(order.channels)
     gamma, beta = _dense(gamma, stats.dtype), _dense(beta, stats.dtype)
     call = _normalisation_of(x, values, vectors, order, codec.bits, stats, rstd, rectify, out)
-    _found.blpa_batch_norm(call, stats.data_ptr(), gamma.data_ptr(), beta.data_ptr(), eps, *_clips(codec))
+    _for(order, codec.bits).blpa_batch_norm(
+        call, stats.data_ptr(), gamma.data_ptr(), beta.data_ptr(), eps, *_clips(codec)
+    )
     return values, vectors, rstd
 
 
@@ -367,7 +371,7 @@ def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: E
     library = _for(order, bits, out)
     if library is None:
         return any_layout.decode(values, vectors, order, bits, function, out)
-    held, arguments = _function(function, vectors, order, bits, is_grad=False)
+    held, arguments = _function(library, function, vectors, order, bits, is_grad=False)
     library.blpa_decode(_coded(order, bits, values, vectors, out=_array(out), **arguments))
     del held
 
@@ -379,7 +383,7 @@ def elementwise_grad(
     library = _for(order, bits, grad)
     if library is None:
         return any_layout.elementwise_grad(grad, values, vectors, order, bits, function, out)
-    held, arguments = _function(function, vectors, order, bits, is_grad=True)
+    held, arguments = _function(library, function, vectors, order, bits, is_grad=True)
     library.blpa_elementwise_grad(_coded(order, bits, values, vectors, x=_array(grad), out=_array(out), **arguments))
     del held
 
@@ -437,8 +441,7 @@ def _windows(
     None where PyTorch's own functions are to do it: they say what is wrong with windows, and know what to do with those
     that have no element inside the input.
     """
-    is_served = len(kernel) == 2 and len(shape) in (3, 4) and dtype == torch.float32 and math.prod(kernel) <= 256
-    if not is_served or math.prod(shape) < MIN_ELEMENTS or _library_or_none() is None:
+    if len(kernel) != 2 or len(shape) not in (3, 4) or dtype != torch.float32 or math.prod(kernel) > 256:
         return None
     counts = []
     for size, places, step, zeros, spread in zip(shape[-2:], kernel, stride, padding, dilation, strict=True):
@@ -456,12 +459,13 @@ def max_pool(
 ) -> tuple[Tensor, Tensor] | None:
     """Compute maxima over windows of two dimensions, and their places in them; None where PyTorch's own is to do it."""
     windows = _windows(x.shape, x.dtype, None, kernel, stride, padding, dilation) if x.is_contiguous() else None
-    if windows is None:
+    library = _serving(x.numel()) if windows is not None else None
+    if windows is None or library is None:
         return None
     out = x.new_empty(*x.shape[:-2], *windows.outputs)
     places = torch.empty_like(out, dtype=torch.uint8)
     planes = math.prod(x.shape[:-2])
-    _found.blpa_max_pool(windows, planes, torch.get_num_threads(), x.data_ptr(), out.data_ptr(), places.data_ptr())
+    library.blpa_max_pool(windows, planes, torch.get_num_threads(), x.data_ptr(), out.data_ptr(), places.data_ptr())
     return out, places
 
 
@@ -471,11 +475,12 @@ def max_pool_grad(
 ) -> Tensor | None:  # fmt: skip
     """Compute dX [shape] from the gradient of maxima and their places; None where PyTorch's own is to do it."""
     windows = _windows(shape, grad.dtype, grad.shape[-2:], kernel, stride, padding, dilation)
-    if windows is None or places.shape != grad.shape:
+    library = _serving(math.prod(shape)) if places.shape == grad.shape else None
+    if windows is None or library is None:
         return None
     grad, places, out = grad.contiguous(), places.contiguous(), grad.new_empty(shape)
     planes = math.prod(shape[:-2])
-    _found.blpa_max_pool_grad(
+    library.blpa_max_pool_grad(
         windows, planes, torch.get_num_threads(), grad.data_ptr(), places.data_ptr(), out.data_ptr()
     )
     return out
@@ -486,23 +491,25 @@ def max_pool_grad(
 
 def pack_between(y: Tensor, low: float, high: float) -> Tensor | None:
     """Pack whether low < y < high; None where this does not serve. y is contiguous."""
-    if not _serves_bits(y):
+    library = _serving_bits(y)
+    if library is None:
         return None
-    if y.dtype != torch.float32:  # PyTorch compares with the nearest number of this dtype
+    if y.dtype != torch.float32:  # bits.py compares with the nearest number of this dtype
         low, high = torch.tensor((low, high), dtype=y.dtype, device="cpu").tolist()
     packed = y.new_empty(-(-y.numel() // 8), dtype=torch.uint8)
-    _found.blpa_pack_between(Array(*_array(y)), y.numel(), low, high, torch.get_num_threads(), packed.data_ptr())
+    library.blpa_pack_between(Array(*_array(y)), y.numel(), low, high, torch.get_num_threads(), packed.data_ptr())
     return packed
 
 
 def masked(grad: Tensor, packed: Tensor) -> Tensor | None:
     """Return grad, 0 where the bit is not set; None where this does not serve. grad is contiguous."""
-    if not _serves_bits(grad):
+    library = _serving_bits(grad)
+    if library is None:
         return None
     out = torch.empty_like(grad)
-    _found.blpa_masked(Array(*_array(grad)), grad.numel(), packed.data_ptr(), torch.get_num_threads(), out.data_ptr())
+    library.blpa_masked(Array(*_array(grad)), grad.numel(), packed.data_ptr(), torch.get_num_threads(), out.data_ptr())
     return out
 
 
-def _serves_bits(x: Tensor) -> bool:
-    return x.is_contiguous() and x.dtype != torch.float64 and _for(Order(1, 1, x.numel(), False), 8, x) is not None
+def _serving_bits(x: Tensor) -> Any:
+    return _serving(x.numel(), x) if x.is_contiguous() and x.dtype != torch.float64 else None

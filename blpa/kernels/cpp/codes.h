@@ -140,13 +140,13 @@ void decode(const Call& call) {
   const int64_t levels = 1 << layout.bits;
   parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     T buffer[PIECE];
-    const T* table = call.table ? static_cast<const T*>(call.table) + piece.channel * levels : nullptr;
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
       const Decoding<T, V> of(call, grids, piece, k);
       T* y = target(call.out, block, buffer);
       if (call.function == TABLE) {
+        const T* table = static_cast<const T*>(call.table) + piece.channel * levels;
         for (int64_t i = 0; i < block.size; ++i) y[i] = table[i * V * levels + of.index(i)];
       } else if (call.function == RELU) {
 #pragma omp simd
@@ -170,37 +170,43 @@ void decode(const Call& call) {
   });
 }
 
-template <class T, bool V>
-void elementwise_grad(const Call& call) {
+// Write f(codes, piece, block, gradient, out) for each block of a tensor, given a gradient.
+template <class T, bool V, class F>
+void map_gradient(const Call& call, const F& f) {
   const Layout& layout = *call.layout;
   const Grids<T> grids(call);
-  const T slope = T(call.slope);
-  const int64_t levels = 1 << layout.bits;
   parallel_pieces(layout, call.threads, [&](const Piece& piece) {
     T buffer[PIECE], out_buffer[PIECE];
-    const T* table = call.table ? static_cast<const T*>(call.table) + piece.channel * levels : nullptr;
     for (int64_t k = 0; k < layout.codes(); ++k) {
       const Block block = block_of(layout, piece, k);
       if (block.size <= 0) break;
-      const Decoding<T, V> of(call, grids, piece, k);
-      const T* da = load(call.x, block, buffer);
-      T* dy = target(call.out, block, out_buffer);
-      if (call.function == TABLE) {       // of the derivative; where that is 0, so is dY, whatever dA
-        for (int64_t i = 0; i < block.size; ++i) {
-          const T derivative = table[i * V * levels + of.index(i)];
-          dy[i] = derivative == 0 ? T(0) : da[i] * derivative;
-        }
-      } else if (call.function == RELU) {
-#pragma omp simd
-        for (int64_t i = 0; i < block.size; ++i) dy[i] = of.relu_grad(i, of.code(i), da[i]);
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < block.size; ++i) {
-          const T product = da[i] * slope;
-          dy[i] = of.y(i, of.code(i)) > 0 ? da[i] : product;
-        }
+      T* out = target(call.out, block, out_buffer);
+      f(Decoding<T, V>(call, grids, piece, k), piece, block, load(call.x, block, buffer), out);
+      store(call.out, block, out);
+    }
+  });
+}
+
+template <class T, bool V>
+void elementwise_grad(const Call& call) {
+  const T slope = T(call.slope);
+  const int64_t levels = 1 << call.layout->bits;
+  map_gradient<T, V>(call, [&](const Decoding<T, V>& of, const Piece& piece, const Block& block, const T* da, T* dy) {
+    if (call.function == TABLE) {         // of the derivative; where that is 0, so is dY, whatever dA
+      const T* table = static_cast<const T*>(call.table) + piece.channel * levels;
+      for (int64_t i = 0; i < block.size; ++i) {
+        const T derivative = table[i * V * levels + of.index(i)];
+        dy[i] = derivative == 0 ? T(0) : da[i] * derivative;
       }
-      store(call.out, block, dy);
+    } else if (call.function == RELU) {
+#pragma omp simd
+      for (int64_t i = 0; i < block.size; ++i) dy[i] = of.relu_grad(i, of.code(i), da[i]);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < block.size; ++i) {
+        const T product = da[i] * slope;
+        dy[i] = of.y(i, of.code(i)) > 0 ? da[i] : product;
+      }
     }
   });
 }

@@ -59,40 +59,29 @@ void normalise_encode(const Call& call) {
 
 template <class T, bool V, bool W>
 void input_grad(const Call& call) {
-  const Layout& layout = *call.layout;
-  const Grids<T> grids(call);
   const T zero = 0, one = 1;
   const Rows<T> centre = call.rows(call.centre, call.centre_step, zero);
   const Rows<T> scale = call.rows(call.scale, call.scale_step, one);
   const Rows<T> centre_z = call.rows(call.centre_z, call.centre_step, zero);
-  parallel_pieces(layout, call.threads, [&](const Piece& piece) {
+  map_gradient<T, V>(call, [&](const Decoding<T, V>& of, const Piece& piece, const Block& block, const T* dy, T* dx) {
     const int64_t c = piece.channel;
-    T buffer[PIECE], out_buffer[PIECE];
-    for (int64_t k = 0; k < layout.codes(); ++k) {
-      const Block block = block_of(layout, piece, k);
-      if (block.size <= 0) break;
-      const Decoding<T, V> of(call, grids, piece, k);
-      const T* dy = load(call.x, block, buffer);
-      T* dx = target(call.out, block, out_buffer);
-      const Parameter<T, W> factor(scale.at(block.outer, c));
-      if (call.centre) {
-        const Parameter<T, W> mean(centre.at(block.outer, c)), mean_z(centre_z.at(block.outer, c));
-        if (call.rectified) {
+    const Parameter<T, W> factor(scale.at(block.outer, c));
+    if (!call.centre) {
 #pragma omp simd
-          for (int64_t i = 0; i < block.size; ++i) {
-            const T code = of.code(i), du = of.relu_grad(i, code, dy[i]) * of.gamma[i];
-            dx[i] = (du - mean[i] - of.z(i, code) * mean_z[i]) * factor[i];
-          }
-        } else {
+      for (int64_t i = 0; i < block.size; ++i) dx[i] = dy[i] * of.gamma[i] * factor[i];
+      return;
+    }
+    const Parameter<T, W> mean(centre.at(block.outer, c)), mean_z(centre_z.at(block.outer, c));
+    if (call.rectified) {
 #pragma omp simd
-          for (int64_t i = 0; i < block.size; ++i)
-            dx[i] = (dy[i] * of.gamma[i] - mean[i] - of.z(i, of.code(i)) * mean_z[i]) * factor[i];
-        }
-      } else {
-#pragma omp simd
-        for (int64_t i = 0; i < block.size; ++i) dx[i] = dy[i] * of.gamma[i] * factor[i];
+      for (int64_t i = 0; i < block.size; ++i) {
+        const T code = of.code(i), du = of.relu_grad(i, code, dy[i]) * of.gamma[i];
+        dx[i] = (du - mean[i] - of.z(i, code) * mean_z[i]) * factor[i];
       }
-      store(call.out, block, dx);
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < block.size; ++i)
+        dx[i] = (dy[i] * of.gamma[i] - mean[i] - of.z(i, of.code(i)) * mean_z[i]) * factor[i];
     }
   });
 }

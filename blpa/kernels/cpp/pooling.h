@@ -65,6 +65,13 @@ void max_pool_grad(const Windows& of, const float* grad, const uint8_t* places, 
     }
 }
 
+// The first element of each plane, in the input and in the outputs.
+template <class F>
+void for_planes(const Windows& of, int64_t planes, int threads, const F& f) {
+  const int64_t size = of.size[0] * of.size[1], outputs = of.outputs[0] * of.outputs[1];
+  parallel(planes, planes * size, threads, [&](int64_t plane) { f(plane * size, plane * outputs); });
+}
+
 // ---- one bit per element
 
 // Byte i has the elements i + k count, k = 0 ... 7, of which there are `size`.
@@ -77,11 +84,28 @@ void for_bits(int64_t size, int threads, const F& f) {
   });
 }
 
-void pack_between(const Array& y, int64_t size, float low, float high, int threads, uint8_t* packed) {
+}  // namespace
+
+extern "C" {
+
+void blpa_max_pool(const Windows* windows, int64_t planes, int threads, const float* x, float* out, uint8_t* places) {
+  for_planes(*windows, planes, threads, [&](int64_t in, int64_t outputs) {
+    max_pool(*windows, x + in, out + outputs, places + outputs);
+  });
+}
+
+void blpa_max_pool_grad(const Windows* windows, int64_t planes, int threads, const float* grad, const uint8_t* places,
+                        float* out) {
+  for_planes(*windows, planes, threads, [&](int64_t in, int64_t outputs) {
+    max_pool_grad(*windows, grad + outputs, places + outputs, out + in);
+  });
+}
+
+void blpa_pack_between(const Array* y, int64_t size, float low, float high, int threads, uint8_t* packed) {
   for_bits(size, threads, [&](int64_t first, int64_t bytes, int64_t count) {
     int32_t bits[PIECE];
     std::fill(bits, bits + bytes, 0);
-    with_type(y, [&](auto* data) {
+    with_type(*y, [&](auto* data) {
       for (int64_t k = 0; k < 8; ++k) {
         const auto* ys = data + first + k * count;
         const int64_t end = std::min(bytes, size - first - k * count);
@@ -96,9 +120,9 @@ void pack_between(const Array& y, int64_t size, float low, float high, int threa
   });
 }
 
-void masked(const Array& grad, int64_t size, const uint8_t* packed, int threads, void* out) {
+void blpa_masked(const Array* grad, int64_t size, const uint8_t* packed, int threads, void* out) {
   for_bits(size, threads, [&](int64_t first, int64_t bytes, int64_t count) {
-    with_type(grad, [&](auto* data) {
+    with_type(*grad, [&](auto* data) {
       using X = std::remove_pointer_t<decltype(data)>;
       for (int64_t k = 0; k < 8; ++k) {
         const X* from = data + first + k * count;
@@ -109,33 +133,6 @@ void masked(const Array& grad, int64_t size, const uint8_t* packed, int threads,
       }
     });
   });
-}
-
-}  // namespace
-
-extern "C" {
-
-void blpa_max_pool(const Windows* windows, int64_t planes, int threads, const float* x, float* out, uint8_t* places) {
-  const int64_t size = windows->size[0] * windows->size[1], outputs = windows->outputs[0] * windows->outputs[1];
-  parallel(planes, planes * size, threads, [&](int64_t plane) {
-    max_pool(*windows, x + plane * size, out + plane * outputs, places + plane * outputs);
-  });
-}
-
-void blpa_max_pool_grad(const Windows* windows, int64_t planes, int threads, const float* grad, const uint8_t* places,
-                        float* out) {
-  const int64_t size = windows->size[0] * windows->size[1], outputs = windows->outputs[0] * windows->outputs[1];
-  parallel(planes, planes * size, threads, [&](int64_t plane) {
-    max_pool_grad(*windows, grad + plane * outputs, places + plane * outputs, out + plane * size);
-  });
-}
-
-void blpa_pack_between(const Array* y, int64_t size, float low, float high, int threads, uint8_t* packed) {
-  pack_between(*y, size, low, high, threads, packed);
-}
-
-void blpa_masked(const Array* grad, int64_t size, const uint8_t* packed, int threads, void* out) {
-  masked(*grad, size, packed, threads, out);
 }
 
 }  // extern "C"
