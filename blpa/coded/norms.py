@@ -8,8 +8,8 @@ tag holds the codes, with the sign of y, for the activation and the convolutions
 
 The forward pass is PyTorch's own, and statistics are computed a second time for the codes. Only a batch norm in
 training is computed here, in one pass with its codes and, where that is proven to be unseen (fusion.py), with its ReLU
-and over its input: on a CPU with PyTorch's bits, and on a GPU, if it has a ReLU, with its values but for rounding. It is
-not where a compiler traces the network, or a mode of PyTorch's may watch it.
+and over its input: on a CPU with PyTorch's bits, and on a GPU, if it has a ReLU, with its values but for rounding. Not
+where a compiler traces the network, or a mode of PyTorch's may watch it.
 """
 
 import sys

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 COMPILER_SECONDS = 120
-"""After which the compiler counts as missing; it takes about 6 s."""
+"""After which the compiler counts as missing; it takes about 10 s."""
 
 _LOG = logging.getLogger(__name__)
 _SOURCES = Path(__file__).with_name("cpp")
