@@ -35,6 +35,9 @@ from blpa.kernels.order import Order
 PART_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Bytes of one temporary: a CPU's cache holds a few; on a GPU a kernel of 64 MiB hides the time of its launch."""
 
+ROUNDED_TO_ZERO = 2.0**-24
+"""A positive number below this may be 0 in 16 bits: it is the least one of float16, and bfloat16 has lesser ones."""
+
 
 class Elementwise(NamedTuple):
     """An elementwise function a = f(y) and its derivative, both PyTorch's own.
@@ -211,8 +214,9 @@ def grid_vectors(
     deviation = _root(var).clamp_min_(torch.finfo(mean.dtype).tiny ** 0.5)
     # t = (z - mean) / deviation is standardised, and y = (gamma deviation) t + (gamma mean + beta).
     slope, shift = gamma * deviation, gamma * mean + beta
-    # y of a channel whose gamma is 0 has one sign, which must not take codes from z: all of them mean that sign.
-    is_flat, flat_zero = slope == 0, torch.where(shift > 0, 0.0, float(codec.levels))
+    # y of a channel whose gamma is 0 is beta: one sign, which must not take codes from z. All of them mean that sign;
+    # but where y may be rounded to 0, one code is left for y <= 0.
+    is_flat, flat_zero = gamma == 0, torch.where(shift > 0, (shift < ROUNDED_TO_ZERO).to(shift.dtype), codec.levels)
     shift = torch.where(is_flat, torch.where(shift > 0, 1.0, -1.0), shift)
     if codec.clip == "range":
         grid = codec.grid_of_range(slope, shift, (low - mean) / deviation, (high - mean) / deviation)

@@ -1,10 +1,13 @@
 """Small codes without a grid: one bit per element for a mask, one byte per output for the place of a maximum."""
 
+import functools
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from blpa.kernels import compute_dtype
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -25,8 +28,20 @@ def unpack_bits(packed: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def pack_between(y: Tensor, low: float, high: float) -> Tensor:
-    """Pack whether low < y < high."""
+    """Pack whether low < y < high, the ends in the compute dtype as in PyTorch's own functions."""
+    low, high = _ends_in(y.dtype, low, high)
     return pack_bits((y > low) & (y < high))
+
+
+@functools.lru_cache
+def _ends_in(dtype: torch.dtype, low: float, high: float) -> tuple[float, float]:
+    """Return numbers of a dtype that have the same of its numbers between them: low rounded down, high rounded up."""
+    ends = torch.tensor((low, high), dtype=compute_dtype(dtype), device="cpu")
+    rounded = ends.to(dtype)
+    beyond = torch.nextafter(rounded, torch.tensor((-torch.inf, torch.inf), dtype=dtype, device="cpu"))
+    is_inside = torch.stack((rounded[0] > ends[0], rounded[1] < ends[1]))
+    first, last = torch.where(is_inside, beyond, rounded).tolist()
+    return first, last
 
 
 def masked(grad: Tensor, packed: Tensor) -> Tensor:

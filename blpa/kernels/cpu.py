@@ -494,8 +494,6 @@ def pack_between(y: Tensor, low: float, high: float) -> Tensor | None:
     library = _serving_bits(y)
     if library is None:
         return None
-    if y.dtype != torch.float32:  # bits.py compares with the nearest number of this dtype
-        low, high = torch.tensor((low, high), dtype=y.dtype, device="cpu").tolist()
     packed = y.new_empty(-(-y.numel() // 8), dtype=torch.uint8)
     library.blpa_pack_between(Array(*_array(y)), y.numel(), low, high, torch.get_num_threads(), packed.data_ptr())
     return packed

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from blpa.kernels import any_layout
 from blpa.kernels.triton_elements import (
     BETA,
     FLOOR,
@@ -29,6 +30,7 @@ from blpa.kernels.triton_ops import _is_last
 MAX_LANES = tl.constexpr(256)
 """Largest number of parts that the last program loads at once: there are few more."""
 TINY_ROOT = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
+ROUNDED_TO_ZERO = tl.constexpr(any_layout.ROUNDED_TO_ZERO)
 
 
 @triton.jit(do_not_specialize=["outer", "packed_outer", "parts", "steps"])
@@ -251,8 +253,9 @@ def _grid_vectors(
         half: tl.constexpr = LEVELS // 2
         most: tl.constexpr = LEVELS - 1.0
         deviation = _at_least(tl.sqrt_rn(var), TINY_ROOT)
+        is_flat = slope == 0
         slope, shift = slope * deviation, slope * mean + shift
-        is_flat, flat_zero = slope == 0, tl.where(shift > 0, 0.0, LEVELS)
+        flat_zero = tl.where(shift > 0, tl.where(shift < ROUNDED_TO_ZERO, 1.0, 0.0), LEVELS)
         shift = tl.where(is_flat, tl.where(shift > 0, 1.0, -1.0), shift)
         sign = tl.where(slope < 0, -1.0, 1.0)
         if OF_RANGE:

@@ -274,6 +274,39 @@ def test_masks_after_a_batch_norm_are_exact_for_every_gamma_and_beta(gamma: floa
         assert torch.equal(*masks)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_sign_of_a_channel_without_gamma_is_that_of_its_rounded_beta(
+    dtype: torch.dtype, bits: int, layout: str
+) -> None:
+    """A norm of a 16-bit tensor with fp32 parameters, as under autocast; y may be rounded to 0, where ReLU is flat."""
+    parameters = {"weight": torch.zeros(8), "bias": torch.tensor([1e-9, 1e-42, 3e-8, 1e-7, -1e-9, 0.0, -0.0, 1.0])}
+    x = in_layout(normal(16, 8, 9, 9, seed=1).to(dtype), layout)
+    x, grad = x.requires_grad_(), in_layout(normal(16, 8, 9, 9, seed=2).to(dtype), layout)
+    found = []
+    for setting in (None, bits):
+        module = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
+        module[0].load_state_dict(parameters, strict=False)
+        converted = module if setting is None else blpa.convert(module, setting)
+        found.append(torch.autograd.grad(converted(x), module[0].bias, grad)[0])
+    # Sums of the same terms; a term of the wrong sign would add at least the rms of one, 1, to a sum of 1,296.
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("ends", [(-0.3, 0.7), (0.1, 1.0), (-1.0, 0.1), (-1e-9, 6e4), (0.0, 6.0)])
+@pytest.mark.parametrize("size", [8, 1 << 14])  # plain PyTorch, and C++
+def test_the_ends_of_a_clamp_are_not_rounded_to_16_bits(size: int, ends: Any, dtype: torch.dtype) -> None:
+    end = torch.tensor(ends, dtype=dtype)
+    around = [torch.nextafter(end, torch.full_like(end, to)) for to in (-torch.inf, torch.inf)]
+    y = torch.cat((end, *around, torch.zeros(2, dtype=dtype))).repeat(size // 8).requires_grad_()
+    grads = []
+    for module in (nn.Hardtanh(*ends), blpa.convert(nn.Hardtanh(*ends), 4)):
+        grads.append(torch.autograd.grad(module(y), y, torch.ones_like(y))[0])
+    assert torch.equal(*grads)
+
+
 def mask_of(module: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """The factor of the activation in the gradient, by a hook on its input."""
     caught: list[Tensor] = []

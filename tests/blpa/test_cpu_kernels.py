@@ -354,6 +354,7 @@ def test_grids_are_the_reference_s_to_the_bit(codec: Codec, dtype: torch.dtype, 
     x[:, 5] = 1
     gamma, beta = torch.linspace(-2, 2, order.channels, dtype=dtype), torch.linspace(9, -9, order.channels, dtype=dtype)
     gamma[7], gamma[8], gamma[9] = 0.0, -0.0, torch.inf
+    gamma[15:20], beta[15:20] = 0, torch.tensor([1e-9, -1e-9, 2.0**-24, 1e-42, 0.0], dtype=dtype)
     for values in (x, x.relu(), x.abs() + 0.1):
         stats = any_layout.channel_stats(values.flatten(), order)
         stats[0, 11], stats[1, 12], stats[2, 13], stats[3, 14] = torch.nan, torch.inf, -torch.inf, torch.nan

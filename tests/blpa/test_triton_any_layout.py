@@ -338,6 +338,7 @@ def grid_cases() -> tuple[Tensor, Tensor, Tensor]:
     gamma, beta = torch.randn(100, generator=generator), torch.randn(100, generator=generator)
     gamma[20:26] = torch.tensor([0.0, -0.0, 0.0, 1e-6, 1e6, -1.0])
     beta[20:26] = torch.tensor([1.0, -1.0, 0.0, 1e6, 1e-6, 0.0])
+    gamma[26:30], beta[26:30] = 0, torch.tensor([1e-9, -1e-9, 2.0**-24, 1e-38])
     beta[30:40] = -gamma[30:40] * mean[30:40]  # the edge at the mean
     beta[40:50] = -gamma[40:50] * low[40:50]  # at the end of the range
     stats = torch.stack((mean, (4 * size).square(), low, high))

@@ -136,6 +136,8 @@ struct FourSums {
 
 // ---- grids
 
+constexpr float ROUNDED_TO_ZERO = 1.0f / (1 << 24);  // as in any_layout.py
+
 template <class T>
 T least(T a, T b) { return (a < b) | (a != a) ? a : b; }
 
@@ -219,8 +221,8 @@ void blpa_grid_vectors(int64_t channels, const float* stats, const float* gammas
     const T deviation = at_least(std::sqrt(var), tiny);
     const T slope = gamma * deviation + T(0);  // -0 becomes 0
     T shift = gamma * mean + beta;
-    const bool is_flat = slope == 0;
-    const T flat_zero = shift > 0 ? T(0) : levels;
+    const bool is_flat = gamma == 0;
+    const T flat_zero = shift > 0 ? (shift < ROUNDED_TO_ZERO ? T(1) : T(0)) : levels;
     if (is_flat) shift = shift > 0 ? T(1) : T(-1);
     T frac, zero, width;
     if (is_range) {
