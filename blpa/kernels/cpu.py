@@ -63,6 +63,11 @@ def _load() -> Any:
     return _found
 
 
+def is_loaded() -> bool:
+    """Return whether the C++ has been loaded; else plain PyTorch has computed everything so far."""
+    return _found is not None
+
+
 def _ramp(end: float, count: int) -> Tensor:
     return torch.linspace(-end, end, count, dtype=torch.float32, device="cpu")
 

@@ -48,6 +48,14 @@ def kernels_for(device: torch.device) -> AnyLayoutKernels:
     return any_layout
 
 
+def kernels_name(device: torch.device) -> str:
+    """Name what computes on a device, once it has computed: c++, triton or torch."""
+    kernels = kernels_for(device)
+    if kernels is cpu:
+        return "c++" if cpu.is_loaded() else "torch"
+    return "torch" if kernels is any_layout else "triton"
+
+
 _LIBRARY = torch.library.Library("blpa_any_layout", "FRAGMENT")
 Function = TypeVar("Function", bound=Callable[..., Any])
 

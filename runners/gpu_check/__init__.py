@@ -152,10 +152,15 @@ def table(results: Iterator[dict[str, Any]]) -> list[list[str]]:
         part = found["part"]
         if "correct" in found:
             outcome = "right" if found["correct"] else f"WRONG: {found['wrong'][0]}"
-            rows.append([f"kernels, {found['codec']}", "right", outcome, ""])
+            of = "" if part == "kernels" else " of converted networks"
+            rows.append([f"kernels{of}, {found['codec']}", "right", outcome, ""])
         elif "same_bits" in found:
             name = f"captured steps, {found['mode']}, {found['precision']}"
             rows.append([name, "the same bits", "the same bits" if found["same_bits"] else "OTHER BITS", ""])
+        elif "model" in found:
+            name = f"{found['precision']}, {found['model']}, {found['mode']}"
+            ratio = f"{found['times_exact']:.2f}" if found["times_exact"] else ""
+            rows.append([name, "", f"{found['ms']:.1f} ms", ratio])
         elif "ms" in found:
             name = f"{found['precision']}, depth {found['depth']}, {found['mode']}"
             name += ", deterministic" if found["deterministic"] else ""

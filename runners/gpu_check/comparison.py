@@ -1,4 +1,4 @@
-"""Compare a kernel backend with the reference, at the shapes of the network."""
+"""Compare kernels with the reference, at the shapes of the network; and those of any layout with plain PyTorch."""
 
 from functools import partial
 
@@ -6,12 +6,21 @@ import torch
 
 from blpa import kernels
 from blpa.codec import Codec
-from blpa.kernels import Kernels
+from blpa.kernels import Kernels, any_layout, library
+from blpa.kernels.any_layout import Elementwise
+from blpa.kernels.library import AnyLayoutKernels
+from blpa.kernels.order import Order, dense
 from blpa.kernels.reference import REFERENCE
 from runners.training.network import EPS
 
 SHAPES = ((131072, 16), (131072, 64), (32768, 32), (8192, 256), (40001, 20))
 """Rows and channels: activations of the network at batch 128, and one of odd size."""
+
+LAYOUTS = (
+    ((32, 64, 112, 112), 1, True), ((32, 64, 112, 112), 1, False), ((32, 256, 56, 56), 1, True),
+    ((32, 2048, 7, 7), 1, False), ((5, 20, 13, 13), 1, True), ((32, 197, 768), 2, False),
+)  # fmt: skip
+"""Shapes, channel dimensions and whether channels are last: activations of a ResNet-50, an odd one, and tokens."""
 
 CODECS = (Codec(4), Codec(8), Codec(2), None)
 """Codecs whose kernels are compared; None saves x itself."""
@@ -102,3 +111,69 @@ def differences(
         "weight gradient": weight_grad is None or bool(((weight_grad - products).abs() <= bound).all()),
     }
     return [name for name, is_right in are_right.items() if not is_right]
+
+
+def wrong_cases_of_any_layout(is_dry: bool, codec: Codec | None) -> tuple[int, list[str]]:
+    """Compare the kernels that converted networks run on with plain PyTorch; as `wrong_cases`."""
+    device = torch.device("cpu" if is_dry else "cuda")
+    layouts = (((4, 6, 5, 7), 1, True), ((3, 40, 16), 2, False)) if is_dry else LAYOUTS
+    cases = [(layout, dtype) for layout in layouts for dtype in (torch.float32, torch.bfloat16)]
+    wrong = [
+        f"{name} at {list(shape)}{', channels-last' if channels_last else ''}, {dtype}"
+        for (shape, channel, channels_last), dtype in cases
+        for name in differences_of_any_layout(
+            library.kernels_for(device), torch.randn(shape, device=device).to(dtype), channel, channels_last, codec
+        )
+    ]
+    return len(cases), wrong
+
+
+def differences_of_any_layout(
+    backend: AnyLayoutKernels, x: torch.Tensor, channel: int, channels_last: bool, codec: Codec | None
+) -> list[str]:
+    """Compare a backend with any_layout: codes and what they decode to bit by bit, sums within a tolerance.
+
+    Args:
+        backend: the backend.
+        x: an activation.
+        channel: its channel dimension.
+        channels_last: whether to lay it out with channels last.
+        codec: of the saved codes; None saves full precision.
+
+    Returns:
+        Names of the results that differ; empty where all agree.
+    """
+    order, bits = Order.of(x.shape, channel, channels_last), codec.bits if codec else 0
+    x = dense(3 * x + 1, channels_last)
+    grad = torch.randn_like(x)
+    gamma, beta = torch.randn(2, order.channels, device=x.device)
+    relu, silu = Elementwise("relu"), Elementwise("silu")
+    stats = backend.channel_stats(x, order)
+    wide = any_layout.channel_stats(x.double(), order)
+    found: list[torch.Tensor] = []
+    expected: list[torch.Tensor] = []
+    for functions, results in ((backend, found), (any_layout, expected)):
+        centre, scale = stats[0], (stats[1] + 1e-5).rsqrt()
+        vectors = functions.grid_vectors(stats, gamma, beta, centre, scale, codec)
+        saved = functions.encode(x, x, vectors, order, bits, centre.unsqueeze(0), scale.unsqueeze(0)), vectors
+        y, a, dy, dx, normalised = (torch.full_like(x, torch.nan) for _ in range(5))  # NaN shows what is not written
+        functions.decode(*saved, order, bits, None, y)
+        functions.decode(*saved, order, bits, silu, a)
+        functions.elementwise_grad(grad, *saved, order, bits, relu, dy)
+        of_norm = functions.normalise_encode(x, vectors, order, bits, centre, scale, True, normalised)
+        sums = functions.gradient_sums(grad, *saved, order, bits, per_sample=False, rectified=True)
+        means = stats[:2].unsqueeze(1)  # any
+        functions.input_grad(grad, *saved, order, bits, scale.unsqueeze(0), means, dx, rectified=True)
+        results += [vectors, saved[0], y, dy, normalised, of_norm, dx, sums, a]
+    names = ("grid", "codes", "decoded", "gradient of ReLU", "batch norm", "its codes", "input gradient")
+    wrong = [name for name, one, other in zip(names, found, expected, strict=False) if not torch.equal(one, other)]
+    *_, sums, a = found
+    *_, expected_sums, expected_a = expected
+    # Sums of n terms of size 1 differ by rounding; the exponential of a GPU is within 1e-6, bfloat16 rounds to 2^-9.
+    near = 2.0**-8 if x.dtype == torch.bfloat16 else 1e-5
+    are_right = {
+        "statistics": torch.allclose(stats.double(), wide, rtol=1e-4, atol=1e-4),
+        "sums": torch.allclose(sums, expected_sums, rtol=1e-3, atol=order.outer * order.inner * 1e-5),
+        "SiLU": torch.allclose(a.float(), expected_a.float(), rtol=near, atol=near),
+    }
+    return wrong + [name for name, is_right in are_right.items() if not is_right]

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 
 from blpa import kernels
+from blpa.codec import Codec
 from blpa.memory import GIB, MIB
 from runners import CONF, compose, fresh, provenance
 from runners.config import Config
-from runners.gpu_check.comparison import CODECS, wrong_cases
-from runners.tasks import max_batch, runtime
+from runners.gpu_check.comparison import CODECS, wrong_cases, wrong_cases_of_any_layout
+from runners.tasks import converted_runtime, max_batch, runtime
 from runners.timing import take_turns
 from runners.training import network, segments, steps
 
@@ -30,9 +31,12 @@ RESULTS = CONF.parent / "results"
 """Folder of the committed records, with predictions; only a checkout has it."""
 
 IN_SMALL = (
-    "dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "task.steps=1", "gpu.device=cpu",
-    "gpu.kernels=torch",
+    "dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "gpu.device=cpu", "gpu.kernels=torch",
 )  # fmt: skip
+OF_TASK_IN_SMALL = {
+    "runtime": ("task.steps=1",),
+    "converted-runtime": ("task.steps=1", "task.model=resnet18", "task.image_size=64", "gpu.kernels=auto"),
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Check:
         """Compose the configuration of a task at batch 128; cuDNN may pick its fastest convolutions."""
         given = [f"mode={mode}", f"depth={depth}", f"gpu.precision={precision}", f"task={task}",
                  "gpu.deterministic=false", f"results={self.out}", f"run={self.part}", *more]  # fmt: skip
-        small = [text for text in IN_SMALL if task == "runtime" or text != "task.steps=1"] if self.is_dry else []
+        small = [*IN_SMALL, *OF_TASK_IN_SMALL.get(task, ())] if self.is_dry else []
         with compose.session():
             (cell,) = compose.cells([*given, *small], multirun=False)
         return cell.config
@@ -78,8 +82,11 @@ def machine(check: Check) -> bool:
     return True
 
 
-def kernels_are_right(check: Check) -> bool:
-    """Compare every kernel function with the reference, at the network's shapes, in fp32 and bf16, for every codec.
+Compare = Callable[[bool, Codec | None], tuple[int, list[str]]]
+
+
+def kernels_are_right(check: Check, *, compare: Compare) -> bool:
+    """Compare every kernel function with the reference, at networks' shapes, in fp32 and bf16, for every codec.
 
     Each codec has its own process, since compiling takes most of the time, and reports when it ends.
     """
@@ -87,7 +94,7 @@ def kernels_are_right(check: Check) -> bool:
     context.set_forkserver_preload(fresh.IMPORTED_AHEAD)
     all_right = True
     with ProcessPoolExecutor(len(CODECS), mp_context=context) as pool:
-        running = {pool.submit(wrong_cases, check.is_dry, codec): codec for codec in CODECS}
+        running = {pool.submit(compare, check.is_dry, codec): codec for codec in CODECS}
         for done in as_completed(running):
             name = "full precision" if (codec := running[done]) is None else f"{codec.bits} bits"
             if (error := done.exception()) is None:
@@ -162,6 +169,21 @@ class Times:
                            deterministic=self.deterministic, ms=round(ms, 3), low=round(low, 3), high=round(high, 3),
                            times_exact=ratios.get(record.mode), minutes_of_64000=round(ms * 64 / 60, 2))  # fmt: skip
         return True
+
+
+def converted(check: Check, precision: str) -> bool:
+    """Time steps of a ResNet-50, channels-last, as PyTorch runs it and converted, in turn."""
+    config = check.config(
+        "4bit", 164, precision, "converted-runtime", "task.channels_last=true", "dataset.batch_size=128",
+        "task.steps=7", "task.modes=[8bit]",
+    )  # fmt: skip
+    found = converted_runtime.run(config)
+    by_mode = {mode: {r.metric: r.value for r in found if r.mode == mode} for mode in ("exact", "4bit", "8bit")}
+    for mode, values in by_mode.items():
+        ms = 1e3 * config.dataset.batch_size * values["seconds_per_sample"]
+        check.write(model=config.task.model, mode=mode, precision=precision, ms=round(ms, 3),
+                   times_exact=values.get("ratio_to_exact"), reserved_mib=values.get("reserved_mib"))  # fmt: skip
+    return True
 
 
 def largest_batch(check: Check, mode: str, depth: int) -> bool:
@@ -261,10 +283,13 @@ class Part:
 AHEAD = Part("compile-ahead", compile_ahead, 60, 0)
 PARTS = (
     Part("machine", machine, 25, 10),
-    Part("kernels", kernels_are_right, 90, 20, decides=True),
+    Part("kernels", partial(kernels_are_right, compare=wrong_cases), 90, 20, decides=True),
     Part("captured", capture_keeps_bits, 50, 20, decides=True),
+    Part("converted-kernels", partial(kernels_are_right, compare=wrong_cases_of_any_layout), 90, 20, decides=True),
     Part("steps-164-tf32", Times(164, "tf32", ("4bit", "8bit", "2bit"), turns=15), 45, 20),
     Part("steps-164-bf16", Times(164, "bf16", ("4bit", "8bit", "2bit"), turns=15), 45, 20),
+    Part("converted-bf16", partial(converted, precision="bf16"), 60, 25),
+    Part("converted-tf32", partial(converted, precision="tf32"), 60, 25),
     Part("together-164-bf16", side_by_side, 40, 20),
     Part("batch-4bit-164", partial(largest_batch, mode="4bit", depth=164), 60, 25),
     Part("compiled-164-tf32", Times(164, "tf32", ("compiled", "4bit"), turns=7), 75, 30),

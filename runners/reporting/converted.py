@@ -1,55 +1,86 @@
-"""The table of other networks, converted: a row for each network, a column for each mode."""
+"""The tables of other networks, converted: memory, and times on each machine; rows are networks, columns modes."""
+
+from collections.abc import Callable, Mapping
 
 from runners.records import Record, canonical
 from runners.reporting.labels import Labels
 from runners.reporting.pages import Page, Section, commits, listed
 
 OPENING = """\
-The most bytes that one training step allocates at once, gradients of the weights included, and in brackets what is
-saved after the forward pass: MiB per sample, counted on the meta device (`blpa.explain`). The networks are
-torchvision's and a U-Net with batch norm (`runners/training/models.py`); `exact` is PyTorch's own, the others are
-converted by `blpa.convert`. Written by `blpa-run task=tables`.
+The networks are torchvision's and a U-Net with batch norm (`runners/training/models.py`); `exact` is PyTorch's own, the
+others are converted by `blpa.convert`. Memory is the most bytes that one training step allocates at once, gradients of
+the weights included, and in brackets what is saved after the forward pass: MiB per sample, counted on the meta device
+(`blpa.explain`). A time is that of a whole step per sample, and for a converted network the median ratio of its steps
+to exact ones timed in turn, with 20 and 80 % quantiles. Written by `blpa-run task=tables`.
 """
+TASKS = ("explain", "converted-runtime")
+TITLES = {"explain": "Memory: peak (saved)", "converted-runtime": "Time of a step"}
+
+Cell = Mapping[str, Record]
+"""Records of a row and a mode by metric."""
 
 
 def cells(found: list[Record], labels: Labels) -> list[Record]:
-    """Select the newest record of each cell, in the table's order.
+    """Select the newest records of each cell, in the tables' order.
 
     Args:
         found: records of any task.
         labels: order of modes.
     """
-    shown = [record for record in found if record.task == "explain" and not record.failure]
-    newest = {(_row(r), r.mode, r.metric): r for r in sorted(shown, key=lambda record: record.date)}
-    return sorted(newest.values(), key=lambda r: (_row(r), labels.order(r.mode), r.metric))
+    shown = [record for record in found if record.task in TASKS and not record.failure]
+    newest = {(_table(r), _row(r), r.mode, r.metric): r for r in sorted(shown, key=lambda record: record.date)}
+    return sorted(newest.values(), key=lambda r: (_table(r), _row(r), labels.order(r.mode), r.metric))
+
+
+def page(shown: list[Record], labels: Labels) -> Page:
+    """Lay out the tables: of memory, and of times for each device.
+
+    Args:
+        shown: the records that `cells` returns.
+        labels: names and order of modes.
+    """
+    sections = []
+    for table in dict.fromkeys(map(_table, shown)):
+        task, device = table
+        found = [record for record in shown if _table(record) == table]
+        text = _memory if task == "explain" else _time
+        notes = [f"torch {listed({record.torch for record in found})}", f"commit {commits(found)}"]
+        if task != "explain":
+            turns = sorted({record.n for record in found if record.metric == "seconds_per_sample"})
+            notes += [f"n = {', '.join(map(str, turns))}", f"kernels {listed({r.kernels for r in found} - {'stock'})}"]
+        title = TITLES[task] if task == "explain" else f"{TITLES[task]}, {device}"
+        sections.append(Section(title, _rows(found, text, labels), ["; ".join(notes) + "."]))
+    return Page("Converted networks", OPENING, sections, "blpa-run experiment=converted -m")
+
+
+def _table(record: Record) -> tuple[str, str]:
+    return record.task, "" if record.task == "explain" else record.device
 
 
 def _row(record: Record) -> tuple[str, int, str, str]:
     return str(record.settings["model"]), record.batch_size, record.precision, canonical(record.settings)
 
 
-def page(shown: list[Record], labels: Labels) -> Page:
-    """Lay out the table.
-
-    Args:
-        shown: the records that `cells` returns.
-        labels: names and order of modes.
-    """
-    title, empty = "Memory of converted networks (MiB per sample)", "blpa-run experiment=converted -m"
-    if not shown:
-        return Page(title, OPENING, [], empty)
-    modes = sorted({record.mode for record in shown}, key=labels.order)
+def _rows(found: list[Record], text: Callable[[Cell], str], labels: Labels) -> list[list[str]]:
+    modes = sorted({record.mode for record in found}, key=labels.order)
     rows = [["network, image, batch", *map(labels.label, modes)]]
-    for row in dict.fromkeys(map(_row, shown)):
-        values = {(r.mode, r.metric): r.value for r in shown if _row(r) == row}
-        size = next(r.settings["image_size"] for r in shown if _row(r) == row)
-        model, batch, precision, _ = row
-        texts = (
-            f"{values[mode, 'step_peak_mib']:.1f} ({values[mode, 'saved_mib']:.1f})"
-            if (mode, "step_peak_mib") in values
-            else "not run"
-            for mode in modes
-        )
-        rows.append([f"{model}, {size}, {batch}, {precision}", *texts])
-    note = f"torch {listed({record.torch for record in shown})}; commit {commits(shown)}."
-    return Page(title, OPENING, [Section("peak (saved)", rows, [note])], empty)
+    for row in dict.fromkeys(map(_row, found)):
+        of_row = [record for record in found if _row(record) == row]
+        by_mode = {mode: {r.metric: r for r in of_row if r.mode == mode} for mode in modes}
+        settings = of_row[0].settings
+        name = f"{settings['model']}, {settings['image_size']}, {of_row[0].batch_size}, {of_row[0].precision}"
+        name += ", channels-last" if settings.get("channels_last") else ""
+        rows.append([name, *(text(cell) if cell else "not run" for cell in by_mode.values())])
+    return rows
+
+
+def _memory(cell: Cell) -> str:
+    return f"{cell['step_peak_mib'].value:.1f} ({cell['saved_mib'].value:.1f})"
+
+
+def _time(cell: Cell) -> str:
+    ratio, reserved = cell.get("ratio_to_exact"), cell.get("reserved_mib")
+    text = f"{1e3 * cell['seconds_per_sample'].value:.3g} ms"
+    if ratio:
+        text = f"{ratio.value:.3f} times ({ratio.low:.3f} to {ratio.high:.3f})"
+    return text + (f", {reserved.value:.1f} MiB" if reserved else "")

@@ -34,13 +34,18 @@ NEEDS_NO_GPU = True
 
 
 def check(config: Config) -> None:
-    """Check that the mode is one of `convert`, the size and the precision."""
+    """Check the network and the precision."""
+    check_network(config)
+    if config.gpu.precision not in ("auto", "fp32", "tf32"):
+        raise UserError(f"gpu.precision={config.gpu.precision}: task=explain counts fp32; set gpu.precision=fp32")
+
+
+def check_network(config: Config) -> None:
+    """Check that the mode is one of `convert`, and the size."""
     if config.mode.bits is None or config.mode.forward_from_code:
         raise UserError(f"mode={config.mode.name}: does not convert a network; choose 8bit, 4bit or 2bit")
     if config.task.image_size < 1:
         raise UserError(f"task.image_size={config.task.image_size}: must be a number of pixels above 0")
-    if config.gpu.precision not in ("auto", "fp32", "tf32"):
-        raise UserError(f"gpu.precision={config.gpu.precision}: task=explain counts fp32; set gpu.precision=fp32")
 
 
 def folder(config: Config) -> str:
@@ -66,11 +71,8 @@ def run(config: Config) -> list[Record]:
         UserError: there is no such network, or its images must be larger.
     """
     batch, size = config.dataset.batch_size, config.task.image_size
-    model = models.build(config.task.model)
-    try:
-        explanation = blpa.explain(model, torch.empty(batch, 3, size, size, device=META), bits=config.mode.bits)
-    except (RuntimeError, AssertionError) as error:  # torchvision asserts the size of a transformer's images
-        raise UserError(f"task.model={config.task.model} does not take images of {size} pixels: {error}") from error
+    images = torch.empty(batch, 3, size, size, device=META)
+    explanation = blpa.explain(models.build(config.task.model, images.shape), images, bits=config.mode.bits)
     source = provenance.source(config, META, "torch")
     measured = [
         provenance.record(

@@ -9,22 +9,30 @@ from torch import Tensor, nn
 from runners.errors import UserError
 
 
-def build(name: str) -> nn.Module:
+def build(name: str, shape: torch.Size) -> nn.Module:
     """Make a network with random weights.
 
     Args:
         name: one of torchvision's classifiers, such as resnet50, or unet.
+        shape: of its images, [N, 3, H, W].
 
     Raises:
-        UserError: there is no such network.
+        UserError: there is no such network, or it does not take such images.
     """
-    if name == "unet":
-        return UNet()
-    names = torchvision.models.list_models(module=torchvision.models)
+    names = ["unet", *torchvision.models.list_models(module=torchvision.models)]
     if name not in names:
         near = ", ".join(difflib.get_close_matches(name, names)) or "resnet50"
         raise UserError(f"task.model={name}: must be unet or a classifier of torchvision ({near}, ...)")
-    model: nn.Module = torchvision.models.get_model(name, weights=None)
+    with torch.device("meta"), torch.no_grad():
+        try:
+            _make(name)(torch.empty(shape))
+        except (RuntimeError, ValueError, AssertionError) as error:  # torchvision asserts a transformer's size
+            raise UserError(f"task.model={name} does not take images of {shape[-1]} pixels: {error}") from error
+    return _make(name)
+
+
+def _make(name: str) -> nn.Module:
+    model: nn.Module = UNet() if name == "unet" else torchvision.models.get_model(name, weights=None)
     return model
 
 

@@ -70,7 +70,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         ("mode=null", "mode=null is not allowed"),
         (
             "task=trian",
-            "task=trian is not allowed (did you mean train?); choose one of explain, gradient-error, kernels, ",
+            "task=trian is not allowed (did you mean train?); choose one of converted-runtime, explain, ",
         ),
         ("network=1001", "network=1001 is not allowed; choose one of resnet"),
         ("hydra.run.dir=x", "hydra.run.dir=x is not allowed: of Hydra's own keys blpa-run heeds hydra.launcher., "),

@@ -16,13 +16,16 @@ TINY = {
 
 OF_TASK = {
     "train": ["mode=4bit"],
+    "converted-runtime": [
+        "mode=4bit", "task.steps=1", "task.modes=[]", "task.model=resnet18", "task.image_size=32", "gpu.kernels=auto",
+    ],
     "explain": ["mode=4bit", "task.model=resnet18", "task.image_size=64"],
     "gradient-error": ["mode=4bit", "task.steps=1"],
     "kernels": ["mode=4bit", "task.steps=1", "task.elements=4096"],
     "max-batch": ["mode=exact", "task.resolution=0.5"],
     "memory": ["mode=4bit"],
     "runtime": ["mode=exact", "task.steps=1", "task.modes=[]"],
-}
+}  # fmt: skip
 """What makes a task short."""
 
 

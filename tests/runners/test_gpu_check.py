@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec
+from blpa.kernels import any_layout
 from blpa.kernels.reference import REFERENCE
 from runners import gpu_check
 from runners.gpu_check import parts
-from runners.gpu_check.comparison import differences
+from runners.gpu_check.comparison import differences, differences_of_any_layout
 from runners.gpu_check.parts import PARTS, Check, Part
 
 CPU = torch.device("cpu")
@@ -40,6 +42,11 @@ def test_all_of_it_runs_in_small_on_the_cpu(
         by_part.setdefault(found["part"], []).append(found)
     of_kernels = {row["codec"]: (row["correct"], row["cases"]) for row in by_part["kernels"] if "codec" in row}
     assert of_kernels == dict.fromkeys(("4 bits", "8 bits", "2 bits", "full precision"), (True, 2 * 2))
+    of_converted = [row for row in by_part["converted-kernels"] if "codec" in row]
+    assert [row["correct"] for row in of_converted] == [True] * 4
+    for precision in ("bf16", "tf32"):
+        timed = [found["mode"] for found in by_part[f"converted-{precision}"] if "ms" in found]
+        assert timed == ["exact", "4bit", "8bit"]
     assert {(found["mode"], found["precision"]) for found in by_part["captured"] if found.get("same_bits")} == {
         (mode, precision) for mode in ("4bit", "exact") for precision in ("tf32", "bf16")
     }
@@ -47,6 +54,8 @@ def test_all_of_it_runs_in_small_on_the_cpu(
     assert [found["fits"] for found in by_part["batch-exact-164"] if "fits" in found] == [True, True]
     assert [found["cells"] for found in by_part["together-164-bf16"] if "cells" in found] == [1, 2]
     assert "| kernels, 4 bits " in out
+    assert "| kernels of converted networks, 4 bits " in out
+    assert "| bf16, resnet18, 8bit " in out
     assert "| tf32, depth 1001, 8bit " in out
     assert "not timed" not in (tmp_path / "out/compiled-164-tf32.log").read_text()
 
@@ -131,6 +140,42 @@ def test_what_is_wrong_in_a_backend_is_found(
     assert told == ([] if broken == "codes" and codec is None else found)
 
 
+BREAKS = {
+    "statistics": "channel_stats", "grid": "grid_vectors", "codes": "encode", "decoded": "decode",
+    "gradient of ReLU": "elementwise_grad", "batch norm": "normalise_encode", "sums": "gradient_sums",
+    "input gradient": "input_grad", "SiLU": "decode",
+}  # fmt: skip
+"""A difference, and the function of kernels for any layout that makes it."""
+
+
+@pytest.mark.parametrize("bits", [4, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("broken", [None, *BREAKS])
+def test_what_is_wrong_in_kernels_for_any_layout_is_found(
+    broken: str | None, dtype: torch.dtype, bits: int | None
+) -> None:
+    def wrong(function: Any, is_of_silu: bool) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            found = function(*arguments, **options)
+            is_asked = function is not any_layout.decode or (arguments[4] is not None) == is_of_silu
+            result = arguments[-1] if found is None or function is any_layout.normalise_encode else found
+            if is_asked:
+                one = result.view(-1)[:1] if result.is_contiguous() else result.movedim(1, -1).view(-1)[:1]
+                one.add_(1).mul_(2)
+            return found
+
+        return call
+
+    torch.manual_seed(0)
+    backend = SimpleNamespace(**{name: getattr(any_layout, name) for name in set(BREAKS.values())})
+    if broken is not None:
+        setattr(backend, BREAKS[broken], wrong(getattr(any_layout, BREAKS[broken]), broken == "SiLU"))
+    for shape, channel, channels_last in (((4, 6, 5, 7), 1, True), ((3, 40, 16), 2, False)):
+        x = torch.randn(shape).to(dtype)
+        told = differences_of_any_layout(backend, x, channel, channels_last, bits and Codec(bits))  # type: ignore[arg-type]
+        assert (broken in told) if broken else not told
+
+
 def test_a_codec_that_cannot_be_compared_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong_cases(is_dry: bool, codec: Codec | None) -> tuple[int, list[str]]:
         if codec == Codec(4):
@@ -138,8 +183,7 @@ def test_a_codec_that_cannot_be_compared_hides_no_other(tmp_path: Path, monkeypa
         return 10, []
 
     monkeypatch.setattr(parts, "ProcessPoolExecutor", lambda count, mp_context: ThreadPoolExecutor(count))
-    monkeypatch.setattr(parts, "wrong_cases", wrong_cases)
-    assert not parts.kernels_are_right(Check("kernels", tmp_path, is_dry=True))
+    assert not parts.kernels_are_right(Check("kernels", tmp_path, is_dry=True), compare=wrong_cases)
     assert {line["codec"]: line["wrong"] for line in lines(tmp_path)} == {
         "4 bits": ["not compared: RuntimeError: of the test's own"], "8 bits": [], "2 bits": [], "full precision": [],
     }  # fmt: skip

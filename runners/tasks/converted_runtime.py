@@ -1,0 +1,194 @@
+"""Time per sample of a training step of another network, converted, and its ratio to the network as PyTorch runs it.
+
+    ratio = median over turns of  seconds per sample(converted) / seconds per sample(PyTorch's own)
+
+All start from the same weights and are timed in turn (timing.py). A step is forward, cross entropy, backward and
+update, launched operation by operation, on random images, after two warm-up steps. On a GPU a turn is five steps, and
+the memory that the allocator reserves for one forward and backward pass is recorded too.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+import blpa
+from blpa.kernels import library
+from blpa.memory import MIB
+from runners import provenance, records
+from runners.cells import batch_name
+from runners.config import Config, GpuConfig, at_least, mode, one_of, options
+from runners.errors import UserError, classify
+from runners.records import Record
+from runners.tasks import explain
+from runners.timing import calls_per_turn, low_median_high, take_turns
+from runners.training import models, network, steps
+
+WARM_UP = 2
+"""Untimed steps: kernels are compiled and momentum buffers made."""
+
+
+@dataclass
+class Settings:
+    """Settings of this task."""
+
+    name: str
+    model: str
+    """One of torchvision's classifiers, or unet."""
+    image_size: int
+    """Height and width of the images in pixels."""
+    channels_last: bool
+    """Whether images and weights are channels-last in memory."""
+    steps: int
+    """Number of timed turns, each of one training step, or five on a GPU."""
+    modes: list[str]
+    """Modes to time and record beside the configured one, in the same process."""
+
+
+def check(config: Config) -> None:
+    """Check that the modes are of `convert`, and that nothing is asked for that this task does not do."""
+    at_least("task.steps", config.task.steps, 1)
+    for name in config.task.modes:
+        one_of("task.modes", name, options("mode", config.config_dir))
+    for cell in _cells(config):
+        explain.check_network(cell)
+    if config.gpu.cuda_graph:
+        raise UserError("gpu.cuda_graph=true: task=converted-runtime captures no graph; leave it out")
+    if config.gpu.kernels != "auto":
+        raise UserError(f"gpu.kernels={config.gpu.kernels}: a converted network chooses by its device; leave it out")
+
+
+def folder(config: Config) -> str:
+    """Name the folder by the run, the network, the images and the batch size."""
+    return f"{config.run}-converted-runtime-{config.task.model}-{config.task.image_size}-{batch_name(config)}"
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return the settings that decide the numbers and have no column."""
+    task = config.task
+    settings = {"model": task.model, "image_size": task.image_size, "channels_last": task.channels_last}
+    return settings if config.gpu.deterministic else settings | {"gpu.deterministic": False}
+
+
+def run(config: Config) -> list[Record]:
+    """Time the steps; print and record times, ratios and, on a GPU, the memory reserved.
+
+    Args:
+        config: one run, checked; dataset.batch_size is the batch.
+
+    Returns:
+        Of PyTorch's own, recorded as exact, and of each mode: seconds per sample, for modes the ratio to exact, both as
+        medians with 20 and 80 % quantiles, and on a GPU MiB per sample.
+
+    Raises:
+        UserError: there is no such network, or its images must be larger, or the machine lacks what the run needs.
+    """
+    run_dir, device, batch = network.run_folder(config), network.device(config), config.dataset.batch_size
+    gpu = network.used(config.gpu, device)
+    steps.configure_torch(gpu)
+    torch.manual_seed(config.seed)
+    images = torch.randn(batch, 3, config.task.image_size, config.task.image_size, device=device)
+    model = models.build(config.task.model, images.shape).to(device)
+    if config.task.channels_last:
+        images = images.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)
+    timed: dict[str, _Timed] = {}
+    for cell in (network.exact(config), *_cells(config)):
+        own = copy.deepcopy(model)
+        if cell.mode.bits is not None:
+            blpa.convert(own, bits=cell.mode.bits)
+        try:
+            timed[cell.mode.name] = _timed(cell, own, images, gpu)
+        except RuntimeError as error:
+            exit_code, reason = classify(error)
+            if exit_code is None or cell == config:
+                raise
+            print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)
+    seconds = take_turns(
+        [one.step for one in timed.values()], config.task.steps, title="timed steps of each mode", device=device
+    )
+    times = dict(zip(timed, seconds.unbind(1), strict=True))
+
+    source = provenance.source(config, device, library.kernels_name(device))
+    measured = []
+    for name, one in timed.items():
+        found = [("seconds_per_sample", "s", times[name] / batch)]
+        if name != "exact" and "exact" in times:
+            found.append(("ratio_to_exact", "times", times[name] / times["exact"]))
+        if one.reserved is not None:
+            found.append(("reserved_mib", "MiB/sample", torch.tensor([one.reserved / batch / MIB])))
+        for metric, unit, values in found:
+            low, median, high = low_median_high(values)
+            steps_timed = 1 if metric == "reserved_mib" else len(values) * calls_per_turn(device)
+            measured.append(
+                provenance.record(
+                    one.cell, source, metric=metric, unit=unit, value=median, low=low, high=high, n=len(values),
+                    iterations=steps_timed, depth=0, settings=settings_of(config),
+                    kernels="stock" if name == "exact" else source["kernels"],
+                )
+            )  # fmt: skip
+    records.write(measured, run_dir)
+    for record in measured:
+        scale, unit = (1e3, "ms per sample") if record.unit == "s" else (1.0, record.unit)
+        spread = f" (20 to 80 %: {scale * record.low:.3f} to {scale * record.high:.3f})" if record.n > 1 else ""
+        shown = {"times": "times PyTorch's own", "MiB/sample": "MiB per sample reserved"}.get(unit, unit)
+        print(f"{config.task.model}, {record.mode}: {scale * record.value:.3f} {shown}{spread}")
+    return measured
+
+
+@dataclass(frozen=True)
+class _Timed:
+    """A network to be timed; `reserved` bytes are known on a GPU alone."""
+
+    cell: Config
+    step: Callable[[], None]
+    reserved: int | None
+
+
+def _cells(config: Config) -> list[Config]:
+    """Return a configuration for each converted network, once."""
+    others = dict.fromkeys(name for name in config.task.modes if name != config.mode.name)
+    return [config, *(replace(config, mode=mode(name, config.config_dir)) for name in others)]
+
+
+def _timed(cell: Config, model: nn.Module, images: Tensor, gpu: GpuConfig) -> _Timed:
+    """Make and warm up the step of a network."""
+    optimiser = steps.make_optimiser(model, cell.dataset)
+
+    def backward() -> None:
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=gpu.precision == "bf16"):
+            outputs = tree_leaves(model(images))  # some networks have several heads
+        torch.stack([F.cross_entropy(one.float(), _labels(one)) for one in outputs]).sum().backward()
+
+    def step() -> None:
+        backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    step()  # before memory is measured: kernels are compiled and convolutions chosen
+    reserved = _reserved(backward, images.device) if images.is_cuda else None
+    optimiser.zero_grad()
+    for _ in range(WARM_UP - 1 + (steps.EAGER_STEPS if images.is_cuda else 0)):
+        step()
+    return _Timed(cell, step, reserved)
+
+
+def _labels(logits: Tensor) -> Tensor:
+    """Return class 0 for each sample, or each pixel, of logits [N, classes, ...]."""
+    return torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64, device=logits.device)
+
+
+def _reserved(backward: Callable[[], None], device: torch.device) -> int:
+    """Measure the bytes by which reserved memory grows in one forward and backward pass, from an emptied cache."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_reserved(device)
+    backward()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_reserved(device) - before
