@@ -47,7 +47,7 @@ def convert(
 ) -> Model:
     """Save the activations of a network as codes for the backward pass; outputs and statistics stay the same bits.
 
-    On a GPU a batch norm that computes its ReLU too (coded/fusion.py) has PyTorch's values but for rounding.
+    On a GPU a batch norm in training has PyTorch's values but for rounding (coded/norms.py).
 
     Args:
         model: any network, changed in place; a converted one gets the new settings.

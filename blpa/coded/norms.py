@@ -8,8 +8,8 @@ tag holds the codes, with the sign of y, for the activation and the convolutions
 
 The forward pass is PyTorch's own, and statistics are computed a second time for the codes. Only a batch norm in
 training is computed here, in one pass with its codes and, where that is proven to be unseen (fusion.py), with its ReLU
-and over its input: on a CPU with PyTorch's bits, and on a GPU, if it has a ReLU, with its values but for rounding. Not
-where a compiler traces the network, or a mode of PyTorch's may watch it.
+and over its input: on a CPU with PyTorch's bits, on a GPU with its values but for rounding. Not where a compiler traces
+the network, or a mode of PyTorch's may watch it.
 """
 
 import sys
@@ -92,7 +92,7 @@ class _Norm(torch.autograd.Function):
             if ctx.needs_input_grad[0]:
                 means = _means(saved, grad, sums, ctx.means)
                 dx = saved.input_grad(grad, scale, means, rectified=ctx.rectified)
-            dbeta, dgamma = sums.sum(1)
+            dbeta, dgamma = sums.sum(1) if sums.shape[1] > 1 else sums.squeeze(1)
             grads = [
                 one.to(dtype) if wanted else None
                 for one, dtype, wanted in zip((dx, dgamma, dbeta), ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
@@ -194,7 +194,7 @@ def batch_norm(
     is_computed_here = training and eps > 0 and not coding.is_traced and not is_observed()
     if is_computed_here and _is_plain(input, weight, bias, running_mean, running_var):
         fusion = fusion_of(caller_of(sys._getframe(1)), input, coding.convolved)
-        if computes_batch_norm(input, layout.channels_last, layout.bits, with_relu=fusion.rectify):
+        if computes_batch_norm(input, layout.channels_last, layout.bits):
             has_none = running_mean is None or running_var is None
             running = None if has_none else RunningStats(running_mean, running_var, momentum)  # type: ignore[arg-type]
             return _batch_norm(coding, layout, input, weight, bias, running, eps, fusion)

@@ -121,7 +121,7 @@ def batch_stats_and_averages(x: Tensor, channels_last: bool, with_range: bool, r
 def rstd_of(stats: Tensor, eps: float) -> Tensor:
     """Compute 1 / deviation [C] of batch_stats; on a CPU rounded as PyTorch's batch norm does."""
     dtype = torch.float64 if stats.is_cpu else stats.dtype
-    return stats[1].to(dtype, copy=True).add_(eps).rsqrt_().to(stats.dtype)
+    return (stats[1].to(dtype) + eps).rsqrt_().to(stats.dtype)
 
 
 @_operation(
@@ -175,15 +175,17 @@ def encode_own(x: Tensor, channel: int, channels_last: bool, bits: int, clip: fl
     return kernels.encode(x, x, vectors, order, bits, None, None), vectors
 
 
-def computes_batch_norm(x: Tensor, channels_last: bool, bits: int, *, with_relu: bool) -> bool:
+def computes_batch_norm(x: Tensor, channels_last: bool, bits: int) -> bool:
     """Return whether `batch_norm` is the way to compute a batch norm of a dense x.
 
-    On a CPU where it has the bits of PyTorch's own. On a GPU that Triton supports, where it has not, in place of two of
-    PyTorch's kernels. The meta device stands for either.
+    On a CPU where it has the bits of PyTorch's own. On a GPU that Triton supports, where it differs by rounding: codes
+    beside PyTorch's own would read x once more and y too, and nothing could be written over x. The meta device stands
+    for either.
     """
-    if x.is_cpu:
+    kernels = kernels_for(x.device)
+    if kernels is cpu:
         return cpu.normalises_as_pytorch(Order.of(x.shape, 1, channels_last), bits, x.dtype)
-    return x.is_meta or (with_relu and kernels_for(x.device) is not any_layout)
+    return x.is_meta or kernels is not any_layout
 
 
 class BatchNorm(NamedTuple):
@@ -206,13 +208,13 @@ def batch_norm(
     order, bits = Order.of(x.shape, 1, channels_last), codec.bits if codec else 0
     with_range = codec is not None and codec.clip == "range"
     stats = batch_stats_and_averages(x, channels_last, with_range, norm.running)
-    if x.is_cpu and codec is not None:
+    kernels = kernels_for(x.device)
+    if kernels is cpu and codec is not None:
         return cpu.batch_norm(x, order, codec, stats, norm.gamma, norm.beta, norm.eps, rectify, out)
     mean, rstd = stats[0], rstd_of(stats, norm.eps)
     if x.is_meta:
         vectors = stats.new_empty(len(Vectors._fields), order.channels)
         return _allocate_codes(x, out, vectors, 1, channels_last, bits), vectors, rstd
-    kernels = kernels_for(x.device)
     vectors = kernels.grid_vectors(stats, norm.gamma, norm.beta, mean, rstd, codec)
     values = kernels.normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
     return values, vectors, rstd

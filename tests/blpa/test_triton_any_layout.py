@@ -1,5 +1,6 @@
 """triton_any_layout.py against any_layout.py: on a GPU where there is one, else in Triton's interpreter."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -512,3 +513,54 @@ def test_a_converted_network_s_gradients_are_those_of_plain_pytorch(monkeypatch:
     for ours, theirs in zip(*gradients, strict=True):
         # Statistics differ in their last bits, and so do codes next to an edge; a single one moves a gradient little.
         assert (ours - theirs).norm() <= 1e-2 * theirs.norm() + 1e-6
+
+
+class Block(torch.nn.Module):
+    """A residual block: a batch norm with its ReLU, and one without, both over what a convolution alone makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = (torch.nn.Conv2d(3, 3, 3, padding=1) for _ in range(2))
+        self.bn1, self.bn2 = (torch.nn.BatchNorm2d(3) for _ in range(2))
+        self.relu = torch.nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Any:
+        out = self.conv1(x)
+        out = self.bn1(out)
+        out = self.relu(out)
+        out = self.conv2(out)
+        out = self.bn2(out)
+        return self.relu(out + x)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("bits", [8, 4, None])
+def test_batch_norms_are_computed_in_one_pass_with_their_codes(
+    bits: int | None, channels_last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    launched: list[str] = []
+    launch = triton_any_layout._launch
+
+    def recorded(kernel: Any, *arguments: Any, **constants: Any) -> None:
+        launched.append(kernel.__name__)
+        launch(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(library, "kernels_for", lambda _: triton_any_layout)
+    monkeypatch.setattr(triton_any_layout, "_launch", recorded)
+    images = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    images = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    torch.manual_seed(0)
+    stock = Block().to(DEVICE)
+    coded = blpa.convert(copy.deepcopy(stock), bits)
+    outputs = [model(images) for model in (stock, coded)]
+    assert launched.count("_normalise_encode") == 2
+    # Both round each product and sum of the formula; the second convolution and its norm pass the first's on.
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(coded.buffers(), stock.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for out in outputs:
+        out.square().sum().backward()
+    if bits is None:
+        for ours, theirs in zip(coded.parameters(), stock.parameters(), strict=True):
+            # A convolution's bias before a batch norm has the gradient 0 but for rounding.
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-3)
