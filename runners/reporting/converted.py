@@ -1,9 +1,12 @@
-"""The tables of other networks, converted: memory, and times on each machine; rows are networks, columns modes."""
+"""The tables of other networks, converted: memory, and times on each machine; rows are networks, columns modes.
+
+There is a table for each device, and for other settings.
+"""
 
 from collections.abc import Callable, Mapping
 
 from runners.records import Record, canonical
-from runners.reporting.labels import Labels
+from runners.reporting.labels import Labels, settings_text
 from runners.reporting.pages import Page, Section, commits, listed
 
 OPENING = """\
@@ -14,6 +17,8 @@ the weights included, and in brackets what is saved after the forward pass: MiB 
 to exact ones timed in turn, with 20 and 80 % quantiles. Written by `blpa-run task=tables`.
 """
 TASKS = ("explain", "converted-runtime")
+IN_ROWS = ("model", "image_size", "channels_last")
+"""Settings that a row names."""
 TITLES = {"explain": "Memory: peak (saved)", "converted-runtime": "Time of a step"}
 
 Cell = Mapping[str, Record]
@@ -33,7 +38,7 @@ def cells(found: list[Record], labels: Labels) -> list[Record]:
 
 
 def page(shown: list[Record], labels: Labels) -> Page:
-    """Lay out the tables: of memory, and of times for each device.
+    """Lay out the tables.
 
     Args:
         shown: the records that `cells` returns.
@@ -41,20 +46,21 @@ def page(shown: list[Record], labels: Labels) -> Page:
     """
     sections = []
     for table in dict.fromkeys(map(_table, shown)):
-        task, device = table
+        task, *conditions = table
         found = [record for record in shown if _table(record) == table]
         text = _memory if task == "explain" else _time
         notes = [f"torch {listed({record.torch for record in found})}", f"commit {commits(found)}"]
         if task != "explain":
             turns = sorted({record.n for record in found if record.metric == "seconds_per_sample"})
             notes += [f"n = {', '.join(map(str, turns))}", f"kernels {listed({r.kernels for r in found} - {'stock'})}"]
-        title = TITLES[task] if task == "explain" else f"{TITLES[task]}, {device}"
+        title = ", ".join(part for part in (TITLES[task], *conditions) if part)
         sections.append(Section(title, _rows(found, text, labels), ["; ".join(notes) + "."]))
     return Page("Converted networks", OPENING, sections, "blpa-run experiment=converted -m")
 
 
-def _table(record: Record) -> tuple[str, str]:
-    return record.task, "" if record.task == "explain" else record.device
+def _table(record: Record) -> tuple[str, str, str]:
+    others = {name: value for name, value in record.settings.items() if name not in IN_ROWS}
+    return record.task, "" if record.task == "explain" else record.device, settings_text(others)
 
 
 def _row(record: Record) -> tuple[str, int, str, str]:

@@ -65,8 +65,10 @@ def check(config: Config) -> None:
 
 
 def folder(config: Config) -> str:
-    """Name the folder by the run, the network, the images and the batch size."""
-    return f"{config.run}-converted-runtime-{config.task.model}-{config.task.image_size}-{batch_name(config)}"
+    """Name the folder by the run, the network, the images, the batch size and the layout."""
+    task = config.task
+    layout = "-channels-last" if task.channels_last else ""
+    return f"{config.run}-converted-runtime-{task.model}-{task.image_size}-{batch_name(config)}{layout}"
 
 
 def settings_of(config: Config) -> dict[str, Any]:
