@@ -45,9 +45,10 @@ def convert(
     attention: Literal[8] | None = 8,
     others: Literal[8] | None = None,
 ) -> Model:
-    """Save the activations of a network as codes for the backward pass; outputs and statistics stay the same bits.
+    """Save the activations of a network as codes for the backward pass.
 
-    On a GPU a batch norm in training has PyTorch's values but for rounding (coded/norms.py).
+    Outputs and running statistics stay the same bits; on a GPU the outputs of a batch norm in training may differ by
+    rounding (coded/norms.py).
 
     Args:
         model: any network, changed in place; a converted one gets the new settings.

@@ -64,8 +64,8 @@ class Interrupted(Stopped):
         return Interrupted, (str(self), self.number)
 
 
-OUT_OF_MEMORY = ("out of memory",)
-"""In the messages of torch, the CUDA driver and Triton."""
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+"""In the messages of torch, the CUDA driver and Triton; the second is of a CPU."""
 
 PERHAPS_OUT_OF_MEMORY = (
     "ALLOC_FAILED",  # cuBLAS and cuDNN without memory for themselves, or after an error of another kind

@@ -48,6 +48,18 @@ class Means(NamedTuple):
     """Over the samples of several processes: maps this one's sums to the means of all."""
 
 
+class Statistics(NamedTuple):
+    """What a norm takes of x."""
+
+    centre: Tensor | None
+    """Subtracted from x [N or 1, C or 1]."""
+    scale: Tensor
+    """1 / deviation [N or 1, C or 1]."""
+    of_channels: Tensor
+    """Mean, variance, low and high of each channel [4, C], of x_hat or of x."""
+    are_of_x: bool = False
+
+
 class Normalised(NamedTuple):
     """What a norm computes."""
 
@@ -145,12 +157,14 @@ def coded_norm(
 ) -> Tensor:  # fmt: skip
     """Call a norm, save codes of this layout and tag its output with them.
 
-    `normalise(x, layout, gamma, beta)` returns centre and scale [N or 1, C or 1] and the vectors of the codes.
+    `normalise(x, layout)` returns the Statistics of x.
     """
 
     def compute(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Normalised:
-        centre, scale, vectors = normalise(x, layout, *_affine(x, layout, gamma, beta))  # before averages change
+        centre, scale, stats, of_x = normalise(x, layout)  # before averages change
         y = not_a_view(call(x, gamma, beta))
+        shift, factor = (centre.squeeze(0), scale.squeeze(0)) if of_x else (None, None)
+        vectors = layout.vectors(stats, *_affine(x, layout, gamma, beta), shift, factor, y.dtype)
         return Normalised(y, layout.encode(x, y, vectors, centre, scale), scale)
 
     return _tagged(coding, layout, x, gamma, beta, compute, means)
@@ -207,13 +221,13 @@ def batch_norm(
             factor = scale if weight is None else scale * weight.detach()
             return _ConstantNorm.apply(input, bias, lambda x, beta: call(x, weight, beta), factor)
 
-    def normalise(x: Tensor, layout: Layout, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def normalise(x: Tensor, layout: Layout) -> Statistics:
         if centre is None or scale is None:
             stats = layout.batch_stats(x)
             mean, rstd = stats[0], rstd_of(stats, eps)
         else:
             stats, mean, rstd = layout.stats(x), centre, scale
-        return mean.unsqueeze(0), rstd.unsqueeze(0), layout.vectors(stats, gamma, beta, mean, rstd)
+        return Statistics(mean.unsqueeze(0), rstd.unsqueeze(0), stats, are_of_x=True)
 
     return coded_norm(coding, layout, input, weight, bias, call, normalise, Means(constant=centre is not None))
 
@@ -286,11 +300,11 @@ def group_norm(
 
     samples, channels = input.shape[:2]
 
-    def normalise(x: Tensor, layout: Layout, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def normalise(x: Tensor, layout: Layout) -> Statistics:
         groups = x.reshape(samples, num_groups, -1).to(compute_dtype(x.dtype))
         var, mean = torch.var_mean(groups, -1, correction=0)
         centre, scale = (value.repeat_interleave(channels // num_groups, 1) for value in (mean, (var + eps).rsqrt()))
-        return centre, scale, layout.vectors(layout.stats(x, centre, scale), gamma, beta)
+        return Statistics(centre, scale, layout.stats(x, centre, scale))
 
     layout = Layout.of(input, 1, coding.codec)
     return coded_norm(coding, layout, input, weight, bias, call, normalise, Means(per_sample=True, groups=num_groups))
@@ -342,7 +356,7 @@ def layer_norm(
         )
         return result
 
-    def normalise(x: Tensor, layout: Layout, gamma: Tensor, beta: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    def normalise(x: Tensor, layout: Layout) -> Statistics:
         epsilon = torch.finfo(x.dtype).eps if eps is None else eps
         rows = x.flatten(0, -2).to(compute_dtype(x.dtype))
         if centred:
@@ -350,7 +364,7 @@ def layer_norm(
         else:
             var, centre = rows.square().mean(-1, keepdim=True), None
         scale = (var + epsilon).rsqrt()
-        return centre, scale, layout.vectors(layout.stats(x, centre, scale), gamma, beta)
+        return Statistics(centre, scale, layout.stats(x, centre, scale))
 
     layout = Layout.of(input, -1, coding.codec)
     return coded_norm(coding, layout, input, weight, bias, call, normalise, Means(per_row=True, centred=centred))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 
 from blpa.coded.mode import Coding, current_mode, is_recording
-from blpa.coded.norms import Means, coded_norm
+from blpa.coded.norms import Means, Statistics, coded_norm
 from blpa.coded.tensors import Layout, is_worth_a_code
 from blpa.kernels import compute_dtype
 
@@ -114,8 +114,8 @@ def _sync_batch_norm(coding: Coding, module: nn.SyncBatchNorm, input: Tensor, gr
         )
         return torch.batch_norm_elemt(_dense(x), gamma, beta, all_mean, all_rstd, eps) if x.numel() else x.clone()
 
-    def normalise(x: Tensor, layout: Layout, gamma: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return mean.unsqueeze(0), rstd.unsqueeze(0), layout.vectors(stats, gamma, beta, mean, rstd)
+    def normalise(x: Tensor, layout: Layout) -> Statistics:
+        return Statistics(mean.unsqueeze(0), rstd.unsqueeze(0), stats, are_of_x=True)
 
     def all_means(sums: Tensor) -> Tensor:
         sums = sums.clone()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels.any_layout import Elementwise
+from blpa.kernels.any_layout import ROUNDED_TO_ZERO, Elementwise
 from blpa.kernels.library import OPERATIONS
 
 MIN_ROWS = 32
@@ -72,9 +72,13 @@ class Layout(NamedTuple):
         beta: Tensor | None = None,
         centre: Tensor | None = None,
         scale: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Place the grid of each channel (any_layout.grid_vectors)."""
-        vectors: Tensor = OPERATIONS.grid_vectors(stats, gamma, beta, centre, scale, self.bits, self.clip)
+        """Place the grid of each channel (any_layout.grid_vectors); y has this dtype."""
+        rounded_to_zero = 0.0 if dtype is None else ROUNDED_TO_ZERO.get(dtype, 0.0)
+        vectors: Tensor = OPERATIONS.grid_vectors(
+            stats, gamma, beta, centre, scale, self.bits, self.clip, rounded_to_zero
+        )
         return vectors
 
     def encode(

@@ -35,8 +35,8 @@ from blpa.kernels.order import Order
 PART_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Bytes of one temporary: a CPU's cache holds a few; on a GPU a kernel of 64 MiB hides the time of its launch."""
 
-ROUNDED_TO_ZERO = 2.0**-24
-"""A positive number below this may be 0 in 16 bits: it is the least one of float16, and bfloat16 has lesser ones."""
+ROUNDED_TO_ZERO = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
+"""The largest positive number that a dtype rounds to 0: half of its least one."""
 
 
 class Elementwise(NamedTuple):
@@ -185,6 +185,7 @@ def grid_vectors(
     centre: Tensor | None,
     scale: Tensor | None,
     codec: Codec | None,
+    rounded_to_zero: float = 0.0,
 ) -> Tensor:
     """Place the grid of each channel: about z's mean, in its standard deviations or over its range.
 
@@ -197,6 +198,7 @@ def grid_vectors(
         centre: z = (x - centre) scale [C], scale > 0; None if the statistics are those of z.
         scale: see centre.
         codec: None makes no grid.
+        rounded_to_zero: y of a channel whose gamma is 0 is 0 for a beta up to this (ROUNDED_TO_ZERO).
 
     Returns:
         Vectors [7, C].
@@ -214,10 +216,10 @@ def grid_vectors(
     deviation = _root(var).clamp_min_(torch.finfo(mean.dtype).tiny ** 0.5)
     # t = (z - mean) / deviation is standardised, and y = (gamma deviation) t + (gamma mean + beta).
     slope, shift = gamma * deviation, gamma * mean + beta
-    # y of a channel whose gamma is 0 is beta: one sign, which must not take codes from z. All of them mean that sign;
-    # but where y may be rounded to 0, one code is left for y <= 0.
-    is_flat, flat_zero = gamma == 0, torch.where(shift > 0, (shift < ROUNDED_TO_ZERO).to(shift.dtype), codec.levels)
-    shift = torch.where(is_flat, torch.where(shift > 0, 1.0, -1.0), shift)
+    # y of a channel whose gamma is 0 is beta: one sign, which must not take codes from z. All of them mean that sign.
+    is_flat, is_positive = gamma == 0, beta > rounded_to_zero
+    flat_zero = torch.where(is_positive, 0.0, float(codec.levels))
+    shift = torch.where(is_flat, torch.where(is_positive, 1.0, -1.0), shift)
     if codec.clip == "range":
         grid = codec.grid_of_range(slope, shift, (low - mean) / deviation, (high - mean) / deviation)
     else:

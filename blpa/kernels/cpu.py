@@ -275,18 +275,18 @@ def _batch_stats(library: Any, x: Tensor, order: Order, with_range: bool, runnin
 
 def grid_vectors(
     stats: Tensor, gamma: Tensor | None, beta: Tensor | None, centre: Tensor | None, scale: Tensor | None,
-    codec: Codec | None,
+    codec: Codec | None, rounded_to_zero: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """Place the grid of each channel, Vectors [7, C]."""
     library = _found if _is_found else None  # vectors alone load none
     if library is None or codec is None or stats.dtype != torch.float32:
-        return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec)
+        return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec, rounded_to_zero)
     if centre is None or scale is None:
         centre = scale = None
     given = [None if one is None else _dense(one, stats.dtype) for one in (stats, gamma, beta, centre, scale)]
     out = stats.new_empty(len(any_layout.Vectors._fields), stats.shape[1])
     addresses = (None if one is None else one.data_ptr() for one in given)
-    library.blpa_grid_vectors(stats.shape[1], *addresses, codec.bits, *_clips(codec), out.data_ptr())
+    library.blpa_grid_vectors(stats.shape[1], *addresses, codec.bits, *_clips(codec), rounded_to_zero, out.data_ptr())
     return out
 
 
@@ -366,8 +366,9 @@ def batch_norm(
     gamma, beta = _dense(gamma, stats.dtype), _dense(beta, stats.dtype)
     call = _normalisation_of(x, values, vectors, order, codec.bits, stats, rstd, rectify, out)
     _for(order, codec.bits).blpa_batch_norm(
-        call, stats.data_ptr(), gamma.data_ptr(), beta.data_ptr(), eps, *_clips(codec)
-    )
+        call, stats.data_ptr(), gamma.data_ptr(), beta.data_ptr(), eps, *_clips(codec),
+        any_layout.ROUNDED_TO_ZERO.get(x.dtype, 0.0),
+    )  # fmt: skip
     return values, vectors, rstd
 
 

@@ -125,15 +125,17 @@ def rstd_of(stats: Tensor, eps: float) -> Tensor:
 
 
 @_operation(
-    "Tensor stats, Tensor? gamma, Tensor? beta, Tensor? centre, Tensor? scale, int bits, float? clip",
+    "Tensor stats, Tensor? gamma, Tensor? beta, Tensor? centre, Tensor? scale, int bits, float? clip, "
+    "float rounded_to_zero",
     lambda stats, *_: stats.new_empty(len(Vectors._fields), stats.shape[1]),
 )
 def grid_vectors(
     stats: Tensor, gamma: Tensor | None, beta: Tensor | None, centre: Tensor | None, scale: Tensor | None, bits: int,
-    clip: float | None,
+    clip: float | None, rounded_to_zero: float,
 ) -> Tensor:  # fmt: skip
     """Place the grid of each channel, Vectors [7, C]; the range is each channel's own where clip is None."""
-    return kernels_for(stats.device).grid_vectors(stats, gamma, beta, centre, scale, _codec(bits, clip))
+    kernels = kernels_for(stats.device)
+    return kernels.grid_vectors(stats, gamma, beta, centre, scale, _codec(bits, clip), rounded_to_zero)
 
 
 def _allocate_codes(
@@ -215,7 +217,8 @@ def batch_norm(
     if x.is_meta:
         vectors = stats.new_empty(len(Vectors._fields), order.channels)
         return _allocate_codes(x, out, vectors, 1, channels_last, bits), vectors, rstd
-    vectors = kernels.grid_vectors(stats, norm.gamma, norm.beta, mean, rstd, codec)
+    rounded_to_zero = any_layout.ROUNDED_TO_ZERO.get(x.dtype, 0.0)
+    vectors = kernels.grid_vectors(stats, norm.gamma, norm.beta, mean, rstd, codec, rounded_to_zero)
     values = kernels.normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
     return values, vectors, rstd
 

@@ -160,10 +160,11 @@ def grid_vectors(
     centre: Tensor | None,
     scale: Tensor | None,
     codec: Codec | None,
+    rounded_to_zero: float = 0.0,
 ) -> Tensor:
     """See any_layout."""
     if stats.dtype == torch.float64:
-        return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec)
+        return any_layout.grid_vectors(stats, gamma, beta, centre, scale, codec, rounded_to_zero)
     if centre is None or scale is None:
         centre = scale = None
     given = [v if v is None else v.contiguous() for v in (stats, gamma, beta, centre, scale)]
@@ -173,7 +174,7 @@ def grid_vectors(
     if codec is not None and codec.clip != "range":
         bin_width, top = codec.bin_width, RECTIFIED_CLIP * codec.clip
     _launch(
-        _grid_vectors, -(-channels // VECTOR_CHANNELS), *given, vectors, channels, bin_width, top,
+        _grid_vectors, -(-channels // VECTOR_CHANNELS), *given, vectors, channels, bin_width, top, rounded_to_zero,
         LEVELS=codec.levels if codec else 0, OF_RANGE=codec is not None and codec.clip == "range",
         CHANNELS=VECTOR_CHANNELS,
     )  # fmt: skip

@@ -8,7 +8,6 @@ import torch
 import triton
 import triton.language as tl
 
-from blpa.kernels import any_layout
 from blpa.kernels.triton_elements import (
     BETA,
     FLOOR,
@@ -30,7 +29,6 @@ from blpa.kernels.triton_ops import _is_last
 MAX_LANES = tl.constexpr(256)
 """Largest number of parts that the last program loads at once: there are few more."""
 TINY_ROOT = tl.constexpr(torch.finfo(torch.float32).tiny ** 0.5)
-ROUNDED_TO_ZERO = tl.constexpr(any_layout.ROUNDED_TO_ZERO)
 
 
 @triton.jit(do_not_specialize=["outer", "packed_outer", "parts", "steps"])
@@ -228,7 +226,7 @@ def _finite(x):
 
 @triton.jit
 def _grid_vectors(
-    stats, gamma, beta, centre, scale, vectors, C, bin_width, rectified_top,
+    stats, gamma, beta, centre, scale, vectors, C, bin_width, rectified_top, rounded_to_zero,
     LEVELS: tl.constexpr, OF_RANGE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Do as any_layout.grid_vectors and codec.py, operation by operation; LEVELS is 0 without a codec."""
@@ -253,10 +251,10 @@ def _grid_vectors(
         half: tl.constexpr = LEVELS // 2
         most: tl.constexpr = LEVELS - 1.0
         deviation = _at_least(tl.sqrt_rn(var), TINY_ROOT)
-        is_flat = slope == 0
-        slope, shift = slope * deviation, slope * mean + shift
-        flat_zero = tl.where(shift > 0, tl.where(shift < ROUNDED_TO_ZERO, 1.0, 0.0), LEVELS)
-        shift = tl.where(is_flat, tl.where(shift > 0, 1.0, -1.0), shift)
+        is_flat, is_positive = slope == 0, shift > rounded_to_zero
+        flat_zero = tl.where(is_positive, 0.0, LEVELS)
+        shift = tl.where(is_flat, tl.where(is_positive, 1.0, -1.0), slope * mean + shift)
+        slope = slope * deviation + 0.0  # -0 becomes 0
         sign = tl.where(slope < 0, -1.0, 1.0)
         if OF_RANGE:
             one, other = tl.div_rn(low - mean, deviation) * sign, tl.div_rn(high - mean, deviation) * sign

@@ -13,8 +13,9 @@ OPENING = """\
 The networks are torchvision's and a U-Net with batch norm (`runners/training/models.py`); `exact` is PyTorch's own, the
 others are converted by `blpa.convert`. Memory is the most bytes that one training step allocates at once, gradients of
 the weights included, and in brackets what is saved after the forward pass: MiB per sample, counted on the meta device
-(`blpa.explain`). A time is that of a whole step per sample, and for a converted network the median ratio of its steps
-to exact ones timed in turn, with 20 and 80 % quantiles. Written by `blpa-run task=tables`.
+(`blpa.explain`). Times: of `exact` the median of whole steps, per sample; of a converted network the median ratio of
+its steps to exact ones timed in turn, with 20 and 80 % quantiles; on a GPU also the memory that PyTorch reserves for a
+forward and backward pass, MiB per sample. Written by `blpa-run task=tables`.
 """
 TASKS = ("explain", "converted-runtime")
 IN_ROWS = ("model", "image_size", "channels_last")
@@ -26,15 +27,18 @@ Cell = Mapping[str, Record]
 
 
 def cells(found: list[Record], labels: Labels) -> list[Record]:
-    """Select the newest records of each cell, in the tables' order.
+    """Select the records of each cell's newest run, in the tables' order.
 
     Args:
         found: records of any task.
         labels: order of modes.
     """
     shown = [record for record in found if record.task in TASKS and not record.failure]
-    newest = {(_table(r), _row(r), r.mode, r.metric): r for r in sorted(shown, key=lambda record: record.date)}
-    return sorted(newest.values(), key=lambda r: (_table(r), _row(r), labels.order(r.mode), r.metric))
+    newest: dict[object, str] = {}
+    for record in shown:
+        newest[_cell(record)] = max(record.date, newest.get(_cell(record), ""))
+    of_newest = [record for record in shown if record.date == newest[_cell(record)]]
+    return sorted(of_newest, key=lambda r: (_table(r), _row(r), labels.order(r.mode), r.metric))
 
 
 def page(shown: list[Record], labels: Labels) -> Page:
@@ -63,6 +67,10 @@ def _table(record: Record) -> tuple[str, str, str]:
     return record.task, "" if record.task == "explain" else record.device, settings_text(others)
 
 
+def _cell(record: Record) -> tuple[object, ...]:
+    return _table(record), _row(record), record.mode
+
+
 def _row(record: Record) -> tuple[str, int, str, str]:
     return str(record.settings["model"]), record.batch_size, record.precision, canonical(record.settings)
 
@@ -86,7 +94,7 @@ def _memory(cell: Cell) -> str:
 
 def _time(cell: Cell) -> str:
     ratio, reserved = cell.get("ratio_to_exact"), cell.get("reserved_mib")
-    text = f"{1e3 * cell['seconds_per_sample'].value:.3g} ms"
+    text = f"{1e3 * cell['seconds_per_sample'].value:.1f} ms"
     if ratio:
         text = f"{ratio.value:.3f} times ({ratio.low:.3f} to {ratio.high:.3f})"
-    return text + (f", {reserved.value:.1f} MiB" if reserved else "")
+    return text + (f"; {reserved.value:.1f} MiB" if reserved else "")

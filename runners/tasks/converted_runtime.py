@@ -24,7 +24,7 @@ from blpa.memory import MIB
 from runners import provenance, records
 from runners.cells import batch_name
 from runners.config import Config, GpuConfig, at_least, mode, one_of, options
-from runners.errors import UserError, classify
+from runners.errors import UserError, classify, first_line
 from runners.records import Record
 from runners.tasks import explain
 from runners.timing import calls_per_turn, low_median_high, take_turns
@@ -56,8 +56,10 @@ def check(config: Config) -> None:
     at_least("task.steps", config.task.steps, 1)
     for name in config.task.modes:
         one_of("task.modes", name, options("mode", config.config_dir))
-    for cell in _cells(config):
-        explain.check_network(cell)
+    explain.check_network(config)
+    for name in config.task.modes:
+        if mode(name, config.config_dir).bits is None or mode(name, config.config_dir).forward_from_code:
+            raise UserError(f"task.modes={name}: does not convert a network; choose of 8bit, 4bit and 2bit")
     if config.gpu.cuda_graph:
         raise UserError("gpu.cuda_graph=true: task=converted-runtime captures no graph; leave it out")
     if config.gpu.kernels != "auto":
@@ -95,19 +97,20 @@ def run(config: Config) -> list[Record]:
     gpu = network.used(config.gpu, device)
     steps.configure_torch(gpu)
     torch.manual_seed(config.seed)
+    model = models.build(config.task.model, torch.Size((batch, 3, config.task.image_size, config.task.image_size)))
+    memory_format = torch.channels_last if config.task.channels_last else torch.contiguous_format
     images = torch.randn(batch, 3, config.task.image_size, config.task.image_size, device=device)
-    model = models.build(config.task.model, images.shape).to(device)
-    if config.task.channels_last:
-        images = images.to(memory_format=torch.channels_last)
-        model = model.to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=memory_format)
     timed: dict[str, _Timed] = {}
     for cell in (network.exact(config), *_cells(config)):
-        own = copy.deepcopy(model)
+        own = copy.deepcopy(model).to(memory_format=memory_format)
         if cell.mode.bits is not None:
-            blpa.convert(own, bits=cell.mode.bits)
+            blpa.convert(own, explain.codec(cell.mode))
         try:
-            timed[cell.mode.name] = _timed(cell, own, images, gpu)
+            timed[cell.mode.name] = _timed(cell, own.to(device), images, gpu)
         except RuntimeError as error:
+            if "deterministic implementation" in str(error):
+                raise UserError(f"gpu.deterministic=true: {first_line(error)}; give gpu.deterministic=false") from error
             exit_code, reason = classify(error)
             if exit_code is None or cell == config:
                 raise
@@ -124,7 +127,9 @@ def run(config: Config) -> list[Record]:
         if name != "exact" and "exact" in times:
             found.append(("ratio_to_exact", "times", times[name] / times["exact"]))
         if one.reserved is not None:
-            found.append(("reserved_mib", "MiB/sample", torch.tensor([one.reserved / batch / MIB])))
+            found.append(
+                ("reserved_mib", "MiB/sample", torch.tensor([one.reserved / batch / MIB], dtype=torch.float64))
+            )
         for metric, unit, values in found:
             low, median, high = low_median_high(values)
             steps_timed = 1 if metric == "reserved_mib" else len(values) * calls_per_turn(device)

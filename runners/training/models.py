@@ -1,12 +1,13 @@
 """Networks besides the paper's, by name: torchvision's, and a U-Net."""
 
+import copy
 import difflib
 
 import torch
 import torchvision
 from torch import Tensor, nn
 
-from runners.errors import UserError
+from runners.errors import UserError, first_line
 
 
 def build(name: str, shape: torch.Size) -> nn.Module:
@@ -23,16 +24,15 @@ def build(name: str, shape: torch.Size) -> nn.Module:
     if name not in names:
         near = ", ".join(difflib.get_close_matches(name, names)) or "resnet50"
         raise UserError(f"task.model={name}: must be unet or a classifier of torchvision ({near}, ...)")
-    with torch.device("meta"), torch.no_grad():
-        try:
-            _make(name)(torch.empty(shape))
-        except (RuntimeError, ValueError, AssertionError) as error:  # torchvision asserts a transformer's size
-            raise UserError(f"task.model={name} does not take images of {shape[-1]} pixels: {error}") from error
-    return _make(name)
-
-
-def _make(name: str) -> nn.Module:
     model: nn.Module = UNet() if name == "unet" else torchvision.models.get_model(name, weights=None)
+    trial = copy.deepcopy(model).to("meta")
+    try:
+        with torch.no_grad():
+            trial(torch.empty(shape, device="meta"))
+    except (RuntimeError, ValueError, AssertionError) as error:  # torchvision asserts a transformer's size
+        raise UserError(
+            f"task.model={name} does not take {shape[0]} images of {shape[-1]} pixels: {first_line(error)}"
+        ) from error
     return model
 
 

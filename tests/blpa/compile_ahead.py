@@ -25,7 +25,7 @@ SUMS = ("_channel_stats", "_gradient_sums")
 KERNELS = (*SUMS, "_normalise_rectify_encode", "_decode", "_input_gradient", "_weight_gradient")
 COUNTS_AFTER_STORING = r"(?s)st\.global(?:(?!st\.global).)*bar\.sync(?:(?!st\.global).)*atom\.global\.gpu\.acq_rel\.add"
 """In a program's text: its part is stored, all of its threads wait for each other, and then it is counted."""
-FLOATS = ("eps", "bin_width", "momentum", "a", "b", "rectified_top")
+FLOATS = ("eps", "bin_width", "momentum", "a", "b", "rectified_top", "rounded_to_zero")
 
 ORDERS = {
     "channels last": Order(128, CHANNELS, 1024, True),

@@ -280,18 +280,27 @@ def test_masks_after_a_batch_norm_are_exact_for_every_gamma_and_beta(gamma: floa
 def test_the_sign_of_a_channel_without_gamma_is_that_of_its_rounded_beta(
     dtype: torch.dtype, bits: int, layout: str
 ) -> None:
-    """A norm of a 16-bit tensor with fp32 parameters, as under autocast; y may be rounded to 0, where ReLU is flat."""
+    """A norm of a 16-bit tensor with fp32 parameters, as under autocast; y may be rounded to 0, where ReLU is flat.
+
+    The gradient of gamma is near too, at any beta, where no ReLU stops it.
+    """
     parameters = {"weight": torch.zeros(8), "bias": torch.tensor([1e-9, 1e-42, 3e-8, 1e-7, -1e-9, 0.0, -0.0, 1.0])}
     x = in_layout(normal(16, 8, 9, 9, seed=1).to(dtype), layout)
     x, grad = x.requires_grad_(), in_layout(normal(16, 8, 9, 9, seed=2).to(dtype), layout)
-    found = []
-    for setting in (None, bits):
-        module = nn.Sequential(nn.BatchNorm2d(8), nn.ReLU())
-        module[0].load_state_dict(parameters, strict=False)
-        converted = module if setting is None else blpa.convert(module, setting)
-        found.append(torch.autograd.grad(converted(x), module[0].bias, grad)[0])
-    # Sums of the same terms; a term of the wrong sign would add at least the rms of one, 1, to a sum of 1,296.
-    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-3)
+    for norm_of_8 in (nn.BatchNorm2d(8), nn.GroupNorm(4, 8)):
+        of_beta, of_gamma = [], []
+        for setting in (None, bits):
+            for activation in (nn.ReLU(), nn.Identity()):
+                module = nn.Sequential(copy.deepcopy(norm_of_8), activation)
+                module[0].load_state_dict(parameters, strict=False)
+                converted = module if setting is None else blpa.convert(module, setting)
+                grads = torch.autograd.grad(converted(x), [module[0].weight, module[0].bias], grad)
+                (of_beta if isinstance(activation, nn.ReLU) else of_gamma).append(grads)
+        # Sums of the same terms; a term of the wrong sign would add about 1, the rms of one, to a sum of 1,296.
+        torch.testing.assert_close(of_beta[1][1], of_beta[0][1], rtol=1e-5, atol=1e-3)
+        # As where gamma is 0 and nothing rounds, below: a code's error averages out over 1,296 terms of size 1.
+        error = (of_gamma[1][0] - of_gamma[0][0]).abs().max()
+        assert error < {8: 0.02, 4: 0.2, 2: 0.6}[bits] * 1296**0.5 * 4
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -355,14 +355,16 @@ def test_grids_are_the_reference_s_to_the_bit(codec: Codec, dtype: torch.dtype, 
     gamma, beta = torch.linspace(-2, 2, order.channels, dtype=dtype), torch.linspace(9, -9, order.channels, dtype=dtype)
     gamma[7], gamma[8], gamma[9] = 0.0, -0.0, torch.inf
     gamma[15:20], beta[15:20] = 0, torch.tensor([1e-9, -1e-9, 2.0**-24, 1e-42, 0.0], dtype=dtype)
+    gamma[20:22] = torch.tensor([1e-45, -1e-45])  # gamma deviation is 0 where the deviation is below 1/2
     for values in (x, x.relu(), x.abs() + 0.1):
         stats = any_layout.channel_stats(values.flatten(), order)
         stats[0, 11], stats[1, 12], stats[2, 13], stats[3, 14] = torch.nan, torch.inf, -torch.inf, torch.nan
         centre, scale = stats[0].clone(), (stats[1] + 1e-5).rsqrt()
         for args in ((None,) * 4, (gamma, beta, None, None), (gamma, beta, centre, scale), (None, beta, centre, scale)):
-            with poisoned():
-                found = library.grid_vectors(stats, *args, codec)
-            assert same(found, any_layout.grid_vectors(stats, *args, codec))
+            for least in (0.0, *any_layout.ROUNDED_TO_ZERO.values()):
+                with poisoned():
+                    found = library.grid_vectors(stats, *args, codec, least)
+                assert same(found, any_layout.grid_vectors(stats, *args, codec, least))
 
 
 def test_the_number_of_threads_changes_no_bit(library: Any) -> None:

@@ -31,7 +31,7 @@ def calls(x: Tensor, channel: int, channels_last: bool, bits: int) -> dict[str, 
     centre, scale = stats[:2, None].sqrt().nan_to_num_().unbind(0)
     found = {
         "channel_stats": (x, *layout[:2], centre, scale),
-        "grid_vectors": (stats, None, None, stats[0], stats[1].sqrt(), bits, None),
+        "grid_vectors": (stats, None, None, stats[0], stats[1].sqrt(), bits, None, 0.0),
         "encode_own": (x, *layout, None),
         "encode": (x, x, vectors, *layout, centre, scale),
         "decode": (values, vectors, x.shape, x.dtype, *layout, "", ()),

@@ -340,6 +340,8 @@ def grid_cases() -> tuple[Tensor, Tensor, Tensor]:
     gamma[20:26] = torch.tensor([0.0, -0.0, 0.0, 1e-6, 1e6, -1.0])
     beta[20:26] = torch.tensor([1.0, -1.0, 0.0, 1e6, 1e-6, 0.0])
     gamma[26:30], beta[26:30] = 0, torch.tensor([1e-9, -1e-9, 2.0**-24, 1e-38])
+    gamma[54:58], beta[54:58] = 1e-45 * torch.tensor([1.0, -1, -1, 1]), torch.tensor([1.0, -1, 1, 0])  # underflow
+    size[54:58] = 1 / 16
     beta[30:40] = -gamma[30:40] * mean[30:40]  # the edge at the mean
     beta[40:50] = -gamma[40:50] * low[40:50]  # at the end of the range
     stats = torch.stack((mean, (4 * size).square(), low, high))
@@ -359,9 +361,10 @@ def test_the_grid_is_the_references_to_the_bit(codec: Codec | None) -> None:
         (None, None, None, None), (gamma, beta, None, None), (gamma.bfloat16(), None, centre, scale),
         (gamma, beta, centre, scale), (None, beta, stats[0], scale),
     ):  # fmt: skip
-        expected = any_layout.grid_vectors(stats, *given, codec)
-        moved = (t if t is None else t.to(DEVICE) for t in given)
-        assert_same(triton_any_layout.grid_vectors(stats.to(DEVICE), *moved, codec), expected)
+        moved = [t if t is None else t.to(DEVICE) for t in given]
+        for least in (0.0, *any_layout.ROUNDED_TO_ZERO.values()):
+            expected = any_layout.grid_vectors(stats, *given, codec, least)
+            assert_same(triton_any_layout.grid_vectors(stats.to(DEVICE), *moved, codec, least), expected)
 
 
 def test_the_same_input_gives_the_same_bits() -> None:

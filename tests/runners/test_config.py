@@ -181,10 +181,11 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "report", "runtime", "tables", "thresholds", "train",
     ]  # fmt: skip
     assert options("experiment") == [
-        "bench-batches", "bench-batches-fp32", "bench-card", "bench-converted", "bench-kernels", "bench-kernels-others",
-        "bench-largest", "bench-largest-fp32", "bench-times", "bench-times-fp32", "bench-training", "converted",
-        "converted-times", "demo", "demo-batches", "demo-gradients", "demo-memory", "demo-times", "gradients", "single",
-        "table1", "table1-quarter", "table2", "table2-fp32", "table3", "table3-fp32",
+        "bench-batches", "bench-batches-fp32", "bench-card", "bench-converted", "bench-converted-fp32",
+        "bench-kernels", "bench-kernels-others", "bench-largest", "bench-largest-fp32", "bench-times",
+        "bench-times-fp32", "bench-training", "converted", "converted-times", "demo", "demo-batches",
+        "demo-gradients", "demo-memory", "demo-times", "gradients", "single", "table1", "table1-quarter", "table2",
+        "table2-fp32", "table3", "table3-fp32",
     ]  # fmt: skip
 
 

@@ -1,17 +1,21 @@
 """task=converted-runtime: steps of other networks, converted, from the command line to the table."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from blpa.codec import Codec
+from blpa.convert import is_converted, policy_of
 from runners import cli, records
 from runners.records import Record
 from runners.tasks import converted_runtime
 from runners.timing import Call
-from runners.training import models
+from runners.training import models, steps
 
 ARGUMENTS = [
     "task=converted-runtime", "mode=4bit", "task.model=resnet18", "task.image_size=32", "task.steps=4",
@@ -51,7 +55,7 @@ def test_records_and_the_table_have_times_and_ratios_of_steps_in_turn(
     assert cli.main(["task=tables", "task.tables=[converted]"]) == 0
     row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| resnet18"))
     assert [cell.strip() for cell in row.strip("|").split("|")] == [
-        "resnet18, 32, 4, fp32, channels-last", "1e+03 ms", "1.750 times (1.300 to 2.000)",
+        "resnet18, 32, 4, fp32, channels-last", "1000.0 ms", "1.750 times (1.300 to 2.000)",
         "1.250 times (1.150 to 1.250)",
     ]  # fmt: skip
 
@@ -62,7 +66,7 @@ def test_other_machines_and_memory_stand_in_tables_of_their_own(
     monkeypatch.chdir(tmp_path)
     assert cli.main(["task=explain", "mode=4bit", "task.model=resnet18", "task.image_size=32"]) == 0
     found = timed([], monkeypatch, [[1.0, 1.0]] * 4)
-    elsewhere = [Record(**{**vars(r), "device": "NVIDIA Z"}) for r in found if r.task == "converted-runtime"]
+    elsewhere = [replace(r, device="NVIDIA Z") for r in found if r.task == "converted-runtime"]
     records.write(elsewhere, Path("results/runs/elsewhere"))
     capsys.readouterr()
     assert cli.main(["task=tables", "task.tables=[converted]"]) == 0
@@ -74,23 +78,97 @@ def test_other_machines_and_memory_stand_in_tables_of_their_own(
     assert "n = 4; kernels " in out
 
 
-@pytest.mark.parametrize("name", ["unet", "googlenet"])
-@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
-def test_networks_of_other_outputs_train_too(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A U-Net's logits are per pixel; GoogLeNet has three heads."""
-    monkeypatch.chdir(tmp_path)
-    made: list[nn.Module] = []
-    own = converted_runtime._timed
+class Spied(NamedTuple):
+    """What a network was given and what it gave, in the last step before the clock."""
+
+    model: nn.Module
+    optimiser: torch.optim.Optimizer
+    calls: list[tuple[Tensor, Any]]
+
+
+@pytest.fixture
+def spied(monkeypatch: pytest.MonkeyPatch) -> dict[str, Spied]:
+    """The networks that the task times, by mode."""
+    found: dict[str, Spied] = {}
+    own, make_optimiser = converted_runtime._timed, steps.make_optimiser
 
     def timed(cell: Any, model: nn.Module, *arguments: Any) -> Any:
-        made.append(model)
+        def make(model: nn.Module, recipe: Any) -> torch.optim.Optimizer:
+            found[cell.mode.name] = Spied(model, make_optimiser(model, recipe), [])
+            return found[cell.mode.name].optimiser
+
+        def record(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            found[cell.mode.name].calls.append((inputs[0], output))
+
+        monkeypatch.setattr(steps, "make_optimiser", make)
+        model.register_forward_hook(record)
         return own(cell, model, *arguments)
 
     monkeypatch.setattr(converted_runtime, "_timed", timed)
-    assert cli.main([*ARGUMENTS, f"task.model={name}", "task.image_size=64", "task.steps=1", "gpu.precision=bf16"]) == 0
-    assert {r.precision for r in records.collect(Path("results"))} == {"bf16"}
-    stock, coded = (sum(p.detach().double().abs().sum() for p in model.parameters()) for model in made)
-    assert stock == coded  # the rate is 0, so that both keep their weights
+    return found
+
+
+@pytest.mark.parametrize("name", ["unet", "googlenet", "regnet_y_400mf"])
+@pytest.mark.filterwarnings("ignore:The default weight initialization:FutureWarning")
+def test_whole_steps_of_stock_and_converted_networks_are_timed(
+    name: str, spied: dict[str, Spied], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A U-Net's logits are per pixel, GoogLeNet has three heads, and a RegNet cannot be made on the meta device."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"task.model={name}", "task.image_size=64", "task.steps=3", "task.channels_last=true"]
+    more = ["gpu.precision=bf16", "gpu.deterministic=false", "task.modes=[8bit]"]
+    assert cli.main([*ARGUMENTS, *arguments, *more]) == 0
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert [policy_of(spied[mode].model).codec for mode in ("4bit", "8bit")] == [Codec(4), Codec(8, "range")]
+    assert not is_converted(spied["exact"].model)
+    for model, optimiser, calls in spied.values():
+        assert len(calls) == converted_runtime.WARM_UP + 3
+        for images, output in calls:
+            assert images.is_contiguous(memory_format=torch.channels_last)
+            assert {logits.dtype for logits in tree_leaves(output)} == {torch.bfloat16}
+        convolution = next(module for module in model.modules() if isinstance(module, nn.Conv2d))
+        assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+        momentum = optimiser.state[convolution.weight]["momentum_buffer"]
+        assert momentum.abs().max() > 0
+        assert convolution.weight.grad is None
+    found = records.collect(Path("results"))
+    assert {(r.precision, r.iterations, r.n) for r in found} == {("bf16", 3, 3)}
+    assert all(r.settings["gpu.deterministic"] is False for r in found)
+
+
+def test_a_mode_s_own_clip_is_that_of_its_codes(
+    spied: dict[str, Spied], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main([*ARGUMENTS, "mode.clip=2.5"]) == 0
+    assert policy_of(spied["4bit"].model).codec == Codec(4, 2.5)
+
+
+def test_what_is_not_deterministic_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def timed(*_: Any) -> Any:
+        raise RuntimeError("nll_loss2d_forward_out_cuda_template does not have a deterministic implementation, but")
+
+    monkeypatch.setattr(converted_runtime, "_timed", timed)
+    assert cli.main(ARGUMENTS) == 1
+    assert "gpu.deterministic=true: nll_loss2d_forward_out_cuda" in capsys.readouterr().err
+
+
+def test_a_row_shows_one_run_of_each_mode(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    older = timed([], monkeypatch, [[1.0, 2.0]] * 4)
+    later = "2999-01-01T00:00:00+00:00"
+    newer = [replace(r, date=later, value=0.75) for r in older if (r.mode, r.unit) == ("4bit", "s")]
+    records.write(newer, Path("results/runs/newer"))
+    capsys.readouterr()
+    assert cli.main(["task=tables", "task.tables=[converted]"]) == 0
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("| resnet18"))
+    assert [cell.strip() for cell in row.strip("|").split("|")][1:] == ["250.0 ms", "750.0 ms"]
 
 
 def test_what_does_not_fit_costs_the_others_nothing(
@@ -109,17 +187,20 @@ def test_what_does_not_fit_costs_the_others_nothing(
     assert [(r.mode, r.metric) for r in found] == [("4bit", "seconds_per_sample")]
     assert "does not fit: CUDA out of memory. Tried to allocate 9 GiB.; exact is not timed" in capsys.readouterr().err
     assert cli.main(["task=tables", "task.tables=[converted]"]) == 0
-    assert "| 250 ms" in capsys.readouterr().out
+    assert "| 250.0 ms" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["task.model=resnet5"], "task.model=resnet5: must be unet or a classifier of torchvision (resnet50"),
-        (["task.model=vit_b_16"], "task.model=vit_b_16 does not take images of 32 pixels"),
-        (["dataset.batch_size=1"], "task.model=resnet18 does not take images of 32 pixels: Expected more than 1 value"),
+        (["task.model=vit_b_16"], "task.model=vit_b_16 does not take 4 images of 32 pixels"),
+        (["dataset.batch_size=1"], "task.model=resnet18 does not take 1 images of 32 pixels: Expected more"),
         (["mode=exact"], "mode=exact: does not convert a network"),
-        (["task.modes=[checkpoint]"], "mode=checkpoint: does not convert a network"),
+        (["task.modes=[checkpoint]"], "task.modes=checkpoint: does not convert a network"),
+        (["mode.name=exact"], "mode=exact: does not convert a network"),
+        (["width=2"], "width=2.0: is of the paper's networks"),
+        (["dataset.batch_size=100000000000"], "does not fit: "),  # more than a processor can address
         (["task.modes=[4bits]"], "task.modes=4bits is not allowed: choose one of 2bit, "),
         (["task.steps=0"], "task.steps=0 is not allowed: it is a whole number, at least 1"),
         (["gpu.kernels=torch"], "gpu.kernels=torch: a converted network chooses by its device"),
@@ -136,5 +217,5 @@ def test_what_it_cannot_time_is_refused(
 
 
 def test_images_are_tried_before_weights_are_made() -> None:
-    with pytest.raises(ValueError, match=r"task\.model=alexnet does not take images of 32 pixels"):
+    with pytest.raises(ValueError, match=r"task\.model=alexnet does not take 2 images of 32 pixels"):
         models.build("alexnet", torch.Size((2, 3, 32, 32)))

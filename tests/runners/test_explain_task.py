@@ -37,7 +37,7 @@ def test_the_record_and_the_table_have_the_explanation_s_numbers(
     ("arguments", "message"),
     [
         (["task.model=resnet5"], "task.model=resnet5: must be unet or a classifier of torchvision (resnet50"),
-        (["task.model=vit_b_16", "task.image_size=32"], "task.model=vit_b_16 does not take images of 32 pixels"),
+        (["task.model=vit_b_16", "task.image_size=32"], "task.model=vit_b_16 does not take 16 images of 32 pixels"),
         (["mode=exact"], "mode=exact: does not convert a network"),
         (["mode=naive-8bit"], "mode=naive-8bit: does not convert a network"),
         (["gpu.precision=bf16"], "gpu.precision=bf16: task=explain counts fp32"),

@@ -7,7 +7,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,11 +14,11 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels import any_layout
+from blpa.kernels import any_layout, library
 from blpa.kernels.reference import REFERENCE
 from runners import gpu_check
 from runners.gpu_check import parts
-from runners.gpu_check.comparison import differences, differences_of_any_layout
+from runners.gpu_check.comparison import differences, differences_of_any_layout, wrong_cases_of_any_layout
 from runners.gpu_check.parts import PARTS, Check, Part
 
 CPU = torch.device("cpu")
@@ -141,39 +140,63 @@ def test_what_is_wrong_in_a_backend_is_found(
 
 
 BREAKS = {
-    "statistics": "channel_stats", "grid": "grid_vectors", "codes": "encode", "decoded": "decode",
-    "gradient of ReLU": "elementwise_grad", "batch norm": "normalise_encode", "sums": "gradient_sums",
-    "input gradient": "input_grad", "SiLU": "decode",
+    "statistics": "channel_stats", "grid": "grid_vectors", "grid of an input": "grid_vectors",
+    "batch norm": "normalise_encode", "its codes": "normalise_encode", "codes": "encode", "codes of an input": "encode",
+    "decoded": "decode", "SiLU": "decode", "gradient of ReLU": "elementwise_grad", "input gradient": "input_grad",
+    "sums": "gradient_sums", "sums per sample": "gradient_sums", "means of rows": "row_means",
 }  # fmt: skip
 """A difference, and the function of kernels for any layout that makes it."""
 
 
-@pytest.mark.parametrize("bits", [4, None])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("broken", [None, *BREAKS])
-def test_what_is_wrong_in_kernels_for_any_layout_is_found(
-    broken: str | None, dtype: torch.dtype, bits: int | None
-) -> None:
-    def wrong(function: Any, is_of_silu: bool) -> Any:
+class BrokenKernels:
+    """any_layout, but for one element of what one call puts out."""
+
+    def __init__(self, broken: str) -> None:
+        self.broken = broken
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a function of any_layout, perhaps broken."""
+        function = getattr(any_layout, name)
+
         def call(*arguments: Any, **options: Any) -> Any:
-            found = function(*arguments, **options)
-            is_asked = function is not any_layout.decode or (arguments[4] is not None) == is_of_silu
-            result = arguments[-1] if found is None or function is any_layout.normalise_encode else found
-            if is_asked:
-                one = result.view(-1)[:1] if result.is_contiguous() else result.movedim(1, -1).view(-1)[:1]
-                one.add_(1).mul_(2)
-            return found
+            result = function(*arguments, **options)
+            is_asked = {
+                "grid": lambda: arguments[1] is not None,
+                "grid of an input": lambda: arguments[1] is None,
+                "codes": lambda: arguments[5] is not None,
+                "codes of an input": lambda: arguments[5] is None,
+                "decoded": lambda: arguments[4] is None,
+                "SiLU": lambda: arguments[4] is not None,
+                "sums": lambda: not options["per_sample"],
+                "sums per sample": lambda: options["per_sample"],
+            }.get(self.broken, lambda: True)
+            if BREAKS[self.broken] == name and is_asked():
+                is_written = self.broken in ("batch norm", "decoded", "SiLU", "gradient of ReLU", "input gradient")
+                out = arguments[-1] if is_written else result
+                flat = (out if out.is_contiguous() else out.movedim(1, -1)).view(-1)
+                flat[0] = flat[0] + 1 if flat.dtype == torch.uint8 else flat[0] + flat.abs().max() / 10
+            return result
 
         return call
 
+
+@pytest.mark.parametrize("codec", [Codec(8, "range"), Codec(4), None], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("broken", BREAKS)
+def test_what_is_wrong_in_kernels_for_any_layout_is_found(broken: str, dtype: torch.dtype, codec: Codec | None) -> None:
     torch.manual_seed(0)
-    backend = SimpleNamespace(**{name: getattr(any_layout, name) for name in set(BREAKS.values())})
-    if broken is not None:
-        setattr(backend, BREAKS[broken], wrong(getattr(any_layout, BREAKS[broken]), broken == "SiLU"))
-    for shape, channel, channels_last in (((4, 6, 5, 7), 1, True), ((3, 40, 16), 2, False)):
-        x = torch.randn(shape).to(dtype)
-        told = differences_of_any_layout(backend, x, channel, channels_last, bits and Codec(bits))  # type: ignore[arg-type]
-        assert (broken in told) if broken else not told
+    tokens = torch.randn(13, 40, 16).to(dtype)
+    images = torch.randn(4, 6, 5, 7).to(dtype)
+    assert not differences_of_any_layout(any_layout, tokens, 2, False, codec)
+    assert broken in differences_of_any_layout(BrokenKernels(broken), tokens, 2, False, codec)
+    if broken != "means of rows":
+        assert broken in differences_of_any_layout(BrokenKernels(broken), images, 1, True, codec)
+
+
+def test_plain_pytorch_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "kernels_for", lambda _: any_layout)
+    cases, wrong = wrong_cases_of_any_layout(True, Codec(4))
+    assert (cases, wrong[0].partition(":")[0]) == (0, "not compared")
 
 
 def test_a_codec_that_cannot_be_compared_hides_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -200,12 +200,12 @@ BLPA_FUNCTION(row_means, T, V)
 
 // A batch norm in training from its statistics; the call has addresses for the vectors, and for rstd as scale.
 void blpa_batch_norm(const Call* call, const float* stats, const float* gammas, const float* betas, double eps,
-                     double clip, double rectified_clip) {
+                     double clip, double rectified_clip, float rounded_to_zero) {
   const int64_t channels = call->layout->channels;
   float* rstd = static_cast<float*>(call->scale);
   for (int64_t c = 0; c < channels; ++c) rstd[c] = float(1 / std::sqrt(double(stats[channels + c]) + eps));
   blpa_grid_vectors(channels, stats, gammas, betas, stats, rstd, int(call->layout->bits), clip, rectified_clip,
-                    static_cast<float*>(call->vectors));
+                    rounded_to_zero, static_cast<float*>(call->vectors));
   blpa_normalise_encode(call);
 }
 
@@ -213,8 +213,7 @@ void blpa_batch_norm(const Call* call, const float* stats, const float* gammas, 
 void blpa_encode_own(const Call* of_stats, const Call* call, double clip, double rectified_clip) {
   blpa_channel_stats(of_stats);
   blpa_grid_vectors(call->layout->channels, static_cast<const float*>(of_stats->out.data), nullptr, nullptr, nullptr,
-                    nullptr, int(call->layout->bits), clip, rectified_clip,
-                    static_cast<float*>(call->vectors));
+                    nullptr, int(call->layout->bits), clip, rectified_clip, 0, static_cast<float*>(call->vectors));
   blpa_encode(call);
 }
 

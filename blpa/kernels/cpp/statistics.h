@@ -136,8 +136,6 @@ struct FourSums {
 
 // ---- grids
 
-constexpr float ROUNDED_TO_ZERO = 1.0f / (1 << 24);  // as in any_layout.py
-
 template <class T>
 T least(T a, T b) { return (a < b) | (a != a) ? a : b; }
 
@@ -203,7 +201,7 @@ void blpa_batch_stats(const float* x, int64_t outer, int64_t channels, int64_t i
 // clip <= 0 is the channel's own range; what is null is 1 for gamma, and 0 for beta.
 void blpa_grid_vectors(int64_t channels, const float* stats, const float* gammas, const float* betas,
                        const float* centre, const float* scale, int bits, double clip, double rectified_clip,
-                       float* out) {
+                       float rounded_to_zero, float* out) {
   using T = float;
   const T levels = T(1 << bits), half = levels / 2, infinity = std::numeric_limits<T>::infinity();
   const T tiny = T(std::sqrt(double(std::numeric_limits<T>::min())));
@@ -221,9 +219,9 @@ void blpa_grid_vectors(int64_t channels, const float* stats, const float* gammas
     const T deviation = at_least(std::sqrt(var), tiny);
     const T slope = gamma * deviation + T(0);  // -0 becomes 0
     T shift = gamma * mean + beta;
-    const bool is_flat = gamma == 0;
-    const T flat_zero = shift > 0 ? (shift < ROUNDED_TO_ZERO ? T(1) : T(0)) : levels;
-    if (is_flat) shift = shift > 0 ? T(1) : T(-1);
+    const bool is_flat = gamma == 0, is_positive = beta > rounded_to_zero;
+    const T flat_zero = is_positive ? T(0) : levels;
+    if (is_flat) shift = is_positive ? T(1) : T(-1);
     T frac, zero, width;
     if (is_range) {
       const T sign = std::copysign(T(1), slope);
