@@ -149,7 +149,7 @@ def _summarise(cells: list[Cell], waiting: list[Cell], codes: list[int], seconds
         parts[-1] += f", {left} left when budget_minutes={cells[0].config.budget_minutes} were over"
     print(f"{len(cells)} cells: {', '.join(parts)}; {minutes(seconds)}", file=sys.stderr)
     for cell, code in failed:
-        report_error(f"failed: {cell.config.run}", code)
+        report_error(f"failed: {folder_name(cell.config) or cell.config.run}", code)
     return failed[-1][1] if failed else OutOfTime.exit_code if left else 0
 
 

@@ -56,8 +56,12 @@ def main(arguments: list[str] | None = None) -> int:
     if not (given.dry_run or torch.cuda.is_available()):
         print("gpu-check: torch finds no CUDA GPU here; --dry-run tries it in small on the CPU", file=sys.stderr)
         return 1
-    given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "results.jsonl").unlink(missing_ok=True)
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        (given.out / "results.jsonl").unlink(missing_ok=True)
+    except OSError as error:
+        print(f"gpu-check: --out {given.out}: {error.strerror}", file=sys.stderr)
+        return 1
     is_right = run_all(given.out.absolute(), given.seconds, is_dry=given.dry_run)
     if given.dry_run:
         print("Dry run at small size on the CPU: the numbers are not those of a GPU.\n")

@@ -35,7 +35,7 @@ IN_SMALL = (
 )  # fmt: skip
 OF_TASK_IN_SMALL = {
     "runtime": ("task.steps=1",),
-    "converted-runtime": ("task.steps=1", "task.model=resnet18", "task.image_size=64", "gpu.kernels=auto"),
+    "converted-runtime": ("task.steps=1", "task.model=resnet18", "task.image_size=64", "gpu.kernels=auto", "width=1.0"),
 }
 
 
@@ -59,7 +59,7 @@ class Check:
             file.write(json.dumps({"part": self.part, **values}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        print(values, flush=True)
+        print(f"{self.part}:", ", ".join(f"{name} {value}" for name, value in values.items()), flush=True)
 
     def config(self, mode: str, depth: int, precision: str, task: str, *more: str) -> Config:
         """Compose the configuration of a task at batch 128; cuDNN may pick its fastest convolutions."""

@@ -18,8 +18,9 @@ OF_TASK = {
     "train": ["mode=4bit"],
     "converted-runtime": [
         "mode=4bit", "task.steps=1", "task.modes=[]", "task.model=resnet18", "task.image_size=32", "gpu.kernels=auto",
+        "width=1.0",
     ],
-    "explain": ["mode=4bit", "task.model=resnet18", "task.image_size=64"],
+    "explain": ["mode=4bit", "task.model=resnet18", "task.image_size=64", "width=1.0"],
     "gradient-error": ["mode=4bit", "task.steps=1"],
     "kernels": ["mode=4bit", "task.steps=1", "task.elements=4096"],
     "max-batch": ["mode=exact", "task.resolution=0.5"],

@@ -70,6 +70,12 @@ def test_without_a_gpu_it_says_so_in_a_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert gpu_check.main(["--dry-run", "--out", str(tmp_path / "file/out")]) == 1
+    assert capsys.readouterr().err == f"gpu-check: --out {tmp_path}/file/out: Not a directory\n"
+
+
 @dataclass
 class Wrong:
     """The reference, but for what one function puts out."""
