@@ -46,6 +46,12 @@ FUNCTIONS: dict[Any, Handler] = {
         F.silu: activations.silu,
         F.gelu: activations.gelu,
         F.hardswish: activations.hardswish,
+        **{
+            getattr(place, name): activations.kept
+            for name in ("tanh", "sigmoid", "softmax", "exp", "sqrt", "rsqrt")
+            for place in (torch, Tensor, F)
+            if hasattr(place, name)
+        },
         torch.conv1d: products.conv,
         torch.conv2d: products.conv,
         torch.conv3d: products.conv,

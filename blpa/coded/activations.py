@@ -3,6 +3,7 @@
     relu, leaky_relu          a tagged y: its code; else relu a code of a, leaky_relu of y         dY exact, given dA
     relu6, hardtanh           one bit, whether y lies between the ends                             dY exact, given dA
     silu, gelu, hardswish     a tagged y: its code; else a code of y                    dY = f'(y~) dA, approximate
+    tanh, sigmoid, softmax    PyTorch's own: a, which what reads it saves too           dY exact, given dA
 
 PyTorch's functions save y or a at full precision. A code keeps the sign of y, hence the exact gradients; the derivative
 of a smooth function has an error of at most sup |f''| times half a bin, which every layer below gets too.
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blpa.codec import Codec
-from blpa.coded.mode import Coding, current_mode, is_recording, may_overwrite
+from blpa.coded.mode import Coding, current_mode, is_recording, is_usual, may_overwrite
 from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Coded, Layout, channels_last_format, is_worth_a_code, load, save
 from blpa.kernels.any_layout import Elementwise
@@ -184,6 +185,16 @@ def hardtanh(
 def relu6(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -> Any:
     """Coded torch.nn.functional.relu6."""
     return _clamped(coding, input, function, 0.0, 6.0, inplace)
+
+
+def kept(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Call a function that saves its output, such as tanh, so that what reads it saves it at no cost."""
+    if not is_recording(input) or not coding.saves_others_exactly:
+        return NotImplemented
+    out = function(input, *args, **kwargs)
+    if is_usual(out):
+        coding.hold(out)
+    return out
 
 
 def _clamped(

@@ -151,12 +151,19 @@ class Coding(TorchFunctionMode):
         return self.policy is None or self.policy.others is None
 
     def is_held(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is in memory anyway: a weight, a buffer, an input of the network or a view of one."""
+        """Return whether a tensor is in memory anyway: a weight, a buffer, an input, what `hold` got, or a view of it."""
         if tensor.is_leaf and tensor.requires_grad:
             return True
         if self.is_traced:
             return any(tensor is other for other in self._held)
         return tensor.untyped_storage()._cdata in self._held
+
+    def hold(self, tensor: Tensor) -> None:
+        """Note that a tensor is in memory anyway until the backward pass."""
+        if self.is_traced:
+            self._held.append(tensor)
+        else:
+            self._held.add(tensor.untyped_storage()._cdata)
 
     def hold_views(self, tensor: Tensor, views: Iterable[Tensor]) -> None:
         """Note that views of a tensor are in memory anyway if it is; where addresses are known they tell it."""

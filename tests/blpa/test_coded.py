@@ -287,7 +287,10 @@ def test_the_sign_of_a_channel_without_gamma_is_that_of_its_rounded_beta(
     parameters = {"weight": torch.zeros(8), "bias": torch.tensor([1e-9, 1e-42, 3e-8, 1e-7, -1e-9, 0.0, -0.0, 1.0])}
     x = in_layout(normal(16, 8, 9, 9, seed=1).to(dtype), layout)
     x, grad = x.requires_grad_(), in_layout(normal(16, 8, 9, 9, seed=2).to(dtype), layout)
-    for norm_of_8 in (nn.BatchNorm2d(8), nn.GroupNorm(4, 8)):
+    norms: list[nn.Module] = [nn.BatchNorm2d(8)]
+    if layout == "contiguous":  # channels-last, PyTorch 2.11's own group norm crashes without the gradient of x
+        norms.append(nn.GroupNorm(4, 8))
+    for norm_of_8 in norms:
         of_beta, of_gamma = [], []
         for setting in (None, bits):
             for activation in (nn.ReLU(), nn.Identity()):

@@ -125,6 +125,16 @@ def test_codes_are_saved_and_not_floats() -> None:
     assert sum(traced.values()) < 0.35 * sum(saved_bytes(stock, compiled(stock)).values())
 
 
+def test_what_pytorch_keeps_of_an_output_gets_no_code_besides() -> None:
+    torch.manual_seed(0)
+    stock = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 4, 1))
+    eager = blpa.convert(copy.deepcopy(stock))
+    network = copy.deepcopy(eager)
+    expected, found = gradients(eager, eager), gradients(network, compiled(network))
+    assert all(map(torch.equal, found, expected))
+    assert torch.equal(expected[4], gradients(stock, stock)[4])  # of the last convolution's weight: exact
+
+
 def test_batches_of_other_sizes_share_a_graph() -> None:
     torch.manual_seed(0)
     network = blpa.convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1)))

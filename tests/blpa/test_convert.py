@@ -645,6 +645,30 @@ def test_layers_called_one_by_one_save_as_little_as_in_their_network() -> None:
     assert parts < 1.1 * whole + out.nbytes
 
 
+@pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid, Tensor.sigmoid, torch.exp, lambda x: x.softmax(1)])
+def test_what_pytorch_keeps_of_an_output_gets_no_code_besides(function: Callable[[Tensor], Tensor]) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 4)
+            self.bn = nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Any:
+            x = function(self.bn(self.conv(x)))
+            return self.head(x.movedim(1, -1))
+
+    net, x = Net(), torch.randn(4, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+    found = []
+    for bits in (None, 4):
+        model = net if bits is None else blpa.convert(copy.deepcopy(net), bits)
+        model(x).square().sum().backward()
+        found.append(model.head.weight.grad)
+    assert torch.equal(*found)  # codes of the output would be approximate
+    coded = blpa.explain(net, x).coded.saved
+    assert coded < blpa.explain(net, x).stock.saved
+    assert blpa.explain(blpa.convert(copy.deepcopy(net), 4, others=8), x).coded.saved < coded
+
+
 def test_a_channel_far_from_zero_keeps_its_precision() -> None:
     class Shifted(nn.Module):
         def __init__(self, offset: float) -> None:
