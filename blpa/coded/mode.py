@@ -151,7 +151,7 @@ class Coding(TorchFunctionMode):
         return self.policy is None or self.policy.others is None
 
     def is_held(self, tensor: Tensor) -> bool:
-        """Return whether a tensor is in memory anyway: a weight, a buffer, an input, what `hold` got, or a view of it."""
+        """Return whether a tensor is in memory anyway: a weight, a buffer, an input, a view, or what `hold` got."""
         if tensor.is_leaf and tensor.requires_grad:
             return True
         if self.is_traced:
