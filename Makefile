@@ -15,8 +15,8 @@ $(error PROFILE=$(PROFILE) is not allowed: choose demo or paper)
 endif
 
 # On a GPU, in the order of their worth, strict fp32 last.
-BENCHES := bench-kernels,bench-times,bench-training,bench-batches,bench-largest,bench-card,bench-kernels-others,bench-converted
-BENCHES := $(BENCHES),bench-times-fp32,bench-batches-fp32,bench-largest-fp32,bench-converted-fp32
+BENCHES := bench-kernels,bench-times,bench-training,bench-batches,bench-largest,bench-card,bench-kernels-others
+BENCHES := $(BENCHES),bench-converted,bench-times-fp32,bench-batches-fp32,bench-largest-fp32,bench-converted-fp32
 GPU_TESTS := tests/runners/test_gpu.py tests/blpa/test_triton_ops.py tests/blpa/test_triton_any_layout.py
 GPU_PYTHON = $(if $(filter file,$(origin PYTHON)),$(firstword $(wildcard .venv/bin/python) $(PYTHON)),$(PYTHON))
 GPU_RUN = $(GPU_PYTHON) -m runners

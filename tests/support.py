@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from blpa.codec import Codec
 from blpa.kernels import Kernels, Norm, compute_dtype
 from blpa.kernels.reference import REFERENCE
 from blpa.models.preact_resnet import PreActResNet
-from runners import compose
+from runners import cli, compose
 from runners.cells import task_settings
 from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig
 from runners.data import ImageData, Split
@@ -41,6 +42,12 @@ def composed(arguments: list[str], *, multirun: bool = False) -> list[Config]:
     """The configurations that a command line asks for."""
     with compose.session():
         return [cell.config for cell in compose.cells(arguments, multirun=multirun)]
+
+
+def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The message of a command that is refused, or that the machine cannot run."""
+    assert cli.main(arguments) in (1, 2)
+    return capsys.readouterr().err
 
 
 def make(*, task: str = "train", **values: object) -> Config:

@@ -47,7 +47,7 @@ FUNCTIONS: dict[Any, Handler] = {
         F.gelu: activations.gelu,
         F.hardswish: activations.hardswish,
         **{
-            getattr(place, name): activations.kept
+            getattr(place, name): activations.saves_output
             for name in ("tanh", "sigmoid", "softmax", "exp", "sqrt", "rsqrt")
             for place in (torch, Tensor, F)
             if hasattr(place, name)

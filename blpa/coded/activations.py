@@ -187,8 +187,8 @@ def relu6(coding: Coding, function: Any, input: Tensor, inplace: bool = False) -
     return _clamped(coding, input, function, 0.0, 6.0, inplace)
 
 
-def kept(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Call a function that saves its output, such as tanh, so that what reads it saves it at no cost."""
+def saves_output(coding: Coding, function: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Call a function whose output PyTorch saves, such as tanh; what reads that output then saves it at no cost."""
     if not is_recording(input) or not coding.saves_others_exactly:
         return NotImplemented
     out = function(input, *args, **kwargs)

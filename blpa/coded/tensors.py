@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels.any_layout import ROUNDED_TO_ZERO, Elementwise
+from blpa.kernels.any_layout import Elementwise, largest_rounded_to_zero
 from blpa.kernels.library import OPERATIONS
 
 MIN_ROWS = 32
@@ -75,10 +75,8 @@ class Layout(NamedTuple):
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """Place the grid of each channel (any_layout.grid_vectors); y has this dtype."""
-        rounded_to_zero = 0.0 if dtype is None else ROUNDED_TO_ZERO.get(dtype, 0.0)
-        vectors: Tensor = OPERATIONS.grid_vectors(
-            stats, gamma, beta, centre, scale, self.bits, self.clip, rounded_to_zero
-        )
+        least = largest_rounded_to_zero(dtype or self.dtype)
+        vectors: Tensor = OPERATIONS.grid_vectors(stats, gamma, beta, centre, scale, self.bits, self.clip, least)
         return vectors
 
     def encode(

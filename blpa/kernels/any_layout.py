@@ -35,8 +35,10 @@ from blpa.kernels.order import Order
 PART_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
 """Bytes of one temporary: a CPU's cache holds a few; on a GPU a kernel of 64 MiB hides the time of its launch."""
 
-ROUNDED_TO_ZERO = {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}
-"""The largest positive number that a dtype rounds to 0: half of its least one."""
+
+def largest_rounded_to_zero(dtype: torch.dtype) -> float:
+    """Return the largest positive number that a 16-bit dtype rounds to 0: half of its least one; else 0."""
+    return {torch.float16: 2.0**-25, torch.bfloat16: 2.0**-134}.get(dtype, 0.0)
 
 
 class Elementwise(NamedTuple):
@@ -198,7 +200,7 @@ def grid_vectors(
         centre: z = (x - centre) scale [C], scale > 0; None if the statistics are those of z.
         scale: see centre.
         codec: None makes no grid.
-        rounded_to_zero: y of a channel whose gamma is 0 is 0 for a beta up to this (ROUNDED_TO_ZERO).
+        rounded_to_zero: y of a channel whose gamma is 0 is 0 for a beta up to this (largest_rounded_to_zero).
 
     Returns:
         Vectors [7, C].

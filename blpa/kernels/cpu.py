@@ -116,8 +116,8 @@ def _check_batch_norm(dtype: torch.dtype) -> None:
     _exact_batch_norms.add(dtype)
 
 
-def _serving(elements: int, *tensors: Tensor) -> Any:
-    """Return the library if it serves a call on so many elements of these tensors' dtypes, else None."""
+def _library_for(elements: int, *tensors: Tensor) -> Any:
+    """Return the library if it has code for so many elements of these tensors' dtypes, else None."""
     if elements < MIN_ELEMENTS:
         return None
     library = _found if _is_found else _load()
@@ -129,8 +129,8 @@ def _serving(elements: int, *tensors: Tensor) -> Any:
 
 
 def _for(order: Order, bits: int, *tensors: Tensor) -> Any:
-    """Return the library if it serves a call on codes of these tensors, else None."""
-    return _serving(order.numel, *tensors) if bits else None
+    """Return the library if it has code for codes of these tensors, else None."""
+    return _library_for(order.numel, *tensors) if bits else None
 
 
 # ---- arguments
@@ -257,7 +257,7 @@ def batch_stats(x: Tensor, order: Order, with_range: bool, running: RunningStats
     averages = (running.mean, running.var) if running else ()
     is_served = x.dtype == torch.float32 and x.is_contiguous() and order.inner > 1
     is_served = is_served and all(one.dtype == x.dtype and one.is_contiguous() for one in averages)
-    library = _serving(x.numel()) if is_served else None
+    library = _library_for(x.numel()) if is_served else None
     return None if library is None or not _has_exact_stats else _batch_stats(library, x, order, with_range, running)
 
 
@@ -367,7 +367,7 @@ def batch_norm(
     call = _normalisation_of(x, values, vectors, order, codec.bits, stats, rstd, rectify, out)
     _for(order, codec.bits).blpa_batch_norm(
         call, stats.data_ptr(), gamma.data_ptr(), beta.data_ptr(), eps, *_clips(codec),
-        any_layout.ROUNDED_TO_ZERO.get(x.dtype, 0.0),
+        any_layout.largest_rounded_to_zero(x.dtype),
     )  # fmt: skip
     return values, vectors, rstd
 
@@ -465,7 +465,7 @@ def max_pool(
 ) -> tuple[Tensor, Tensor] | None:
     """Compute maxima over windows of two dimensions, and their places in them; None where PyTorch's own is to do it."""
     windows = _windows(x.shape, x.dtype, None, kernel, stride, padding, dilation) if x.is_contiguous() else None
-    library = _serving(x.numel()) if windows is not None else None
+    library = _library_for(x.numel()) if windows is not None else None
     if windows is None or library is None:
         return None
     out = x.new_empty(*x.shape[:-2], *windows.outputs)
@@ -481,7 +481,7 @@ def max_pool_grad(
 ) -> Tensor | None:  # fmt: skip
     """Compute dX [shape] from the gradient of maxima and their places; None where PyTorch's own is to do it."""
     windows = _windows(shape, grad.dtype, grad.shape[-2:], kernel, stride, padding, dilation)
-    library = _serving(math.prod(shape)) if places.shape == grad.shape else None
+    library = _library_for(math.prod(shape)) if places.shape == grad.shape else None
     if windows is None or library is None:
         return None
     grad, places, out = grad.contiguous(), places.contiguous(), grad.new_empty(shape)
@@ -497,7 +497,7 @@ def max_pool_grad(
 
 def pack_between(y: Tensor, low: float, high: float) -> Tensor | None:
     """Pack whether low < y < high; None where this does not serve. y is contiguous."""
-    library = _serving_bits(y)
+    library = _library_for_bits(y)
     if library is None:
         return None
     packed = y.new_empty(-(-y.numel() // 8), dtype=torch.uint8)
@@ -507,7 +507,7 @@ def pack_between(y: Tensor, low: float, high: float) -> Tensor | None:
 
 def masked(grad: Tensor, packed: Tensor) -> Tensor | None:
     """Return grad, 0 where the bit is not set; None where this does not serve. grad is contiguous."""
-    library = _serving_bits(grad)
+    library = _library_for_bits(grad)
     if library is None:
         return None
     out = torch.empty_like(grad)
@@ -515,5 +515,5 @@ def masked(grad: Tensor, packed: Tensor) -> Tensor | None:
     return out
 
 
-def _serving_bits(x: Tensor) -> Any:
-    return _serving(x.numel(), x) if x.is_contiguous() and x.dtype != torch.float64 else None
+def _library_for_bits(x: Tensor) -> Any:
+    return _library_for(x.numel(), x) if x.is_contiguous() and x.dtype != torch.float64 else None

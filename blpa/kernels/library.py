@@ -217,8 +217,8 @@ def batch_norm(
     if x.is_meta:
         vectors = stats.new_empty(len(Vectors._fields), order.channels)
         return _allocate_codes(x, out, vectors, 1, channels_last, bits), vectors, rstd
-    rounded_to_zero = any_layout.ROUNDED_TO_ZERO.get(x.dtype, 0.0)
-    vectors = kernels.grid_vectors(stats, norm.gamma, norm.beta, mean, rstd, codec, rounded_to_zero)
+    least = any_layout.largest_rounded_to_zero(x.dtype)
+    vectors = kernels.grid_vectors(stats, norm.gamma, norm.beta, mean, rstd, codec, least)
     values = kernels.normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
     return values, vectors, rstd
 

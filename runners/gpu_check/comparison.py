@@ -154,14 +154,14 @@ def differences_of_any_layout(
     gamma, beta = torch.randn(2, order.channels, device=x.device)
     stats = backend.channel_stats(x, order)
     centre, scale = stats[0], (stats[1] + 1e-5).rsqrt()
-    y_of = dense(x.flip(0), channels_last)  # any, whose sign the codes keep
+    signs = dense(x.flip(0), channels_last)  # of any y
 
     def results(functions: AnyLayoutKernels) -> dict[str, torch.Tensor]:
         own = functions.grid_vectors(stats, None, None, None, None, codec)
         vectors = functions.grid_vectors(stats, gamma, beta, centre, scale, codec)
         y, a, dy, dx, normed = (torch.full_like(x, torch.nan) for _ in range(5))  # NaN shows what is not written
         of_norm = functions.normalise_encode(x, vectors, order, bits, centre, scale, False, normed)
-        codes = functions.encode(x, y_of, vectors, order, bits, centre.unsqueeze(0), scale.unsqueeze(0))
+        codes = functions.encode(x, signs, vectors, order, bits, centre.unsqueeze(0), scale.unsqueeze(0))
         functions.decode(codes, vectors, order, bits, None, y)
         functions.decode(codes, vectors, order, bits, Elementwise("silu"), a)
         functions.elementwise_grad(grad, codes, vectors, order, bits, Elementwise("relu"), dy)

@@ -26,7 +26,6 @@ from runners.cells import batch_name
 from runners.config import Config, GpuConfig, at_least, mode, one_of, options
 from runners.errors import UserError, classify, first_line
 from runners.records import Record
-from runners.tasks import explain
 from runners.timing import calls_per_turn, low_median_high, take_turns
 from runners.training import models, network, steps
 
@@ -54,12 +53,10 @@ class Settings:
 def check(config: Config) -> None:
     """Check that the modes are of `convert`, and that nothing is asked for that this task does not do."""
     at_least("task.steps", config.task.steps, 1)
+    models.check(config)
     for name in config.task.modes:
         one_of("task.modes", name, options("mode", config.config_dir))
-    explain.check_network(config)
-    for name in config.task.modes:
-        if mode(name, config.config_dir).bits is None or mode(name, config.config_dir).forward_from_code:
-            raise UserError(f"task.modes={name}: does not convert a network; choose of 8bit, 4bit and 2bit")
+        models.check_mode("task.modes", mode(name, config.config_dir))
     if config.gpu.cuda_graph:
         raise UserError("gpu.cuda_graph=true: task=converted-runtime captures no graph; leave it out")
     if config.gpu.kernels != "auto":
@@ -105,7 +102,7 @@ def run(config: Config) -> list[Record]:
     for cell in (network.exact(config), *_cells(config)):
         own = copy.deepcopy(model).to(memory_format=memory_format)
         if cell.mode.bits is not None:
-            blpa.convert(own, explain.codec(cell.mode))
+            blpa.convert(own, models.codec(cell.mode))
         try:
             timed[cell.mode.name] = _timed(cell, own.to(device), images, gpu)
         except RuntimeError as error:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 
 import blpa
-from blpa.codec import Codec
 from blpa.memory import MIB
 from runners import provenance, records
 from runners.cells import batch_name
-from runners.config import Config, ModeConfig
+from runners.config import Config
 from runners.errors import UserError
 from runners.records import Record
 from runners.training import models, network
@@ -36,26 +35,9 @@ NEEDS_NO_GPU = True
 
 def check(config: Config) -> None:
     """Check the network and the precision."""
-    check_network(config)
+    models.check(config)
     if config.gpu.precision not in ("auto", "fp32", "tf32"):
         raise UserError(f"gpu.precision={config.gpu.precision}: task=explain counts fp32; set gpu.precision=fp32")
-
-
-def check_network(config: Config) -> None:
-    """Check that the mode is one of `convert`, the width and the size."""
-    if config.mode.bits is None or config.mode.forward_from_code or config.mode.name == "exact":
-        raise UserError(f"mode={config.mode.name}: does not convert a network; choose 8bit, 4bit or 2bit")
-    if config.width != 1 or config.mode.width_factor != 1:
-        raise UserError(f"width={config.width * config.mode.width_factor}: is of the paper's networks; leave it out")
-    if config.task.image_size < 1:
-        raise UserError(f"task.image_size={config.task.image_size}: must be a number of pixels above 0")
-
-
-def codec(mode: ModeConfig) -> int | Codec | None:
-    """Return what `convert` takes for a mode: its bits, and its clip where that is another than the paper's."""
-    if mode.bits is None or mode.clip == ModeConfig.clip:
-        return mode.bits
-    return Codec(mode.bits, mode.clip)
 
 
 def folder(config: Config) -> str:
@@ -83,7 +65,7 @@ def run(config: Config) -> list[Record]:
     batch, size = config.dataset.batch_size, config.task.image_size
     shape = torch.Size((batch, 3, size, size))
     model = models.build(config.task.model, shape)
-    explanation = blpa.explain(model, torch.empty(shape, device=META), bits=codec(config.mode))
+    explanation = blpa.explain(model, torch.empty(shape, device=META), bits=models.codec(config.mode))
     source = provenance.source(config, META, "torch")
     measured = [
         provenance.record(

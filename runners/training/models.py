@@ -7,7 +7,35 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from blpa.codec import Codec
+from runners.config import Config, ModeConfig
 from runners.errors import UserError, first_line
+
+
+def check(config: Config) -> None:
+    """Check the mode, the width and the size of a task on another network.
+
+    Raises:
+        UserError: the first mistake.
+    """
+    check_mode("mode", config.mode)
+    if config.width != 1 or config.mode.width_factor != 1:
+        raise UserError(f"width={config.width * config.mode.width_factor}: is of the paper's networks; leave it out")
+    if config.task.image_size < 1:
+        raise UserError(f"task.image_size={config.task.image_size}: must be a number of pixels above 0")
+
+
+def check_mode(key: str, mode: ModeConfig) -> None:
+    """Raise UserError, which names the key, for a mode that is none of `convert`."""
+    if mode.bits is None or mode.forward_from_code or mode.name == "exact":
+        raise UserError(f"{key}={mode.name}: does not convert a network; choose 8bit, 4bit or 2bit")
+
+
+def codec(mode: ModeConfig) -> int | Codec | None:
+    """Return what `convert` takes for a mode: its bits, and its clip where that is another than the paper's."""
+    if mode.bits is None or mode.clip == ModeConfig.clip:
+        return mode.bits
+    return Codec(mode.bits, mode.clip)
 
 
 def build(name: str, shape: torch.Size) -> nn.Module:

@@ -125,7 +125,7 @@ def test_codes_are_saved_and_not_floats() -> None:
     assert sum(traced.values()) < 0.35 * sum(saved_bytes(stock, compiled(stock)).values())
 
 
-def test_what_pytorch_keeps_of_an_output_gets_no_code_besides() -> None:
+def test_an_output_that_pytorch_saves_gets_no_code_besides() -> None:
     torch.manual_seed(0)
     stock = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Sigmoid(), nn.Conv2d(8, 4, 1))
     eager = blpa.convert(copy.deepcopy(stock))

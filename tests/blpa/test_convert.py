@@ -646,7 +646,7 @@ def test_layers_called_one_by_one_save_as_little_as_in_their_network() -> None:
 
 
 @pytest.mark.parametrize("function", [torch.tanh, torch.sigmoid, Tensor.sigmoid, torch.exp, lambda x: x.softmax(1)])
-def test_what_pytorch_keeps_of_an_output_gets_no_code_besides(function: Callable[[Tensor], Tensor]) -> None:
+def test_an_output_that_pytorch_saves_gets_no_code_besides(function: Callable[[Tensor], Tensor]) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision
+from support import refusal
 
 import blpa
 from blpa.memory import MIB
@@ -33,23 +34,33 @@ def test_the_record_and_the_table_have_the_explanation_s_numbers(
     assert [cell.strip() for cell in row.split("|")[2:4]] == cells
 
 
+@pytest.mark.parametrize("task", ["explain", "converted-runtime"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["task.model=resnet5"], "task.model=resnet5: must be unet or a classifier of torchvision (resnet50"),
         (["task.model=vit_b_16", "task.image_size=32"], "task.model=vit_b_16 does not take 16 images of 32 pixels"),
+        (["dataset.batch_size=1", "task.image_size=32"], "task.model=resnet50 does not take 1 images of 32 pixels"),
         (["mode=exact"], "mode=exact: does not convert a network"),
         (["mode=naive-8bit"], "mode=naive-8bit: does not convert a network"),
-        (["gpu.precision=bf16"], "gpu.precision=bf16: task=explain counts fp32"),
+        (["mode.name=exact"], "mode=exact: does not convert a network"),
+        (["width=2"], "width=2.0: is of the paper's networks"),
     ],
 )
-def test_what_it_cannot_explain_is_refused(
-    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_network_that_cannot_be_converted_is_refused(
+    arguments: list[str], message: str, task: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    assert cli.main([*ARGUMENTS, *arguments]) in (1, 2)
-    assert message in capsys.readouterr().err
+    assert message in refusal([*ARGUMENTS, *arguments, f"task={task}"], capsys)
+
+
+def test_it_counts_in_fp32_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = refusal([*ARGUMENTS, "gpu.precision=bf16"], capsys)
+    assert "gpu.precision=bf16: task=explain counts fp32" in found
 
 
 def test_the_u_net_has_the_shapes_of_its_paper() -> None:
