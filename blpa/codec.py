@@ -15,6 +15,9 @@ its bin among L = 2^K bins of equal width d = 2 clip / L over [-clip, clip]:
 A usual quantiser has a fixed grid, and values near ReLU's threshold decode to the wrong sign. Here the gradient of ReLU
 is exact. frac and zero follow from gamma and beta, so K bits per element are all that is stored.
 
+Running statistics, as of a frozen batch norm, need not be those of the data: x_hat then has a mean and a deviation of
+its own, and the bins cover mean +- clip deviations, or what lies beyond +-clip would be cut off.
+
 Two other grids serve activations in general (convert.py). With clip="range" the bins cover each channel's own
 [low, high] with width d = (high - low) / (L - 1): at 8 bits rounding is small, so what a clip cuts off would decide.
 And what is nowhere negative has no use for negative codes: code 0 is 0, L - 1 bins cover (0, top].
@@ -44,7 +47,7 @@ class Grid(NamedTuple):
     bin_width: Tensor
     """s d: converts bins to x_hat."""
     frac: Tensor
-    """Shift of the grid in bins, within [-1/2, 1/2] unless the range is the channel's own."""
+    """Shift of the grid in bins, within [-1/2, 1/2] unless the range follows the channel's own."""
     zero: Tensor
     """The first code of a positive y, a whole number within [1, L - 1]."""
 
@@ -97,25 +100,36 @@ class Codec:
         """Return the number of rows, of C bytes each, of the packed codes of an activation [rows, C]."""
         return -(-rows // self.codes_per_byte)
 
-    def grid(self, gamma: Tensor, beta: Tensor) -> Grid:
+    def grid(self, gamma: Tensor, beta: Tensor, *, mean: Tensor | None = None, deviation: Tensor | None = None) -> Grid:
         """Place the bins of each channel.
 
         Args:
             gamma: scale [C], of either sign or zero.
             beta: shift [C].
+            mean: of x_hat [C], where it is normalised by running statistics; None is 0. Where it is not finite, 0 too.
+            deviation: of x_hat [C], likewise 1.
 
         Returns:
             The grid of this codec.
         """
         gamma = gamma + 0.0  # -0 becomes 0
-        bin_width = torch.full_like(gamma, self.bin_width).copysign_(gamma)
+        bin_width = torch.full_like(gamma, self.bin_width)
+        if deviation is not None:
+            width = deviation.nan_to_num(nan=1.0, posinf=1.0)
+            bin_width = bin_width.mul_(width).clamp_min_(torch.finfo(gamma.dtype).tiny ** 0.5)
+        bin_width = bin_width.copysign_(gamma)
+        edge = beta / (gamma * bin_width)
+        middle = None if mean is None else mean.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).div_(bin_width)
+        if middle is not None:
+            edge = edge.add_(middle)
         # An edge far out of range becomes a whole number, so that it does not shift the bins.
-        edge = (beta / (gamma * bin_width)).nan_to_num_(nan=0.0, posinf=2.0**30, neginf=-(2.0**30))
+        edge = edge.nan_to_num_(nan=0.0, posinf=2.0**30, neginf=-(2.0**30))
         nearest = edge.round()
+        frac = edge.sub_(nearest)
         return Grid(
             bins_per_unit=bin_width.reciprocal(),
             bin_width=bin_width,
-            frac=edge.sub_(nearest),
+            frac=frac if middle is None else frac.sub_(middle),
             zero=nearest.neg_().add_(self.levels // 2).clamp_(1, self.levels - 1),
         )
 

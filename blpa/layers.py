@@ -57,6 +57,11 @@ class ResidualSum:
         """Shape of the sum."""
         return self._x.shape
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the sum."""
+        return self._x.device
+
     def value(self) -> Tensor:
         """Return the sum."""
         if self._shortcut is not None:
@@ -80,15 +85,19 @@ class BatchNormReLU(nn.BatchNorm2d):
     """Batch norm and ReLU that saves the codes of its activation (ops.batch_norm_relu).
 
     It is an nn.BatchNorm2d, so weights of stock networks load, and code that looks for batch norms (weight decay,
-    initialisation, frozen statistics) finds it. Its defaults are those of the stock layer.
+    initialisation, frozen statistics) finds it. Its defaults are those of the stock layer. As there, each call follows
+    the attributes as they are then: training, track_running_stats, momentum, eps, parameters and buffers that are None.
 
     Args:
         num_features: channels C.
         eps: added to the variance; 1e-3 in the paper.
         momentum: weight of the new value in the running statistics; None averages over all steps.
+        affine: have gamma and beta; without them gamma is 1 and beta 0.
+        track_running_stats: have running statistics; without them evaluation takes those of x.
         codec: of the saved codes; None saves one full-precision tensor.
         forward_from_code: use the decoded activation in the forward pass too.
         kernels: the backend; by default that of the tensor's device.
+        others: device, dtype and what else nn.BatchNorm2d takes.
     """
 
     def __init__(
@@ -97,11 +106,14 @@ class BatchNormReLU(nn.BatchNorm2d):
         *,
         eps: float = 1e-5,
         momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
         codec: Codec | None = FOUR_BITS,
         forward_from_code: bool = False,
         kernels: Kernels = AUTOMATIC,
+        **others: Any,
     ) -> None:
-        super().__init__(num_features, eps=eps, momentum=momentum)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, **others)
         self.codec = codec
         self.forward_from_code = forward_from_code
         self.kernels = kernels
@@ -114,21 +126,16 @@ class BatchNormReLU(nn.BatchNorm2d):
         """Convert a stock batch norm and the ReLU after it.
 
         Args:
-            bn: the new layer shares its parameters and buffers, so optimisers stay valid, and copies epsilon, momentum
-                and the training flag.
+            bn: the new layer shares its parameters and buffers, so optimisers stay valid, and copies its attributes and
+                the training flag.
             codec: as for the class.
             kernels: as for the class.
 
         Raises:
-            ValueError: a subclass, hooks, no gamma and beta, or track_running_stats contradicts the buffers.
+            ValueError: a subclass, or hooks.
         """
         _check_is_stock(bn, nn.BatchNorm2d)
-        if bn.weight is None or bn.bias is None:
-            raise ValueError(f"affine = {bn.affine}: the batch norm must have gamma and beta")
-        has_stats = {stats is not None for stats in (bn.running_mean, bn.running_var)}
-        if has_stats != {bn.track_running_stats}:
-            raise ValueError(f"track_running_stats = {bn.track_running_stats}: must match its running statistics")
-        ours = cls(bn.num_features, eps=bn.eps, momentum=bn.momentum, codec=codec, kernels=kernels)
+        ours = cls(bn.num_features, eps=bn.eps, momentum=bn.momentum, affine=bn.affine, codec=codec, kernels=kernels)
         ours.track_running_stats = bn.track_running_stats
         ours.weight, ours.bias = bn.weight, bn.bias
         ours.running_mean, ours.running_var = bn.running_mean, bn.running_var
@@ -137,34 +144,44 @@ class BatchNormReLU(nn.BatchNorm2d):
 
     def forward(self, x: Tensor | ResidualSum, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """Compute a [N, C, H, W]; `overwrite_x` allows a to overwrite x, for an x that nothing else reads."""
-        return Activation(*ops.batch_norm_relu(_as_tensor(x), self.weight, self.bias, self._batch_norm(overwrite_x)))
+        return Activation(*ops.batch_norm_relu(_as_tensor(x), *self._arguments(x.device, overwrite_x)))
 
-    def _batch_norm(self, overwrite_x: bool) -> ops.BatchNorm:
-        """Return the options of the ops for this call."""
+    def _arguments(self, device: torch.device, overwrite_x: bool) -> tuple[Tensor, Tensor, ops.BatchNorm]:
+        """Return gamma, beta and the options of the ops for a call with an x on this device."""
+        gamma, beta = self.weight, self.bias
+        if gamma is None:
+            gamma = torch.ones(self.num_features, device=device)
+        if beta is None:
+            beta = torch.zeros(self.num_features, device=device)
+        return gamma, beta, self._batch_norm(device, overwrite_x)
+
+    def _batch_norm(self, device: torch.device, overwrite_x: bool) -> ops.BatchNorm:
+        is_tracking = self.training and self.track_running_stats
+        uses_averages = is_tracking or not self.training
         momentum = self.momentum
         if momentum is None:  # all batches so far have the same weight
-            momentum = 1 / (int(self.num_batches_tracked) + 1) if self.num_batches_tracked is not None else 0.0
+            is_counting = is_tracking and self.num_batches_tracked is not None
+            momentum = 1 / (int(self.num_batches_tracked) + 1) if is_counting else 0.0
         return ops.BatchNorm(
             codec=self.codec,
-            running_mean=self.running_mean,
-            running_var=self.running_var,
-            num_batches_tracked=self.num_batches_tracked,
+            running_mean=self.running_mean if uses_averages else None,
+            running_var=self.running_var if uses_averages else None,
+            num_batches_tracked=self.num_batches_tracked if is_tracking else None,
             training=self.training,
             momentum=momentum,
             eps=self.eps,
             overwrite_x=overwrite_x,
             forward_from_code=self.forward_from_code,
             kernels=self.kernels,
-            counter=self._zero_counter(),
+            counter=self._zero_counter(device),
         )
 
-    def _zero_counter(self) -> Tensor | None:
-        """Return zeros for the backend (see kernels.Kernels) on the device of the weight.
+    def _zero_counter(self, device: torch.device) -> Tensor | None:
+        """Return zeros for the backend (see kernels.Kernels) on a device.
 
         They are not a buffer, which to_empty and code that initialises buffers would change. None in a capture that is
         the first call on its device: the backend then makes some.
         """
-        device = self.weight.device
         if self._counter.device != device:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return None  # a captured fill runs only when the graph is replayed
@@ -251,9 +268,8 @@ class Conv2d(nn.Conv2d):
         bn = batch_norm_relu
         if not self._is_one_with(bn):
             return cast(Tensor, self(bn(x, overwrite_x=overwrite_x)))
-        return ops.batch_norm_relu_conv2d(
-            x, bn.weight, bn.bias, self.weight, bn._batch_norm(overwrite_x), convolution=self._convolution()
-        )
+        gamma, beta, options = bn._arguments(x.device, overwrite_x)
+        return ops.batch_norm_relu_conv2d(x, gamma, beta, self.weight, options, convolution=self._convolution())
 
     def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
         """Return `after` of x, and x for the shortcut (ops.batch_norm_relu_conv2d_with_shortcut)."""
@@ -261,7 +277,7 @@ class Conv2d(nn.Conv2d):
         if not self._is_one_with(bn):
             x = _as_tensor(x)
             return cast(Tensor, self(bn(x))), x
-        gamma, beta, options = bn.weight, bn.bias, bn._batch_norm(overwrite_x=False)
+        gamma, beta, options = bn._arguments(x.device, overwrite_x=False)
         if isinstance(x, ResidualSum):
             x, statistics = x.value_and_statistics(gamma, beta, options)
         return ops.batch_norm_relu_conv2d_with_shortcut(

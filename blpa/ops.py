@@ -59,7 +59,7 @@ class BatchNorm:
             stream at a time. None allocates one per call.
 
     Raises:
-        ValueError: forward_from_code without a codec.
+        ValueError: forward_from_code without a codec, or one of the running statistics without the other.
     """
 
     codec: Codec | None
@@ -78,6 +78,9 @@ class BatchNorm:
         """Check the fields."""
         if self.forward_from_code and self.codec is None:
             raise ValueError("forward_from_code = True, but codec = None: must have codes to decode")
+        if (self.running_mean is None) != (self.running_var is None):
+            missing = "running_mean" if self.running_mean is None else "running_var"
+            raise ValueError(f"{missing} = None, but the other running average is there: must be both or none")
 
     @property
     def has_constant_stats(self) -> bool:
@@ -91,11 +94,17 @@ class BatchNorm:
         mean, var = self.running_mean, self.running_var
         if mean is None or var is None:
             running_stats = None
+            if self.training and self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
         elif self.training:
             running_stats = RunningStats(mean, var, self.momentum, self.num_batches_tracked)
         else:
+            data = None
+            if codec is not None and not self.forward_from_code:  # an image's output may not depend on its batch
+                of_data = self.kernels.channel_stats(x, gamma, beta, eps=self.eps, codec=None, counter=self.counter)
+                data = Norm(*of_data.unbind(0))
             var = var.to(compute_dtype(x.dtype))
-            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, codec=codec))
+            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, codec=codec, data=data))
         return self.kernels.channel_stats(
             x, gamma, beta, eps=self.eps, codec=codec, running_stats=running_stats, add=add, counter=self.counter
         )

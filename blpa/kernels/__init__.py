@@ -53,11 +53,29 @@ class Norm(NamedTuple):
     zero: Tensor
 
     @staticmethod
-    def of(mean: Tensor, var: Tensor, gamma: Tensor, beta: Tensor, *, eps: float, codec: Codec | None) -> "Norm":
-        """Compute all nine vectors from the statistics and gamma, beta; the result has var's dtype."""
-        gamma, beta = gamma.to(var.dtype), beta.to(var.dtype)
-        grid = codec.grid(gamma, beta) if codec else Grid(*(torch.zeros_like(gamma),) * len(Grid._fields))
-        return Norm(mean.to(var.dtype), var, (var + eps).rsqrt(), gamma, beta, *grid)
+    def of(
+        mean: Tensor,
+        var: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        *,
+        eps: float,
+        codec: Codec | None,
+        data: "Norm | None" = None,
+    ) -> "Norm":
+        """Compute all nine vectors from the statistics and gamma, beta; the result has var's dtype.
+
+        `data` is the Norm of x itself where the statistics are others, which the codec's bins then follow.
+        """
+        gamma, beta, mean = gamma.to(var.dtype), beta.to(var.dtype), mean.to(var.dtype)
+        rstd = (var + eps).rsqrt()
+        if codec is None:
+            grid = Grid(*(torch.zeros_like(gamma),) * len(Grid._fields))
+        elif data is None:
+            grid = codec.grid(gamma, beta)
+        else:
+            grid = codec.grid(gamma, beta, mean=(data.mean - mean) * rstd, deviation=rstd / data.rstd)
+        return Norm(mean, var, rstd, gamma, beta, *grid)
 
     @property
     def grid(self) -> Grid:

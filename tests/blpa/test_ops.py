@@ -110,12 +110,15 @@ def closed_form(
     x, gamma, beta = (leaf.detach() for leaf in i.leaves)
     shape = x.permute(0, 2, 3, 1).shape
     x_rows = x.permute(0, 2, 3, 1).reshape(-1, 4)
-    mean, var = (x_rows.mean(0), x_rows.var(0, correction=0)) if training else i.running_stats.values()
+    of_x = x_rows.mean(0), x_rows.var(0, correction=0)
+    mean, var = of_x if training else i.running_stats.values()
     rstd = 1 / (var + EPS).sqrt()
     x_hat = (x_rows - mean) * rstd
     relu_mask = gamma * x_hat + beta > 0
     if codec is not None:
         grid = codec.grid(gamma, beta)
+        if not training:  # the bins follow x
+            grid = codec.grid(gamma, beta, mean=(of_x[0] - mean) * rstd, deviation=rstd * (of_x[1] + EPS).sqrt())
         x_hat, sign = codec.decode(codec.encode(x_hat, gamma * x_hat + beta, grid), grid)
         relu_mask = sign > 0
 
