@@ -158,15 +158,14 @@ class BatchNormReLU(nn.BatchNorm2d):
     def _batch_norm(self, device: torch.device, overwrite_x: bool) -> ops.BatchNorm:
         is_tracking = self.training and self.track_running_stats
         uses_averages = is_tracking or not self.training
-        momentum = self.momentum
+        batches, momentum = self.num_batches_tracked if is_tracking else None, self.momentum
         if momentum is None:  # all batches so far have the same weight
-            is_counting = is_tracking and self.num_batches_tracked is not None
-            momentum = 1 / (int(self.num_batches_tracked) + 1) if is_counting else 0.0
+            momentum = 0.0 if batches is None else 1 / (int(batches) + 1)
         return ops.BatchNorm(
             codec=self.codec,
             running_mean=self.running_mean if uses_averages else None,
             running_var=self.running_var if uses_averages else None,
-            num_batches_tracked=self.num_batches_tracked if is_tracking else None,
+            num_batches_tracked=batches,
             training=self.training,
             momentum=momentum,
             eps=self.eps,
