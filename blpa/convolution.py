@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from blpa.tracing import is_traced
+
 Pair = tuple[int, int]
 
 
@@ -88,7 +90,9 @@ def as_computed(weight: Tensor) -> Tensor:
     F.conv2d makes the same cast. Made here, it also serves the backward pass, where autocast is off.
     """
     device = weight.device.type
-    is_cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    # A compiler cannot trace the question in torch 2.11, and compiles for devices that have autocast.
+    has_autocast = is_traced() or torch.amp.is_autocast_available(device)
+    is_cast = has_autocast and torch.is_autocast_enabled(device)
     if not is_cast or weight.dtype == torch.float64:  # autocast leaves float64 unchanged
         return weight
     return weight.to(torch.get_autocast_dtype(device))

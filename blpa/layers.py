@@ -263,8 +263,12 @@ class Conv2d(nn.Conv2d):
 
         Returns:
             out [N, C_out, H_out, W_out].
+
+        Raises:
+            TypeError: the other class is a batch norm without ReLU.
         """
         bn = batch_norm_relu
+        check_has_relu(bn)
         if not self._is_one_with(bn):
             return cast(Tensor, self(bn(x, overwrite_x=overwrite_x)))
         gamma, beta, options = bn._arguments(x.device, overwrite_x)
@@ -273,6 +277,7 @@ class Conv2d(nn.Conv2d):
     def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
         """Return `after` of x, and x for the shortcut (ops.batch_norm_relu_conv2d_with_shortcut)."""
         bn, statistics = batch_norm_relu, None
+        check_has_relu(bn)
         if not self._is_one_with(bn):
             x = _as_tensor(x)
             return cast(Tensor, self(bn(x))), x
@@ -312,16 +317,27 @@ class StockConv2d(nn.Conv2d):
 
     def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
         """Apply a batch norm and ReLU, and this layer."""
+        check_has_relu(batch_norm_relu)
         return cast(Tensor, self(batch_norm_relu(x, overwrite_x=overwrite_x)))
 
     def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
         """Return `after` of x, and x for the shortcut."""
+        check_has_relu(batch_norm_relu)
         x = _as_tensor(x)
         return cast(Tensor, self(batch_norm_relu(x))), x
 
     def add_shortcut(self, out: Tensor, shortcut: Tensor) -> Tensor:
         """Add a shortcut to this layer's output, in place."""
         return out.add_(shortcut)
+
+
+def check_has_relu(layer: nn.Module) -> None:
+    """Raise TypeError for a batch norm of PyTorch's in the place of one with ReLU."""
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, BatchNormReLU | StockBatchNormReLU):
+        raise TypeError(
+            f"layer is a {type(layer).__name__}: must be a BatchNormReLU or StockBatchNormReLU. PyTorch's "
+            "convert_sync_batchnorm drops ReLU and codes: apply it to stock layers, and blpa.convert to the result"
+        )
 
 
 def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:

@@ -22,8 +22,7 @@ PyTorch's functions save x and a at full precision.
 Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -34,13 +33,13 @@ from blpa.codec import Codec
 from blpa.convolution import Convolution, as_computed
 from blpa.kernels import Kernels, Norm, RunningStats, compute_dtype
 from blpa.kernels.automatic import AUTOMATIC
-from blpa.saved import Layout, SavedActivation, rows
+from blpa.saved import Layout, SavedActivation, new_activation, rows
+from blpa.tracing import changes, is_traced, is_traced_by_jit
 
 _PLAIN = Convolution()
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class BatchNorm:
+class BatchNorm(NamedTuple):
     """Options and running statistics of a batch norm and ReLU: everything but x, gamma and beta.
 
     Args:
@@ -57,9 +56,6 @@ class BatchNorm:
         kernels: the backend; by default that of the tensor's device.
         counter: int32 [C], zeros, for the backend (see kernels.Kernels); like the running statistics, used by one
             stream at a time. None allocates one per call.
-
-    Raises:
-        ValueError: forward_from_code without a codec, or one of the running statistics without the other.
     """
 
     codec: Codec | None
@@ -73,14 +69,6 @@ class BatchNorm:
     forward_from_code: bool = False
     kernels: Kernels = AUTOMATIC
     counter: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        """Check the fields."""
-        if self.forward_from_code and self.codec is None:
-            raise ValueError("forward_from_code = True, but codec = None: must have codes to decode")
-        if (self.running_mean is None) != (self.running_var is None):
-            missing = "running_mean" if self.running_mean is None else "running_var"
-            raise ValueError(f"{missing} = None, but the other running average is there: must be both or none")
 
     @property
     def has_constant_stats(self) -> bool:
@@ -110,8 +98,7 @@ class BatchNorm:
         )
 
 
-@dataclass(frozen=True)
-class _ForwardPass:
+class _ForwardPass(NamedTuple):
     """The forward pass of a batch norm and ReLU whose arguments _prepare has checked."""
 
     bn: BatchNorm
@@ -125,8 +112,7 @@ class _ForwardPass:
         codec, kernels = self.layout.codec, self.layout.kernels
         x_rows = rows(x)
         vectors = self.bn.vectors(x_rows, gamma, beta, codec) if self.vectors is None else self.vectors
-        a = x if self.overwrite else torch.empty_like(x)
-        a_rows = x_rows if self.overwrite else rows(a)
+        a, a_rows = (x, x_rows) if self.overwrite else new_activation(x.shape, x.dtype, x.device)
         codes = kernels.normalise_rectify_encode(x_rows, vectors, codec=codec, out=a_rows)
         if self.bn.forward_from_code:
             assert codes is not None
@@ -307,11 +293,14 @@ def batch_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> tu
     """
     is_recording = _is_recording(x, gamma, beta)
     x, forward_pass = _prepare(x, gamma, beta, bn, is_recording=is_recording)
+    if is_traced_by_jit():
+        with torch.no_grad():
+            return forward_pass(x, gamma, beta)[0], None
     created: list[SavedActivation] = []
     a = _BatchNormReLU.apply(x, gamma, beta, forward_pass, created)
     if not is_recording:
         return a, None
-    created[0].output_version = a._version
+    created[0].output_version = changes(a)
     return a, created[0]
 
 
@@ -341,7 +330,7 @@ def conv2d(a: Tensor, saved: SavedActivation | None, weight: Tensor, *, convolut
         raise ValueError(
             f"a is {list(a.shape)}, saved was made for {made_for}: pass on what one batch_norm_relu returned"
         )
-    if a._version != saved.output_version:
+    if changes(a) != saved.output_version:
         raise ValueError("a was changed in place since batch_norm_relu returned it: saved is of its former value")
     return cast(Tensor, _Conv2d.apply(a, weight, saved, convolution))
 
@@ -405,6 +394,8 @@ def add_shortcut(
     Source: the sum is He et al. 2016's.
     """
     _check(x, gamma, beta, bn)
+    if is_traced():
+        return x + shortcut, None
     is_alike = (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype)
     in_rows = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, shortcut))
     if not (is_alike and in_rows and _is_recording(x, shortcut, gamma, beta)) or bn.has_constant_stats:
@@ -449,17 +440,26 @@ def batch_norm_relu_conv2d_with_shortcut(
     if not (_is_recording(x, gamma, beta) and x.is_contiguous(memory_format=torch.channels_last)):
         return batch_norm_relu_conv2d(x, gamma, beta, weight, bn, convolution=convolution), x
     x, forward_pass = _prepare(x, gamma, beta, bn, is_recording=True)
-    forward_pass = replace(forward_pass, vectors=statistics)
+    forward_pass = forward_pass._replace(vectors=statistics)
     out, x_again = _BatchNormReLUConv2d.apply(x, gamma, beta, weight, forward_pass, convolution)
     return cast(Tensor, out), cast(Tensor, x_again)
 
 
 def _is_recording(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    """Return whether a backward pass may follow; never while torch.jit.trace traces an evaluation."""
+    is_wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    return is_wanted and not is_traced_by_jit()
 
 
 def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
     """Raise ValueError for arguments that batch_norm_relu does not allow."""
+    if is_traced_by_jit():  # sizes are tensors then
+        if bn.training:
+            raise ValueError(
+                "training = True under torch.jit.trace, which cannot record what is saved for the backward pass: trace "
+                "a network in evaluation, or use torch.compile"
+            )
+        return
     if not x.is_floating_point() or x.dim() != 4 or not x.numel():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
     for name, vector in (("gamma", gamma), ("beta", beta)):
@@ -467,6 +467,11 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
             raise ValueError(f"{name} is {list(vector.shape)}: must be [{x.shape[1]}], one value for each channel of x")
     if bn.training and x.numel() <= x.shape[1]:
         raise ValueError(f"x is {list(x.shape)}: training needs more than one value per channel")
+    if bn.forward_from_code and bn.codec is None:
+        raise ValueError("forward_from_code = True, but codec = None: must have codes to decode")
+    if (bn.running_mean is None) != (bn.running_var is None):
+        missing = "running_mean" if bn.running_mean is None else "running_var"
+        raise ValueError(f"{missing} = None, but the other running average is there: must be both or none")
 
 
 def _prepare(
@@ -477,7 +482,7 @@ def _prepare(
     channels_last = x.contiguous(memory_format=torch.channels_last)
     codec = bn.codec if is_recording or bn.forward_from_code else None
     saves_x = is_recording and codec is None
-    overwrite = (bn.overwrite_x or channels_last is not x) and not saves_x
+    overwrite = (bn.overwrite_x or channels_last is not x) and not saves_x and not is_traced()
     owner = channels_last._base if channels_last._base is not None else channels_last
     if overwrite and is_recording and owner.is_leaf and owner.requires_grad:
         raise ValueError("overwrite_x = True, but x is a leaf that requires grad: must be False for it")

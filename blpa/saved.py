@@ -8,18 +8,17 @@ same two tensors, and autograd frees them after the last backward function. The 
 were in the forward pass.
 """
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blpa.codec import Codec
 from blpa.kernels import Kernels
+from blpa.tracing import is_traced
 
 
-@dataclass(frozen=True)
-class Layout:
+class Layout(NamedTuple):
     """How to decode the saved tensors: shape [N, C, H, W] and dtype of the activation, codec and backend."""
 
     shape: torch.Size
@@ -54,13 +53,14 @@ class SavedActivation:
 
     def decode(self, dtype: torch.dtype) -> Tensor:
         """Decode a~ [N, C, H, W], channels-last, in the given dtype."""
-        shape, device = self.layout.shape, self.values.device
-        a = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
-        self.layout.kernels.decode(self._rows, self.vectors, codec=self.layout.codec, out=rows(a))
+        a, a_rows = new_activation(self.layout.shape, dtype, self.values.device)
+        self.layout.kernels.decode(self._rows, self.vectors, codec=self.layout.codec, out=a_rows)
         return a
 
     def pointwise_weight_grad(self, grad: Tensor) -> Tensor | None:
         """Compute dW [C_out, C] of a 1x1 convolution from grad = G; None if the backend needs a~ for it."""
+        if is_traced():  # the backend asks for settings that a compiler cannot trace
+            return None
         kernels, codec = self.layout.kernels, self.layout.codec
         grad_rows = rows(grad.contiguous(memory_format=torch.channels_last))
         return kernels.pointwise_weight_grad(grad_rows, self._rows, self.vectors, codec=codec)
@@ -81,16 +81,17 @@ class SavedActivation:
             dX [N, C, H, W]; dgamma and dbeta [C] in their parameters' dtypes.
         """
         channels_last = grad.contiguous(memory_format=torch.channels_last)
-        grad_rows = rows(channels_last)
-        overwrite = overwrite_grad or channels_last is not grad
-        dx = channels_last if overwrite else torch.empty_like(grad)
+        dx, dx_rows = channels_last, rows(channels_last)
+        grad_rows = dx_rows
+        if is_traced() or not (overwrite_grad or channels_last is not grad):
+            dx, dx_rows = new_activation(grad.shape, grad.dtype, grad.device)
         dbeta, dgamma = self.layout.kernels.backward(
             grad_rows,
             self._rows,
             self.vectors,
             codec=self.layout.codec,
             constant_stats=constant_stats,
-            out=grad_rows if overwrite else rows(dx),
+            out=dx_rows,
             add=None if add is None else rows(add.contiguous(memory_format=torch.channels_last)),
             counter=self.layout.counter,
         ).unbind(0)
@@ -114,6 +115,14 @@ class SavedActivation:
 
 
 def rows(x: Tensor) -> Tensor:
-    """View x [N, C, H, W], in channels-last memory, as [N H W, C]."""
+    """View x [N, C, H, W], in channels-last memory, as [N H W, C]; while a compiler traces, whatever x's memory."""
     batch, channels, height, width = x.shape
+    if is_traced():
+        return x.permute(0, 2, 3, 1).reshape(-1, channels).contiguous()
     return x.as_strided((batch * height * width, channels), (channels, 1))
+
+
+def new_activation(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Allocate x [N, C, H, W], channels-last, and return it and its rows [N H W, C]."""
+    x = torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last)
+    return x, rows(x)

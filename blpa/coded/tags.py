@@ -12,10 +12,10 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from blpa.coded.tensors import Saved
+from blpa.tracing import changes
 
 
 class _Tag:
@@ -44,7 +44,7 @@ class Tags:
 
     def put(self, tensor: Tensor, saved: Saved | None, channel: int | None) -> Tensor:
         """Put a tag on a tensor: what is saved of it, and which dimension holds its channels; None is the usual."""
-        found = _Tag(saved, channel, self._version(tensor))
+        found = _Tag(saved, channel, changes(tensor))
         if self.is_traced:
             self._traced[tensor] = found
         else:
@@ -55,7 +55,7 @@ class Tags:
     def saved(self, tensor: Tensor) -> Saved | None:
         """Return what is saved of a tensor; None without a tag, or if the tensor was changed since."""
         found = self._find(tensor)
-        return found.saved if found is not None and found.version == self._version(tensor) else None
+        return found.saved if found is not None and found.version == changes(tensor) else None
 
     def channel(self, tensor: Tensor) -> int:
         """Return the dimension of the channels: as its maker knows it, else 1, or the last of [N, tokens, C]."""
@@ -73,9 +73,6 @@ class Tags:
                 delattr(tensor, _NAME)
         self._tagged.clear()
 
-    def _version(self, tensor: Tensor) -> int:
-        return _traced_version(tensor) if self.is_traced else tensor._version
-
     def _find(self, tensor: Tensor) -> _Tag | None:
         if self.is_traced:
             return self._traced.get(tensor)
@@ -91,26 +88,3 @@ class Tags:
 def _place(tensor: Tensor) -> tuple[Any, ...]:
     """Return which elements of its memory a tensor shows."""
     return tensor.shape, tensor.stride(), tensor.storage_offset()
-
-
-def _traced_version(tensor: Tensor) -> int:
-    """Return how often a tensor was changed, while a compiler traces this function."""
-    version = 0
-    torch._dynamo.comptime.comptime(_set_version)
-    return version
-
-
-def _set_version(context: Any) -> None:
-    """Set the local variable `version` of the function that the compiler traces."""
-    tensor = context.get_local("tensor")
-    # The tracer's tensors do not count what functions of lists change.
-    of_lists = [user for user in tensor.as_proxy().node.users if _is_foreach_in_place(user.target)]
-    count = tensor.as_fake()._version + len(of_lists)
-    from torch._dynamo.variables import ConstantVariable  # here, since it loads the compiler
-
-    context._ComptimeContext__tx.symbolic_locals["version"] = ConstantVariable.create(count)
-
-
-def _is_foreach_in_place(function: Any) -> bool:
-    name = getattr(function, "__name__", "")
-    return name.startswith("_foreach") and name.endswith("_")

@@ -10,14 +10,23 @@ from blpa.kernels import Kernels, missing_for_triton
 from blpa.kernels.reference import REFERENCE
 
 
-@functools.cache
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
     """Return Triton's kernels on a GPU that they support, unless the arithmetic is in float64; else plain PyTorch's."""
-    if device.type != "cuda" or dtype == torch.float64 or missing_for_triton(device):
+    if device.type != "cuda" or dtype == torch.float64 or not _has_triton(device):
         return REFERENCE
     from blpa.kernels.triton_ops import TRITON
 
     return TRITON
+
+
+_runs_triton = functools.cache(lambda device: not missing_for_triton(device))
+
+
+def _has_triton(device: torch.device) -> bool:
+    return _runs_triton(device)
+
+
+_has_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]  # by torch.compiler, which loads the compiler
 
 
 class AutomaticKernels:

@@ -59,7 +59,7 @@ def channel_stats(
         rows, first = strip.shape[1], strip[:, :1]
         centred = strip - first
         offset = centred.mean(1)
-        squares = centred.square_().sum(1).addcmul_(offset, offset, value=-rows).clamp_min_(0)
+        squares = torch.addcmul(centred.square_().sum(1), offset, offset, value=-rows).clamp_min_(0)
         parts.append((rows, offset.add_(first[:, 0]), squares))
     # Sum the differences from a pivot, so that rounding error does not grow with the mean.
     pivot = block[0].to(vectors.dtype)
@@ -67,7 +67,7 @@ def channel_stats(
     about_mean = []
     for rows, means, squares in parts:
         off_mean = means - mean
-        about_mean.append(squares.addcmul_(off_mean, off_mean, value=rows).sum(0))
+        about_mean.append(torch.addcmul(squares, off_mean, off_mean, value=rows).sum(0))
     var = total(about_mean) / block.shape[0]
     torch.stack(Norm.of(mean, var, gamma, beta, eps=eps, codec=codec), out=vectors)
 
@@ -160,7 +160,7 @@ class RowBlockKernels:
         return [x] if codec is None or is_small else codec.row_blocks(x)
 
     def _run(self, body: Body, blocks: list[Tensor], *args: Any, constants: tuple[Any, ...] = ()) -> None:
-        if self._fuse is None:
+        if self._fuse is None or torch.compiler.is_compiling():  # then what surrounds the body is compiled with it
             body(blocks, *args, *constants)
         elif not blocks[0].is_meta:  # on meta only allocations count, and a fused body has none
             rows = tuple(block.shape[0] for block in blocks)

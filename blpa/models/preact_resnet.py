@@ -15,7 +15,7 @@ from typing import cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blpa.layers import Activation, Layers, ResidualSum
+from blpa.layers import Activation, Layers, ResidualSum, check_has_relu
 from blpa.ops import average_pool
 
 STEM_CHANNELS = 16
@@ -132,7 +132,11 @@ class PreActResNet(nn.Module):
 
         Returns:
             [N, classes].
+
+        Raises:
+            TypeError: the batch norms were replaced by layers without ReLU.
         """
+        check_has_relu(self.bn)  # what replaced its layers replaced this one too
         x = self.blocks(self.stem(images))
         activation = self.bn(x, overwrite_x=True).value
         # Average over [N, H, W, C], so that the gradient is channels-last.

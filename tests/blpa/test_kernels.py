@@ -248,14 +248,14 @@ def test_a_gpu_gets_the_kernels_in_triton(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("has_triton", [False, True])
 def test_layers_that_name_no_backend_follow_the_device(has_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: has_triton)
-    automatic.kernels_for.cache_clear()
+    automatic._runs_triton.cache_clear()
     cuda = torch.device("cuda")
     try:
         assert automatic.kernels_for(cuda, torch.float32).name == ("triton" if has_triton else "torch")
         for device, dtype in ((cuda, torch.float64), (CPU, torch.float32), (torch.device("meta"), torch.float32)):
             assert automatic.kernels_for(device, dtype) is REFERENCE
     finally:
-        automatic.kernels_for.cache_clear()
+        automatic._runs_triton.cache_clear()
 
 
 def test_triton_is_refused_on_a_cpu() -> None:

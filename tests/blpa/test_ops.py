@@ -695,8 +695,9 @@ def test_input_without_meaning_is_refused(x: Tensor, gamma: Tensor, message: str
 
 
 def test_naive_baseline_without_a_codec_is_refused() -> None:
+    i = inputs()
     with pytest.raises(ValueError, match=r"forward_from_code = True, but codec = None"):
-        BatchNorm(codec=None, forward_from_code=True)
+        batch_norm_relu(i.x, i.gamma, i.beta, BatchNorm(codec=None, forward_from_code=True))
 
 
 # ---- average pooling ------------------------------------------------------------------------------------------------
