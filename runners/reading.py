@@ -130,8 +130,8 @@ def _check_columns(columns: Sequence[str], kinds: Mapping[str, Kind], of: str) -
     if unknown or missing or twice:
         raise ValueError(
             f"its columns are not those of {of}: unknown {_shortened(', '.join(unknown)) or 'none'}; "
-            f"missing {', '.join(missing) or 'none'}; {f'twice {twice[0]}; ' if twice else ''}"
-            f"expected {', '.join(kinds)}"
+            f"missing {'all' if missing == [*kinds] else ', '.join(missing) or 'none'}; "
+            f"{f'twice {twice[0]}; ' if twice else ''}expected {', '.join(kinds)}"
         )
 
 

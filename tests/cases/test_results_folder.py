@@ -70,7 +70,10 @@ def test_a_spreadsheet_saved_curves_with_semicolons(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda text: "", "line 1: its columns are not those of records: unknown none; missing experiment, "),
+        (
+            lambda text: "",
+            "line 1: its columns are not those of records: unknown none; missing all; expected experiment, ",
+        ),
         (lambda text: text[:-1], "line 3: expected a line break at the end: the line may be cut short"),
         (lambda text: text.replace("\n", "\n<<<<<<< HEAD\n", 1), "line 2: '<<<<<<< HEAD' is 1 cells, expected 30"),
         (lambda text: text.replace(",2.5,", ',"2,5",', 1), "line 2: value is '2,5', expected a finite number"),
