@@ -4,7 +4,7 @@ A run's metrics.csv is in results/runs, which is not committed. All are gathered
 fresh clone draws the same figures. As in the tables, the newer of two runs of the same cell and seed counts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -56,18 +56,35 @@ def gather(results: Path, refusals: Refusals | None = None) -> pd.DataFrame:
 
 
 def _merge(results: Path, refusals: Refusals | None) -> list[Row]:
-    """Return the newest curve of each cell and seed, sorted."""
+    """Return the newest curve of each cell and seed, sorted.
+
+    A curve that was gathered before must be that of its run still: else one of the two was damaged since.
+    """
     table = results / "curves.csv"
-    curves = _gathered(table) if table.exists() else []
+    before = {_values(curve, RUN): curve for curve in (_gathered(table) if table.exists() else [])}
+    found: list[tuple[Path, list[Row]]] = []
     for file in sorted(results.glob("runs/*/records.json")):
         for record in records.read(file):
             metrics = file.with_name("metrics.csv")
             if record.metric == "test_error_percent" and metrics.exists():
                 with refusals.collected() if refusals else nullcontext():
-                    curves.append(_of_run(record, metrics))
-    by_date = sorted(filter(None, curves), key=lambda curve: curve[0]["date"])
-    newest = {tuple(curve[0][name] for name in (*GROUP, "mode", "seed")): curve for curve in by_date}
+                    if curve := _of_run(record, metrics):
+                        found.append((metrics, curve))
+    curves = {_values(curve, RUN): curve for _, curve in found} | before
+    texts = {str(curve) for _, curve in found}
+    for metrics, curve in found:
+        gathered = curves[_values(curve, RUN)]
+        with refusals.collected() if refusals else nullcontext():
+            if str(gathered) not in texts:
+                at = min(row["iteration"] for row in (*curve, *gathered) if (row in curve) != (row in gathered))
+                raise UserError(f"{metrics}, iteration {at}: expected what {table} has of the same run; mend either")
+    by_date = sorted(curves.values(), key=lambda curve: curve[0]["date"])
+    newest = {_values(curve, (*GROUP, "mode", "seed")): curve for curve in by_date}
     return [row for cell in sorted(newest) for row in newest[cell]]
+
+
+def _values(curve: list[Row], columns: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(curve[0][name] for name in columns)
 
 
 def _gathered(table: Path) -> list[list[Row]]:

@@ -81,7 +81,7 @@ def _outcome(case: Case, before: Path, after: Path, file: Path) -> str:
         case.check(before, after)
         return "accepted"
     (line,) = err.getvalue().splitlines()
-    assert str(after / file) in line, line
+    assert str(after / file) in line, line  # a table that differs from a run's own file is named with it
     for other in before.rglob("*"):
         if other.is_file():
             assert (after / other.relative_to(before)).read_bytes() == other.read_bytes(), f"{other} changed: {line}"
@@ -188,25 +188,20 @@ def _cells(file: Path) -> list[list[str]]:
 
 
 def curves_stay(before: Path, after: Path) -> None:
-    """Every evaluation of a finished run is in the table after, or its cell has a newer curve.
-
-    What a run's own file says of it counts, rather than what the table before said of the same run.
-    """
+    """Every evaluation of a finished run is in the table after, or its cell has a newer curve."""
     cell = [name for name in curves.RUN if name != "date"]
     rows_after = _curves(after)
     dates = {_of(row, cell): row["date"] for row in rows_after}
-    of_runs = []
+    found = _curves(before)
+    assert len(found) == sum(any(map(str.strip, cells)) for cells in _cells(before / "curves.csv")) - 1
     for run_dir in before.glob("runs/*"):
         for one in records.read_run(run_dir):
             if one.metric == "test_error_percent" and (run_dir / "metrics.csv").exists():
                 rows = reading.read_csv(run_dir / "metrics.csv", curves.METRICS, dict, of="metrics").values()
                 run = {name: getattr(one, name) for name in curves.RUN}
                 if one.iterations == max((row["iteration"] for row in rows), default=0):  # else it was begun anew
-                    of_runs += [run | row for row in rows]
-    runs = {_of(row, [*curves.RUN]) for row in of_runs}
-    rows_before = _curves(before)
-    assert len(rows_before) == sum(any(map(str.strip, cells)) for cells in _cells(before / "curves.csv")) - 1
-    for row in [*of_runs, *(row for row in rows_before if _of(row, [*curves.RUN]) not in runs)]:
+                    found += [run | row for row in rows]
+    for row in found:
         assert row in rows_after or dates[_of(row, cell)] > row["date"], f"lost: {row}"
     records_stay(before, after)
 

@@ -141,6 +141,17 @@ def test_a_row_of_a_curve_was_edited(capsys: pytest.CaptureFixture[str]) -> None
     assert "line 3: iteration is 300, which is there before with other values" in refused(["task=plots"], capsys)
 
 
+def test_a_row_of_the_metrics_was_lost_after_they_were_gathered(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "100,0.1,1.5,50.0,1.0,9.5", "200,0.1,1.5,50.0,nan,5.5", "300,0.1,1.5,50.0,1.0,2.5"
+    finished_run("a", record(), *rows)
+    for _ in range(2):
+        assert cli.main(["task=plots"]) == 0
+    finished_run("a", record(), rows[0], rows[2])
+    assert refused(["task=plots"], capsys).endswith(
+        "results/runs/a/metrics.csv, iteration 200: expected what results/curves.csv has of the same run; mend either"
+    )
+
+
 def test_a_test_loss_that_is_not_finite_stays() -> None:
     run_dir = finished_run("a", record(), "300,0.1,1.5,50.0,nan,90.0")
     finished_run("b", record(seed=1), "300,0.1,1.5,50.0,inf,90.0")
