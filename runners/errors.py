@@ -9,12 +9,35 @@
 Any other exception is a bug, and keeps its traceback.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(ValueError):
     """The request cannot be met; the message names the value that was given and what is allowed."""
 
     exit_code = 1
     """Exit code of the process."""
+
+
+class Refusals:
+    """Messages of files that are skipped, so that one of them does not cost the others."""
+
+    def __init__(self) -> None:
+        self.messages: list[str] = []
+
+    @contextmanager
+    def collected(self) -> Iterator[None]:
+        """Go on after a UserError, which `raise_if_any` raises."""
+        try:
+            yield
+        except UserError as error:
+            self.messages.append(str(error))
+
+    def raise_if_any(self) -> None:
+        """Raise one UserError of all that were collected."""
+        if self.messages:
+            raise UserError("; ".join(self.messages))
 
 
 class Stopped(RuntimeError):

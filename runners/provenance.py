@@ -112,7 +112,7 @@ def record_failure(config: Config, reason: str, seconds: float) -> None:
 
     Args:
         config: the run.
-        reason: one line.
+        reason: for people; what a file of text cannot hold is left out.
         seconds: how long it ran.
     """
     iterations = config.dataset.iterations if config.task.name == "train" else 0
@@ -122,9 +122,11 @@ def record_failure(config: Config, reason: str, seconds: float) -> None:
     if device.type == "cuda":
         config = network.on_card(config, torch.cuda.get_device_properties(device).total_memory)
     settings_of = getattr(task_module(config.task.name), "settings_of", None)
+    printable = "".join(letter if letter.isprintable() else " " for letter in reason)
+    failure = " ".join(printable.split()) or "unknown"
     failed = record(
         config, made_by, settings=settings_of(config) if settings_of else None, metric="failed", unit="s",
-        value=seconds, low=seconds, high=seconds, n=1, iterations=iterations, failure=reason,
+        value=seconds, low=seconds, high=seconds, n=1, iterations=iterations, failure=failure,
     )  # fmt: skip
     records.write_failure(failed, run_dir)
 

@@ -1,25 +1,27 @@
 """One record per measured number: what was measured, in which configuration, on which machine, by which commit.
 
-A run writes its own records to results/runs/<run>/records.json and touches no other run's, so that many may finish at
+A run writes its own records to results/runs/<run>/records.json and touches no other file, so that many may finish at
 once. `collect` merges those files with the rows of results/records.csv, which is committed and outlives the runs:
 
     records.csv = newest of (records.csv + runs/*/records.json), cell by cell
 
+A file that does not read back whole is never written over: it is named, and nothing is written from the others.
 Two records belong to the same cell where every field of `CELL` agrees.
 """
 
-import csv
 import json
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from filelock import FileLock
 
-from runners.errors import Diverged, UserError
+from runners import reading
+from runners.errors import Diverged
 from runners.files import write_csv, write_whole
+from runners.reading import FINITE, FLAG, NAME, OBJECT, TEXT, TIME_UTC, WHOLE, Kind, Row
 
 Settings = Mapping[str, Any]
 """What decides a number besides the columns of its record, by name; values are those of JSON."""
@@ -95,11 +97,24 @@ class Record:
 
 COLUMNS = tuple(column.name for column in fields(Record))
 
+KINDS: Mapping[str, Kind] = {
+    **dict.fromkeys(COLUMNS, NAME),
+    **dict.fromkeys(("unit", "command", "failure", "segments"), TEXT),
+    **dict.fromkeys(("value", "low", "high", "width"), FINITE),
+    **dict.fromkeys(("n", "depth", "seed", "batch_size", "iterations"), WHOLE),
+    **dict.fromkeys(("triton", "cuda", "commit"), NAME.or_none()),
+    "bits": WHOLE.or_none(), "predicted": FLAG, "is_dirty": FLAG.or_none(), "date": TIME_UTC, "settings": OBJECT,
+}  # fmt: skip
+"""What each column holds in files."""
+
 CELL = (
     "experiment", "task", "metric", "dataset", "mode", "bits", "depth", "width", "seed", "batch_size", "precision",
     "kernels", "iterations", "device", "settings",
 )  # fmt: skip
 """A newer record of the same cell replaces the older."""
+
+RECORDS, EARLIER, FAILURE = FILES = "records.json", "earlier.json", "failure.json"
+"""A run's files: what it measured, what other commands measured in the same folder, and why it failed."""
 
 GROUP = ("dataset", "depth", "width", "iterations", "batch_size", "precision", "settings")
 """Records that agree here differ by mode, seed and machine alone: they share a table and a figure."""
@@ -125,29 +140,36 @@ def write(records: Iterable[Record], run_dir: Path) -> None:
     """Write a run's records to `run_dir`/records.json, whole or not at all.
 
     Args:
-        records: what the run measured. They replace what it measured before; records of another command are merged
-            into records.csv first.
+        records: what the run measured. They replace what it measured before; records of another command that the
+            folder held are added to `run_dir`/earlier.json first.
         run_dir: the run's own folder under results/runs.
+
+    Raises:
+        UserError: what the folder holds does not read back whole; it is untouched.
     """
-    written, file = list(records), run_dir / "records.json"
-    before = {record.command for record in read_run(run_dir)}
-    if before and before != {record.command for record in written}:
-        collect(run_dir.parents[1])
-    _write_json(written, file)
+    written, before = list(records), read_run(run_dir)
+    commands = {record.command for record in written}
+    if any(record.command not in commands for record in before):
+        earlier = run_dir / EARLIER
+        _write_json(_newest([*_read_if_there(earlier), *before]), earlier)
+    _write_json(written, run_dir / RECORDS)
 
 
 def write_failure(record: Record, run_dir: Path) -> None:
     """Write the record of a run that failed to `run_dir`/failure.json, beside what it may have measured before.
 
     A divergence is final: a later failure does not replace it.
+
+    Raises:
+        UserError: the failure there does not read back whole; it is untouched.
     """
     if record.failure.startswith(Diverged.PREFIX) or not read_divergence(run_dir):
-        _write_json([record], run_dir / "failure.json")
+        _write_json([record], run_dir / FAILURE)
 
 
 def forget_failure(run_dir: Path) -> None:
     """Remove the record of a failure, when the run starts anew or has finished."""
-    (run_dir / "failure.json").unlink(missing_ok=True)
+    (run_dir / FAILURE).unlink(missing_ok=True)
 
 
 def _write_json(records: Iterable[Record], file: Path) -> None:
@@ -162,38 +184,40 @@ def read(file: Path) -> list[Record]:
         file: a records.json.
 
     Raises:
-        UserError: the file holds something else.
+        UserError: the file holds something else; it is named, with the record and the column.
     """
-    try:
-        rows = json.loads(file.read_text(encoding="utf-8"))
-        for row in rows:
-            _check_columns(row)
-        return [Record(**row) for row in rows]
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file} is not a run's records ({error}): remove it, or run the cell again") from error
+    return reading.read_json(file, KINDS, _record, of="records")
 
 
 def read_run(run_dir: Path) -> list[Record]:
-    """Read a run's records; none where there are none yet, or where the file is damaged, which is printed to stderr.
+    """Read a run's records; none where there are none yet.
 
     Args:
         run_dir: the run's own folder under results/runs.
+
+    Raises:
+        UserError: the file does not read back whole.
     """
-    return _read_undamaged(run_dir / "records.json")
+    return _read_if_there(run_dir / RECORDS)
 
 
 def read_divergence(run_dir: Path) -> list[Record]:
-    """Read the record of a training run that diverged; none of another run."""
-    found = _read_undamaged(run_dir / "failure.json")
-    return [record for record in found if record.failure.startswith(Diverged.PREFIX)]
+    """Read the record of a training run that diverged, as `read_run` does; none of another run."""
+    return [record for record in _read_if_there(run_dir / FAILURE) if record.failure.startswith(Diverged.PREFIX)]
 
 
-def _read_undamaged(file: Path) -> list[Record]:
-    try:
-        return read(file) if file.exists() else []
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return []
+def check(run_dir: Path) -> None:
+    """Check that what a run would write over can be read, before it takes hours.
+
+    Raises:
+        UserError: a file of records in the run's folder does not read back whole.
+    """
+    for name in FILES:
+        _read_if_there(run_dir / name)
+
+
+def _read_if_there(file: Path) -> list[Record]:
+    return read(file) if file.exists() else []
 
 
 def collect(results: Path) -> list[Record]:
@@ -210,10 +234,17 @@ def collect(results: Path) -> list[Record]:
     """
     if not merge(results):
         return []
-    with FileLock(results / ".lock"):  # two processes that read and then write would lose each other's rows
+    with locked(results):
         found = merge(results)
         write_csv(results / "records.csv", list(map(as_row, found)))
     return found
+
+
+@contextmanager
+def locked(results: Path) -> Iterator[None]:
+    """Keep other processes from the tables that gather runs: who reads and then writes would lose another's rows."""
+    with FileLock(results / ".lock"):
+        yield
 
 
 def merge(results: Path) -> list[Record]:
@@ -229,56 +260,31 @@ def merge(results: Path) -> list[Record]:
         UserError: a file does not hold records; it is named.
     """
     table = results / "records.csv"
-    found = _read_csv(table) if table.exists() else []
+    found = list(reading.read_csv(table, KINDS, _record, of="records").values()) if table.exists() else []
     for file in sorted(results.glob("runs/*/*.json")):
-        if file.name in ("records.json", "failure.json"):
-            found += read(file)
-    found.sort(key=lambda record: record.date)
-    newest = {key(record, CELL): record for record in found}
-    measured = {record.command: record.date for record in found if not record.failure}
+        if file.name in FILES:
+            found += _read_if_there(file)  # a run begun anew removes its failure
+    measured: dict[str, str] = {}
+    for record in found:
+        if not record.failure:
+            measured[record.command] = max(record.date, measured.get(record.command, ""))
     return [
-        record
-        for record in (newest[cell] for cell in sorted(newest, key=_none_first))
-        if not (record.failure and measured.get(record.command, "") >= record.date)
+        record for record in _newest(found) if not (record.failure and measured.get(record.command, "") >= record.date)
     ]
 
 
-def _check_columns(columns: Sequence[str]) -> None:
-    """Raise a ValueError that names the columns that are unknown and those that are missing."""
-    unknown = [name for name in columns if name not in COLUMNS]
-    missing = [name for name in COLUMNS if name not in columns]
-    if unknown or missing:
-        raise ValueError(
-            f"its columns are not those of records: unknown {', '.join(unknown) or 'none'}; "
-            f"missing {', '.join(missing) or 'none'}; expected {', '.join(COLUMNS)}"
-        )
+def _newest(found: Iterable[Record]) -> list[Record]:
+    """Return the newest record of each cell, sorted by cell; of two of one date the last."""
+    newest = {key(record, CELL): record for record in sorted(found, key=lambda record: record.date)}
+    return [newest[cell] for cell in sorted(newest, key=_none_first)]
 
 
-def _read_csv(table: Path) -> list[Record]:
-    with table.open(encoding="utf-8", newline="") as text:
-        rows = csv.reader(text, strict=True)
-        try:
-            header = next(rows, [])
-            _check_columns(header)
-            return [_from_text(dict(zip(header, cells, strict=True))) for cells in rows]
-        except (ValueError, csv.Error) as error:
-            raise UserError(f"{table}, line {rows.line_num}: {error}") from error
-
-
-def _from_text(row: Mapping[str, str]) -> Record:
-    """Make a record from the text of its columns: empty is None where the column may be None."""
-    values: dict[str, Any] = {}
-    for column in fields(Record):
-        text, kinds = row[column.name], get_args(column.type) or (column.type,)
-        if column.name == "settings":
-            values[column.name] = json.loads(text)
-        elif text == "" and type(None) in kinds:
-            values[column.name] = None
-        elif kinds[0] is bool:
-            values[column.name] = bool(("False", "True").index(text))
-        else:
-            values[column.name] = kinds[0](text)
-    return Record(**values)
+def _record(row: Row) -> Record:
+    """Make a record of the values of its columns."""
+    record = Record(**row)
+    if bool(record.failure) != (record.metric == "failed"):
+        raise ValueError(f"metric is {record.metric!r} with failure {record.failure!r}, expected failed with a reason")
+    return record
 
 
 def _none_first(cell: tuple[Any, ...]) -> list[tuple[bool, Any]]:

@@ -84,6 +84,9 @@ def is_finished(config: Config) -> bool:
     """Return whether a cell's own folder holds its records; never with resume=false.
 
     A training run that diverged is finished. Where there is a GPU, a cell predicted or measured without one is not.
+
+    Raises:
+        UserError: the records do not read back whole.
     """
     folder = folder_name(config)
     if folder is None or not config.resume:
@@ -162,8 +165,11 @@ def cell_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping 
         have another cause, so it is not recorded, and the cell must be run again in a new process.
     """
     folder = folder_name(config)
+    run_dir = Path(config.results) / "runs" / str(folder)
     try:
-        with locked(Path(config.results) / "runs" / folder) if folder else nullcontext():
+        with locked(run_dir) if folder else nullcontext():
+            if folder:
+                records.check(run_dir)
             if records_failure and is_finished(config):  # another process has finished it in the meantime
                 return 0
             return (yield from _alone_in_turns(config, records_failure=records_failure, stopping=stopping))
@@ -172,7 +178,7 @@ def cell_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping 
             return report_error(error, Busy.exit_code)
         print("locked by another process", file=sys.stderr)
         return Busy.exit_code
-    except UserError as error:  # the folder cannot be written
+    except UserError as error:  # the folder cannot be written, or its records not be read
         return report_error(error, error.exit_code)
 
 
@@ -226,7 +232,7 @@ def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") 
 def _record_failure(config: Config, reason: str, seconds: float) -> None:
     try:
         importlib.import_module("runners.provenance").record_failure(config, reason, seconds)
-    except (OSError, RuntimeError) as error:  # a full disk or a failing GPU, perhaps the cause of the failure
+    except (OSError, RuntimeError, UserError) as error:  # a full disk, a failing GPU: perhaps the cause of the failure
         report_error(f"the failure could not be recorded: {classify(error)[1]}", 1)
 
 

@@ -29,7 +29,7 @@ from runners import compose
 from runners.cells import folder_name
 from runners.compose import Cell
 from runners.config import Config
-from runners.errors import Busy, Diverged, OutOfTime
+from runners.errors import Busy, Diverged, OutOfTime, UserError
 from runners.run import has_time_for, is_failure, is_finished, is_on_cuda, report_error, run_cell_of_sweep
 
 
@@ -48,7 +48,7 @@ def run_all(cells: list[Cell]) -> int:
     """
     hydra = compose.composed(cells[0].overrides, return_hydra_config=True)
     is_local = hydra.hydra.runtime.choices["hydra/launcher"] == "basic"
-    waiting = [cell for cell in cells if not is_finished(cell.config)]
+    waiting = [cell for cell in cells if not _is_finished(cell.config)]
     sweep = _Sweep(waiting=len(waiting), is_local=is_local)
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before", file=sys.stderr)
     before = signal.signal(signal.SIGTERM, _terminated)  # else joblib's workers outlive this process
@@ -151,6 +151,14 @@ def _summarise(cells: list[Cell], waiting: list[Cell], codes: list[int], seconds
     for cell, code in failed:
         report_error(f"failed: {folder_name(cell.config) or cell.config.run}", code)
     return failed[-1][1] if failed else OutOfTime.exit_code if left else 0
+
+
+def _is_finished(config: Config) -> bool:
+    """Return whether a cell is finished; one whose records cannot be read is refused when it is its turn."""
+    try:
+        return is_finished(config)
+    except UserError:
+        return False
 
 
 def _shares_a_gpu(config: Config) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 from runners.records import Record, canonical
 from runners.reporting.labels import Labels, settings_text
-from runners.reporting.pages import Page, Section, commits, listed
+from runners.reporting.pages import Page, Section, commits, listed, number
 
 OPENING = """\
 The networks are torchvision's and a U-Net with batch norm (`runners/training/models.py`); `exact` is PyTorch's own, the
@@ -72,7 +72,7 @@ def _cell(record: Record) -> tuple[object, ...]:
 
 
 def _row(record: Record) -> tuple[str, int, str, str]:
-    return str(record.settings["model"]), record.batch_size, record.precision, canonical(record.settings)
+    return str(record.settings.get("model")), record.batch_size, record.precision, canonical(record.settings)
 
 
 def _rows(found: list[Record], text: Callable[[Cell], str], labels: Labels) -> list[list[str]]:
@@ -82,19 +82,19 @@ def _rows(found: list[Record], text: Callable[[Cell], str], labels: Labels) -> l
         of_row = [record for record in found if _row(record) == row]
         by_mode = {mode: {r.metric: r for r in of_row if r.mode == mode} for mode in modes}
         settings = of_row[0].settings
-        name = f"{settings['model']}, {settings['image_size']}, {of_row[0].batch_size}, {of_row[0].precision}"
+        name = f"{settings.get('model')}, {settings.get('image_size')}, {of_row[0].batch_size}, {of_row[0].precision}"
         name += ", channels-last" if settings.get("channels_last") else ""
         rows.append([name, *(text(cell) if cell else "not run" for cell in by_mode.values())])
     return rows
 
 
 def _memory(cell: Cell) -> str:
-    return f"{cell['step_peak_mib'].value:.1f} ({cell['saved_mib'].value:.1f})"
+    return f"{number(cell.get('step_peak_mib'), '.1f')} ({number(cell.get('saved_mib'), '.1f')})"
 
 
 def _time(cell: Cell) -> str:
-    ratio, reserved = cell.get("ratio_to_exact"), cell.get("reserved_mib")
-    text = f"{1e3 * cell['seconds_per_sample'].value:.1f} ms"
+    seconds, ratio, reserved = (cell.get(name) for name in ("seconds_per_sample", "ratio_to_exact", "reserved_mib"))
+    text = f"{1e3 * seconds.value:.1f} ms" if seconds else "-"
     if ratio:
         text = f"{ratio.value:.3f} times ({ratio.low:.3f} to {ratio.high:.3f})"
     return text + (f"; {reserved.value:.1f} MiB" if reserved else "")

@@ -4,57 +4,117 @@ A run's metrics.csv is in results/runs, which is not committed. All are gathered
 fresh clone draws the same figures. As in the tables, the newer of two runs of the same cell and seed counts.
 """
 
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from runners import records
-from runners.files import write_whole
-from runners.records import GROUP, Record
+from runners.errors import Refusals, UserError
+from runners.files import write_csv
+from runners.reading import ANY_NUMBER, FINITE, WHOLE, Kind, Row, read_csv
+from runners.records import GROUP, KINDS, Record, canonical
 
-FLOATS = ("width", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
-"""Columns of curves.csv and metrics.csv that are not whole numbers."""
+METRICS = {
+    "iteration": WHOLE,
+    "learning_rate": FINITE,
+    "train_loss": FINITE,
+    "train_error_percent": FINITE,
+    "test_loss": ANY_NUMBER,  # only a training loss that is not finite ends a run
+    "test_error_percent": FINITE,
+}
+"""Columns of metrics.csv."""
+
+RUN = (*GROUP, "mode", "seed", "date")
+COLUMNS: dict[str, Kind] = {**{name: KINDS[name] for name in RUN}, **METRICS}
+"""Columns of curves.csv."""
 
 
-def gather(results: Path) -> pd.DataFrame:
+def gather(results: Path, refusals: Refusals | None = None) -> pd.DataFrame:
     """Merge the metrics of finished runs into curves.csv.
 
     Args:
         results: the folder that holds runs/ and curves.csv; either may be missing.
+        refusals: collects the refusal of a metrics.csv that does not read back whole; curves.csv keeps what it has of
+            that run. None raises it.
 
     Returns:
         A row per evaluation: the fields of GROUP, mode, seed, date, then the columns of metrics.csv.
+
+    Raises:
+        UserError: curves.csv or the records of a run do not read back whole; nothing is written.
+    """
+    table, rows = results / "curves.csv", []
+    if table.exists() or any(results.glob("runs/*/metrics.csv")):
+        with records.locked(results):
+            rows = _merge(results, refusals)
+            if rows:
+                write_csv(table, rows)
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def _merge(results: Path, refusals: Refusals | None) -> list[Row]:
+    """Return the newest curve of each cell and seed, sorted.
+
+    A curve that was gathered before must be that of its run still: else one of the two was damaged since.
     """
     table = results / "curves.csv"
-    found = [_read(table)] if table.exists() else []
+    before = {_values(curve, RUN): curve for curve in (_gathered(table) if table.exists() else [])}
+    found: list[tuple[Path, list[Row]]] = []
     for file in sorted(results.glob("runs/*/records.json")):
         for record in records.read(file):
-            if record.metric == "test_error_percent":
-                found.append(_curve(record, file.with_name("metrics.csv")))
-    found = [rows for rows in found if len(rows)]
-    if not found:
-        return pd.DataFrame(columns=[*GROUP, "mode", "seed", "date", "iteration", "test_error_percent"])
-    cell = [*GROUP, "mode", "seed"]
-    curves = pd.concat(found, ignore_index=True)
-    curves = curves[curves["date"] == curves.groupby(cell)["date"].transform("max")]
-    curves = curves.drop_duplicates([*cell, "iteration"], keep="last").sort_values([*cell, "iteration"])
-    write_whole(table, curves.to_csv(index=False, lineterminator="\n"))
+            metrics = file.with_name("metrics.csv")
+            if record.metric == "test_error_percent" and metrics.exists():
+                with refusals.collected() if refusals else nullcontext():
+                    if curve := _of_run(record, metrics):
+                        found.append((metrics, curve))
+    curves = {_values(curve, RUN): curve for _, curve in found} | before
+    texts = {str(curve) for _, curve in found}
+    for metrics, curve in found:
+        gathered = curves[_values(curve, RUN)]
+        with refusals.collected() if refusals else nullcontext():
+            if str(gathered) not in texts:
+                at = min(row["iteration"] for row in (*curve, *gathered) if (row in curve) != (row in gathered))
+                raise UserError(f"{metrics}, iteration {at}: expected what {table} has of the same run; mend either")
+    by_date = sorted(curves.values(), key=lambda curve: curve[0]["date"])
+    newest = {_values(curve, (*GROUP, "mode", "seed")): curve for curve in by_date}
+    return [row for cell in sorted(newest) for row in newest[cell]]
+
+
+def _values(curve: list[Row], columns: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(curve[0][name] for name in columns)
+
+
+def _gathered(table: Path) -> list[list[Row]]:
+    """Read the curves of curves.csv."""
+    runs: dict[tuple[Any, ...], dict[int, Row]] = {}
+    for line, row in read_csv(table, COLUMNS, dict, of="curves").items():
+        row["settings"] = canonical(row["settings"])
+        runs.setdefault(tuple(row[name] for name in RUN), {})[line] = row
+    curves = [_curve(table, lines) for lines in runs.values()]
+    for curve, lines in zip(curves, runs.values(), strict=True):
+        end, expected = curve[-1]["iteration"], curve[-1]["iterations"]
+        if end != expected:
+            raise UserError(f"{table}, line {max(lines)}: the curve ends at iteration {end}, expected {expected}")
     return curves
 
 
-def _curve(record: Record, metrics: Path) -> pd.DataFrame:
-    """Return a run's evaluations; none where its metrics are newer than the record, as the run was started anew."""
-    if not metrics.exists():
-        return pd.DataFrame()
-    rows = _read(metrics)
-    if rows.empty or rows["iteration"].iloc[-1] != record.iterations:
-        return pd.DataFrame()
-    columns = (*GROUP, "mode", "seed", "date")
-    for position, (name, value) in enumerate(zip(columns, records.key(record, columns), strict=True)):
-        rows.insert(position, name, value)
-    return rows
+def _of_run(record: Record, metrics: Path) -> list[Row]:
+    """Read a run's curve; none where its metrics are newer than the record, as the run was started anew."""
+    curve = _curve(metrics, read_csv(metrics, METRICS, dict, of="metrics"))
+    if not curve or curve[-1]["iteration"] != record.iterations:
+        return []
+    run = dict(zip(RUN, records.key(record, RUN), strict=True))
+    return [run | row for row in curve]
 
 
-def _read(file: Path) -> pd.DataFrame:
-    """Read a file of curves with numbers exact to the last bit, which pandas' own parser does not guarantee."""
-    return pd.read_csv(file, keep_default_na=False, converters=dict.fromkeys(FLOATS, float))
+def _curve(file: Path, lines: Mapping[int, Row]) -> list[Row]:
+    """Sort the evaluations of one run, read from the lines of a file; the same evaluation may be there twice."""
+    found: dict[int, Row] = {}
+    for line, row in lines.items():
+        iteration = row["iteration"]
+        if found.setdefault(iteration, row) != row:
+            raise UserError(f"{file}, line {line}: iteration is {iteration}, which is there before with other values")
+    return [found[iteration] for iteration in sorted(found)]

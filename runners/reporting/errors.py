@@ -96,7 +96,7 @@ def _cell(group: Group, mode: str, alpha: str, runs: pd.DataFrame) -> dict[str, 
 def _reading_order(group: Group) -> tuple[Any, ...]:
     """Return the key that sorts groups: the paper's own cells in its order, then the rest by name, digits last."""
     *recipe, precision, settings = group
-    place = PRECISIONS.index(precision) if precision else -1
+    place = PRECISIONS.index(precision) if precision in PRECISIONS else -1
     cells = paper.cells_of(group)
     if cells:
         return 0, list(paper.ERROR_PERCENT).index(cells), place

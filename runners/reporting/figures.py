@@ -7,7 +7,7 @@ Okabe and Ito's palette, which colour-blind readers can distinguish.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -16,6 +16,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from runners.errors import UserError
+from runners.reading import ANY_NUMBER, FINITE, NAME, Kind, read_csv
 from runners.records import Record
 from runners.reporting.labels import Labels, settings_text
 from runners.reporting.networks import Conditions, Table
@@ -25,6 +27,13 @@ THIRDS = ("#56B4E9", "#0072B2", "#003355")
 
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 """Ticks of the logarithmic error axis, which begins and ends at one; an error of 0 is drawn at the smallest."""
+
+MEMORY = {"mode": NAME, "done": FINITE, "mib": FINITE}
+GRADIENTS = {"mode": NAME, "layer": NAME} | {
+    f"{metric}_{end}": ANY_NUMBER for metric in ("error", "cosine", "spread") for end in ("low", "median", "high")
+}
+THRESHOLDS = {"part": NAME, "low": FINITE, "high": FINITE, "percent": FINITE}
+"""Columns of the tables of single runs; a gradient of 0 has an error that is not finite."""
 
 
 def draw(curves: pd.DataFrame, labels: Labels) -> Figure:
@@ -51,7 +60,7 @@ def draw(curves: pd.DataFrame, labels: Labels) -> Figure:
     axes.yaxis.set_minor_formatter(NullFormatter())
     low, high = curves["test_error_percent"].min(), curves["test_error_percent"].max()
     first = max([tick for tick in TICKS[:-1] if tick <= low], default=TICKS[0])
-    last = min(tick for tick in TICKS if tick >= high and tick > first)
+    last = min((tick for tick in TICKS if tick >= high and tick > first), default=high)
     axes.set_ylim(first, last)
     axes.set_yticks([tick for tick in TICKS if first <= tick <= last])
     axes.set_xlim(0, curves["iteration"].max())
@@ -79,7 +88,7 @@ def draw_over_depth(table: Table, conditions: Conditions, group: list[Record], l
         line = {  # measured counts before predicted
             record.depth: record
             for record in sorted(group, key=lambda record: (record.depth, not record.predicted))
-            if record.mode == mode and record.metric == table.metric and record.value
+            if record.mode == mode and record.metric == table.metric and record.value > 0
         }
         colour = labels.mode(mode).colour
         if line:
@@ -117,7 +126,7 @@ def draw_memory(results: Path, name: str, labels: Labels) -> Path:
         The figure, results/figures/<name>.png.
     """
     figure, axes = _canvas()
-    lines = pd.read_csv(results / "memory" / f"{name}.csv")
+    lines = _read(results / "memory" / f"{name}.csv", MEMORY)
     for mode, line in lines.groupby("mode", sort=False):
         colour = labels.mode(str(mode)).colour
         axes.fill_between(line["done"], line["mib"], color=colour, alpha=0.12, linewidth=0)
@@ -145,7 +154,7 @@ def draw_gradients(results: Path, name: str, labels: Labels) -> Path:
         The figure, results/figures/<name>.png.
     """
     figure, axes = _canvas()
-    layers = pd.read_csv(results / "gradients" / f"{name}.csv")
+    layers = _read(results / "gradients" / f"{name}.csv", GRADIENTS)
     mode = str(layers["mode"].iloc[0])
     for metric, colour, title in (
         ("spread", labels.mode("exact").colour, "exact: spread between batches"),
@@ -176,7 +185,7 @@ def draw_thresholds(results: Path, name: str) -> Path:
         The figure, results/figures/<name>.png.
     """
     figure, axes = _canvas()
-    bins = pd.read_csv(results / "thresholds" / f"{name}.csv")
+    bins = _read(results / "thresholds" / f"{name}.csv", THRESHOLDS)
     for (part, rows), colour in zip(bins.groupby("part", sort=False), THIRDS, strict=False):
         axes.stairs(rows["percent"], [*rows["low"], rows["high"].iloc[-1]], color=colour, linewidth=1.6, label=part)
     axes.set_xlim(bins["low"].min(), bins["high"].max())
@@ -186,6 +195,14 @@ def draw_thresholds(results: Path, name: str) -> Path:
     axes.set_title(f"Where y changes sign, by channel\n{name}", loc="left", fontsize=9)
     axes.legend(frameon=False)
     return save(figure, results, name)
+
+
+def _read(file: Path, kinds: Mapping[str, Kind]) -> pd.DataFrame:
+    """Read the table of a single run."""
+    rows = read_csv(file, kinds, dict, of="its folder")
+    if not rows:
+        raise UserError(f"{file}, line 2: no row, expected one or more")
+    return pd.DataFrame(list(rows.values()))
 
 
 def _canvas() -> tuple[Figure, Any]:

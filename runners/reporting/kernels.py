@@ -1,8 +1,8 @@
 """The table of kernels: bandwidth of each function relative to a copy, and time of a BN-ReLU-conv relative to exact."""
 
-from runners.records import Record, canonical
+from runners.records import Record, Settings, canonical
 from runners.reporting.labels import Labels, settings_text
-from runners.reporting.pages import Page, Section, commits, listed
+from runners.reporting.pages import Page, Section, commits, listed, number
 
 SHARE = "_share_of_copy"
 SHAPE = ("kernel_size", "in_channels", "out_channels")
@@ -64,7 +64,9 @@ def page(shown: list[Record], labels: Labels) -> Page:
 def _functions(group: list[Record]) -> list[list[str]]:
     """Lay out a row per function and backend, a column per shape; shapes with many rows first."""
     by_shape = {canonical(record.settings): record.settings for record in group if record.unit == "s"}
-    shapes = sorted(by_shape, key=lambda shape: (-by_shape[shape]["rows"], by_shape[shape]["channels"], shape))
+    shapes = sorted(
+        by_shape, key=lambda shape: (-_size(by_shape[shape], "rows"), _size(by_shape[shape], "channels"), shape)
+    )
     seconds = {(r.metric, r.kernels, canonical(r.settings)): r for r in group if r.unit == "s"}
     shares = {(r.metric, r.kernels, canonical(r.settings)): r.value for r in group if r.metric.endswith(SHARE)}
     rows = [["", "kernels", *(settings_text(by_shape[shape]) for shape in shapes)]]
@@ -77,6 +79,11 @@ def _functions(group: list[Record]) -> list[list[str]]:
     return rows
 
 
+def _size(settings: Settings, name: str) -> int:
+    size = settings.get(name)
+    return size if isinstance(size, int) else 0
+
+
 def _time(seconds: Record | None, share: float | None) -> str:
     if seconds is None:
         return "not run"
@@ -86,7 +93,7 @@ def _time(seconds: Record | None, share: float | None) -> str:
 def _bn_relu_convs(group: list[Record], labels: Labels) -> list[list[str]]:
     """Lay out a row per mode, a column per BN-ReLU-conv."""
     found = {
-        (r.mode, settings_text({name: r.settings[name] for name in SHAPE}), r.metric): r.value
+        (r.mode, settings_text({name: r.settings[name] for name in SHAPE if name in r.settings}), r.metric): r
         for r in group
         if r.metric.startswith("unit_")
     }
@@ -95,7 +102,9 @@ def _bn_relu_convs(group: list[Record], labels: Labels) -> list[list[str]]:
     rows = [["", *shapes]]
     for mode in sorted(modes, key=labels.order):
         times = [
-            f"{1e3 * found[mode, shape, 'unit_seconds']:.3g} ms ({found[mode, shape, 'unit_ratio_to_exact']:.2f})"
+            f"{1e3 * seconds.value:.3g} ms ({number(found.get((mode, shape, 'unit_ratio_to_exact')), '.2f')})"
+            if (seconds := found.get((mode, shape, "unit_seconds")))
+            else "not run"
             for shape in shapes
         ]
         rows.append([labels.label(mode), *times])

@@ -62,17 +62,18 @@ def settings_text(settings: Settings) -> str:
     rest = dict(settings)
     parts = []
     if "memory_gib" in rest:
-        gib, mib = rest.pop("memory_gib"), rest.pop("allowance_mib")
-        budget = f"{gib:g} GiB less {mib} MiB" if gib else "the whole card"
+        gib, mib = rest.pop("memory_gib"), rest.pop("allowance_mib", "?")
+        gib = f"{gib:g}" if isinstance(gib, float) else gib
+        budget = f"{gib} GiB less {mib} MiB" if gib else "the whole card"
         parts.append(f"largest batch in {budget}" if rest.pop("largest_batch", False) else budget)
     if "checkpoint" in rest:
         checkpoint = rest.pop("checkpoint")
         parts.append(f"at {checkpoint}" if checkpoint else "at initialisation")
     if "rows" in rest:
-        parts.append(f"{rest.pop('rows')} rows of {rest.pop('channels')} channels")
+        parts.append(f"{rest.pop('rows')} rows of {rest.pop('channels', '?')} channels")
     if "kernel_size" in rest:
         size = rest.pop("kernel_size")
-        parts.append(f"BN-ReLU-conv {size}x{size} {rest.pop('in_channels')} to {rest.pop('out_channels')}")
+        parts.append(f"BN-ReLU-conv {size}x{size} {rest.pop('in_channels', '?')} to {rest.pop('out_channels', '?')}")
     for name, value in sorted(rest.items()):
         parts.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
     return " ".join(parts)

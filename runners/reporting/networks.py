@@ -12,7 +12,7 @@ from typing import NamedTuple
 from runners.records import Record, canonical, key
 from runners.reporting import paper
 from runners.reporting.labels import Labels, settings_text
-from runners.reporting.pages import Page, Section, commits, failure, listed
+from runners.reporting.pages import Page, Section, commits, failure, listed, number
 
 Network = tuple[float, int]
 """Width and depth."""
@@ -209,18 +209,18 @@ def _batch_text(cell: dict[str, Record]) -> str:
 
 
 def _time_text(cell: dict[str, Record]) -> str:
-    time, ratio = cell["seconds_per_sample"], cell.get("ratio_to_exact")
-    notes = [f"batch {time.batch_size}"] if time.settings.get("largest_batch") else []
+    time, ratio = cell.get("seconds_per_sample"), cell.get("ratio_to_exact")
+    notes = [f"batch {time.batch_size}"] if time and time.settings.get("largest_batch") else []
     notes += [f"{ratio.value:.2f} times exact"] if ratio else []
-    return f"{1e3 * time.value:.3g} ms" + (f" ({', '.join(notes)})" if notes else "")
+    return (f"{1e3 * time.value:.3g} ms" if time else "-") + (f" ({', '.join(notes)})" if notes else "")
 
 
 def _gradient_text(cell: dict[str, Record]) -> str:
-    return f"{cell['gradient_error'].value:.3g} (cosine {cell['gradient_cosine'].value:.4f})"
+    return f"{number(cell.get('gradient_error'), '.3g')} (cosine {number(cell.get('gradient_cosine'), '.4f')})"
 
 
 def _memory_text(cell: dict[str, Record]) -> str:
-    return f"{cell['predicted'].value:.2f}"
+    return number(cell.get("predicted"), ".2f")
 
 
 TABLES = (

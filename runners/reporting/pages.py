@@ -73,6 +73,11 @@ def commits(made: Iterable[Record]) -> str:
     return listed(found) or "unknown"
 
 
+def number(record: Record | None, form: str) -> str:
+    """Write a record's value in a form of Python's, such as .2f; - where there is no record."""
+    return "-" if record is None else f"{record.value:{form}}"
+
+
 def failure(failed: Record) -> str:
     """Return the text of a cell that failed."""
     reason = failed.failure.partition(":")[0]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from runners import records
 from runners.config import Config
+from runners.errors import Refusals
 from runners.records import Record
 from runners.reporting.pages import aligned
 from runners.training import checkpoints
@@ -25,13 +26,19 @@ def run(config: Config) -> list[Record]:
 
     Returns:
         An empty list: nothing is measured.
+
+    Raises:
+        UserError: a run's records do not read back whole; it has no row.
     """
-    runs = Path(config.results) / "runs"
-    rows = [row for run_dir in sorted(runs.glob("*")) if run_dir.is_dir() for row in _row(run_dir)]
-    if not rows:
+    runs, rows, refusals = Path(config.results) / "runs", [], Refusals()
+    for run_dir in sorted(filter(Path.is_dir, runs.glob("*"))):
+        with refusals.collected():
+            rows += _row(run_dir)
+    if rows:
+        print(aligned([["run", "iterations", "of", "test error (%)", "newest checkpoint"], *rows]))
+    elif not refusals.messages:
         print(f"no training run under {runs} has come to a checkpoint yet")
-        return []
-    print(aligned([["run", "iterations", "of", "test error (%)", "newest checkpoint"], *rows]))
+    refusals.raise_if_any()
     return []
 
 
