@@ -16,8 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args
 
-from filelock import FileLock
-
+from runners import locks
 from runners.errors import Diverged, UserError
 from runners.files import write_csv, write_whole
 
@@ -207,10 +206,12 @@ def collect(results: Path) -> list[Record]:
 
     Raises:
         UserError: a file does not hold records; it is named.
+        Busy: another process holds the lock; only without flock (runners/locks.py), else it is waited for.
     """
     if not merge(results):
         return []
-    with FileLock(results / ".lock"):  # two processes that read and then write would lose each other's rows
+    busy = f"another process is writing {results / 'records.csv'}"
+    with locks.held(results / ".lock", seconds=60, busy=busy):  # else two processes would lose each other's rows
         found = merge(results)
         write_csv(results / "records.csv", list(map(as_row, found)))
     return found
