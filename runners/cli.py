@@ -36,14 +36,16 @@ A run goes on from its last checkpoint when it is started again. Exit codes: 0 d
 
 import argparse
 import os
+import signal
 import sys
 
 from omegaconf import OmegaConf
 
 from runners import compose, help, sweep
 from runners.cells import hydra_text
-from runners.errors import UserError
+from runners.errors import Terminated, UserError, classify
 from runners.run import report_error, run_cell
+from runners.training import signals
 
 CFG = ("job", "hydra", "all")
 INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
@@ -59,13 +61,17 @@ def main(arguments: list[str] | None = None) -> int:
         The exit code.
     """
     try:
-        exit_code = _answer(sys.argv[1:] if arguments is None else arguments)
-        sys.stdout.flush()
-    except KeyboardInterrupt:
-        return report_error("interrupted", 130)
+        with signals.raised():
+            exit_code = _answer(sys.argv[1:] if arguments is None else arguments)
+            sys.stdout.flush()
+    except KeyboardInterrupt as error:
+        end = error if isinstance(error, Terminated) else Terminated(signal.SIGINT)
+        return report_error(end, end.exit_code)
     except BrokenPipeError:  # the reader has gone, as with `| head`: discard the rest of the output
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141  # 128 + SIGPIPE, which ends other programs here
+    except OSError as error:  # a name too long for the file system, or a folder that may not be looked into
+        return report_error(classify(error)[1], 1)
     return exit_code
 
 

@@ -4,11 +4,12 @@
     3          OutOfTime
     4          Busy
     5          Diverged
-    128 + n    Interrupted, by signal n
+    128 + n    Interrupted and Terminated, by signal n
 
 Any other exception is a bug, and keeps its traceback.
 """
 
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -85,6 +86,14 @@ class Interrupted(Stopped):
     def __reduce__(self) -> tuple[type["Interrupted"], tuple[str, int]]:
         """Return class and arguments, for pickling."""
         return Interrupted, (str(self), self.number)
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal ends the command, outside of training; `except Exception` does not hold it up."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}")
+        self.exit_code = 128 + number
 
 
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory")

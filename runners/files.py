@@ -1,12 +1,16 @@
 """Write files atomically: readers see the old or the new content, also after a crash or on a full disk."""
 
 import csv
+import errno
 import io
 import os
-import tempfile
+import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
+"""What file systems answer that cannot sync, or cannot sync a folder: the last is of network mounts."""
 
 
 def write_whole(file: Path, content: str | bytes | memoryview) -> None:
@@ -24,23 +28,31 @@ def write_whole(file: Path, content: str | bytes | memoryview) -> None:
     """
     encoded = content.encode() if isinstance(content, str) else content
     file.parent.mkdir(parents=True, exist_ok=True)
-    handle, part = tempfile.mkstemp(dir=file.parent, prefix=f"{file.name}.", suffix=".part")
+    part = file.with_name(f"{file.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(handle, "wb") as stream:
+        with part.open("xb") as stream:
             stream.write(encoded)
             stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(part, 0o644)  # mkstemp makes files that only their owner can read
-        os.replace(part, file)
+            _sync(stream.fileno())
+        part.replace(file)
     except BaseException:
-        os.unlink(part)
+        part.unlink(missing_ok=True)
         raise
     if os.name == "posix":  # sync the rename too; elsewhere a folder cannot be opened
         folder = os.open(file.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            _sync(folder)
         finally:
             os.close(folder)
+
+
+def _sync(descriptor: int) -> None:
+    """Sync a file or folder to disk, where its file system can do so."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in CANNOT_SYNC:
+            raise
 
 
 def write_csv(file: Path, rows: Sequence[Mapping[Any, object]], *, columns: Sequence[str] = ()) -> None:

@@ -10,11 +10,10 @@ import os
 import pickle
 import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -86,7 +85,7 @@ def _received(receiving: Connection) -> tuple[Any, Exception | None] | None:
 def _answer(sending: Connection, began: float, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
     """Call the function and send its result or exception."""
     os.setsid()  # so that Ctrl-C reaches this process only through the caller
-    threading.Thread(target=_end_with_the_caller, daemon=True).start()
+    signals.end_with_the_parent()
     budget.BEGAN = began
     returned, error = None, None
     try:
@@ -100,13 +99,6 @@ def _answer(sending: Connection, began: float, function: Callable[..., Any], arg
         error = _portable(raised)
     with suppress(BrokenPipeError):  # the caller has ended
         sending.send((returned, error))
-
-
-def _end_with_the_caller() -> None:
-    caller = parent_process()
-    if caller is not None:
-        caller.join()
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _portable(error: Exception) -> Exception:

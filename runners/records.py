@@ -16,9 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
-from runners import reading
+from runners import locks, reading
 from runners.errors import Diverged
 from runners.files import write_csv, write_whole
 from runners.reading import FINITE, FLAG, NAME, OBJECT, TEXT, TIME_UTC, WHOLE, Kind, Row
@@ -231,6 +229,7 @@ def collect(results: Path) -> list[Record]:
 
     Raises:
         UserError: a file does not hold records; it is named.
+        Busy: as `locked`.
     """
     if not merge(results):
         return []
@@ -242,8 +241,13 @@ def collect(results: Path) -> list[Record]:
 
 @contextmanager
 def locked(results: Path) -> Iterator[None]:
-    """Keep other processes from the tables that gather runs: who reads and then writes would lose another's rows."""
-    with FileLock(results / ".lock"):
+    """Keep other processes from the tables that gather runs: who reads and then writes would lose another's rows.
+
+    Raises:
+        Busy: another process holds the lock; only without flock (runners/locks.py), else it is waited for.
+    """
+    busy = f"another process is writing the tables of {results}"
+    with locks.held(results / ".lock", seconds=60, busy=busy):
         yield
 
 

@@ -6,17 +6,14 @@ of its process.
 
 import importlib
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from filelock import FileLock, Timeout
-
-from runners import fresh, records
+from runners import fresh, locks, records
 from runners.cells import command, folder_name, task_module
 from runners.config import Config
 from runners.errors import (
@@ -44,7 +41,7 @@ writing records take that long."""
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Lock a run against other processes; the system releases the lock however this process ends.
+    """Lock a run against other processes.
 
     Args:
         run_dir: the run's folder, created if missing.
@@ -53,19 +50,14 @@ def locked(run_dir: Path) -> Iterator[None]:
         Busy: another process holds the lock.
         UserError: the folder is not writable.
     """
-    lock = FileLock(run_dir / "lock")
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=run_dir):
-            lock.acquire(blocking=False)
-    except Timeout as error:
-        raise Busy(f"another process is working on {run_dir}: name another folder by run=") from error
-    except OSError as error:
-        raise UserError(f"cannot write into {run_dir} ({error.strerror}): name another folder, results=") from error
-    try:
+    busy = f"another process is working on {run_dir}: name another folder by run="
+    with ExitStack() as stack:
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(locks.held(run_dir / "lock", seconds=0, busy=busy))
+        except OSError as error:
+            raise UserError(f"cannot write into {run_dir} ({error.strerror}): name another folder, results=") from error
         yield
-    finally:
-        lock.release()
 
 
 def is_failure(code: int) -> bool:
@@ -176,7 +168,7 @@ def cell_in_turns(config: Config, *, records_failure: bool, stopping: "Stopping 
     except Busy as error:
         if not records_failure:
             return report_error(error, Busy.exit_code)
-        print("locked by another process", file=sys.stderr)
+        print(error, file=sys.stderr)
         return Busy.exit_code
     except UserError as error:  # the folder cannot be written, or its records not be read
         return report_error(error, error.exit_code)

@@ -13,7 +13,8 @@ import itertools
 import signal
 import sys
 import time
-from types import FrameType
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from hydra._internal.callbacks import Callbacks  # HydraContext needs one, and only hydra.main makes it
 from hydra.core.global_hydra import GlobalHydra
@@ -25,12 +26,13 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from runners import compose
+from runners import compose, workers
 from runners.cells import folder_name
 from runners.compose import Cell
 from runners.config import Config
-from runners.errors import Busy, Diverged, OutOfTime, UserError
+from runners.errors import Busy, Diverged, OutOfTime, Terminated, UserError
 from runners.run import has_time_for, is_failure, is_finished, is_on_cuda, report_error, run_cell_of_sweep
+from runners.training import signals
 
 
 def run_all(cells: list[Cell]) -> int:
@@ -47,15 +49,13 @@ def run_all(cells: list[Cell]) -> int:
         The exit code of the last cell that failed, else that of OutOfTime if cells are left, else 0.
     """
     hydra = compose.composed(cells[0].overrides, return_hydra_config=True)
-    is_local = hydra.hydra.runtime.choices["hydra/launcher"] == "basic"
     waiting = [cell for cell in cells if not _is_finished(cell.config)]
-    sweep = _Sweep(waiting=len(waiting), is_local=is_local)
+    sweep = _Sweep(waiting=len(waiting), launcher=hydra.hydra.runtime.choices["hydra/launcher"])
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before", file=sys.stderr)
-    before = signal.signal(signal.SIGTERM, _terminated)  # else joblib's workers outlive this process
     codes: list[int] = []
     try:
         launcher = _launcher(hydra, sweep)
-        for beside, group in itertools.groupby(waiting, lambda cell: is_local and _shares_a_gpu(cell.config)):
+        for beside, group in itertools.groupby(waiting, lambda cell: sweep.is_local and _shares_a_gpu(cell.config)):
             some = list(group)
             if beside and len(some) > 1:
                 streams = importlib.import_module("runners.streams")
@@ -63,16 +63,13 @@ def run_all(cells: list[Cell]) -> int:
                 codes += [ended.get(number, OutOfTime.exit_code) for number in range(len(some))]
                 sweep.codes = codes[:]
             else:
-                returned = launcher.launch([cell.overrides for cell in some], initial_job_idx=len(codes))
+                with sweep.signals_passed_on():
+                    returned = launcher.launch([cell.overrides for cell in some], initial_job_idx=len(codes))
                 codes += map(_exit_code, returned)
-    except KeyboardInterrupt as error:
-        return report_error(str(error) or "interrupted", 143 if str(error) else 130)
     except SystemExit as end:  # the cell under way stopped at a signal
         return end.code if isinstance(end.code, int) else 1
     except (HydraException, RuntimeError, ValueError) as error:  # there is no Slurm, or a job was killed
         return report_error(error, 1)
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return _summarise(cells, waiting, codes, time.monotonic() - sweep.began)
 
 
@@ -81,18 +78,43 @@ class _Sweep:
 
     Args:
         waiting: number of unfinished cells.
-        is_local: whether all cells run in this process.
+        launcher: Hydra's name of the launcher.
     """
 
-    def __init__(self, waiting: int, *, is_local: bool) -> None:
-        self.waiting, self.is_local = waiting, is_local
+    def __init__(self, waiting: int, *, launcher: str) -> None:
+        self.waiting, self.launcher = waiting, launcher
+        self.is_local = launcher == "basic"
+        """Whether all cells run in this process."""
         self.began = time.monotonic()
         self.codes: list[int] = []
         """Exit codes of the cells that this process has run."""
         self.longest_seconds = 0.0
 
     def __call__(self, composed: DictConfig) -> int:
-        """Run one cell, unless no time is left for it, and return its exit code."""
+        """Run one cell, unless no time is left for it, and return its exit code; a signal ends the sweep or the job."""
+        if self.launcher == "joblib" and workers.is_worker():
+            return workers.run(lambda: self._run(composed))
+        code = self._run(composed)
+        if code > 128 and self.launcher.startswith("submitit"):
+            signal.raise_signal(code - 128)  # submitit's own handler: it may put the job into the queue again
+        elif code > 128:
+            sys.exit(code)
+        return code
+
+    @contextmanager
+    def signals_passed_on(self) -> Iterator[None]:
+        """Pass signals on to joblib's workers; after their end, raise Terminated."""
+        if self.launcher != "joblib":
+            yield
+            return
+        with signals.passed_on(workers.pass_on) as received:
+            try:
+                yield
+            finally:  # also where a worker had only begun, and did not survive the signal
+                if received:
+                    raise Terminated(received[0])
+
+    def _run(self, composed: DictConfig) -> int:
         config = compose.checked(composed)
         has_begun = bool(self.codes) or not self.is_local
         if OutOfTime.exit_code in self.codes or (has_begun and not has_time_for(config, self.longest_seconds)):
@@ -103,8 +125,6 @@ class _Sweep:
             code = run_cell_of_sweep(config)
             self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
         self.codes.append(code)
-        if code > 128 and self.is_local:
-            sys.exit(code)
         return code
 
     def _place(self, config: Config) -> str:
@@ -163,10 +183,6 @@ def _is_finished(config: Config) -> bool:
 
 def _shares_a_gpu(config: Config) -> bool:
     return config.jobs > 1 and config.task.name == "train" and is_on_cuda(config)
-
-
-def _terminated(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt("terminated")
 
 
 def minutes(seconds: float) -> str:

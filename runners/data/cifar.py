@@ -10,11 +10,11 @@ from http.client import HTTPException
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor
 from torchvision import datasets
 from torchvision.datasets.utils import check_md5, download_and_extract_archive
 
+from runners import locks
 from runners.config import DatasetConfig
 from runners.errors import UserError
 
@@ -44,7 +44,8 @@ def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     if problem:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder.parent / f".{name}.lock"):  # one run of a sweep downloads for all
+            busy = f"another process is downloading into {folder.parent}"
+            with locks.held(folder.parent / f".{name}.lock", seconds=3600, busy=busy):  # one run downloads for all
                 if find_problem(source, folder):
                     download_and_extract_archive(
                         source.url, str(folder.parent), filename=source.filename, md5=source.tgz_md5

@@ -30,6 +30,7 @@ import torch
 from runners import fresh
 from runners.gpu_check.parts import AHEAD, PARTS, Check, Part
 from runners.reporting.pages import aligned
+from runners.training import signals
 
 MODEL_MS = {
     ("tf32", "exact"): 14.3, ("tf32", "compiled"): 12.2, ("tf32", "4bit"): 10.9,
@@ -116,6 +117,7 @@ def _begin(part: Part, out: Path, is_dry: bool) -> ForkServerProcess:
 def _in_its_process(part: Part, check: Check) -> None:
     """Run a part with its output in its log; the exit code is 0 if it returns true."""
     os.setsid()  # its child processes end with it; probes end by themselves after it
+    signals.end_with_the_parent()
     log = os.open(check.out / f"{part.name}.log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)

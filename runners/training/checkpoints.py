@@ -67,8 +67,9 @@ class RunFolder:
         """Undamaged checkpoints, written or read by this process, the newest last."""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for half_written in (*path.glob("checkpoint-*.part"), *path.glob("metrics.csv*.part")):
-                half_written.unlink()
+            for name in ("checkpoint-*", "metrics.csv", "records.json", "failure.json"):
+                for half_written in path.glob(f"{name}.*.part"):
+                    half_written.unlink()
         except OSError as error:
             raise CannotWrite(f"cannot write into {path}: {error.strerror}") from error
 

@@ -128,8 +128,8 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
 
     Raises:
         UserError: a checkpoint belongs to another configuration.
-        Interrupted: SIGINT or SIGTERM arrived; the current step was finished and a checkpoint written. A second signal
-            acts at once, as outside of training.
+        Interrupted: a signal arrived (runners/training/signals.py); the current step was finished and a checkpoint
+            written. A second signal acts at once, as outside of training.
         OutOfTime: `budget_minutes` are nearly over; a checkpoint was written.
         Diverged: a loss or a weight is not finite; no checkpoint holds it.
         CannotWrite: a write failed, for example on a full disk; earlier checkpoints are untouched.
