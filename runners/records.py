@@ -5,7 +5,7 @@ once. `collect` merges those files with the rows of results/records.csv, which i
 
     records.csv = newest of (records.csv + runs/*/records.json), cell by cell
 
-Two records belong to the same cell where every field of `CELL` agrees.
+Two records belong to the same cell where every field of `CELL` agrees, and the name given by run=, if any.
 """
 
 import csv
@@ -234,7 +234,7 @@ def merge(results: Path) -> list[Record]:
         if file.name in ("records.json", "failure.json"):
             found += read(file)
     found.sort(key=lambda record: record.date)
-    newest = {key(record, CELL): record for record in found}
+    newest = {(*key(record, CELL), _given_name(record)): record for record in found}
     measured = {record.command: record.date for record in found if not record.failure}
     return [
         record
@@ -279,6 +279,12 @@ def _from_text(row: Mapping[str, str]) -> Record:
         else:
             values[column.name] = kinds[0](text)
     return Record(**values)
+
+
+def _given_name(record: Record) -> str:
+    """Return the end of the command that names the run, as cells.overrides writes it; empty where none was given."""
+    end = record.command.rpartition(" ")[2]
+    return end if "run=" in end else ""
 
 
 def _none_first(cell: tuple[Any, ...]) -> list[tuple[bool, Any]]:

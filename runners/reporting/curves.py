@@ -36,10 +36,10 @@ def gather(results: Path) -> pd.DataFrame:
         return pd.DataFrame(columns=[*GROUP, "mode", "seed", "date", "iteration", "test_error_percent"])
     cell = [*GROUP, "mode", "seed"]
     curves = pd.concat(found, ignore_index=True)
-    curves = curves[curves["date"] == curves.groupby(cell)["date"].transform("max")]
-    curves = curves.drop_duplicates([*cell, "iteration"], keep="last").sort_values([*cell, "iteration"])
+    place = [*cell, "date", "iteration"]
+    curves = curves.drop_duplicates(place, keep="last").sort_values(place)
     write_whole(table, curves.to_csv(index=False, lineterminator="\n"))
-    return curves
+    return curves[curves["date"] == curves.groupby(cell)["date"].transform("max")]
 
 
 def _curve(record: Record, metrics: Path) -> pd.DataFrame:
