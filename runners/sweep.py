@@ -25,7 +25,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from runners import compose
+from runners import compose, printing
 from runners.cells import folder_name
 from runners.compose import Cell
 from runners.config import Config
@@ -91,6 +91,7 @@ class _Sweep:
         """Exit codes of the cells that this process has run."""
         self.longest_seconds = 0.0
 
+    @printing.tolerant()  # a launcher's own process too
     def __call__(self, composed: DictConfig) -> int:
         """Run one cell, unless no time is left for it, and return its exit code."""
         config = compose.checked(composed)
