@@ -1,8 +1,11 @@
-"""A cell of a table: the name of its run, and the command line that repeats it."""
+"""A cell of a table: the name of its run, what decides its numbers, and the command line that repeats it."""
 
+import hashlib
 import importlib
 import re
 import shlex
+import signal
+import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -11,6 +14,9 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from runners.config import MODE_LABELS, Config, GpuConfig, is_own_option, option, options
+from runners.errors import UserError
+from runners.records import canonical
+from runners.training import signals
 
 IGNORED = {
     "dataset.root", "dataset.download", "dataset.label", "task.checkpoint_every", "task.keep_every",
@@ -46,9 +52,23 @@ def folder_name(config: Config) -> str | None:
     return None if folder is None else str(folder(config))
 
 
+def table_name(config: Config) -> str:
+    """Name the table and the figure of a measurement in results: its folder, and digits of a recipe of its own."""
+    changes = recipe_changes(config)
+    digits = hashlib.sha256(canonical(changes).encode()).hexdigest()[:8]
+    return f"{folder_name(config)}-recipe-{digits}" if changes else str(folder_name(config))
+
+
 def task_module(name: str) -> Any:
-    """Import the module of a task (runners/tasks)."""
-    return importlib.import_module(f"runners.tasks.{name.replace('-', '_')}")
+    """Import the module of a task (runners/tasks), torch with it; a signal waits for the end of the import."""
+    module = f"runners.tasks.{name.replace('-', '_')}"
+    if module in sys.modules:
+        return sys.modules[module]
+    with signals.deferred() as stop:  # C extensions turn a KeyboardInterrupt into errors of their own
+        imported = importlib.import_module(module)
+    if stop.received is not None:
+        signal.raise_signal(stop.received)
+    return imported
 
 
 def task_settings(name: str, values: Any = None) -> Any:
@@ -76,9 +96,42 @@ def batch_name(config: Config) -> str:
     return f"batch{config.dataset.batch_size}"
 
 
-def checkpoint_name(config: Config) -> str:
-    """Name the file of weights, as the last part of a folder's name; empty for freshly initialised weights."""
-    return f"-{Path(config.task.checkpoint).stem}" if config.task.checkpoint else ""
+def weights_name(config: Config) -> str | None:
+    """Name the weights of task.checkpoint by the file's name and content: last-1a2b3c4d.
+
+    A run's own checkpoint has digits of its content in its name already, and gets no more. A file that cannot be read
+    has the name alone: the task says what is wrong with it.
+
+    Returns:
+        The name; None for freshly initialised weights.
+    """
+    if not config.task.checkpoint:
+        return None
+    file = Path(config.task.checkpoint)
+    if not file.is_file():  # reading a pipe would take its content from the task
+        return file.stem
+    try:
+        with file.open("rb") as content:
+            digest = hashlib.file_digest(content, "sha256").hexdigest()
+    except OSError:  # as above
+        return file.stem
+    return file.stem if file.stem.endswith(digest[:16]) else f"{file.stem}-{digest[:8]}"
+
+
+def check_weights(config: Config, name: str | None) -> None:
+    """Check, after the weights were read, that they are those that were named.
+
+    Raises:
+        UserError: the file was written to in the meantime.
+    """
+    if weights_name(config) != name:
+        raise UserError(f"task.checkpoint={config.task.checkpoint} was written to while it was read: run it again")
+
+
+def gpu_changes(config: Config, *names: str) -> dict[str, Any]:
+    """Return the values of the GPU group, of those named, that differ from the default, by key on the command line."""
+    values = {name: getattr(config.gpu, name) for name in names}
+    return {f"gpu.{name}": value for name, value in values.items() if value != getattr(GpuConfig, name)}
 
 
 def recipe_changes(config: Config) -> dict[str, Any]:
@@ -131,10 +184,11 @@ def _changed(config: Config, group: str, name: str, experiment: str = "single") 
     """List the values of a group that differ from the option's file, or from the schema where there is no file."""
     values = getattr(config, group)
     # An option of the user's own may change: it is spelled out.
-    of_option = {} if is_own_option(group, name, config.config_dir) else option(group, name)
-    of_experiment = option("experiment", experiment, config.config_dir).get(group, {})
+    own = config.config_dir
+    of_option = {} if is_own_option(group, name, own) else option(group, name)
+    whole = {} if is_own_option("experiment", experiment, own) else option("experiment", experiment, own)
     names = {value.name for value in fields(values)}  # an experiment's values may be for another task
-    of_experiment = {name: value for name, value in of_experiment.items() if name in names}
+    of_experiment = {name: value for name, value in whole.get(group, {}).items() if name in names}
     base: Any = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(type(values)), of_option, of_experiment))
     for value in fields(values):
         key, given = f"{group}.{value.name}", getattr(values, value.name)

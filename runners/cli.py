@@ -35,14 +35,15 @@ A run goes on from its last checkpoint when it is started again. Exit codes: 0 d
 # torch is imported by the task, after the configuration of every cell has been checked.
 
 import argparse
+import errno
 import os
 import signal
 import sys
 
 from omegaconf import OmegaConf
 
-from runners import compose, help, sweep
-from runners.cells import hydra_text
+from runners import compose, help, printing, sweep
+from runners.cells import hydra_text, task_module
 from runners.errors import Terminated, UserError, classify
 from runners.run import report_error, run_cell
 from runners.training import signals
@@ -60,22 +61,18 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    try:
-        with signals.raised():
-            exit_code = _answer(sys.argv[1:] if arguments is None else arguments)
-            sys.stdout.flush()
-    except KeyboardInterrupt as error:
-        end = error if isinstance(error, Terminated) else Terminated(signal.SIGINT)
-        return report_error(end, end.exit_code)
-    except BrokenPipeError:  # the reader has gone, as with `| head`: discard the rest of the output
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE, which ends other programs here
-    except OSError as error:  # a name too long for the file system, or a folder that may not be looked into
-        return report_error(classify(error)[1], 1)
-    return exit_code
+    with printing.tolerant() as output:
+        try:
+            with signals.raised():
+                return _answer(sys.argv[1:] if arguments is None else arguments, output)
+        except KeyboardInterrupt as error:
+            end = error if isinstance(error, Terminated) else Terminated(signal.SIGINT)
+            return report_error(end, end.exit_code)
+        except OSError as error:  # a name too long for the file system, or a folder that may not be looked into
+            return report_error(classify(error)[1], 1)
 
 
-def _answer(arguments: list[str]) -> int:
+def _answer(arguments: list[str], output: printing.Output) -> int:
     try:
         given = _parse(arguments)
         overrides = [*given.overrides]
@@ -97,10 +94,25 @@ def _answer(arguments: list[str]) -> int:
                 print("---\n".join(OmegaConf.to_yaml(run) for _, run in runs), end="")
             else:
                 cells = compose.cells(overrides, multirun=given.multirun)
-                return sweep.run_all(cells) if given.multirun else run_cell(cells[0].config)
+                code = sweep.run_all(cells) if given.multirun else run_cell(cells[0].config)
+                if code or not hasattr(task_module(cells[0].config.task.name), "ONLY_PRINTS"):
+                    return code
     except UserError as mistake:
         return report_error(mistake, 2)
-    return 0
+    return _printed(output)
+
+
+def _printed(output: printing.Output) -> int:
+    """Return the exit code of a command that writes no file: what it prints is all that it makes, so it must arrive.
+
+    A command that writes files has done its work when they are written, whoever reads its output.
+    """
+    output.flush()
+    if output.lost is None:
+        return 0
+    if output.lost.errno == errno.EPIPE:  # the reader has left, as with `| head`
+        return 141  # 128 + SIGPIPE, which ends other programs here
+    return report_error(f"cannot write to stdout: {output.lost.strerror}", 1)
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:

@@ -17,6 +17,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from typing import Any
 
+from runners import printing
 from runners.errors import Stopped, UserError
 from runners.training import budget, signals
 
@@ -82,6 +83,7 @@ def _received(receiving: Connection) -> tuple[Any, Exception | None] | None:
     return answer
 
 
+@printing.tolerant()
 def _answer(sending: Connection, began: float, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
     """Call the function and send its result or exception."""
     os.setsid()  # so that Ctrl-C reaches this process only through the caller

@@ -6,7 +6,7 @@ once. `collect` merges those files with the rows of results/records.csv, which i
     records.csv = newest of (records.csv + runs/*/records.json), cell by cell
 
 A file that does not read back whole is never written over: it is named, and nothing is written from the others.
-Two records belong to the same cell where every field of `CELL` agrees.
+Two records belong to the same cell where every field of `CELL` agrees, and the name given by run=, if any.
 """
 
 import json
@@ -279,7 +279,8 @@ def merge(results: Path) -> list[Record]:
 
 def _newest(found: Iterable[Record]) -> list[Record]:
     """Return the newest record of each cell, sorted by cell; of two of one date the last."""
-    newest = {key(record, CELL): record for record in sorted(found, key=lambda record: record.date)}
+    by_date = sorted(found, key=lambda record: record.date)
+    newest = {(*key(record, CELL), _given_name(record)): record for record in by_date}
     return [newest[cell] for cell in sorted(newest, key=_none_first)]
 
 
@@ -289,6 +290,12 @@ def _record(row: Row) -> Record:
     if bool(record.failure) != (record.metric == "failed"):
         raise ValueError(f"metric is {record.metric!r} with failure {record.failure!r}, expected failed with a reason")
     return record
+
+
+def _given_name(record: Record) -> str:
+    """Return the end of the command that names the run, as cells.overrides writes it; empty where none was given."""
+    end = record.command.rpartition(" ")[2]
+    return end if "run=" in end else ""
 
 
 def _none_first(cell: tuple[Any, ...]) -> list[tuple[bool, Any]]:

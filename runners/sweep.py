@@ -26,7 +26,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from runners import compose, workers
+from runners import compose, printing, workers
 from runners.cells import folder_name
 from runners.compose import Cell
 from runners.config import Config
@@ -90,6 +90,7 @@ class _Sweep:
         """Exit codes of the cells that this process has run."""
         self.longest_seconds = 0.0
 
+    @printing.tolerant()  # a launcher's own process too
     def __call__(self, composed: DictConfig) -> int:
         """Run one cell, unless no time is left for it, and return its exit code; a signal ends the sweep or the job."""
         if self.launcher == "joblib" and workers.is_worker():

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from runners import fresh
+from runners import fresh, printing
 from runners.gpu_check.parts import AHEAD, PARTS, Check, Part
 from runners.reporting.pages import aligned
 from runners.training import signals
@@ -40,6 +40,7 @@ MODEL_MS = {
 """Milliseconds of a step at depth 164, batch 128, on an H100 by the model of results/LOG.md (2026-11-26), +-30 %."""
 
 
+@printing.tolerant()
 def main(arguments: list[str] | None = None) -> int:
     """Run the parts that fit into the time, and print the table.
 
@@ -114,6 +115,7 @@ def _begin(part: Part, out: Path, is_dry: bool) -> ForkServerProcess:
     return process
 
 
+@printing.tolerant()
 def _in_its_process(part: Part, check: Check) -> None:
     """Run a part with its output in its log; the exit code is 0 if it returns true."""
     os.setsid()  # its child processes end with it; probes end by themselves after it

@@ -41,22 +41,24 @@ def gather(results: Path, refusals: Refusals | None = None) -> pd.DataFrame:
             that run. None raises it.
 
     Returns:
-        A row per evaluation: the fields of GROUP, mode, seed, date, then the columns of metrics.csv.
+        The newest curve of each cell and seed, a row per evaluation: the fields of GROUP, mode, seed, date, then the
+        columns of metrics.csv.
 
     Raises:
         UserError: curves.csv or the records of a run do not read back whole; nothing is written.
     """
-    table, rows = results / "curves.csv", []
+    table, curves = results / "curves.csv", list[list[Row]]()
     if table.exists() or any(results.glob("runs/*/metrics.csv")):
         with records.locked(results):
-            rows = _merge(results, refusals)
-            if rows:
-                write_csv(table, rows)
-    return pd.DataFrame(rows, columns=list(COLUMNS))
+            curves = _merge(results, refusals)
+            if curves:
+                write_csv(table, [row for curve in curves for row in curve])
+    newest = {_values(curve, (*GROUP, "mode", "seed")): curve for curve in curves}
+    return pd.DataFrame([row for curve in newest.values() for row in curve], columns=list(COLUMNS))
 
 
-def _merge(results: Path, refusals: Refusals | None) -> list[Row]:
-    """Return the newest curve of each cell and seed, sorted.
+def _merge(results: Path, refusals: Refusals | None) -> list[list[Row]]:
+    """Return the curve of every run, sorted by cell, seed and date.
 
     A curve that was gathered before must be that of its run still: else one of the two was damaged since.
     """
@@ -78,9 +80,7 @@ def _merge(results: Path, refusals: Refusals | None) -> list[Row]:
             if str(gathered) not in texts:
                 at = min(row["iteration"] for row in (*curve, *gathered) if (row in curve) != (row in gathered))
                 raise UserError(f"{metrics}, iteration {at}: expected what {table} has of the same run; mend either")
-    by_date = sorted(curves.values(), key=lambda curve: curve[0]["date"])
-    newest = {_values(curve, (*GROUP, "mode", "seed")): curve for curve in by_date}
-    return [row for cell in sorted(newest) for row in newest[cell]]
+    return [curves[run] for run in sorted(curves)]
 
 
 def _values(curve: list[Row], columns: Sequence[str]) -> tuple[Any, ...]:

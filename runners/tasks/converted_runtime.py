@@ -22,7 +22,7 @@ import blpa
 from blpa.kernels import library
 from blpa.memory import MIB
 from runners import provenance, records
-from runners.cells import batch_name
+from runners.cells import batch_name, gpu_changes
 from runners.config import Config, GpuConfig, at_least, mode, one_of, options
 from runners.errors import UserError, classify, first_line
 from runners.records import Record
@@ -74,11 +74,11 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Return the settings that decide the numbers and have no column."""
     task = config.task
     settings = {"model": task.model, "image_size": task.image_size, "channels_last": task.channels_last}
-    return settings if config.gpu.deterministic else settings | {"gpu.deterministic": False}
+    return settings | gpu_changes(config, "deterministic")
 
 
 def run(config: Config) -> list[Record]:
-    """Time the steps; print and record times, ratios and, on a GPU, the memory reserved.
+    """Time the steps; record and print times, ratios and, on a GPU, the memory reserved.
 
     Args:
         config: one run, checked; dataset.batch_size is the batch.

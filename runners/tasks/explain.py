@@ -51,7 +51,7 @@ def settings_of(config: Config) -> dict[str, Any]:
 
 
 def run(config: Config) -> list[Record]:
-    """Explain the network, print the table and record what is saved and the peak of a step.
+    """Explain the network, record what is saved and the peak of a step, and print the table.
 
     Args:
         config: one run, checked; dataset.batch_size is the batch.

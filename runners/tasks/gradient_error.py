@@ -13,6 +13,7 @@ results/figures/<run>.png, which task=plots draws again from the file.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from blpa import kernels
 from runners import data, provenance, records
-from runners.cells import batch_name, checkpoint_name
+from runners.cells import batch_name, check_weights, gpu_changes, table_name, weights_name
 from runners.config import Config, GpuConfig, at_least
 from runners.errors import UserError
 from runners.files import write_csv
@@ -55,11 +56,12 @@ def check(config: Config) -> None:
 
 def folder(config: Config) -> str:
     """Name the folder by the run, the batch size and the weights."""
-    return f"{config.run}-gradient-error-{batch_name(config)}{checkpoint_name(config)}"
+    weights = weights_name(config)
+    return f"{config.run}-gradient-error-{batch_name(config)}{f'-{weights}' if weights else ''}"
 
 
 def run(config: Config) -> list[Record]:
-    """Compare the configured mode's gradients with the baseline's; print a summary and record it.
+    """Compare the configured mode's gradients with the baseline's; record and print a summary.
 
     Args:
         config: one run, checked; task.steps is the number of batches.
@@ -68,13 +70,13 @@ def run(config: Config) -> list[Record]:
         Error, cosine and spread of the total gradient: medians over batches with 20 and 80 % quantiles.
 
     Raises:
-        UserError: the mode's width differs from the baseline's, the checkpoint is not of this network, or the machine
-            or the data do not support the configuration.
+        UserError: the mode's width differs from the baseline's, the checkpoint is not of this network or was written to
+            meanwhile, or the machine or the data do not support the configuration.
     """
     if config.mode.width_factor != 1:
         raise UserError(f"mode={config.mode.name}: its layers and gradients have another width than exact")
-    results, run_dir = Path(config.results), network.run_folder(config)
-    name = run_dir.name
+    settings = settings_of(config)
+    results, run_dir, name = Path(config.results), network.run_folder(config), table_name(config)
     device = network.device(config)
     elements = network.encoded_elements(config, steps=config.task.steps)
     chosen = kernels.choose(config.gpu.kernels, device, elements=elements)
@@ -83,6 +85,7 @@ def run(config: Config) -> list[Record]:
     exact, ours = (network.build(cell, chosen).to(device).train() for cell in (network.exact(config), config))
     if config.task.checkpoint:
         network.load_weights(exact, Path(config.task.checkpoint))
+        check_weights(config, settings["checkpoint"])
     ours.load_state_dict(exact.state_dict())
     recipe = replace(config.dataset, iterations=config.task.steps)
     train = data.load(config.dataset, device).train
@@ -95,25 +98,26 @@ def run(config: Config) -> list[Record]:
     write_csv(results / "gradients" / f"{name}.csv", layers)
     whole = compare([({"all": _joined(of_exact)}, {"all": _joined(of_ours)}) for of_exact, of_ours in pairs])
     source = provenance.source(config, device, chosen.name)
-    measured = []
+    measured, lines = [], []
     for metric in ("error", "cosine", "spread"):
         low, median, high = (whole[0][f"{metric}_{end}"] for end in ("low", "median", "high"))
         measured.append(
             provenance.record(
                 config, source, metric=f"gradient_{metric}", unit="", value=median, low=low, high=high, n=len(pairs),
-                iterations=len(pairs), settings=settings_of(config),
+                iterations=len(pairs), settings=settings,
             )
         )  # fmt: skip
         whose = "exact, between batches" if metric == "spread" else config.mode.name
-        print(f"{whose}: {metric} {median:.4g} (20 to 80 %: {low:.4g} to {high:.4g})")
+        lines.append(f"{whose}: {metric} {median:.4g} (20 to 80 %: {low:.4g} to {high:.4g})")
     records.write(measured, run_dir)
+    print(*lines, sep="\n")
     print(figures.draw_gradients(results, name, read_labels(config.config_dir)))
     return measured
 
 
-def settings_of(config: Config) -> dict[str, str | None]:
-    """Return what decides the result and has no column: the file of weights; None for freshly initialised ones."""
-    return {"checkpoint": Path(config.task.checkpoint).stem if config.task.checkpoint else None}
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return what decides the result and has no column: the weights, None for freshly initialised ones; determinism."""
+    return {"checkpoint": weights_name(config), **gpu_changes(config, "deterministic")}
 
 
 def gradients(model: nn.Module, images: Tensor, labels: Tensor, gpu: GpuConfig) -> Gradients:

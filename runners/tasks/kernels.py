@@ -26,6 +26,7 @@ from blpa import kernels
 from blpa.kernels import Kernels
 from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS
 from runners import provenance, records
+from runners.cells import gpu_changes
 from runners.config import Config, at_least, mode
 from runners.errors import UserError
 from runners.records import Record
@@ -69,7 +70,7 @@ def folder(config: Config) -> str:
 
 
 def run(config: Config) -> list[Record]:
-    """Measure the backend that gpu.kernels names, or every backend of the machine; print and record the result.
+    """Measure the backend that gpu.kernels names, or every backend of the machine; record and print the result.
 
     Args:
         config: one run, checked; its mode saves codes or x, task.elements is E of the activation that fits no cache,
@@ -93,11 +94,13 @@ def run(config: Config) -> list[Record]:
     steps.configure_torch(network.used(config.gpu, device))
     source = provenance.source(config, device, backends[0].name)
     measured: list[Record] = []
+    lines: list[str] = []
     for batch, rows, channels in [*shapes(config), (0, max(2, config.task.elements // CHANNELS), CHANNELS)]:
-        measured += _functions(config, backends, batch, rows, channels, device, source)
+        measured += _functions(config, backends, batch, rows, channels, device, source, lines)
     for shape in SHAPES:
-        measured += _bn_relu_conv(config, backends[0], shape, device, source)
+        measured += _bn_relu_conv(config, backends[0], shape, device, source, lines)
     records.write(measured, run_dir)
+    print(*lines, sep="\n")
     return measured
 
 
@@ -119,6 +122,7 @@ def _functions(
     channels: int,
     device: torch.device,
     source: Source,
+    lines: list[str],
 ) -> Iterator[Record]:
     """Measure the four functions and a copy on one activation; batch 0 marks the one that is not of the network."""
     dtype = torch.bfloat16 if config.gpu.precision == "bf16" else torch.float32
@@ -140,13 +144,14 @@ def _functions(
     seconds = _seconds(list(calls.values()), config.task.steps, f"functions, {rows} rows of {channels}", device)
     of_copy = seconds[:, 0]
     for (name, backend_name), of_call in zip(calls, seconds.T, strict=True):
-        shape = {"settings": {"rows": rows, "channels": channels}, "kernels": backend_name, "batch_size": batch}
+        settings = {"rows": rows, "channels": channels, **gpu_changes(config, "deterministic")}
+        shape = {"settings": settings, "kernels": backend_name, "batch_size": batch}
         yield _record(config, source, name, "s", of_call, **shape)
         if name != "copy":
             share = moved[name] / moved["copy"] * of_copy / of_call
             yield _record(config, source, f"{name}_share_of_copy", "", share, **shape)
         speed = moved[name] * rows * channels / of_call.median().item()
-        print(f"{rows:8} x {channels:3}  {name:25} {backend_name:9} {speed / 1e9:8.1f} GB/s")
+        lines.append(f"{rows:8} x {channels:3}  {name:25} {backend_name:9} {speed / 1e9:8.1f} GB/s")
 
 
 def _calls(backend: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Config) -> dict[str, Call]:
@@ -177,7 +182,7 @@ def _calls(backend: Kernels, x: Tensor, grad: Tensor, out: Tensor, config: Confi
 
 
 def _bn_relu_conv(
-    config: Config, backend: Kernels, shape: Shape, device: torch.device, source: Source
+    config: Config, backend: Kernels, shape: Shape, device: torch.device, source: Source, lines: list[str]
 ) -> Iterator[Record]:
     """Measure forward and backward pass of one BN-ReLU-conv: the mode, exact, and exact through torch.compile."""
     in_channels, out_channels, kernel_size = shape
@@ -188,11 +193,14 @@ def _bn_relu_conv(
     seconds = _seconds(calls, config.task.steps, name, device)
     for cell, of_call, ratio in zip(cells, seconds.T, (seconds / seconds[:, 1:2]).T, strict=True):
         settings = {"kernel_size": kernel_size, "in_channels": in_channels, "out_channels": out_channels}
+        settings |= gpu_changes(config, "deterministic")
         fields = {"settings": settings, "kernels": provenance.kernels_used(cell, backend.name), "batch_size": batch}
         yield _record(cell, source, "unit_seconds", "s", of_call, **fields)
         yield _record(cell, source, "unit_ratio_to_exact", "times", ratio, **fields)
-        print(f"{name}, batch {batch}: {cell.mode.name:10} {1e3 * of_call.median().item():.3f} ms, "
-              f"{ratio.median().item():.2f} times exact")  # fmt: skip
+        lines.append(
+            f"{name}, batch {batch}: {cell.mode.name:10} {1e3 * of_call.median().item():.3f} ms, "
+            f"{ratio.median().item():.2f} times exact"
+        )
 
 
 def _forward_backward(cell: Config, backend: Kernels, shape: Shape, batch: int, device: torch.device) -> Call:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 from blpa import kernels, memory
 from blpa.memory import GIB, MIB, TrainingBytes
 from runners import fresh, provenance, records
-from runners.cells import card_name, command
+from runners.cells import card_name, command, gpu_changes
 from runners.config import Config
 from runners.errors import Stopped, UserError, first_line, is_out_of_memory, may_be_out_of_memory, missing_memory
 from runners.records import Record
@@ -69,7 +69,7 @@ def folder(config: Config) -> str:
 
 
 def run(config: Config) -> list[Record]:
-    """Find the largest batch for the configured network and budget, print it and record it.
+    """Find the largest batch for the configured network and budget, record it and print it.
 
     Args:
         config: one run, checked; dataset.batch_size does not matter.
@@ -92,10 +92,15 @@ def run(config: Config) -> list[Record]:
     assert cell.gpu.memory_gib is not None
     limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
 
-    prediction = earlier_prediction(config, cell) if is_cuda and config.resume else None
-    if prediction is None:
-        prediction = predict(config, cell, limit)
+    earlier = earlier_prediction(config, cell) if is_cuda and config.resume else None
+    prediction = earlier or predict(config, cell, limit)
+    batch = int(prediction.value)
     found = [prediction]
+    if earlier is None:
+        lines = [describe(cell, batch, limit, network.training_bytes(cell, max(batch, 1)))]
+    else:
+        budget = f"{cell.gpu.memory_gib:g} GiB"
+        lines = [f"{_network(cell)}: largest batch {batch} in {budget} (predicted, {prediction.date})"]
     if is_cuda and limit > card:
         print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
     elif is_cuda:
@@ -103,22 +108,25 @@ def run(config: Config) -> list[Record]:
         kind, fits, fails = segments.KINDS[0], 0, 1
         if limit > 0:
             probes = {kind: _probe_on(cell, limit, kind) for kind in segments.KINDS}
-            begin = min(int(prediction.value), _host_batch(cell))
+            begin = min(batch, _host_batch(cell))
             kind, fits, fails = better(probes, begin, config.task.resolution)
-        print(
+        lines.append(
             f"{_network(cell)}: largest batch {fits} in {cell.gpu.memory_gib:g} GiB (measured, {kind} segments); "
             f"{fails} does not fit"
         )
         found.append(_record(cell, fits, fails - 1, provenance.source(config, device, chosen.name), segments=kind))
     records.write(found, run_dir)
+    print(*lines, sep="\n")
     return found
 
 
 def _record(config: Config, fits: int, high: int, source: dict[str, object], *, segments: str = "") -> Record:
     """Make the record of a largest batch; a measured one may be up to `high`."""
+    is_predicted = source["device"] == "none"
     return provenance.record(
         config, source, metric="largest_batch", unit="samples", value=fits, low=fits, high=high, n=1, iterations=0,
-        predicted=source["device"] == "none", batch_size=0, seed=0, segments=segments, settings=settings_of(config),
+        predicted=is_predicted, batch_size=0, seed=0, segments=segments,
+        settings=settings_of(config) | ({} if is_predicted else gpu_changes(config, "deterministic")),
     )  # fmt: skip
 
 
@@ -130,11 +138,11 @@ def settings_of(config: Config) -> dict[str, Any]:
     """
     gpu = config.gpu
     budget = {"memory_gib": gpu.memory_gib, "allowance_mib": gpu.allowance_mib}
-    return budget if gpu.cuda_graph is None else {**budget, "gpu.cuda_graph": gpu.cuda_graph}
+    return budget | gpu_changes(config, "cuda_graph")
 
 
 def predict(config: Config, cell: Config, limit: int) -> Record:
-    """Count and print the prediction, and return its record.
+    """Count the prediction, and return its record.
 
     Args:
         config: the run.
@@ -150,7 +158,6 @@ def predict(config: Config, cell: Config, limit: int) -> Record:
             return total
 
         batch = memory.largest_batch(total_bytes, limit)
-    print(describe(cell, batch, limit, network.training_bytes(cell, max(batch, 1))))
     used = kernels.choose(cell.gpu.kernels, META).name
     return _record(cell, batch, batch, provenance.source(config, META, used))
 
@@ -189,9 +196,6 @@ def earlier_prediction(config: Config, cell: Config) -> Record | None:
     if not found:
         return None
     newest = max(found, key=lambda record: record.date)
-    print(
-        f"{_network(cell)}: largest batch {newest.value:.0f} in {cell.gpu.memory_gib:g} GiB (predicted, {newest.date})"
-    )
     return replace(newest, experiment=cell.experiment, command=command(config))
 
 

@@ -17,7 +17,7 @@ import torch
 from blpa import kernels
 from blpa.memory import KINDS, MIB, SAVED, PartBytes, TrainingBytes, saved_bytes
 from runners import provenance, records
-from runners.cells import batch_name
+from runners.cells import batch_name, table_name
 from runners.config import Config
 from runners.errors import UserError
 from runners.files import write_csv
@@ -56,7 +56,7 @@ def folder(config: Config) -> str:
 
 
 def run(config: Config) -> list[Record]:
-    """Count a step of the configured mode and of the baseline; print tables, draw the figure and record the peaks.
+    """Count a step of the configured mode and of the baseline; record the peaks, print tables and draw the figure.
 
     Args:
         config: one run, checked; dataset.batch_size is the batch.
@@ -67,21 +67,14 @@ def run(config: Config) -> list[Record]:
     Raises:
         UserError: the results folder cannot be written.
     """
-    results, run_dir = Path(config.results), network.run_folder(config)
-    name = run_dir.name
+    results, run_dir, name = Path(config.results), network.run_folder(config), table_name(config)
     batch = config.dataset.batch_size
     cells = network.with_exact(config)[::-1]
     counted = {cell.mode.name: network.training_bytes(cell, batch) for cell in cells}
-    print(by_kind(counted, batch))
     blocks = by_block(config, counted[config.mode.name])
     write_csv(run_dir / "blocks.csv", blocks)
-    print(by_size(counted[config.mode.name], batch))
-    if config.mode.layers == "coded":
-        saved, formula = (sum(block[column] for block in blocks) for column in ("saved", "formula"))
-        print(f"saved by the blocks: {saved} bytes counted, {formula} by blpa.memory.saved_bytes")
     lines = [point for mode, total in counted.items() for point in timeline(mode, total, batch)]
     write_csv(results / "memory" / f"{name}.csv", lines)
-    print(figures.draw_memory(results, name, read_labels(config.config_dir)))
     measured = [
         provenance.record(
             cell, provenance.source(cell, META, kernels.choose(config.gpu.kernels, META).name), metric="step_peak_mib",
@@ -91,6 +84,12 @@ def run(config: Config) -> list[Record]:
         for peak in [total.step.peak_bytes / batch / MIB]
     ]  # fmt: skip
     records.write(measured, run_dir)
+    print(by_kind(counted, batch))
+    print(by_size(counted[config.mode.name], batch))
+    if config.mode.layers == "coded":
+        saved, formula = (sum(block[column] for block in blocks) for column in ("saved", "formula"))
+        print(f"saved by the blocks: {saved} bytes counted, {formula} by blpa.memory.saved_bytes")
+    print(figures.draw_memory(results, name, read_labels(config.config_dir)))
     return measured
 
 

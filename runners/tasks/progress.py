@@ -18,6 +18,9 @@ class Settings:
     name: str
 
 
+ONLY_PRINTS = True
+
+
 def run(config: Config) -> list[Record]:
     """Print a row for each run.
 

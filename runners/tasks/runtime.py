@@ -18,7 +18,7 @@ import torch
 from blpa import kernels
 from blpa.kernels import Kernels
 from runners import provenance, records
-from runners.cells import batch_name, card_name, overrides, task_settings
+from runners.cells import batch_name, card_name, gpu_changes, overrides, task_settings
 from runners.config import Config, at_least, mode, one_of, options
 from runners.errors import Stopped, UserError, classify
 from runners.records import Record
@@ -71,7 +71,7 @@ class _Timed:
 
 
 def run(config: Config) -> list[Record]:
-    """Time the steps of the configured mode, of task.modes and of exact; print and record times and ratios.
+    """Time the steps of the configured mode, of task.modes and of exact; record and print times and ratios.
 
     Args:
         config: one run, checked.
@@ -111,7 +111,7 @@ def run(config: Config) -> list[Record]:
 
     exact = next((which for which, one in enumerate(timed) if one.cell == network.exact(one.cell)), None)
     source = provenance.source(config, device, chosen.name)
-    measured = []
+    measured, lines = [], []
     for which, one in enumerate(timed):
         found = [("seconds_per_sample", "s", seconds[:, which])]
         if exact not in (None, which):
@@ -120,7 +120,7 @@ def run(config: Config) -> list[Record]:
             low, median, high = low_median_high(values)
             scale, shown = (1e3, f"ms per sample, batch {one.batch}") if unit == "s" else (1, "times exact")
             spread = f"(20 to 80 %: {scale * low:.3f} to {scale * high:.3f})"
-            print(f"{one.cell.mode.name}: {scale * median:.3f} {shown} {spread}")
+            lines.append(f"{one.cell.mode.name}: {scale * median:.3f} {shown} {spread}")
             if one.cell in requested:
                 measured.append(
                     provenance.record(
@@ -131,6 +131,7 @@ def run(config: Config) -> list[Record]:
                     )
                 )  # fmt: skip
     records.write(measured, run_dir)
+    print(*lines, sep="\n")
     return measured
 
 
@@ -142,11 +143,7 @@ def settings_of(config: Config) -> dict[str, Any]:
         settings |= {"largest_batch": True, **max_batch.settings_of(config)}
     if gpu.kernels != "auto" and config.mode.layers == "coded":
         settings["gpu.kernels"] = gpu.kernels
-    if gpu.cuda_graph is not None:
-        settings["gpu.cuda_graph"] = gpu.cuda_graph
-    if not gpu.deterministic:
-        settings["gpu.deterministic"] = False
-    return settings
+    return settings | gpu_changes(config, "cuda_graph", "deterministic")
 
 
 def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:
@@ -174,7 +171,7 @@ def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tup
         and (record.dataset, record.mode, record.depth, record.width)
         == (config.dataset.name, config.mode.name, config.depth, config.width)
         and record.precision == network.precision(config.gpu, network.META if record.predicted else device)
-        and record.settings == settings
+        and {name: value for name, value in record.settings.items() if name != "gpu.deterministic"} == settings
         and record.kernels in ("stock", counted.name if record.predicted else chosen.name)
     ]
     best = max(found, key=lambda record: (not record.predicted, record.date), default=None)

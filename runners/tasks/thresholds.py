@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from blpa.codec import Codec
 from blpa.kernels.reference import REFERENCE
 from runners import provenance, records
-from runners.cells import checkpoint_name
+from runners.cells import check_weights, weights_name
 from runners.config import Config
 from runners.errors import UserError
 from runners.files import write_csv
@@ -53,11 +53,11 @@ def check(config: Config) -> None:
 
 def folder(config: Config) -> str:
     """Name the folder by the run and the weights."""
-    return f"{config.run}-thresholds{checkpoint_name(config)}"
+    return f"{config.run}-thresholds-{weights_name(config)}"
 
 
 def run(config: Config) -> list[Record]:
-    """Count the channels, print the shares, draw the histogram and record the shares.
+    """Count the channels, record and print the shares, and draw the histogram.
 
     Args:
         config: one run, checked; task.checkpoint names the weights, the mode the codec.
@@ -66,39 +66,41 @@ def run(config: Config) -> list[Record]:
         The shares of all channels, in percent; n is the number of channels.
 
     Raises:
-        UserError: the weights are not of this network, or the mode saves no codes.
+        UserError: the weights are not of this network or were written to meanwhile, or the mode saves no codes.
     """
     if config.mode.bits is None:
         raise UserError(f"mode={config.mode.name}: saves no codes; choose one that does, mode=4bit")
+    settings = settings_of(config)
     results, run_dir = Path(config.results), network.run_folder(config)
     codec = Codec(config.mode.bits, config.mode.clip)
     gammas, betas = zip(*_batch_norms(config), strict=True)
+    check_weights(config, settings["checkpoint"])
     thirds = [slice(len(gammas) * k // 3, len(gammas) * (k + 1) // 3) for k in range(3)]
     parts = {part: (torch.cat(gammas[of]), torch.cat(betas[of])) for part, of in zip(PARTS, thirds, strict=True)}
     everything = shares(torch.cat(gammas), torch.cat(betas), codec)
     columns = {"all": everything, **{part: shares(*vectors, codec) for part, vectors in parts.items()}}
-    rows = [[name, *(f"{column[name]:.2f}" for column in columns.values())] for name in everything]
-    print(aligned([[f"% of the channels, {codec.bits} bits, clip {codec.clip:g}", *columns], *rows]))
     shift = _shift(torch.cat(gammas), torch.cat(betas))
-    print(f"beta / |gamma| of {len(shift)} channels: {shift.min():.2f} to {shift.max():.2f}")
     bins = [row for part, vectors in parts.items() for row in histogram(part, *vectors)]
     write_csv(results / "thresholds" / f"{run_dir.name}.csv", bins)
-    print(figures.draw_thresholds(results, run_dir.name))
     source = provenance.source(config, META, "none")
     measured = [
         provenance.record(
             config, source, metric=name.replace(" ", "_"), unit="%", value=share, low=share, high=share, n=len(shift),
-            iterations=0, settings=settings_of(config),
+            iterations=0, settings=settings,
         )
         for name, share in everything.items()
     ]  # fmt: skip
     records.write(measured, run_dir)
+    rows = [[name, *(f"{column[name]:.2f}" for column in columns.values())] for name in everything]
+    print(aligned([[f"% of the channels, {codec.bits} bits, clip {codec.clip:g}", *columns], *rows]))
+    print(f"beta / |gamma| of {len(shift)} channels: {shift.min():.2f} to {shift.max():.2f}")
+    print(figures.draw_thresholds(results, run_dir.name))
     return measured
 
 
-def settings_of(config: Config) -> dict[str, str]:
-    """Return the setting that decides the result and has no column: the file of weights."""
-    return {"checkpoint": Path(str(config.task.checkpoint)).stem}
+def settings_of(config: Config) -> dict[str, str | None]:
+    """Return the setting that decides the result and has no column: the weights."""
+    return {"checkpoint": weights_name(config)}
 
 
 def shares(gamma: Tensor, beta: Tensor, codec: Codec) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from blpa import kernels
 from runners import data, provenance, records
+from runners.cells import gpu_changes
 from runners.config import Config, at_least
 from runners.records import Record
 from runners.training import loop, network
@@ -40,6 +41,11 @@ def check(config: Config) -> None:
 def folder(config: Config) -> str:
     """Name the folder by the run."""
     return config.run
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """Return the settings that decide speed, and the last bits of an error, and have no column of a record."""
+    return gpu_changes(config, "cuda_graph", "deterministic")
 
 
 def run(config: Config) -> list[Record]:
@@ -122,7 +128,7 @@ def _records(config: Config, outcome: loop.Outcome, source: dict[str, Any], run_
     return [
         provenance.record(
             config, source, metric=metric, unit=unit, value=value, low=value, high=value, n=1,
-            iterations=outcome.iterations,
+            iterations=outcome.iterations, settings=settings_of(config),
         )
         for metric, unit, value in (
             ("test_error_percent", "%", outcome.test_error_percent),

@@ -70,7 +70,7 @@ def test_trained_weights_become_a_table_a_picture_and_records(capsys: pytest.Cap
     assert {record.n for record in found.values()} == {channels}
     out = capsys.readouterr().out
     assert f"beta / |gamma| of {channels} channels: -4.00 to 0.00" in out
-    (picture,) = Path("results/figures").glob("*-thresholds-weights.png")
+    (picture,) = Path("results/figures").glob("*-thresholds-weights-????????.png")
     before = picture.read_bytes()
     picture.unlink()
     assert cli.main(["task=plots"]) == 0
