@@ -9,7 +9,6 @@ newest one can be skipped. A checkpoint holds the configuration it belongs to, a
 """
 
 import csv
-import hashlib
 import io
 import re
 import sys
@@ -24,6 +23,8 @@ from runners.cells import IGNORED
 from runners.config import Config
 from runners.errors import CannotWrite, UserError
 from runners.files import write_whole
+from runners.training import torch_files
+from runners.training.torch_files import Unreadable
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest, and one to fall back on."""
@@ -89,7 +90,7 @@ class RunFolder:
         buffer = io.BytesIO()
         torch.save({**state, "configuration": self.configuration}, buffer)
         content = buffer.getbuffer()
-        file = self.path / f"checkpoint-{iteration}-{_digits(content)}.pt"
+        file = self.path / f"checkpoint-{iteration}-{torch_files.digits(content)}.pt"
         self._write(file, content)
         self.known_good = [*self.known_good, file][-KEPT:]
         for other in set(checkpoints(self.path)) - set(self.known_good):
@@ -161,10 +162,14 @@ def newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
         except OSError as error:
             print(f"{file} cannot be read ({error.strerror}); using the one before", file=sys.stderr)
             continue
-        if file.stem.endswith(_digits(content)):
-            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            return file, state
-        print(f"{file} is damaged (its sha256 does not match its name); using the one before", file=sys.stderr)
+        try:
+            torch_files.check_name(file.name, content)
+            state = torch_files.unpickled(content)
+            if isinstance(state, dict) and isinstance(state.get("configuration"), dict):
+                return file, state
+            raise Unreadable("holds no configuration: no checkpoint of a run")
+        except Unreadable as error:
+            print(f"{file} {error}; using the one before", file=sys.stderr)
     return None
 
 
@@ -177,7 +182,3 @@ def iteration_of(file: Path) -> int:
     """Return the training steps behind a checkpoint, by its name; 0 for any other file."""
     match = re.fullmatch(r"checkpoint-(\d+)-[0-9a-f]{16}\.pt", file.name)
     return int(match[1]) if match else 0
-
-
-def _digits(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
