@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from runners.cells import IGNORED
-from runners.config import Config
+from runners.config import PUBLISHED, Config
 from runners.errors import CannotWrite, UserError
 from runners.files import write_whole
 from runners.training import torch_files
@@ -38,6 +38,8 @@ def deciding_fields(config: Config) -> dict[str, Any]:
         for group, values in (("dataset", config.dataset), ("mode", config.mode))
         for key, value in asdict(values).items()
     }
+    if config.dataset.version == PUBLISHED:  # as older checkpoints say by saying nothing
+        del named["dataset.version"]
     return {
         **{key: value for key, value in named.items() if key not in (*IGNORED, "dataset.reader")},
         **{f"gpu.{key}": gpu[key] for key in ("device", "precision", "kernels", "deterministic")},
