@@ -13,7 +13,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from runners.config import MODE_LABELS, Config, GpuConfig, is_own_option, option, options
+from runners.config import MODE_LABELS, PUBLISHED, Config, GpuConfig, is_own_option, option, options
 from runners.errors import UserError
 from runners.records import canonical
 from runners.training import signals
@@ -29,13 +29,14 @@ def run_name(config: Config) -> str:
     """Name the folder of a run by the values that distinguish runs: table1-cifar10-4bit-depth164-width1-tf32-seed0.
 
     Args:
-        config: the run; its experiment leads the name unless it is `single`, and its precision is in it unless it is
-            `auto`.
+        config: the run; its experiment leads the name unless it is `single`; the data's version and the precision
+            are in it unless they are `published` and `auto`.
     """
     prefix = "" if config.experiment == "single" else f"{config.experiment}-"
     network = f"depth{config.depth}-width{config.width:g}"
     precision = "" if config.gpu.precision == "auto" else f"-{config.gpu.precision}"
-    return f"{prefix}{config.dataset.name}-{config.mode.name}-{network}{precision}-seed{config.seed}"
+    version = "" if config.dataset.version == PUBLISHED else f"-{config.dataset.version}"
+    return f"{prefix}{config.dataset.name}{version}-{config.mode.name}-{network}{precision}-seed{config.seed}"
 
 
 def folder_name(config: Config) -> str | None:

@@ -17,6 +17,9 @@ from omegaconf import MISSING, OmegaConf
 from runners import CONF
 from runners.errors import UserError
 
+PUBLISHED = "published"
+"""The version of a data set that its authors published."""
+
 
 @dataclass
 class DatasetConfig:
@@ -36,8 +39,11 @@ class DatasetConfig:
     """Channels of an image."""
     root: str = "data"
     """Folder of the data set; a download goes there."""
+    version: str = PUBLISHED
+    """published: files in `root` that differ from the published ones are refused. Any other name stands for your own
+    files there, which are used as they are; the name is in every result."""
     download: bool = True
-    """Fetch the data set when `root` does not hold it."""
+    """Fetch files of the published version that `root` does not hold; a file that is there is never replaced."""
     iterations: int = MISSING
     """Number of training steps."""
     batch_size: int = MISSING
@@ -230,6 +236,7 @@ def check(config: Config) -> None:
 def _check_dataset(config: Config) -> None:
     dataset = config.dataset
     one_of("dataset.name", dataset.name, options("dataset", config.config_dir))
+    _plain_name("dataset.version", dataset.version)
     at_least("dataset.classes", dataset.classes, 2)
     for key in ("image_size", "image_channels", "iterations", "batch_size", "eval_batch_size"):
         at_least(f"dataset.{key}", getattr(dataset, key), 1)

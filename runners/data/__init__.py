@@ -104,6 +104,10 @@ def load(config: DatasetConfig, device: torch.device) -> ImageData:
         raise UserError(f"dataset.reader={config.reader}: the module has no read(config)")
     train, test = reader.read(config)
     for images, labels in (train, test):
+        if (images.dtype, labels.dtype) != (torch.uint8, torch.int64) or labels.shape != images.shape[:1]:
+            raise UserError(f"dataset.reader={config.reader}: images are uint8 [N, C, H, W], and labels int64 [N]")
+        if not len(labels) or labels.min() < 0:
+            raise UserError(f"dataset.reader={config.reader}: there are no images, or labels below 0")
         _, channels, *size = images.shape
         found = {"image_channels": channels, "image_size": max(size), "classes": int(labels.max()) + 1}
         for key, value in found.items():

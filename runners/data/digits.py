@@ -9,7 +9,8 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from runners.config import DatasetConfig
+from runners.config import PUBLISHED, DatasetConfig
+from runners.errors import UserError
 
 TEST_IMAGES = 500
 INK_LEVELS = 16
@@ -20,11 +21,18 @@ def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     """Read the digits.
 
     Args:
-        config: not used; the data set has no options.
+        config: `version` is published; the data set has no other options.
 
     Returns:
         Training (1,297) and test set (500): images uint8 [N, 1, 8, 8] from 0 to 255, labels int64 [N].
+
+    Raises:
+        UserError: another version is wanted.
     """
+    if config.version != PUBLISHED:
+        raise UserError(
+            f"dataset.version={config.version}: the digits are scikit-learn's, and there is no other version"
+        )
     digits = load_digits()
     images = torch.from_numpy(digits.images * (255 / INK_LEVELS)).round().to(torch.uint8)[:, None]
     labels = torch.from_numpy(digits.target).to(torch.int64)

@@ -11,6 +11,7 @@ All are over augmented training batches. The task writes results/gradients/<run>
 results/figures/<run>.png, which task=plots draws again from the file.
 """
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from runners.records import Record
 from runners.reporting import figures
 from runners.reporting.labels import read_labels
 from runners.timing import low_median_high
-from runners.training import network, steps
+from runners.training import network, steps, weights
 
 Gradients = dict[str, Tensor]
 """Gradients of the weights with two dimensions or more, by layer name."""
@@ -70,8 +71,8 @@ def run(config: Config) -> list[Record]:
         Error, cosine and spread of the total gradient: medians over batches with 20 and 80 % quantiles.
 
     Raises:
-        UserError: the mode's width differs from the baseline's, the checkpoint is not of this network or was written to
-            meanwhile, or the machine or the data do not support the configuration.
+        UserError: the mode's width differs from the baseline's, the checkpoint is not of this network, was written to
+            meanwhile or has no gradients to compare, or the machine or the data do not support the configuration.
     """
     if config.mode.width_factor != 1:
         raise UserError(f"mode={config.mode.name}: its layers and gradients have another width than exact")
@@ -84,7 +85,7 @@ def run(config: Config) -> list[Record]:
     steps.configure_torch(gpu)
     exact, ours = (network.build(cell, chosen).to(device).train() for cell in (network.exact(config), config))
     if config.task.checkpoint:
-        network.load_weights(exact, Path(config.task.checkpoint))
+        weights.load_weights(exact, Path(config.task.checkpoint))
         check_weights(config, settings["checkpoint"])
     ours.load_state_dict(exact.state_dict())
     recipe = replace(config.dataset, iterations=config.task.steps)
@@ -94,9 +95,14 @@ def run(config: Config) -> list[Record]:
         (gradients(exact, *batch, gpu), gradients(ours, *batch, gpu))
         for batch in tqdm(batches, "batches", total=config.task.steps)
     ]
+    whole = compare([({"all": _joined(of_exact)}, {"all": _joined(of_ours)}) for of_exact, of_ours in pairs])
+    if not all(math.isfinite(value) for value in whole[0].values() if isinstance(value, float)):
+        raise UserError(
+            f"task.checkpoint={config.task.checkpoint}: gradients at these weights are 0 or not finite, and have no "
+            "relative error"
+        )
     layers = [{"mode": config.mode.name, **row} for row in compare(pairs)]
     write_csv(results / "gradients" / f"{name}.csv", layers)
-    whole = compare([({"all": _joined(of_exact)}, {"all": _joined(of_ours)}) for of_exact, of_ours in pairs])
     source = provenance.source(config, device, chosen.name)
     measured, lines = [], []
     for metric in ("error", "cosine", "spread"):

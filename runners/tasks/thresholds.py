@@ -25,7 +25,7 @@ from runners.files import write_csv
 from runners.records import Record
 from runners.reporting import figures
 from runners.reporting.pages import aligned
-from runners.training import network
+from runners.training import network, weights
 from runners.training.network import META
 
 LIMIT, BIN = 6.0, 0.125
@@ -143,6 +143,6 @@ def _shift(gamma: Tensor, beta: Tensor) -> Tensor:
 def _batch_norms(config: Config) -> list[tuple[Tensor, Tensor]]:
     """Return gamma and beta of every batch norm, from the first to the last."""
     model = network.build(network.exact(config), REFERENCE)
-    network.load_weights(model, Path(str(config.task.checkpoint)))
+    weights.load_weights(model, Path(str(config.task.checkpoint)))
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     return [(norm.weight.detach(), norm.bias.detach()) for norm in norms]

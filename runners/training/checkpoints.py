@@ -9,7 +9,6 @@ newest one can be skipped. A checkpoint holds the configuration it belongs to, a
 """
 
 import csv
-import hashlib
 import io
 import re
 import sys
@@ -21,9 +20,11 @@ from typing import Any
 import torch
 
 from runners.cells import IGNORED
-from runners.config import Config
+from runners.config import PUBLISHED, Config
 from runners.errors import CannotWrite, UserError
 from runners.files import write_whole
+from runners.training import torch_files
+from runners.training.torch_files import Unreadable
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest, and one to fall back on."""
@@ -37,6 +38,8 @@ def deciding_fields(config: Config) -> dict[str, Any]:
         for group, values in (("dataset", config.dataset), ("mode", config.mode))
         for key, value in asdict(values).items()
     }
+    if config.dataset.version == PUBLISHED:  # as older checkpoints say by saying nothing
+        del named["dataset.version"]
     return {
         **{key: value for key, value in named.items() if key not in (*IGNORED, "dataset.reader")},
         **{f"gpu.{key}": gpu[key] for key in ("device", "precision", "kernels", "deterministic")},
@@ -90,7 +93,7 @@ class RunFolder:
         buffer = io.BytesIO()
         torch.save({**state, "configuration": self.configuration}, buffer)
         content = buffer.getbuffer()
-        file = self.path / f"checkpoint-{iteration}-{_digits(content)}.pt"
+        file = self.path / f"checkpoint-{iteration}-{torch_files.digits(content)}.pt"
         self._write(file, content)
         self.known_good = [*self.known_good, file][-KEPT:]
         for other in set(checkpoints(self.path)) - set(self.known_good):
@@ -162,10 +165,14 @@ def newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
         except OSError as error:
             print(f"{file} cannot be read ({error.strerror}); using the one before", file=sys.stderr)
             continue
-        if file.stem.endswith(_digits(content)):
-            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-            return file, state
-        print(f"{file} is damaged (its sha256 does not match its name); using the one before", file=sys.stderr)
+        try:
+            torch_files.check_name(file.name, content)
+            state = torch_files.unpickled(content)
+            if isinstance(state, dict) and isinstance(state.get("configuration"), dict):
+                return file, state
+            raise Unreadable("holds no configuration: no checkpoint of a run")
+        except Unreadable as error:
+            print(f"{file} {error}; using the one before", file=sys.stderr)
     return None
 
 
@@ -178,7 +185,3 @@ def iteration_of(file: Path) -> int:
     """Return the training steps behind a checkpoint, by its name; 0 for any other file."""
     match = re.fullmatch(r"checkpoint-(\d+)-[0-9a-f]{16}\.pt", file.name)
     return int(match[1]) if match else 0
-
-
-def _digits(content: bytes | memoryview) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]

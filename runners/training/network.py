@@ -1,4 +1,4 @@
-"""The configured network: its device, its weights, its training step, and the bytes of that step.
+"""The configured network: its device, its training step, and the bytes of that step.
 
 A mode decides which layers a network is made of, what they save for the backward pass, and how wide they are:
 
@@ -18,13 +18,11 @@ baselines.py and offloading.py.
 """
 
 import gc
-import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from blpa import kernels, memory
 from blpa.codec import Codec
@@ -168,22 +166,6 @@ def largest_activation(config: Config, batch: int) -> int:
     """Count the elements of a batch's largest activation: the output of a block of the first group."""
     channels = EXPANSION * round(GROUP_CHANNELS[0] * config.width * config.mode.width_factor)
     return batch * channels * config.dataset.image_size**2
-
-
-def load_weights(model: nn.Module, file: Path) -> None:
-    """Load the weights of the checkpoint task.checkpoint, of any mode, into a model.
-
-    Raises:
-        UserError: there is no such file, or its weights are not of this network.
-    """
-    if not file.is_file():
-        raise UserError(f"task.checkpoint={file}: there is no such file")
-    try:
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["model"])
-    except (RuntimeError, LookupError, EOFError, TypeError, pickle.UnpicklingError) as error:  # by any file
-        text = "no file of torch.save's" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
-        reason = f"{type(error).__name__}: {text}"
-        raise UserError(f"task.checkpoint={file} holds no weights of this network ({reason})") from error
 
 
 def training_step(config: Config, batch: int, chosen: Kernels, device: torch.device) -> Callable[[], object]:

@@ -1,22 +1,18 @@
 """What the network is given, in what order, and what is said of a bad data folder."""
 
 import hashlib
-import pickle
 import shutil
-import tarfile
-import threading
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from small_cifar import publish, served
 from support import make
 
 from runners.config import DatasetConfig
@@ -202,30 +198,10 @@ unpacks = pytest.mark.filterwarnings("ignore:Python 3.14 will, by default, filte
 # ---- CIFAR: the real reader and the real download, on a folder of the same layout with few images
 
 
-def write_batch(file: Path, rng: np.random.Generator, count: int, key: str) -> None:
-    entry = {"data": rng.integers(256, size=(count, 3072), dtype=np.uint8), key: rng.permutation(10)[:count].tolist()}
-    file.write_bytes(pickle.dumps(entry))
-
-
-def md5(file: Path) -> str:
-    return hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()
-
-
-class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *args: object) -> None:
-        """Leave stderr to the code under test."""
-
-
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address under which this machine serves `tmp_path` to itself."""
-    monkeypatch.setenv("no_proxy", "*")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as http:
-        thread = threading.Thread(target=http.serve_forever, args=(0.01,))
-        thread.start()
-        yield f"http://127.0.0.1:{http.server_port}"
-        http.shutdown()
-        thread.join()
+    with served(tmp_path, monkeypatch) as url:
+        yield url
 
 
 @pytest.fixture(params=["cifar10", "cifar100"])
@@ -233,26 +209,8 @@ def config(
     request: pytest.FixtureRequest, tmp_path: Path, server: str, monkeypatch: pytest.MonkeyPatch
 ) -> DatasetConfig:
     """A small data set under `root`, and an archive of it to download beside it."""
-    original = cifar.SOURCES[request.param]
-    root, rng = tmp_path / "root", np.random.default_rng(0)
-    folder = root / original.base_folder
-    folder.mkdir(parents=True)
-    key = "labels" if request.param == "cifar10" else "fine_labels"
-    for name, _ in [*original.train_list, *original.test_list]:
-        write_batch(folder / name, rng, 10, key)
-    (folder / original.meta["filename"]).write_bytes(pickle.dumps({original.meta["key"]: [str(i) for i in range(10)]}))
-    archive = tmp_path / "archive.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        tar.add(folder, arcname=original.base_folder)
-
-    attributes = {
-        "train_list": [[name, md5(folder / name)] for name, _ in original.train_list],
-        "test_list": [[name, md5(folder / name)] for name, _ in original.test_list],
-        "meta": {**original.meta, "md5": md5(folder / original.meta["filename"])},
-        "url": f"{server}/{archive.name}",
-        "tgz_md5": md5(archive),
-    }
-    monkeypatch.setitem(cifar.SOURCES, request.param, type("Small", (original,), attributes))
+    root = tmp_path / "root"
+    publish(request.param, root, tmp_path / "archive.tar.gz", server, monkeypatch)
     return replace(
         DIGITS,
         name=request.param,
@@ -321,21 +279,19 @@ def test_a_damaged_file_is_named(config: DatasetConfig, which: str) -> None:
     name = source(config).train_list[-1][0] if which == "train" else source(config).meta["filename"]
     file = folder(config) / name
     file.write_bytes(file.read_bytes()[:-1])
-    assert f"{file} is damaged (its md5 is not" in message(config)
+    assert f"{file} is damaged or your own (its md5 is not" in message(config)
 
 
 @unpacks
-@pytest.mark.parametrize("harm", ["no folder", "missing", "damaged", "damaged meta"])
-def test_what_is_missing_or_damaged_is_downloaded(config: DatasetConfig, harm: str) -> None:
-    name = source(config).meta["filename"] if harm == "damaged meta" else source(config).test_list[0][0]
+@pytest.mark.parametrize("harm", ["no folder", "missing", "missing meta"])
+def test_what_is_missing_is_downloaded(config: DatasetConfig, harm: str) -> None:
+    name = source(config).meta["filename"] if harm == "missing meta" else source(config).test_list[0][0]
     file = folder(config) / name
     expected = load(config, CPU)
     if harm == "no folder":
         config = replace(config, root=f"{config.root}-elsewhere")
-    elif harm == "missing":
-        file.unlink()
     else:
-        file.write_bytes(b"")
+        file.unlink()
     data = load(replace(config, download=True), CPU)
     assert torch.equal(data.train.images, expected.train.images)
     assert torch.equal(data.test.labels, expected.test.labels)
@@ -360,6 +316,7 @@ def test_a_damaged_download_is_one_line(config: DatasetConfig, monkeypatch: pyte
 @unpacks
 def test_an_archive_with_other_files_is_one_line(config: DatasetConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     name = source(config).test_list[0][0]
+    (folder(config) / name).unlink()
     monkeypatch.setattr(source(config), "test_list", [[name, "0" * 32]])
     assert "also after the download" in message(replace(config, download=True))
 
