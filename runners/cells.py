@@ -13,7 +13,8 @@ from omegaconf import OmegaConf
 from runners.config import MODE_LABELS, PUBLISHED, Config, GpuConfig, is_own_option, option, options
 
 IGNORED = {
-    "dataset.root", "dataset.download", "dataset.label", "task.checkpoint_every", "task.keep_every",
+    "dataset.root", "dataset.download", "dataset.label", "dataset.train_images",
+    "task.checkpoint_every", "task.keep_every",
     *(f"mode.{name}" for name in MODE_LABELS),
 }  # fmt: skip
 """Settings that do not affect the result: folders, checkpoints, and labels in tables."""

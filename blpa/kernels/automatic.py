@@ -6,14 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blpa.kernels import Kernels, missing_for_triton
+from blpa.kernels import Kernels
+from blpa.kernels.available import supports_triton
 from blpa.kernels.reference import REFERENCE
 
 
 @functools.cache
 def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
     """Return Triton's kernels on a GPU that they support, unless the arithmetic is in float64; else plain PyTorch's."""
-    if device.type != "cuda" or dtype == torch.float64 or missing_for_triton(device):
+    if device.type != "cuda" or dtype == torch.float64 or not supports_triton(device):
         return REFERENCE
     from blpa.kernels.triton_ops import TRITON
 
