@@ -19,7 +19,8 @@ from runners.records import canonical
 from runners.training import signals
 
 IGNORED = {
-    "dataset.root", "dataset.download", "dataset.label", "task.checkpoint_every", "task.keep_every",
+    "dataset.root", "dataset.download", "dataset.label", "dataset.train_images",
+    "task.checkpoint_every", "task.keep_every",
     *(f"mode.{name}" for name in MODE_LABELS),
 }  # fmt: skip
 """Settings that do not affect the result: folders, checkpoints, and labels in tables."""

@@ -37,6 +37,8 @@ class DatasetConfig:
     """Height and width of an image, in pixels."""
     image_channels: int = MISSING
     """Channels of an image."""
+    train_images: int | None = field(default=None, compare=False)
+    """Number of training images, for a remark on larger batches; null makes none."""
     root: str = "data"
     """Folder of the data set; a download goes there."""
     version: str = PUBLISHED

@@ -166,5 +166,7 @@ def classify(error: Exception) -> tuple[int | None, str]:
     if may_be_out_of_memory(error):
         return 1, f"does not run, for want of memory or for the size of its tensors: {message}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-        return 1, f"does not compile: {message}"
+        from blpa.kernels.available import compiler_message
+
+        return 1, f"does not compile: {compiler_message(error)}"
     return None, f"{type(error).__name__}: {message}"

@@ -19,13 +19,13 @@ torch.compile (compiled.py); `triton` is written by hand for CUDA (triton_ops.py
 every dtype of the activation.
 """
 
-import shutil
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from blpa.codec import Codec, Grid
+from blpa.kernels.available import log_once, missing, supports_triton
 
 
 class Norm(NamedTuple):
@@ -208,7 +208,8 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
 
     Args:
         name: torch, inductor, triton or auto. auto is triton on a supported GPU; on other devices it is inductor if
-            there is a compiler and the run is long enough to repay compiling; else torch.
+            the run is long enough to repay compiling; and torch where these fail on a tiny tensor, which is tried once
+            per process and logged.
         device: of the run; on the meta device, which only counts bytes, every backend is allowed.
         elements: activation elements that the run encodes in total.
 
@@ -221,16 +222,10 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
     """
     if name not in ("auto", "torch", "inductor", "triton"):
         raise ValueError(f"kernels = {name}: must be auto, torch, inductor or triton")
-    missing = {"torch": "", "inductor": _missing_for_inductor(device), "triton": missing_for_triton(device)}
     if name == "auto":
-        name = "torch"
-        if device.type == "cuda":
-            if not missing["triton"]:
-                name = "triton"
-        elif elements * _SAVED_SECONDS_PER_ELEMENT > _COMPILE_SECONDS and not missing["inductor"]:
-            name = "inductor"
-    if missing[name]:
-        raise NotAvailable(f"kernels = {name}: {missing[name]}; use kernels auto or torch")
+        name = _automatic(device, elements)
+    elif reason := missing(name, device):
+        raise NotAvailable(f"kernels = {name}: {reason}; use kernels auto or torch")
     if name == "torch":
         from blpa.kernels.reference import REFERENCE
 
@@ -244,22 +239,13 @@ def choose(name: str, device: torch.device, *, elements: float = float("inf")) -
     return TRITON
 
 
-def _missing_for_inductor(device: torch.device) -> str:
-    """Return why torch.compile cannot compile for this device; empty if it can."""
-    if device.type == "meta":
-        return ""
+def _automatic(device: torch.device, elements: float) -> str:
+    """Name the backend of auto: the fastest one that works here; one that does not work is logged."""
     if device.type == "cuda":
-        return missing_for_triton(device)
-    compilers = ("g++", "clang++", "c++")
-    return "" if any(map(shutil.which, compilers)) else f"no C++ compiler found (looked for {', '.join(compilers)})"
-
-
-def missing_for_triton(device: torch.device) -> str:
-    """Return why Triton kernels cannot run on this device; empty if they can."""
-    from torch.utils._triton import has_triton, has_triton_package
-
-    if device.type == "meta":
-        return "" if has_triton_package() else "triton is not installed"
-    if device.type != "cuda":
-        return f"it is for CUDA GPUs, and the run is on the {device.type}"
-    return "" if has_triton() else "triton is missing or does not support this GPU"
+        return "triton" if supports_triton(device) else "torch"
+    if elements * _SAVED_SECONDS_PER_ELEMENT <= _COMPILE_SECONDS:
+        return "torch"
+    if reason := missing("inductor", device):
+        log_once(f"kernels = auto: torch and not inductor, which is faster: {reason}")
+        return "torch"
+    return "inductor"

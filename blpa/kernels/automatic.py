@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blpa.kernels import Kernels, missing_for_triton
+from blpa.kernels import Kernels
+from blpa.kernels.available import supports_triton
 from blpa.kernels.reference import REFERENCE
 
 
@@ -19,7 +20,7 @@ def kernels_for(device: torch.device, dtype: torch.dtype) -> Kernels:
     return TRITON
 
 
-_runs_triton = functools.cache(lambda device: not missing_for_triton(device))
+_runs_triton = functools.cache(supports_triton)
 
 
 def _has_triton(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from blpa.codec import Codec
+from blpa.kernels.available import compiler_message
 from blpa.kernels.reference import Body, RowBlockKernels
 
 
@@ -27,8 +28,31 @@ def _compile(body: Body, variant: tuple[Any, ...], *constants: Any) -> Body:
     # It also stops compiling after a few variants of one code object, so each codec and variant has its own.
     name = "_".join([body.__name__, *(f"{c.bits}bit" for c in constants if isinstance(c, Codec))])
     call.__code__ = call.__code__.replace(co_name=name)
+    return _compiled(call)
+
+
+def _compiled(function: Body) -> Body:
     # Size checks would repeat those of _variant, and cost a tenth of a call on a small activation.
-    return torch.compile(call, dynamic=True, fullgraph=True, options={"size_asserts": False})
+    return torch.compile(function, dynamic=True, fullgraph=True, options={"size_asserts": False})
+
+
+@functools.cache
+def failure(device: torch.device) -> str:
+    """Compile a tiny function and run it; return in a line why that fails, empty where it works.
+
+    What the compiler prepares once, it would prepare for the first body; the function itself comes from its cache, but
+    not after a change of the C++ compiler.
+    """
+
+    def double(x: torch.Tensor) -> None:
+        x.mul_(2)
+
+    x = torch.ones(4, 4, device=device)
+    try:
+        _compiled(double)(x)
+    except Exception as error:  # compilers, their headers and file systems raise whatever they like
+        return f"it does not compile here: {compiler_message(error)}"
+    return "" if x.eq(2).all() else "what it compiles here computes something else"
 
 
 COMPILED = RowBlockKernels("inductor", fuse=_compile)

@@ -1,7 +1,8 @@
 """The library of C++ kernels for CPUs: compiled with the system's compiler when first needed, and loaded.
 
 Compiling takes some seconds. The file goes into the user's cache, under a name by what it was made of: so it is never
-stale, and processes may share it.
+stale, and processes may share it. Its last bytes are the sha256 of those before: a damaged file is compiled anew, since
+running it could end the process.
 """
 
 import ctypes
@@ -22,6 +23,7 @@ import torch
 COMPILER_SECONDS = 120
 """After which the compiler counts as missing; it takes about 10 s."""
 
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _LOG = logging.getLogger(__name__)
 _SOURCES = Path(__file__).with_name("cpp")
 _FLAGS = (
@@ -108,7 +110,14 @@ class CompilerError(RuntimeError):
 
 
 def _library(file: Path) -> Any:
-    """Load compiled kernels, and give their functions types."""
+    """Load compiled kernels, and give their functions types.
+
+    Raises:
+        OSError: the file is damaged, or of another system.
+    """
+    content = file.read_bytes()
+    if hashlib.sha256(content[:-_DIGEST_BYTES]).digest() != content[-_DIGEST_BYTES:]:
+        raise OSError(f"{file} is damaged")
     library = ctypes.CDLL(str(file))
     for name, types in FUNCTIONS.items():
         function = getattr(library, f"blpa_{name}")
@@ -137,7 +146,10 @@ def _compile(file: Path, compiler: Sequence[str], flags: Sequence[str], link_fla
             [*compiler, *link_flags, "-shared", "cpu.o", "-o", "cpu.so"],
         ):
             _run(command, folder)
-        os.replace(Path(folder, "cpu.so"), file)
+        made = Path(folder, "cpu.so")
+        with made.open("ab") as end:  # loaders pass over what follows the library
+            end.write(hashlib.sha256(made.read_bytes()).digest())
+        os.replace(made, file)
 
 
 def _compiler() -> list[str]:
@@ -181,4 +193,4 @@ def built() -> Any:
                 except CompilerError as error:
                     failures.append(str(error))
                     break
-    raise CompilerError("; ".join(failures))
+    raise CompilerError(" ".join("; ".join(dict.fromkeys(failures)).split()))

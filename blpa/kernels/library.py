@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels import RunningStats, any_layout, bits, compute_dtype, cpu, missing_for_triton
+from blpa.kernels import RunningStats, any_layout, bits, compute_dtype, cpu
 from blpa.kernels.any_layout import Elementwise, Vectors
+from blpa.kernels.available import supports_triton
 from blpa.kernels.order import Order, dense, empty
 
 
@@ -41,7 +42,7 @@ def kernels_for(device: torch.device) -> AnyLayoutKernels:
     """Return the kernels that run on a device: in C++ on a CPU, in Triton on a GPU that it supports."""
     if device.type == "cpu":
         return cpu
-    if device.type == "cuda" and not missing_for_triton(device):
+    if device.type == "cuda" and supports_triton(device):
         from blpa.kernels import triton_any_layout
 
         return triton_any_layout

@@ -85,7 +85,7 @@ def run(config: Config) -> list[Record]:
     """
     run_dir = network.run_folder(config)
     device = network.device(config)
-    chosen = kernels.choose(config.gpu.kernels, device)
+    chosen = kernels.choose(config.gpu.kernels, device, elements=0)  # nothing is computed but on a GPU
     is_cuda = device.type == "cuda"
     free, card = fresh.call(torch.cuda.mem_get_info) if is_cuda else (0, 0)
     cell = network.on_card(config, card)
@@ -117,6 +117,7 @@ def run(config: Config) -> list[Record]:
         found.append(_record(cell, fits, fails - 1, provenance.source(config, device, chosen.name), segments=kind))
     records.write(found, run_dir)
     print(*lines, sep="\n")
+    remark_on_data(config, int(found[-1].value))
     return found
 
 
@@ -128,6 +129,13 @@ def _record(config: Config, fits: int, high: int, source: dict[str, object], *, 
         predicted=is_predicted, batch_size=0, seed=0, segments=segments,
         settings=settings_of(config) | ({} if is_predicted else gpu_changes(config, "deterministic")),
     )  # fmt: skip
+
+
+def remark_on_data(config: Config, batch: int) -> None:
+    """Say on stderr that a batch is larger than the training set, where it is: no training can use it."""
+    images = config.dataset.train_images
+    if images is not None and batch > images:
+        print(f"batch {batch} is more than the {images} training images of {config.dataset.name}", file=sys.stderr)
 
 
 def settings_of(config: Config) -> dict[str, Any]:

@@ -181,6 +181,7 @@ def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tup
         raise UserError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:
         raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")
+    max_batch.remark_on_data(config, int(best.value))
     return int(best.value), best.segments
 
 

@@ -17,7 +17,7 @@ from support import (
 from torch import Tensor
 
 from blpa.codec import Codec
-from blpa.kernels import NotAvailable, automatic, choose
+from blpa.kernels import NotAvailable, automatic, available, choose
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE
 
@@ -241,6 +241,7 @@ def test_every_name_gives_its_backend() -> None:
 
 def test_a_gpu_gets_the_kernels_in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    monkeypatch.setattr(available, "_triton_failure", lambda device: "")
     for name in ("auto", "triton"):
         assert choose(name, torch.device("cuda"), elements=1).name == "triton"
 
@@ -248,6 +249,7 @@ def test_a_gpu_gets_the_kernels_in_triton(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("has_triton", [False, True])
 def test_layers_that_name_no_backend_follow_the_device(has_triton: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.utils._triton.has_triton", lambda: has_triton)
+    monkeypatch.setattr(available, "_triton_failure", lambda device: "")
     automatic._runs_triton.cache_clear()
     cuda = torch.device("cuda")
     try:

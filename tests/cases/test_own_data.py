@@ -15,11 +15,13 @@ import torch
 from small_cifar import publish, served
 from support import composed, make
 
+from blpa.kernels.reference import REFERENCE
 from runners import cli
 from runners.cells import command, recipe_changes, run_name
 from runners.config import DatasetConfig
 from runners.data import cifar, load
 from runners.errors import UserError
+from runners.tasks import runtime
 from runners.training.checkpoints import deciding_fields
 
 # Older releases of torchvision unpack an archive (whose md5 they have checked) without naming tarfile's filter.
@@ -308,3 +310,24 @@ def test_a_download_that_was_killed(published: Published, tmp_path: Path) -> Non
     assert files(root) == left
     load(published.config(root=str(root)), CPU)
     assert files(root) == complete
+
+
+# ---- batches beyond the data
+
+
+@pytest.mark.parametrize(("gib", "remarks"), [(0.6, 0), (2, 1)])
+def test_a_largest_batch_that_no_training_can_use(
+    gib: float, remarks: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments = ["dataset=digits", "depth=29", "mode=exact", "gpu=cpu", f"gpu.memory_gib={gib}"]
+    assert cli.main([*arguments, "task=max-batch"]) == 0
+    (config,) = composed([*arguments, "task=runtime", "task.largest_batch=true"])
+    batch, _ = runtime._largest_batch(config, REFERENCE, CPU)
+    said = [line for line in capsys.readouterr().err.splitlines() if "training images" in line]
+    assert said == 2 * remarks * [f"batch {batch} is more than the 1297 training images of digits"]
+
+
+def test_the_number_of_training_images_is_that_of_the_data() -> None:
+    (config,) = composed(["dataset=digits", "depth=11"])
+    assert config.dataset.train_images == len(load(config.dataset, CPU).train.labels)

@@ -394,7 +394,7 @@ def on_a_card(monkeypatch: pytest.MonkeyPatch, free: int, total: int, answer: Ca
     monkeypatch.setattr(max_batch, "_probe_on", probe_on)
     monkeypatch.setattr(max_batch.torch.cuda, "get_device_name", lambda device: "a card")
     monkeypatch.setattr(max_batch.torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(max_batch.kernels, "_missing_for_inductor", lambda device: "")
+    monkeypatch.setattr(max_batch.kernels, "missing", lambda name, device: "")
     return limits
 
 
