@@ -29,7 +29,7 @@ FRONT = {
     "runners", "runners.cli", "runners.__main__", "runners.help", "runners.config", "runners.compose", "runners.cells",
     "runners.sweep", "runners.run", "runners.errors", "runners.files", "runners.records", "runners.streams",
     "runners.fresh", "runners.training", "runners.training.budget", "runners.training.signals",
-    "runners.training.turns",
+    "runners.training.turns", "runners.option_files", "runners.texts", "runners.yaml_files",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run: a mistake is answered at once."""
 

@@ -36,7 +36,7 @@ def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     """
     name, root = config.name, config.root
     source = SOURCES[name]
-    folder = Path(root).expanduser() / source.base_folder
+    folder = Path(root) / source.base_folder
     problem = find_problem(source, folder)
     advice = f"set dataset.root to the folder that holds {source.base_folder}"
     if problem and not config.download:
