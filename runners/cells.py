@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib
-import re
 import shlex
 import signal
 import sys
@@ -13,9 +12,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from runners.config import MODE_LABELS, PUBLISHED, Config, GpuConfig, is_own_option, option, options
+from runners.config import MODE_LABELS, PUBLISHED, Config, GpuConfig, options
 from runners.errors import UserError
+from runners.option_files import is_own_option, option
 from runners.records import canonical
+from runners.texts import hydra_text
 from runners.training import signals
 
 IGNORED = {
@@ -167,11 +168,11 @@ def overrides(config: Config) -> list[str]:
     """
     own = config.config_dir
     given = [f"--config-dir={own}"] if own else []
-    given.append(f"experiment={config.experiment}")
+    given.append(f"experiment={hydra_text(config.experiment)}")
     for group in ("task", "dataset", "mode", "gpu"):
         name, names = getattr(config, group).name, options(group, own)
         base = name if name in names else names[0]  # a mode that has no file is named by mode.name
-        given.append(f"{group}={base}")
+        given.append(f"{group}={hydra_text(base)}")
         given += [f"{key}={hydra_text(value)}" for key, value in _changed(config, group, base, config.experiment)]
     given += [f"{key}={hydra_text(getattr(config, key))}" for key in ("depth", "width", "seed")]
     return given if config.run == run_name(config) else [*given, f"run={hydra_text(config.run)}"]
@@ -196,13 +197,3 @@ def _changed(config: Config, group: str, name: str, experiment: str = "single") 
         key, given = f"{group}.{value.name}", getattr(values, value.name)
         if key not in IGNORED and given != base[value.name]:
             yield key, given
-
-
-def hydra_text(value: object) -> str:
-    """Write a value in Hydra's grammar."""
-    if value is None:
-        return "null"
-    if isinstance(value, str):
-        escaped = value.replace("\\", "\\\\").replace("'", "\\'")
-        return value if re.fullmatch(r"[A-Za-z0-9_./+-]+", value) else f"'{escaped}'"
-    return str(value).lower() if isinstance(value, bool) else str(value).replace(" ", "")

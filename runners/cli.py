@@ -27,6 +27,9 @@ usage: blpa-run [-m] [--cfg job] [--config-dir FOLDER] [group=option ...] [key=v
   -sc, --shell-completion   eval "$(blpa-run -sc install=bash)" completes groups and keys in this shell
   -h, --help            print this
 
+Text arrives as it is typed: run=1.10 is not run=1.1. In text, a comma separates the values of a sweep unless it is in
+quotes, and ${key} is the value of another key. ~ and ~user at the beginning of a path are a home; ./~ is a plain name.
+
 A run goes on from its last checkpoint when it is started again. Exit codes: 0 done, 1 not done (stderr says why),
 2 bad configuration, 3 budget_minutes are over (started again, it goes on), 4 the run is locked by another process,
 5 the training diverged, 128 + n ended by signal n.
@@ -43,9 +46,10 @@ import sys
 from omegaconf import OmegaConf
 
 from runners import compose, help, printing, sweep
-from runners.cells import hydra_text, task_module
-from runners.errors import Terminated, UserError, classify
+from runners.cells import task_module
+from runners.errors import Terminated, UserError, classify, hint
 from runners.run import report_error, run_cell
+from runners.texts import hydra_text, quoted
 from runners.training import signals
 
 CFG = ("job", "hydra", "all")
@@ -78,17 +82,21 @@ def _answer(arguments: list[str], output: printing.Output) -> int:
         overrides = [*given.overrides]
         if any(text.lstrip("+~").startswith("config_dir=") for text in overrides):
             raise UserError("config_dir= is not allowed: give the folder by --config-dir")
-        if given.config_dir is not None:
+        if given.config_dir:
+            given.config_dir = os.path.expanduser(given.config_dir)
             overrides.append(f"config_dir={hydra_text(os.path.abspath(given.config_dir))}")
         with compose.session(given.config_dir) as hydra:
             if given.help:
                 print(help.text(__doc__ or "", compose.composed(overrides[len(given.overrides) :])))
             elif given.shell_completion:
-                hydra.shell_completion("config", given.overrides)
+                with compose.one_line():
+                    hydra.shell_completion("config", given.overrides)
             elif given.info:
-                hydra.show_info(given.info, "config", overrides)
+                with compose.one_line():
+                    hydra.show_info(given.info, "config", [*map(quoted, overrides)])
             elif given.cfg and given.cfg != "job":
-                hydra.show_cfg("config", overrides, given.cfg, package=None)
+                with compose.one_line():
+                    hydra.show_cfg("config", [*map(quoted, overrides)], given.cfg, package=None)
             elif given.cfg:
                 runs = compose.runs(overrides, multirun=given.multirun)
                 print("---\n".join(OmegaConf.to_yaml(run) for _, run in runs), end="")
@@ -130,7 +138,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     def refuse(message: str) -> None:
         unknown = [text for text in arguments if text.startswith("-") and text.partition("=")[0] not in flags]
         if unknown:
-            message = f"unknown flag {unknown[0]}{compose.hint(unknown[0], flags)}; allowed: {', '.join(flags)}"
+            message = f"unknown flag {unknown[0]}{hint(unknown[0], flags)}; allowed: {', '.join(flags)}"
         raise UserError(message)
 
     parser.error = refuse  # type: ignore[assignment, method-assign]

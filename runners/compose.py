@@ -4,7 +4,8 @@ Hydra's classes parse, compose and split sweeps, without hydra.main: so all cell
 a mistake becomes one line, and a launcher gets only unfinished cells.
 """
 
-import difflib
+import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from typing import NamedTuple, cast
 
 from hydra import compose
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra._internal.hydra import Hydra
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
@@ -22,19 +25,46 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-from yaml import YAMLError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 from runners import CONF
 from runners.cells import folder_name, run_name, task_module, task_settings
 from runners.config import Config, check, one_of, options
-from runners.errors import UserError
+from runners.errors import UserError, allowed, hint
+from runners.option_files import read
+from runners.texts import GROUPS, quoted
 
 HYDRA_KEYS = ("hydra.launcher.", "hydra.sweep.")
 """Prefixes of Hydra's own keys that have an effect here, besides the group hydra/launcher."""
 
 ConfigStore.instance().store(name="schema", node=Config)
+
+
+class OptionFiles(FileConfigSource):
+    """A folder of options, whose files are read by config.read in place of Hydra's own reader."""
+
+    @staticmethod
+    def scheme() -> str:
+        """Return how paths of such folders begin."""
+        return "options"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Read a file."""
+        folder, _, _ = config_path.rpartition("/")
+        values, package = read(self._file(config_path), folder.partition("/")[0] or None)
+        return ConfigResult(config=values, path=self.full_path(), provider=self.provider, header={"package": package})
+
+    def is_config(self, config_path: str) -> bool:
+        """Return whether there is such a file, or what should be one."""
+        return self._file(config_path).exists()
+
+    def _file(self, config_path: str) -> Path:
+        return Path(self.path) / self._normalize_file_name(config_path)
+
+
+SourcesRegistry.instance().register(OptionFiles)
 
 
 class Cell(NamedTuple):
@@ -56,12 +86,15 @@ def session(config_dir: str | None = None) -> Iterator[Hydra]:
     Raises:
         UserError: there is no such folder.
     """
-    path = create_config_search_path(str(CONF))
+    path = create_config_search_path(f"options://{CONF}")
     if config_dir is not None:
         folder = Path(config_dir).absolute()
-        if not folder.is_dir():
+        if not (config_dir and folder.is_dir()):
             raise UserError(f"--config-dir={config_dir}: there is no such folder")
-        path.prepend("command-line", f"file://{folder}", anchor=SearchPathQuery(provider="main"))
+        for place in (folder, *(folder / group for group in GROUPS)):
+            if place.is_dir() and not os.access(place, os.R_OK | os.X_OK):
+                raise UserError(f"--config-dir={config_dir}: {place} cannot be read")
+        path.prepend("command-line", f"options://{folder}", anchor=SearchPathQuery(provider="main"))
     try:
         yield Hydra.create_main_hydra2("blpa-run", path)
     finally:
@@ -102,9 +135,20 @@ def cells(overrides: list[str], *, multirun: bool) -> list[Cell]:
 
 def composed(overrides: Iterable[str] = (), *, return_hydra_config: bool = False) -> DictConfig:
     """Compose one run; an error of Hydra or OmegaConf becomes a UserError of one line."""
+    with one_line():
+        return compose("config", [quoted(text) for text in overrides], return_hydra_config=return_hydra_config)
+
+
+@contextmanager
+def one_line() -> Iterator[None]:
+    """Make a UserError of one line of an error of Hydra or OmegaConf."""
     try:
-        return compose("config", list(overrides), return_hydra_config=return_hydra_config)
-    except (HydraException, OmegaConfBaseException, ValueError, YAMLError) as error:
+        yield
+    except UserError:
+        raise
+    except RecursionError as error:
+        raise UserError("the defaults of an option lead back to it") from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         raise UserError(_reason(error)) from error
 
 
@@ -118,9 +162,9 @@ def _check(run: DictConfig) -> None:
     """Name a run, and check all but the settings of its task, which import torch."""
     names = {field.name for field in fields(Config)}
     if extra := sorted(str(key) for key in run if key not in names):
-        raise UserError(f"unknown key {extra[0]!r}{_allowed(extra[0], names)}")
-    one_of("task.name", run.task.name, options("task"))
+        raise UserError(f"unknown key {extra[0]!r}{allowed(extra[0], names)}")
     try:
+        one_of("task.name", run.task.get("name", "???"), options("task"))
         if OmegaConf.is_missing(run, "run"):
             run.run = run_name(cast(Config, run))
         check(cast(Config, OmegaConf.to_object(run)))
@@ -143,10 +187,14 @@ def _typed(run: DictConfig) -> Config:
 
 def _split(overrides: list[str], *, multirun: bool) -> Iterator[list[str]]:
     """Split overrides into those of each cell."""
-    given = {override.get_key_element(): override for override in _parse(overrides)}
+    parsed = _parse(overrides)
+    given = {override.get_key_element(): override for override in parsed}
     if not multirun:
         if launcher := next((text for key, text in given.items() if is_launchers(key)), None):
             raise UserError(f"{launcher.input_line} is not allowed: a launcher runs a sweep, which -m makes")
+        for text, override in zip(overrides, parsed, strict=True):
+            if override.is_sweep_override():
+                raise UserError(f"{text} names several values: add -m to run each of them")
         yield [str(override.input_line) for override in given.values()]
         return
     for (experiment,) in _product([given.pop("experiment")]) if "experiment" in given else [("",)]:
@@ -173,7 +221,7 @@ def _parse(overrides: list[str]) -> list[Override]:
     parsed = []
     for text in overrides:
         try:
-            (override,) = parser.parse_overrides([text])
+            (override,) = parser.parse_overrides([quoted(text)])
             if not (key := override.get_key_element()):
                 raise OverrideParseException(text, "no key")
         except OverrideParseException as error:
@@ -199,8 +247,8 @@ def _product(overrides: list[Override]) -> list[list[str]]:
             raise UserError(f"{override.input_line}: {_reason(error)}") from error
         if not values:
             raise UserError(f"{override.input_line} names no value at all")
-    (texts,) = BasicSweeper.split_arguments(overrides, None)
-    return texts
+    (combinations,) = BasicSweeper.split_arguments(overrides, None)
+    return [[quoted(text) for text in texts] for texts in combinations]
 
 
 def _reason(error: BaseException) -> str:
@@ -211,15 +259,21 @@ def _reason(error: BaseException) -> str:
     key = str(getattr(error, "full_key", None) or "")
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        options = [str(option) for option in error.options or []]
+        options = GlobalHydra.instance().config_loader().get_group_options(group)
+        inside = re.match("In '(.*)': ", lines[0])
+        if inside and inside[1] not in ("config", "hydra/config"):  # whose choices the command line made
+            missing = f"{error.missing_cfg_file}.yaml, which is not there{hint(name, options)}"
+            return f"the defaults of {inside[1]}.yaml name {missing}"
         more = "; joblib and submitit come with the extra blpa[launchers]" if group == "hydra/launcher" else ""
         return f"{group}={name} is not allowed{hint(name, options)}; choose one of {', '.join(options)}{more}"
+    if isinstance(error, MissingMandatoryValue):
+        return f"{key}: Missing mandatory value, which neither an option's file nor the command line gives"
     if isinstance(error, ConfigAttributeError | ConfigKeyError) and isinstance(error.parent_node, DictConfig):
-        return f"unknown key {key!r}{_allowed(key, map(str, error.parent_node))}"
+        return f"unknown key {key!r}{allowed(key, map(str, error.parent_node))}"
     if isinstance(error, OverrideParseException):
         return f"cannot read {error.override!r}: write key=value, with quotes around special characters"
     if lines[0].startswith("Ambiguous value for argument"):
-        return f"{lines[0].split(chr(39))[1]} names several values: add -m to run each of them"
+        return f"{lines[0].partition(chr(39))[2][:-1]} names several values: add -m to run each of them"
     if lines[0].startswith("Sweep parameters"):
         return f"{lines[0]}: add -m"
     if key.startswith("dataset.schedule["):
@@ -227,17 +281,3 @@ def _reason(error: BaseException) -> str:
     if lines[0].endswith(":"):
         return " ".join(line.strip() for line in lines)
     return f"{key}: {lines[0]}" if key else lines[0]
-
-
-def _allowed(key: str, names: Iterable[str]) -> str:
-    """List the keys allowed in place of an unknown one, with a suggestion."""
-    names = set(names) - {"hydra", "config_dir"}
-    names |= set() if "." in key else {"network"}
-    group, _, name = key.rpartition(".")
-    return f"{hint(name, names)}; allowed{f' in {group}' if group else ''}: {', '.join(sorted(names))}"
-
-
-def hint(wrong: str, right: Iterable[str]) -> str:
-    """Suggest the closest allowed name, if any."""
-    close = difflib.get_close_matches(wrong, list(right), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""

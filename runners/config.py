@@ -10,9 +10,9 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING
 
 from runners import CONF
 from runners.errors import UserError
@@ -164,6 +164,10 @@ class Config:
     """Folder of this run in results/runs; composed from the values that distinguish runs."""
 
 
+LONGEST_NAME = 150
+"""Characters of a name: file systems take 255, of which tasks and files append to the name of a run."""
+
+
 def options(group: str, config_dir: str | None = None) -> list[str]:
     """List the options of a configuration group, by the names of its files.
 
@@ -171,35 +175,11 @@ def options(group: str, config_dir: str | None = None) -> list[str]:
         group: a folder of conf, such as mode.
         config_dir: a folder with more options.
     """
-    return sorted({file.stem for folder in _folders(config_dir) for file in (folder / group).glob("*.yaml")})
+    return sorted({file.stem for folder in folders(config_dir) for file in (folder / group).glob("*.yaml")})
 
 
-def option(group: str, name: str, config_dir: str | None = None) -> Any:
-    """Read the file of an option, merged over the options it starts from; an empty mapping where there is no file.
-
-    Args:
-        group: a folder of conf, such as mode.
-        name: name of the option.
-        config_dir: a folder with more options, whose files come first.
-    """
-    files = (folder / group / f"{name}.yaml" for folder in _folders(config_dir))
-    own: Any = next((OmegaConf.load(file) for file in files if file.is_file()), OmegaConf.create())
-    others = [other for other in own.pop("defaults", []) if isinstance(other, str) and other != "_self_"]
-    return OmegaConf.merge(*(option(group, other, config_dir) for other in others), own)
-
-
-def is_own_option(group: str, name: str, config_dir: str | None) -> bool:
-    """Whether a folder of the user's own has a file of that option."""
-    return config_dir is not None and (Path(config_dir) / group / f"{name}.yaml").is_file()
-
-
-def mode(name: str, config_dir: str | None = None) -> ModeConfig:
-    """Read a mode from its file."""
-    values = OmegaConf.merge(OmegaConf.structured(ModeConfig), option("mode", name, config_dir))
-    return cast(ModeConfig, OmegaConf.to_object(values))
-
-
-def _folders(config_dir: str | None) -> list[Path]:
+def folders(config_dir: str | None) -> list[Path]:
+    """List the folders of options, the one that takes precedence first."""
     return [*([Path(config_dir)] if config_dir else []), CONF]
 
 
@@ -233,10 +213,12 @@ def check(config: Config) -> None:
     _plain_name("run", config.run)
     if not config.results:
         raise UserError("results= is empty: give the folder for runs, records, tables and figures")
+    _no_control_characters("results", config.results)
 
 
 def _check_dataset(config: Config) -> None:
     dataset = config.dataset
+    _no_control_characters("dataset.root", dataset.root)
     one_of("dataset.name", dataset.name, options("dataset", config.config_dir))
     _plain_name("dataset.version", dataset.version)
     at_least("dataset.classes", dataset.classes, 2)
@@ -331,7 +313,15 @@ def above_zero(key: str, value: float) -> None:
         raise UserError(f"{key}={value} is not allowed: it is a number above 0")
 
 
+def _no_control_characters(key: str, path: str) -> None:
+    """Check that a path has no line ends and no other control characters, which a system or a message cannot show."""
+    if any(ord(character) < 32 for character in path):
+        raise UserError(f"{key}={path!r} is not allowed: a path has no control characters")
+
+
 def _plain_name(key: str, value: str) -> None:
     """Check that a name is a file name on every system: letters, digits and . _ + -, led by a letter or digit."""
+    if len(value) > LONGEST_NAME:
+        raise UserError(f"{key}={value} is not allowed: it has {len(value)} characters, and may have {LONGEST_NAME}")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._+-]*", value):
         raise UserError(f"{key}={value} is not allowed: letters, digits and . _ + -, led by a letter or a digit")

@@ -9,8 +9,9 @@
 Any other exception is a bug, and keeps its traceback.
 """
 
+import difflib
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 
@@ -170,3 +171,17 @@ def classify(error: Exception) -> tuple[int | None, str]:
 
         return 1, f"does not compile: {compiler_message(error)}"
     return None, f"{type(error).__name__}: {message}"
+
+
+def allowed(key: str, names: Iterable[str]) -> str:
+    """List the keys allowed in place of an unknown one, with a suggestion."""
+    group, _, name = key.rpartition(".")
+    names = set(names) - {"hydra", "config_dir"}
+    names |= set() if group else {"network"}
+    return f"{hint(name, names)}; allowed{f' in {group}' if group else ''}: {', '.join(sorted(names))}"
+
+
+def hint(wrong: str, right: Iterable[str]) -> str:
+    """Suggest the closest allowed name, if any."""
+    close = difflib.get_close_matches(wrong, list(right), n=1)
+    return f" (did you mean {close[0]}?)" if close else ""

@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from runners import CONF
 from runners.config import Config, options
+from runners.option_files import option
 
 SOURCES = Path(__file__).parent
 
@@ -34,14 +35,8 @@ def text(opening: str, defaults: DictConfig) -> str:
     for task in options("task"):
         values = _docstrings(SOURCES / "tasks" / f"{task.replace('-', '_')}.py")["Settings"]
         if values:
-            lines += ["", f"Values of task={task}:", *_entries("task.", values, _values_of(task))]
+            lines += ["", f"Values of task={task}:", *_entries("task.", values, option("task", task))]
     return "\n".join(lines)
-
-
-def _values_of(task: str) -> DictConfig:
-    values = OmegaConf.load(CONF / "task" / f"{task}.yaml")
-    assert isinstance(values, DictConfig)
-    return values
 
 
 def _entries(prefix: str, meanings: dict[str, str], values: DictConfig) -> list[str]:

@@ -3,11 +3,9 @@
 import copy
 import functools
 import gc
-import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO
 
 import pytest
 
@@ -24,13 +22,13 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from hydra.core.global_hydra import GlobalHydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch.profiler import ProfilerActivity, profile
 
 from blpa.kernels import Kernels
 from blpa.kernels.reference import REFERENCE
 from blpa.models.preact_resnet import PreActResNet
-from runners import compose, config, fresh
+from runners import compose, config, fresh, option_files
 from runners.training import network
 
 # What a child process would import by itself before its first training step, and the test that it takes its function
@@ -43,22 +41,6 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
 
-
-_load = OmegaConf.load
-
-
-@functools.cache
-def _parsed(text: str) -> Any:
-    return _load(io.StringIO(text))
-
-
-def _load_once(file: str | Path | TextIO) -> Any:
-    """What OmegaConf.load returns, without parsing a text twice: every configuration is composed of 18 files."""
-    text = Path(file).read_text(encoding="utf-8") if isinstance(file, str | Path) else file.read()
-    return copy.deepcopy(_parsed(text))
-
-
-OmegaConf.load = _load_once  # type: ignore[method-assign, assignment]
 
 _compose = compose.compose
 
@@ -85,7 +67,7 @@ def build() -> Callable[..., PreActResNet]:
 
     def of_mode(name: str, depth: int, *, width: float = 1.0, kernels: Kernels = REFERENCE) -> PreActResNet:
         dataset = config.DatasetConfig(classes=10, image_channels=3)
-        cell = config.Config(mode=config.mode(name), dataset=dataset, depth=depth, width=width)
+        cell = config.Config(mode=option_files.mode(name), dataset=dataset, depth=depth, width=width)
         return network.build(cell, kernels)
 
     return of_mode

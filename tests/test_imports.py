@@ -27,9 +27,10 @@ LIBRARY = (
 
 FRONT = {
     "runners", "runners.cli", "runners.__main__", "runners.help", "runners.config", "runners.compose", "runners.cells",
-    "runners.sweep", "runners.run", "runners.errors", "runners.files", "runners.locks", "runners.reading",
-    "runners.records", "runners.printing", "runners.streams", "runners.fresh", "runners.workers", "runners.training",
-    "runners.training.budget", "runners.training.signals", "runners.training.turns",
+    "runners.sweep", "runners.run", "runners.errors", "runners.files", "runners.locks", "runners.option_files",
+    "runners.reading", "runners.records", "runners.printing", "runners.streams", "runners.fresh", "runners.texts",
+    "runners.workers", "runners.yaml_files", "runners.training", "runners.training.budget", "runners.training.signals",
+    "runners.training.turns",
 }  # fmt: skip
 """What the command line imports before it knows that there is something to run: a mistake is answered at once."""
 

@@ -46,7 +46,7 @@ def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     source = SOURCES.get(config.name)
     if source is None:
         raise UserError(f"dataset.name={config.name}: runners.data.cifar reads {' and '.join(SOURCES)}")
-    folder = Path(config.root).expanduser() / source.base_folder
+    folder = Path(config.root) / source.base_folder
     try:
         if config.version == PUBLISHED:
             _check_published(source, folder, config)

@@ -21,6 +21,7 @@ from runners import CONF, compose, fresh, provenance
 from runners.config import Config
 from runners.gpu_check.comparison import CODECS, wrong_cases, wrong_cases_of_any_layout
 from runners.tasks import converted_runtime, max_batch, runtime
+from runners.texts import hydra_text
 from runners.timing import take_turns
 from runners.training import network, segments, steps
 
@@ -63,8 +64,9 @@ class Check:
 
     def config(self, mode: str, depth: int, precision: str, task: str, *more: str) -> Config:
         """Compose the configuration of a task at batch 128; cuDNN may pick its fastest convolutions."""
+        results = hydra_text(str(self.out))
         given = [f"mode={mode}", f"depth={depth}", f"gpu.precision={precision}", f"task={task}",
-                 "gpu.deterministic=false", f"results={self.out}", f"run={self.part}", *more]  # fmt: skip
+                 "gpu.deterministic=false", f"results={results}", f"run={self.part}", *more]  # fmt: skip
         small = [*IN_SMALL, *OF_TASK_IN_SMALL.get(task, ())] if self.is_dry else []
         with compose.session():
             (cell,) = compose.cells([*given, *small], multirun=False)
@@ -193,7 +195,7 @@ def largest_batch(check: Check, mode: str, depth: int) -> bool:
     given = f"gpu.memory_gib={memory}", "gpu.deterministic=true"
     config = check.config(mode, depth, "tf32", "max-batch", *given)
     limit = int(float(memory) * GIB) - config.gpu.allowance_mib * MIB
-    committed = check.config(mode, depth, "tf32", "max-batch", *given, f"results={RESULTS}")
+    committed = check.config(mode, depth, "tf32", "max-batch", *given, f"results={hydra_text(str(RESULTS))}")
     known = max_batch.earlier_prediction(committed, committed)
     predicted = int((known or max_batch.predict(config, config, limit)).value)
 

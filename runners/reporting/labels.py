@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runners.config import MODE_LABELS, ModeConfig, option, options
+from runners.config import MODE_LABELS, ModeConfig, options
+from runners.option_files import option
 from runners.records import Settings
 from runners.reporting.paper import IMAGENET, IMAGENET_LABEL
 

@@ -23,8 +23,9 @@ from blpa.kernels import library
 from blpa.memory import MIB
 from runners import provenance, records
 from runners.cells import batch_name, gpu_changes
-from runners.config import Config, GpuConfig, at_least, mode, one_of, options
+from runners.config import Config, GpuConfig, at_least, one_of, options
 from runners.errors import UserError, classify, first_line
+from runners.option_files import mode
 from runners.records import Record
 from runners.timing import calls_per_turn, low_median_high, take_turns
 from runners.training import models, network, steps

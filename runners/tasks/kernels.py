@@ -27,8 +27,9 @@ from blpa.kernels import Kernels
 from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS
 from runners import provenance, records
 from runners.cells import gpu_changes
-from runners.config import Config, at_least, mode
+from runners.config import Config, at_least
 from runners.errors import UserError
+from runners.option_files import mode
 from runners.records import Record
 from runners.timing import low_median_high, take_turns
 from runners.training import network, steps

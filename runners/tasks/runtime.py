@@ -19,10 +19,12 @@ from blpa import kernels
 from blpa.kernels import Kernels
 from runners import provenance, records
 from runners.cells import batch_name, card_name, gpu_changes, overrides, task_settings
-from runners.config import Config, at_least, mode, one_of, options
+from runners.config import Config, at_least, one_of, options
 from runners.errors import Stopped, UserError, classify
+from runners.option_files import mode
 from runners.records import Record
 from runners.tasks import max_batch
+from runners.texts import hydra_text
 from runners.timing import Call, calls_per_turn, low_median_high, take_turns
 from runners.training import network, segments, steps
 
@@ -177,7 +179,7 @@ def _largest_batch(config: Config, chosen: Kernels, device: torch.device) -> tup
     best = max(found, key=lambda record: (not record.predicted, record.date), default=None)
     if best is None:
         arguments = overrides(replace(config, task=task_settings("max-batch"), experiment="single"))
-        command = shlex.join([*arguments, f"results={config.results}"])
+        command = shlex.join([*arguments, f"results={hydra_text(config.results)}"])
         raise UserError(f"task.largest_batch=true: none has been found for {config.mode.name} yet: blpa-run {command}")
     if not best.value:
         raise DoesNotFit(f"does not fit: {config.mode.name}, depth {config.depth}, not even batch 1")

@@ -26,7 +26,7 @@ from blpa.memory import (
     training_bytes,
 )
 from blpa.models.preact_resnet import PreActResNet
-from runners import config
+from runners import option_files
 from runners.training.network import codec
 
 Network = Callable[..., tuple[PreActResNet, Tensor, Tensor]]
@@ -49,7 +49,7 @@ def network(build: Callable[..., PreActResNet]) -> Network:
 
 
 def codec_of(mode: str) -> Codec | None:
-    return codec(config.mode(mode))
+    return codec(option_files.mode(mode))
 
 
 # ---- the counter ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from support import composed, make
 
 from runners import compose
 from runners.cells import folder_name, overrides, recipe_changes, run_name
-from runners.config import option, options
+from runners.config import options
+from runners.option_files import option
 from runners.training.checkpoints import deciding_fields
 
 

@@ -9,6 +9,7 @@ from blpa.models.preact_resnet import STEM_CHANNELS
 from runners import config as schema
 from runners.cells import task_module, task_settings
 from runners.config import Config, options
+from runners.option_files import option
 
 
 def check(config: Config) -> None:
@@ -192,7 +193,7 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
 @pytest.mark.parametrize("task", options("task"))
 def test_a_task_s_file_sets_all_of_its_settings(task: str) -> None:
     assert task_settings(task).name == task
-    assert task_settings(task, {**schema.option("task", task)}) == task_settings(task)
+    assert task_settings(task, {**option("task", task)}) == task_settings(task)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,8 @@ import pytest
 from support import composed
 
 from runners import cli, records
-from runners.config import option, options
+from runners.config import options
+from runners.option_files import option
 
 TINY = {
     "dataset": "digits", "dataset.iterations": "1", "dataset.batch_size": "2", "depth": "11", "width": "0.25",

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from blpa import kernels
 from runners import cli, errors, fresh, records, streams
-from runners.config import Config, GpuConfig, mode
+from runners.config import Config, GpuConfig
 from runners.data import ImageData, Split
+from runners.option_files import mode
 from runners.run import run_cell
 from runners.training import loop, network, segments, steps
 from runners.training.offloading import Offload

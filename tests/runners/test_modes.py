@@ -6,7 +6,8 @@ from blpa.codec import Codec
 from blpa.kernels.automatic import AUTOMATIC
 from blpa.kernels.compiled import COMPILED
 from blpa.layers import CodedLayers, Layers, StockLayers
-from runners.config import ModeConfig, mode, options
+from runners.config import ModeConfig, options
+from runners.option_files import mode
 from runners.training import network
 from runners.training.network import EPS
 
