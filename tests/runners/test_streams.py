@@ -1,6 +1,5 @@
 """runners/streams.py: training runs that take turns in one process end as each does alone, whatever happens."""
 
-import hashlib
 import multiprocessing
 import os
 import signal
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same_end, composed
+from support import assert_same_end, composed, last_checkpoint
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -24,7 +23,7 @@ from runners.data import Split
 from runners.errors import Busy, Diverged, OutOfTime
 from runners.run import locked
 from runners.training import budget, loop, signals, turns
-from runners.training.checkpoints import checkpoints
+from runners.training.checkpoints import RunFolder, checkpoints
 from runners.training.steps import TrainingStep
 
 CELLS = [
@@ -250,9 +249,7 @@ def test_a_cell_that_fails_beside_others_fails_by_itself_before_it_counts(
     alone: Path, configs: list[Config], capfd: pytest.CaptureFixture[str]
 ) -> None:
     broken = Path("results/runs/digits-exact-depth11-width0.25-seed0")
-    broken.mkdir(parents=True)
-    content = b"no checkpoint"
-    (broken / f"checkpoint-1-{hashlib.sha256(content).hexdigest()[:16]}.pt").write_bytes(content)
+    RunFolder(broken, last_checkpoint(alone / broken.name)["configuration"]).save(1, {"model": {}})
     assert cli.main([*CELLS, *MODES_AND_SEEDS, "-m", "jobs=2"]) == 1
     err = capfd.readouterr().err
     assert "4 cells: 3 done, 0 finished before (resume=false does them again), 1 failed" in err
