@@ -11,6 +11,7 @@ from support import composed, refusal
 
 from runners import CONF, cli, compose
 from runners.config import ModeConfig
+from runners.errors import UserError
 from runners.option_files import mode, read
 
 MODE = "name: mine\nlayers: coded\nbits: 4\n"
@@ -83,7 +84,7 @@ def bomb(mapping: bool = False) -> str:
         (f"defaults:\n{bomb().replace('label: ', '- x: ').replace(chr(10), chr(10) + '- ')}", f"{HERE} "),
         (f"{MODE}label:\n  - {bomb(mapping=True).replace(chr(10), chr(10) + '    ')}", f"{HERE} "),
         (f"{MODE}label: &a [*a]\n", "mine/mode/mine.yaml: nested too deeply"),
-        (f"{MODE}label: {'[' * 3000}", "mine/mode/mine.yaml: nested too deeply"),
+        (f"{MODE}label: {'[' * 500}", "mine/mode/mine.yaml: nested too deeply"),
         (MODE.replace("name: mine\n", ""), "mode.name: Missing mandatory value, which neither an option's file nor"),
     ],
 )  # fmt: skip
@@ -187,19 +188,25 @@ def test_every_file_of_the_package_is_read() -> None:
         assert values
 
 
-@pytest.mark.parametrize(("group", "name", "count"), [("mode", "4bit", 60), ("experiment", "table1", 15)])
-def test_a_file_with_random_damages(group: str, name: str, count: int, capsys: pytest.CaptureFixture[str]) -> None:
-    for damaged in damages((CONF / group / f"{name}.yaml").read_bytes(), count):
-        assert_read_or_refused(damaged, group, capsys)
+@pytest.mark.parametrize(("group", "name", "count"), [("mode", "4bit", 60), ("experiment", "table2", 10)])
+def test_a_file_with_random_damages(group: str, name: str, count: int) -> None:
+    write("", f"{group}/mine.yaml")
+    with compose.session("mine"):
+        for damaged in damages((CONF / group / f"{name}.yaml").read_bytes(), count):
+            read_or_refused(damaged, group)
 
 
-def assert_read_or_refused(content: bytes, group: str, capsys: pytest.CaptureFixture[str]) -> bool:
-    """Return whether a file is accepted; otherwise it was refused in one line."""
+def read_or_refused(content: bytes, group: str) -> str:
+    """Compose with a file of these bytes, and return the message that it is refused with; empty where it is accepted.
+
+    Must be called in a session with the folder `mine`.
+    """
     write(content, f"{group}/mine.yaml")
-    exit_code = cli.main(["--config-dir=mine", f"{group}=mine", "depth=11", "dataset=digits", "--cfg", "job"])
-    err = capsys.readouterr().err
-    assert (exit_code, len(err.splitlines())) in ((0, 0), (2, 1)), content
-    return exit_code == 0
+    try:
+        compose.runs([f"{group}=mine", "depth=11", "dataset=digits"], multirun=False)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def test_the_package_s_own_options_are_the_same_as_ever() -> None:
