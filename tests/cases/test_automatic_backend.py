@@ -37,7 +37,7 @@ Set TORCHDYNAMO_VERBOSE=1 for the internal stack trace
 def untried(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Have this process try everything again, with a compiler's name in place of a compiler."""
     caches = (
-        compiled.failure, available._triton_failure, available.log_once, automatic.kernels_for, library.kernels_for,
+        compiled.failure, available._triton_failure, available.log_once, automatic._runs_triton, library.kernels_for,
     )  # fmt: skip
     monkeypatch.setattr(available.shutil, "which", lambda name: f"/usr/bin/{name}")
     for cache in caches:

@@ -145,7 +145,9 @@ def test_a_download_that_another_host_began(monkeypatch: pytest.MonkeyPatch) -> 
     acquire = SoftFileLock.acquire
     monkeypatch.setattr(SoftFileLock, "acquire", lambda self, **options: acquire(self, timeout=0))
     config = make(dataset__name="cifar10", dataset__root=".", dataset__download=True).dataset
-    with pytest.raises(UserError, match=r"\(another process is downloading into \.; \.cifar10\.lock\.owner names proc"):
+    with pytest.raises(
+        UserError, match=r"another process is downloading into .*; .*/\.cifar10\.lock\.owner names proc"
+    ):
         cifar.read(config)
 
 
@@ -192,8 +194,7 @@ def test_results_have_the_permissions_that_the_user_s_other_files_have(tmp_path:
 def test_a_name_that_is_too_long_for_the_file_system(capsys: pytest.CaptureFixture[str]) -> None:
     name = "a" * 300
     for arguments in (
-        [*ALONE, f"run={name}"],
-        [*ALONE, f"run={name}", "-m"],
+        [*ALONE, f"results={name}"],
         [*ALONE, f"results={name}", "-m"],
         ["task=tables", f"results={name}"],
         [f"--config-dir={name}", "task=tables"],

@@ -281,7 +281,7 @@ def test_a_good_folder_is_only_read(published: Published, monkeypatch: pytest.Mo
     def forbidden(*_: object, **__: object) -> None:
         raise AssertionError
 
-    for module, name in ((os, "mkdir"), (os, "unlink"), (cifar.tempfile, "TemporaryDirectory"), (cifar, "FileLock")):
+    for module, name in ((os, "mkdir"), (os, "unlink"), (cifar.tempfile, "TemporaryDirectory"), (cifar.locks, "held")):
         monkeypatch.setattr(module, name, forbidden)
     assert len(load(published.config(), CPU).test.labels) == 10
 
