@@ -31,23 +31,22 @@ def anew() -> Iterator[None]:
 
 
 class Network(nn.Module):
-    """Each way in which layers are put together: one after the other, in one, with a shortcut, after a sum."""
+    """Each way in which layers are put together: one after the other, with a shortcut, after a sum."""
 
     def __init__(self, layers: CodedLayers | StockLayers) -> None:
         super().__init__()
         self.stem = nn.Conv2d(3, 8, 3, padding=1, bias=False)
         self.bn1, self.conv1 = layers.batch_norm_relu(8), layers.conv2d(8, 8, 1)
         self.bn2, self.conv2 = layers.batch_norm_relu(8), layers.conv2d(8, 8, 3)
-        self.bn3, self.conv3 = layers.batch_norm_relu(8), layers.conv2d(8, 8, 3)
-        self.bn4 = layers.last_batch_norm_relu(8)
+        self.bn3 = layers.last_batch_norm_relu(8)
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv1(self.bn1(self.stem(x), overwrite_x=True))
-        x = self.conv2.after(self.bn2, x, overwrite_x=True)
-        out, x = self.conv3.after_with_shortcut(self.bn3, x)
-        out, x = self.conv3.after_with_shortcut(self.bn3, self.conv3.add_shortcut(out, x))
-        return self.head(self.bn4(self.conv3.add_shortcut(out, x)).value.mean((2, 3)))
+        for _ in range(2):
+            out, x = self.conv2.after_with_shortcut(self.bn2, x)
+            x = self.conv2.add_shortcut(out, x)
+        return self.head(self.bn3(x).value.mean((2, 3)))
 
 
 def network(layers: CodedLayers | StockLayers, made_by: Any = Network) -> Any:
@@ -71,7 +70,10 @@ def gradients(net: nn.Module, model: Callable[[Tensor], Tensor], x: Tensor = IMA
 
 
 def assert_alike(found: list[Tensor], expected: list[Tensor], *, to_the_bit: bool = True) -> None:
-    """Alike to the bit, or up to the order of sums of 256 terms in fp32."""
+    """Alike to the bit, or up to the order of sums of 256 terms in fp32.
+
+    The tracer's weight gradient of a 1x1 convolution is PyTorch's product, not Triton's.
+    """
     assert len(found) == len(expected)
     for one, same in zip(found, expected, strict=True):
         assert torch.equal(one, same) if to_the_bit else (one - same).norm() <= 256 * 2**-23 * same.norm()
@@ -85,11 +87,11 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "4 bits": Way(CodedLayers()),
-    "frozen, 2 bits, bf16": Way(CodedLayers(codec=Codec(2)), frozen=True, bf16=True),
-    "naive": Way(CodedLayers(codec=Codec(8), forward_from_code=True)),
+    "4 bits, bf16": Way(CodedLayers(), bf16=True),
     "one copy, kernels inductor": Way(CodedLayers(codec=None, kernels=COMPILED), to_the_bit=False),
-    "kernels triton": Way(CodedLayers(kernels=TRITON), to_the_bit=False),
+    # Each kernel is one operation for the tracer: quick to compile.
+    "frozen, 2 bits": Way(CodedLayers(codec=Codec(2), kernels=TRITON), frozen=True, to_the_bit=False),
+    "naive": Way(CodedLayers(codec=Codec(8), forward_from_code=True, kernels=TRITON), to_the_bit=False),
 }
 
 
@@ -107,17 +109,16 @@ def test_a_training_step_was_compiled(way: Way) -> None:
     assert_alike(list(ours.buffers()), list(other.buffers()))
 
 
-def test_each_block_was_compiled_by_itself() -> None:
+def test_a_block_was_compiled_by_itself() -> None:
     """In torch 2.14 a function that overwrites an input of the compiled graph loses its gradient."""
 
     def made_by(layers: CodedLayers) -> PreActResNet:
         return PreActResNet(11, layers=layers, classes=5, width=0.25)
 
-    ours = network(CodedLayers(kernels=TRITON), made_by)
+    ours = network(CodedLayers(), made_by)
     other = copy.deepcopy(ours)
-    for block in ours.blocks:
-        block.compile(fullgraph=True, backend="aot_eager")
-    assert_alike(gradients(ours, ours), gradients(other, other), to_the_bit=False)
+    ours.blocks[1].compile(fullgraph=True, backend="aot_eager")
+    assert_alike(gradients(ours, ours), gradients(other, other))
 
 
 class Saved(NamedTuple):
