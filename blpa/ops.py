@@ -27,14 +27,14 @@ from typing import Any, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from blpa.codec import Codec
 from blpa.convolution import Convolution, as_computed
 from blpa.kernels import Kernels, Norm, RunningStats, compute_dtype
 from blpa.kernels.automatic import AUTOMATIC
+from blpa.once import differentiable_once
 from blpa.saved import Layout, SavedActivation, new_activation, rows
-from blpa.tracing import changes, is_traced, is_traced_by_jit
+from blpa.tracing import changes, is_traced, is_traced_without_gradient
 
 _PLAIN = Convolution()
 
@@ -146,25 +146,30 @@ def _convolution_backward(
 
 
 class _BatchNormReLU(torch.autograd.Function):
-    """x, gamma, beta -> a; appends the SavedActivation to `created`."""
+    """x, gamma, beta -> a, and its codes (None without a codec) and vectors."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, forward_pass: _ForwardPass, created: list[SavedActivation]
-    ) -> Tensor:
+        ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, forward_pass: _ForwardPass
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        ctx.set_materialize_grads(False)  # else there would be zeros as large as the codes
         a, saved = forward_pass(x, gamma, beta)
         if forward_pass.overwrite:
             ctx.mark_dirty(x)
         saved.save(ctx)
         ctx.constant_stats = forward_pass.bn.has_constant_stats
-        created.append(saved)
-        return a
+        codes = None if forward_pass.layout.codec is None else saved.values
+        ctx.mark_non_differentiable(*(tensor for tensor in (codes, saved.vectors) if tensor is not None))
+        return a, codes, saved.vectors
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, _ = SavedActivation.load(ctx)
-        return *saved.batch_norm_backward(grad, constant_stats=ctx.constant_stats), None, None
+    @differentiable_once
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 4
+        saved = SavedActivation.load(ctx)[0]
+        dx, dgamma, dbeta = saved.batch_norm_backward(grad, constant_stats=ctx.constant_stats)
+        return dx, dgamma, dbeta, None
 
 
 class _Conv2d(torch.autograd.Function):
@@ -176,7 +181,7 @@ class _Conv2d(torch.autograd.Function):
         return convolution(a, weight)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         wants_da, wants_dw = ctx.needs_input_grad[:2]
         _, da, dw = _convolution_backward(ctx, grad, wants_da=wants_da, wants_dw=wants_dw)
@@ -206,7 +211,7 @@ class _BatchNormReLUConv2d(torch.autograd.Function):
         return convolution(a, weight), None if forward_pass.overwrite else x
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, grad_x: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return grad_x, *(None,) * 5
@@ -234,7 +239,7 @@ class _AddShortcut(torch.autograd.Function):
         return x, vectors
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         return grad, grad, None, None, None
 
@@ -248,9 +253,8 @@ class _AveragePool(torch.autograd.Function):
         return F.avg_pool2d(x, stride)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return F.interpolate(grad, scale_factor=ctx.stride, mode="nearest").div_(ctx.stride**2), None
+        return F.interpolate(grad, scale_factor=ctx.stride, mode="nearest") / ctx.stride**2, None
 
 
 def average_pool(x: Tensor, stride: int) -> Tensor:
@@ -293,15 +297,15 @@ def batch_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> tu
     """
     is_recording = _is_recording(x, gamma, beta)
     x, forward_pass = _prepare(x, gamma, beta, bn, is_recording=is_recording)
-    if is_traced_by_jit():
+    if is_traced_without_gradient():
         with torch.no_grad():
             return forward_pass(x, gamma, beta)[0], None
-    created: list[SavedActivation] = []
-    a = _BatchNormReLU.apply(x, gamma, beta, forward_pass, created)
+    a, codes, vectors = _BatchNormReLU.apply(x, gamma, beta, forward_pass)
     if not is_recording:
         return a, None
-    created[0].output_version = changes(a)
-    return a, created[0]
+    saved = SavedActivation(x if codes is None else codes, vectors, forward_pass.layout)
+    saved.output_changes = changes(a)
+    return a, saved
 
 
 def conv2d(a: Tensor, saved: SavedActivation | None, weight: Tensor, *, convolution: Convolution = _PLAIN) -> Tensor:
@@ -330,7 +334,10 @@ def conv2d(a: Tensor, saved: SavedActivation | None, weight: Tensor, *, convolut
         raise ValueError(
             f"a is {list(a.shape)}, saved was made for {made_for}: pass on what one batch_norm_relu returned"
         )
-    if changes(a) != saved.output_version:
+    now = changes(a)
+    if now.graph != saved.output_changes.graph:  # the graph ended in between, and a may have changed since
+        return convolution(a, weight)
+    if now.times != saved.output_changes.times:
         raise ValueError("a was changed in place since batch_norm_relu returned it: saved is of its former value")
     return cast(Tensor, _Conv2d.apply(a, weight, saved, convolution))
 
@@ -446,18 +453,18 @@ def batch_norm_relu_conv2d_with_shortcut(
 
 
 def _is_recording(*tensors: Tensor) -> bool:
-    """Return whether a backward pass may follow; never while torch.jit.trace traces an evaluation."""
+    """Return whether a backward pass may follow; never that of a network exported for evaluation."""
     is_wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    return is_wanted and not is_traced_by_jit()
+    return is_wanted and not is_traced_without_gradient()
 
 
 def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
     """Raise ValueError for arguments that batch_norm_relu does not allow."""
-    if is_traced_by_jit():  # sizes are tensors then
+    if is_traced_without_gradient():  # sizes are tensors then
         if bn.training:
             raise ValueError(
-                "training = True under torch.jit.trace, which cannot record what is saved for the backward pass: trace "
-                "a network in evaluation, or use torch.compile"
+                "training = True under torch.jit.trace or torch.export, which cannot record what is saved for the "
+                "backward pass: trace a network in evaluation, or use torch.compile"
             )
         return
     if not x.is_floating_point() or x.dim() != 4 or not x.numel():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from blpa.codec import Codec
 from blpa.kernels import Kernels
-from blpa.tracing import is_traced
+from blpa.tracing import Changes, is_traced
 
 
 class Layout(NamedTuple):
@@ -44,7 +44,8 @@ class SavedActivation:
         self.values = values
         self.vectors = vectors
         self.layout = layout
-        self.output_version = 0  # of the output a: autograd counts changes in place
+        self.output_changes = Changes(0, 0)
+        """Of the output a, when it was returned."""
 
     @property
     def nbytes(self) -> int:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from blpa.codec import Codec
 from blpa.coded.mode import Coding, current_mode, is_recording, is_usual, may_overwrite
-from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Coded, Layout, channels_last_format, is_worth_a_code, load, save
 from blpa.kernels.any_layout import Elementwise
 from blpa.kernels.library import OPERATIONS
+from blpa.once import differentiable_once
 
 Call = Callable[[Tensor], Tensor]
 

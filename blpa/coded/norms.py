@@ -22,11 +22,11 @@ from torch import Tensor
 
 from blpa.coded.fusion import Fusion, caller_of, fusion_of, is_observed
 from blpa.coded.mode import Coding, is_recording, may_overwrite
-from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Coded, Layout, channels_last_format, is_worth_a_code, load, not_a_view, save
 from blpa.kernels import RunningStats, compute_dtype, library
 from blpa.kernels.any_layout import Elementwise, Vectors
 from blpa.kernels.library import BatchNorm, computes_batch_norm, rstd_of
+from blpa.once import differentiable_once
 
 Call = Callable[[Tensor, Tensor | None, Tensor | None], Tensor]
 """The forward pass: x, gamma, beta -> y."""

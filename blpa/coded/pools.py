@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from blpa.coded.mode import Coding, is_recording
-from blpa.coded.once import differentiable_once
 from blpa.coded.products import per_dimension
 from blpa.coded.tensors import channels_last_format, not_a_view, shape_only
 from blpa.kernels.library import OPERATIONS
+from blpa.once import differentiable_once
 
 Windows = tuple[list[int], list[int], list[int], list[int], bool]
 """kernel_size, stride, padding, dilation and ceil_mode of aten's functions."""

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from blpa.coded.fusion import caller_of, output_of
 from blpa.coded.mode import Coding, is_recording
-from blpa.coded.once import differentiable_once
 from blpa.coded.tensors import Saved, load, not_a_view, save, shape_only
+from blpa.once import differentiable_once
 
 Call = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 

@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor
 
 from blpa.coded.tensors import Saved
-from blpa.tracing import changes
+from blpa.tracing import Changes, changes
 
 
 class _Tag:
     """What is known of a tensor at one count of its changes; copies and pickles of the tensor know nothing."""
 
-    def __init__(self, saved: Saved | None, channel: int | None, version: int) -> None:
+    def __init__(self, saved: Saved | None, channel: int | None, version: Changes) -> None:
         self.saved, self.channel, self.version = saved, channel, version
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 MESSAGE = (
-    "second derivatives (create_graph=True) are not supported for a converted network, since its backward pass reads "
-    "codes: blpa.restore the model, or exclude modules by blpa.convert(..., layers={...: None})"
+    "second derivatives (create_graph=True) are not supported, since the backward pass reads codes: use stock layers, "
+    "blpa.restore a converted network, or exclude modules of it by blpa.convert(..., layers={...: None})"
 )
 
 
