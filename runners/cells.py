@@ -111,7 +111,7 @@ def weights_name(config: Config) -> str | None:
     if not config.task.checkpoint:
         return None
     file = Path(config.task.checkpoint)
-    if not file.is_file():  # reading a pipe would take its content from the task
+    if not file.is_file():  # opening a pipe would wait for a writer
         return file.stem
     try:
         with file.open("rb") as content:

@@ -38,7 +38,7 @@ class DatasetConfig:
     image_channels: int = MISSING
     """Channels of an image."""
     train_images: int | None = field(default=None, compare=False)
-    """Number of training images, for a remark on larger batches; null makes none."""
+    """Number of training images of the published version, for a remark on larger batches; null makes none."""
     root: str = "data"
     """Folder of the data set; a download goes there."""
     version: str = PUBLISHED
@@ -213,12 +213,27 @@ def check(config: Config) -> None:
     _plain_name("run", config.run)
     if not config.results:
         raise UserError("results= is empty: give the folder for runs, records, tables and figures")
-    _no_control_characters("results", config.results)
+    _check_characters(config)
+
+
+def _check_characters(config: Config) -> None:
+    """Check the texts that no other check limits: a record holds them in its command, and must read back."""
+    task = config.task if isinstance(config.task, dict) else vars(config.task)
+    texts = {
+        "results": config.results,
+        "--config-dir": config.config_dir,
+        "dataset.root": config.dataset.root,
+        "dataset.reader": config.dataset.reader,
+        "gpu.name": config.gpu.name,
+        **{f"task.{key}": value for key, value in task.items()},
+    }
+    for key, text in texts.items():
+        if isinstance(text, str) and re.search(r"[\x00-\x1f\x7f]", text):
+            raise UserError(f"{key}={text!r} is not allowed: a path or name has no control characters")
 
 
 def _check_dataset(config: Config) -> None:
     dataset = config.dataset
-    _no_control_characters("dataset.root", dataset.root)
     one_of("dataset.name", dataset.name, options("dataset", config.config_dir))
     _plain_name("dataset.version", dataset.version)
     at_least("dataset.classes", dataset.classes, 2)
@@ -311,12 +326,6 @@ def above_zero(key: str, value: float) -> None:
     """Check that a number is positive and finite."""
     if not (value > 0 and math.isfinite(value)):
         raise UserError(f"{key}={value} is not allowed: it is a number above 0")
-
-
-def _no_control_characters(key: str, path: str) -> None:
-    """Check that a path has no line ends and no other control characters, which a system or a message cannot show."""
-    if any(ord(character) < 32 for character in path):
-        raise UserError(f"{key}={path!r} is not allowed: a path has no control characters")
 
 
 def _plain_name(key: str, value: str) -> None:

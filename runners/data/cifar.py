@@ -5,12 +5,13 @@ checked there and moved, so a download that fails or is killed leaves no half of
 """
 
 import contextlib
+import itertools
 import os
 import pickle
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -47,12 +48,13 @@ def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     if source is None:
         raise UserError(f"dataset.name={config.name}: runners.data.cifar reads {' and '.join(SOURCES)}")
     folder = Path(config.root) / source.base_folder
+    parts = [[name for name, _ in files] for files in (source.train_list, source.test_list)]
     try:
         if config.version == PUBLISHED:
             _check_published(source, folder, config)
-        elif gap := find_gap(source, folder):
+        elif gap := find_gap(folder, itertools.chain(*parts)):
             raise UserError(f"{gap}; dataset.version={config.version} is your own: it is not downloaded")
-        train, test = (_split(folder, [name for name, _ in files]) for files in (source.train_list, source.test_list))
+        train, test = (_split(folder, names) for names in parts)
     except UserError as error:
         raise UserError(f"dataset.root={config.root}: {error}") from error.__cause__
     return train, test
@@ -65,7 +67,7 @@ def _check_published(source: type[datasets.CIFAR10], folder: Path, config: Datas
             f"{difference}: remove it to have it downloaded, or give your own files a name of your choice, "
             "dataset.version=NAME, and they are used as they are"
         )
-    if not (gap := find_gap(source, folder)):
+    if not (gap := find_gap(folder, _files(source))):
         return
     advice = f"set dataset.root to the folder that holds {source.base_folder}"
     if not config.download:
@@ -73,7 +75,7 @@ def _check_published(source: type[datasets.CIFAR10], folder: Path, config: Datas
     try:
         place = folder.resolve()  # on one file system with what is moved there
         with _made(place.parent), _locked(place.parent / f".{config.name}.lock"):  # one run of a sweep downloads
-            if find_gap(source, place):
+            if find_gap(place, _files(source)):
                 _download(source, place)
     except (OSError, RuntimeError, HTTPException, tarfile.TarError, EOFError) as error:
         if isinstance(error, HTTPError):
@@ -85,11 +87,11 @@ def _check_published(source: type[datasets.CIFAR10], folder: Path, config: Datas
         ) from error
 
 
-def find_gap(source: type[datasets.CIFAR10], folder: Path) -> str | None:
+def find_gap(folder: Path, names: Iterable[str]) -> str | None:
     """Return the first thing that is not there, in words; None where every file is."""
     if not os.path.lexists(folder):
         return f"there is no folder {folder}"
-    missing = (folder / name for name in _files(source) if not os.path.lexists(folder / name))
+    missing = (folder / name for name in names if not os.path.lexists(folder / name))
     return next((f"{file} is missing" for file in missing), None)
 
 
@@ -125,7 +127,7 @@ def _download(source: type[datasets.CIFAR10], folder: Path) -> None:
         archive_folder = folder.parent if has_archive else temporary
         download_and_extract_archive(source.url, archive_folder, temporary, source.filename, source.tgz_md5)
         unpacked = Path(temporary, source.base_folder)
-        if problem := find_gap(source, unpacked) or find_difference(source, unpacked):
+        if problem := find_gap(unpacked, _files(source)) or find_difference(source, unpacked):
             raise RuntimeError(f"{problem}, also after the download")
         if not folder.exists():
             unpacked.rename(folder)

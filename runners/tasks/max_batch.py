@@ -26,7 +26,7 @@ from blpa import kernels, memory
 from blpa.memory import GIB, MIB, TrainingBytes
 from runners import fresh, provenance, records
 from runners.cells import card_name, command, gpu_changes
-from runners.config import Config
+from runners.config import PUBLISHED, Config
 from runners.errors import Stopped, UserError, first_line, is_out_of_memory, may_be_out_of_memory, missing_memory
 from runners.records import Record
 from runners.training import network, segments, steps
@@ -134,7 +134,7 @@ def _record(config: Config, fits: int, high: int, source: dict[str, object], *, 
 def remark_on_data(config: Config, batch: int) -> None:
     """Say on stderr that a batch is larger than the training set, where it is: no training can use it."""
     images = config.dataset.train_images
-    if images is not None and batch > images:
+    if config.dataset.version == PUBLISHED and images is not None and batch > images:
         print(f"batch {batch} is more than the {images} training images of {config.dataset.name}", file=sys.stderr)
 
 

@@ -31,7 +31,7 @@ def run(config: Config) -> list[Record]:
         An empty list: nothing is measured.
 
     Raises:
-        UserError: a run's records do not read back whole; it has no row.
+        UserError: a run's records or newest checkpoint do not read back whole; it has no row.
     """
     runs, rows, refusals = Path(config.results) / "runs", [], Refusals()
     for run_dir in sorted(filter(Path.is_dir, runs.glob("*"))):

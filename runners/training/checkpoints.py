@@ -5,7 +5,9 @@
 
 A file is written under another name, synced to disk and then renamed, so that a kill, a full disk or a power cut leaves
 the previous one. Later damage shows as a wrong digest in the name. The last two checkpoints are kept, so a damaged
-newest one can be skipped. A checkpoint holds the configuration it belongs to, and no other configuration can load it.
+newest one can be skipped. One that may be good and cannot be read, for want of memory or for an error of the disk, ends
+the run: going on without it would remove it. A checkpoint holds the configuration it belongs to, and no other
+configuration can load it.
 """
 
 import csv
@@ -23,8 +25,9 @@ from runners.cells import IGNORED
 from runners.config import PUBLISHED, Config
 from runners.errors import CannotWrite, UserError
 from runners.files import write_whole
+from runners.records import FILES
 from runners.training import torch_files
-from runners.training.torch_files import Unreadable
+from runners.training.torch_files import Damaged, NotLoaded, Unreadable
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest, and one to fall back on."""
@@ -68,16 +71,18 @@ class RunFolder:
         self.keep_every = keep_every
         self.known_good: list[Path] = []
         """Undamaged checkpoints, written or read by this process, the newest last."""
+        self.foreign: set[Path] = set()
+        """What has the name of a checkpoint and is none: not ours to remove."""
         try:
             path.mkdir(parents=True, exist_ok=True)
-            for name in ("checkpoint-*", "metrics.csv", "records.json", "failure.json"):
+            for name in ("checkpoint-*", "metrics.csv", *FILES):
                 for half_written in path.glob(f"{name}.*.part"):
                     half_written.unlink()
         except OSError as error:
             raise CannotWrite(f"cannot write into {path}: {error.strerror}") from error
 
     def save(self, iteration: int, state: dict[str, Any]) -> Path:
-        """Write a checkpoint, and remove older ones but for the last good one and multiples of keep_every.
+        """Write a checkpoint, and remove others but for the last good one, multiples of keep_every and foreign files.
 
         Args:
             iteration: training steps done.
@@ -96,7 +101,7 @@ class RunFolder:
         file = self.path / f"checkpoint-{iteration}-{torch_files.digits(content)}.pt"
         self._write(file, content)
         self.known_good = [*self.known_good, file][-KEPT:]
-        for other in set(checkpoints(self.path)) - set(self.known_good):
+        for other in set(checkpoints(self.path)) - set(self.known_good) - self.foreign:
             if not (self.keep_every and iteration_of(other) % self.keep_every == 0):
                 other.unlink(missing_ok=True)
         return file
@@ -108,9 +113,9 @@ class RunFolder:
             The file and its state, tensors on the CPU; None without a good checkpoint.
 
         Raises:
-            UserError: it belongs to another configuration.
+            UserError: it belongs to another configuration, or cannot be read and may be good.
         """
-        found = newest(self.path)
+        found = newest(self.path, foreign=self.foreign)
         if found is not None:
             file, state = found
             self._check_configuration(file, state["configuration"])
@@ -157,22 +162,26 @@ class RunFolder:
             raise CannotWrite(f"cannot write {file}: {error.strerror}; {kept}") from error
 
 
-def newest(path: Path) -> tuple[Path, dict[str, Any]] | None:
-    """Read the newest good checkpoint in a folder, of any configuration; see RunFolder.newest."""
+def newest(path: Path, *, foreign: set[Path] | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """Read the newest good checkpoint in a folder, of any configuration; see RunFolder.newest.
+
+    Args:
+        path: the folder.
+        foreign: what is skipped for another reason than damage is added here.
+    """
     for file in reversed(checkpoints(path)):
         try:
-            content = file.read_bytes()
-        except OSError as error:
-            print(f"{file} cannot be read ({error.strerror}); using the one before", file=sys.stderr)
-            continue
-        try:
-            torch_files.check_name(file.name, content)
-            state = torch_files.unpickled(content)
+            state = torch_files.unpickled(torch_files.content_of(file))
             if isinstance(state, dict) and isinstance(state.get("configuration"), dict):
                 return file, state
             raise Unreadable("holds no configuration: no checkpoint of a run")
+        except NotLoaded as error:  # going on from the one before would remove this one
+            advice = "nothing was removed: try again, or move the file away to go on without it"
+            raise UserError(f"{file} {error}; {advice}") from error
         except Unreadable as error:
             print(f"{file} {error}; using the one before", file=sys.stderr)
+            if foreign is not None and not isinstance(error, Damaged):
+                foreign.add(file)
     return None
 
 

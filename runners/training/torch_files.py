@@ -1,5 +1,8 @@
 """Read files of torch.save that may be damaged, or somebody else's: any failure is one reason in plain words.
 
+Three kinds of failure are told apart, as a run may pass over the first two only: Damaged, any other Unreadable (the
+file is of another kind), and NotLoaded (the file may be good).
+
 Such a file is a zip archive. torch.load does not compare the archive's checksums, so a flipped bit of a weight would
 pass; here they are compared first. Nothing is allocated beyond the size of the file, and no code of it is run.
 """
@@ -9,6 +12,7 @@ import io
 import re
 import warnings
 import zipfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +25,33 @@ class Unreadable(ValueError):
     """The file cannot be used; the message continues a sentence that begins with its name."""
 
 
+class Damaged(Unreadable):
+    """The content is not what the name says."""
+
+
+class NotLoaded(Unreadable):
+    """Reading failed, perhaps for want of memory, for a network disk or for an older PyTorch: the file may be good."""
+
+
 def digits(content: bytes | memoryview) -> str:
     """Return the first DIGITS of the sha256 of a file's content."""
     return hashlib.sha256(content).hexdigest()[:DIGITS]
+
+
+def content_of(file: Path) -> bytes:
+    """Read a file whole, and check it by `check_name`.
+
+    Raises:
+        Unreadable: it is a folder; Damaged or NotLoaded in other cases.
+    """
+    try:
+        content = file.read_bytes()
+    except IsADirectoryError as error:
+        raise Unreadable(f"cannot be read ({error.strerror})") from error
+    except (OSError, MemoryError) as error:
+        raise NotLoaded(f"cannot be read ({getattr(error, 'strerror', None) or type(error).__name__})") from error
+    check_name(file.name, content)
+    return content
 
 
 def check_name(name: str, content: bytes) -> None:
@@ -32,11 +60,11 @@ def check_name(name: str, content: bytes) -> None:
     Eight or sixteen decimals may be a date or a number, and are checked in names of our checkpoints only.
 
     Raises:
-        Unreadable: they differ.
+        Damaged: they differ.
     """
     found = re.search(r"^checkpoint-\d+-([0-9a-f]{16})\.pt$|-(?=\d*[a-f])([0-9a-f]{16}|[0-9a-f]{8})\.pth?$", name)
     if found and not hashlib.sha256(content).hexdigest().startswith(found[1] or found[2]):
-        raise Unreadable("is damaged: its sha256 does not match its name")
+        raise Damaged("is damaged: its sha256 does not match its name")
 
 
 def unpickled(content: bytes) -> Any:
@@ -46,7 +74,8 @@ def unpickled(content: bytes) -> Any:
         content: of the file.
 
     Raises:
-        Unreadable: it is no file of torch.save's, is damaged, or holds other objects, which only code could make.
+        Unreadable: it is no file of torch.save's.
+        NotLoaded: it is damaged, holds other objects, which only code could make, or there is too little memory.
     """
     if not content:
         raise Unreadable("is empty")
@@ -65,12 +94,13 @@ def unpickled(content: bytes) -> Any:
         raise
     except Exception as error:  # zipfile and torch raise whatever the bytes lead to
         if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise Unreadable(
+            raise NotLoaded(
                 f"holds more than tensors, {code[1]}, and code of a file is not run: save weights alone, "
                 "torch.save(model.state_dict(), file)"
             ) from error
         text = " ".join(str(error).partition("\n")[0].split())
-        raise Unreadable(f"is damaged ({type(error).__name__}{': ' if text else ''}{text})") from error
+        what = "is damaged" if isinstance(error, zipfile.BadZipFile) else "cannot be loaded"
+        raise NotLoaded(f"{what} ({type(error).__name__}{': ' if text else ''}{text})") from error
 
 
 def _check_archive(content: bytes) -> None:

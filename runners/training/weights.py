@@ -33,14 +33,11 @@ def load_weights(model: nn.Module, file: Path) -> None:
 def _read(file: Path) -> Any:
     if file.is_dir():
         raise Unreadable("is a folder: name a file of weights in it")
-    if not file.is_file():
+    if not file.exists():
         raise UserError(f"task.checkpoint={file}: there is no such file")
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise Unreadable(f"cannot be read ({error.strerror})") from error
-    torch_files.check_name(file.name, content)
-    return torch_files.unpickled(content)
+    if not file.is_file():
+        raise Unreadable("is not a file, but a pipe or a device")
+    return torch_files.unpickled(torch_files.content_of(file))
 
 
 def state_of(content: Any) -> dict[str, Tensor]:

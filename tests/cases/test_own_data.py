@@ -21,7 +21,7 @@ from runners.cells import command, recipe_changes, run_name
 from runners.config import DatasetConfig
 from runners.data import cifar, load
 from runners.errors import UserError
-from runners.tasks import runtime
+from runners.tasks import max_batch, runtime
 from runners.training.checkpoints import deciding_fields
 
 # Older releases of torchvision unpack an archive (whose md5 they have checked) without naming tarfile's filter.
@@ -120,6 +120,17 @@ def test_results_of_own_files_have_their_name() -> None:
 def test_a_version_that_is_no_file_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["dataset.version=my/own"]) in (1, 2)
     assert "dataset.version=my/own is not allowed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["noisy", "published"])
+def test_own_files_without_the_names_of_the_classes(version: str, published: Published) -> None:
+    """Only the published version has them, which nothing reads."""
+    (published.folder / "batches.meta").unlink()
+    config = published.config(version=version, download=False)
+    if version == "published":
+        assert f"{published.folder / 'batches.meta'} is missing" in refused(config)
+    else:
+        assert len(load(config, CPU).train.labels) == 50
 
 
 def test_own_files_that_are_not_complete_are_not_downloaded(published: Published) -> None:
@@ -326,6 +337,12 @@ def test_a_largest_batch_that_no_training_can_use(
     batch, _ = runtime._largest_batch(config, REFERENCE, CPU)
     said = [line for line in capsys.readouterr().err.splitlines() if "training images" in line]
     assert said == 2 * remarks * [f"batch {batch} is more than the 1297 training images of digits"]
+
+
+def test_a_largest_batch_for_own_files_of_a_size_that_is_not_known(capsys: pytest.CaptureFixture[str]) -> None:
+    for version, remarks in (("published", 1), ("mine", 0)):
+        max_batch.remark_on_data(make(dataset__version=version, dataset__train_images=100), 101)
+        assert capsys.readouterr().err.count("\n") == remarks
 
 
 def test_the_number_of_training_images_is_that_of_the_data() -> None:

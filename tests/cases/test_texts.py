@@ -210,7 +210,11 @@ def test_a_home_holds_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("run=a ", "run=a is not allowed"),
         ("run=a\nb", "run=a b is not allowed"),
         ("run=" + 300 * "a", f"run={300 * 'a'} is not allowed: it has 300 characters, and may have 150"),
-        ("results=a\nb", r"results='a\nb' is not allowed: a path has no control characters"),
+        ("results=a\nb", r"results='a\nb' is not allowed: a path or name has no control characters"),
+        ("results=a\x7fb", r"results='a\x7fb' is not allowed: a path or name has no control characters"),
+        ("dataset.root=a\x01b", r"dataset.root='a\x01b' is not allowed"),
+        ("dataset.reader=a\x1bb", r"dataset.reader='a\x1bb' is not allowed"),
+        ("gpu.name=a\x1bb", r"gpu.name='a\x1bb' is not allowed"),
         ("results=a\0b", r"cannot read 'results=a\x00b'"),
         ("results=a\udcffb", r"cannot read 'results=a\udcffb'"),
         ("results='a", 'cannot read "results=\'a"'),
@@ -224,6 +228,21 @@ def test_a_text_that_cannot_be(argument: str, message: str, capsys: pytest.Captu
     said = refusal(["task=runtime", argument], capsys)
     assert said.startswith(f"blpa-run: error: {message}")
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("task", ["explain task.model", "gradient-error task.checkpoint", "thresholds task.checkpoint"])
+def test_a_control_character_that_a_record_could_not_hold(task: str, capsys: pytest.CaptureFixture[str]) -> None:
+    name, key = task.split()
+    said = refusal([f"task={name}", f"{key}=a\x07b"], capsys)
+    assert said == f"blpa-run: error: {key}='a\\x07b' is not allowed: a path or name has no control characters\n"
+
+
+def test_a_control_character_in_the_folder_of_options(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("mine\x07").mkdir()
+    said = refusal(["--config-dir=mine\x07", "task=memory"], capsys)
+    assert said.startswith("blpa-run: error: --config-dir=") and said.endswith(
+        "a path or name has no control characters\n"
+    )
 
 
 def test_hydra_s_view_of_the_configuration_has_the_same_texts(capsys: pytest.CaptureFixture[str]) -> None:

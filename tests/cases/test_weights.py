@@ -1,6 +1,8 @@
 """Weights from elsewhere: saved by other programs and wrappers, of another network, or damaged on the way."""
 
+import errno
 import io
+import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
@@ -10,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from damage import damages
-from support import GRADIENTS, make
+from support import GRADIENTS, TinyNet, make, train
 from torch import Tensor
 
 from blpa.kernels.reference import REFERENCE
 from blpa.models.preact_resnet import PreActResNet
 from runners import cli
+from runners.cells import weights_name
 from runners.errors import UserError
 from runners.training import network, torch_files
 from runners.training.checkpoints import RunFolder
@@ -174,6 +177,19 @@ def test_a_folder_is_named(tmp_path: Path) -> None:
         load_weights(a_network(), tmp_path)
 
 
+def test_a_pipe_and_a_device_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for file in (tmp_path / "pipe", Path(os.devnull)):
+        assert weights_name(make(task="gradient-error", task__checkpoint=str(file))) == file.stem
+        with pytest.raises(UserError, match=rf"^task\.checkpoint={file} is not a file, but a pipe or a device$"):
+            load_weights(a_network(), file)
+
+
+def test_weights_for_which_there_is_no_memory(state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "load", no_memory)
+    assert refused(tmp_path / "w.pt", state) == "cannot be loaded (MemoryError)"
+
+
 @pytest.mark.parametrize(
     "name", ["checkpoint-4-0123456789012345.pt", "best-checkpoint-4-01234567890123ab.pt", "resnet-0123abcd.pth"]
 )
@@ -235,6 +251,76 @@ def test_a_file_put_beside_the_checkpoints(content: bytes, tmp_path: Path, capsy
     assert found is not None and found[0] == before
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{other} ") and line.endswith("; using the one before")
+
+
+# ---- checkpoints that are good and cannot be read now
+
+
+def no_memory(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+def no_allocation(*_: object, **__: object) -> None:
+    raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes")
+
+
+def older_torch(*_: object, **__: object) -> None:
+    raise pickle.UnpicklingError("Unsupported global: GLOBAL torch._utils._rebuild_new was not an allowed global")
+
+
+def stale(*_: object) -> None:
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "failure", "reason"),
+    [
+        (torch, "load", no_memory, "cannot be loaded (MemoryError)"),
+        (torch, "load", no_allocation, "cannot be loaded (RuntimeError: [enforce fail] DefaultCPUAllocator: can't"),
+        (torch, "load", older_torch, "holds more than tensors, torch._utils._rebuild_new"),
+        (Path, "read_bytes", stale, f"cannot be read ({os.strerror(errno.ESTALE)})"),
+        (Path, "read_bytes", no_memory, "cannot be read (MemoryError)"),
+    ],
+    ids=["memory", "allocator", "older torch", "stale handle", "memory for the bytes"],
+)
+def test_a_run_started_again_where_its_checkpoints_cannot_be_read(
+    place: Any, name: str, failure: Callable[..., None], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    train(TinyNet(), tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    newest = next(tmp_path.glob("checkpoint-12-*"))
+    capsys.readouterr()
+    with monkeypatch.context() as patched, pytest.raises(UserError) as caught:
+        patched.setattr(place, name, failure)
+        train(TinyNet(), tmp_path)
+    text = str(caught.value)
+    assert text.startswith(f"{newest} {reason}") and "; nothing was removed: try again" in text and "\n" not in text
+    assert "beginning" not in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    train(TinyNet(), tmp_path)
+    assert f"finished before, as in {newest}" in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_goes_and_what_is_none_stays(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path, {"seed": 0})
+    folder.save(4, {})
+    damaged = folder.save(8, {})
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    other, place = (tmp_path / f"checkpoint-9-{digits}.pt" for digits in (torch_files.digits(b"text"), 16 * "0"))
+    other.write_bytes(b"text")
+    place.mkdir()
+    resumed = RunFolder(tmp_path, {"seed": 0})
+    assert resumed.newest() is not None
+    for iteration in (10, 11, 12):
+        resumed.save(iteration, {})
+    assert other.exists() and place.exists() and not damaged.exists()
+
+
+def test_half_written_records_of_another_command(tmp_path: Path) -> None:
+    (tmp_path / "earlier.json.0a1b2c3d.part").touch()
+    RunFolder(tmp_path, {})
+    assert not list(tmp_path.iterdir())
 
 
 # ---- the tasks
