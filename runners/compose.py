@@ -257,6 +257,9 @@ def _reason(error: BaseException) -> str:
         error = error.__cause__
     lines = str(error).splitlines() or [""]
     key = str(getattr(error, "full_key", None) or "")
+    if composing := re.match(r"In '(.*)': \w+ raised while composing config:$", lines[0]):
+        key = next((line.split()[1] for line in lines[2:] if re.match(r"\s*full_key: \S", line)), "")
+        return f"{composing[1]}.yaml: {f'{key}: ' if key else ''}{' '.join(lines[1:2])}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
         options = GlobalHydra.instance().config_loader().get_group_options(group)

@@ -96,7 +96,7 @@ class ModeConfig:
     alpha: str = field(default="-", compare=False)
     """Saved bits per activation over 32, as the paper counts them, for the table of errors."""
     colour: str = field(default="#666666", compare=False)
-    """Colour of the mode's lines in figures."""
+    """Colour of the mode's lines in figures, #rrggbb."""
     order: int = field(default=1000, compare=False)
     """Position of the mode in tables and figures, the smallest first."""
     in_every_error_table: bool = field(default=False, compare=False)
@@ -270,6 +270,13 @@ def _check_mode(mode: ModeConfig) -> None:
     if mode.bits is None and mode.clip != ModeConfig.clip:
         raise UserError(f"mode.clip={mode.clip} needs codes to clip: give mode.bits 2, 4 or 8")
     above_zero("mode.width_factor", mode.width_factor)
+    check_colour(mode.colour)
+
+
+def check_colour(colour: str) -> None:
+    """Check the colour of a mode's lines."""
+    if not re.fullmatch("#[0-9A-Fa-f]{6}", colour):
+        raise UserError(f"mode.colour={colour} is not allowed: it is #rrggbb, red, green and blue, such as #0072B2")
 
 
 def _check_schedule(schedule: list[list[float]]) -> None:

@@ -10,9 +10,13 @@ Any other exception is a bug, and keeps its traceback.
 """
 
 import difflib
+import re
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+
+NO_TEXT = re.compile(r"[\0\ud800-\udfff]")
+"""A character that no file, name or message can hold."""
 
 
 class UserError(ValueError):

@@ -20,6 +20,8 @@ from runners.errors import UserError, first_line
 
 PATHS = ("results", "dataset.root", "task.checkpoint")
 """Keys that name a file or folder: ~ and ~user at the beginning stand for a home, as in a shell."""
+OPTIONAL = ("dataset.label", "mode.label")
+"""Keys of a text that may be left out."""
 
 
 def option(group: str, name: str, config_dir: str | None = None, *, inside: tuple[str, ...] = ()) -> Any:
@@ -77,7 +79,7 @@ def _read(file: Path, content: bytes, group: str | None) -> tuple[DictConfig, st
     if package not in (None, "_global_", group) and group != "hydra":
         raise UserError(f"{file}, line 1: @package {package} is not allowed: expected @package _global_, or none")
     prefix = "" if is_whole else f"{group}."
-    values, places = yaml_files.read(file, text, prefix=prefix, types=types(), paths=PATHS)
+    values, places = yaml_files.read(file, text, prefix=prefix, types=types(), paths=PATHS, optional=OPTIONAL)
     if not values and not is_whole:
         raise UserError(f"{file} is empty: expected the values of a {group}, key: value")
     checked = {key: value for key, value in values.items() if key not in ("defaults", "hydra")}

@@ -12,12 +12,14 @@ from contextlib import suppress
 from typing import Any
 
 from runners import CONF
-from runners.errors import UserError
+from runners.errors import NO_TEXT, UserError
 from runners.option_files import PATHS, types
 
 GROUPS = frozenset(folder.name for folder in CONF.iterdir() if folder.is_dir())
 OF_TEXTS = re.compile(r"(choice|shuffle|sort)\s*\((.*)\)", re.DOTALL)
 """A function of Hydra that takes values of any type."""
+LISTS = re.compile(r"\[.*\]|'?\$\{.*\}'?|(choice|shuffle)\s*\(.*\)", re.DOTALL)
+"""One list, or what stands for lists."""
 OTHER = re.compile(r"(range|interval|glob|tag|int|float|str|bool)\s*\(.*\)", re.DOTALL)
 QUOTED = re.compile(r"""'(?:\\.|[^\\'])*'|"(?:\\.|[^\\"])*\"""", re.DOTALL)
 ESCAPED = re.compile(r"\\([\\()\[\]{}:=, \t])")
@@ -40,11 +42,11 @@ def quoted(override: str) -> str:
     type_ = str | None if key in GROUPS else types().get(key)
     if not value or type_ not in (str, str | None, list[str]):
         return override
-    if re.search(r"[\0\ud800-\udfff]", override):
+    if NO_TEXT.search(override):
         raise UserError(f"cannot read {override!r}: it is no Unicode text")
     elements = _split(value)
-    if type_ == list[str] and not all(re.match(r"\s*(\[|\$\{|choice\b|shuffle\b)", text) for text in elements):
-        raise UserError(f"{override} is not allowed: it is a list, {key}=[{value}]")
+    if type_ == list[str] and not all(LISTS.fullmatch(text.strip()) for text in elements):
+        raise UserError(f"{override} is not allowed: it is a list, {key}=[{value.strip(' []')}]")
     is_list = type_ == list[str] or key in GROUPS
     is_sweep = len(elements) > 1
     texts = [_element(text.strip() if is_sweep else text, key, is_list, type_ == str | None) for text in elements]

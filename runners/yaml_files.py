@@ -14,12 +14,14 @@ from omegaconf._utils import get_yaml_loader
 from yaml import MappingNode, Mark, MarkedYAMLError, Node, ScalarNode, SequenceNode
 from yaml.reader import ReaderError
 
-from runners.errors import UserError, allowed
+from runners.errors import NO_TEXT, UserError, allowed
 
 MOST_VALUES = 10_000
 """More values than any file of options has; aliases of aliases can stand for billions."""
 NULL, MERGE = "tag:yaml.org,2002:null", "tag:yaml.org,2002:merge"
 EXPECTED = "expected lines of the form key: value"
+OF_HYDRA = ("hydra", "hydra.launcher", "hydra.sweep", "hydra.sweeper", "hydra.sweeper.params")
+"""Keys of Hydra's own that hold others."""
 
 _Loader = get_yaml_loader()
 
@@ -48,7 +50,7 @@ def package(file: Path, text: str) -> str | None:
 
 
 def read(
-    file: Path, text: str, *, prefix: str, types: Mapping[str, Any], paths: Collection[str]
+    file: Path, text: str, *, prefix: str, types: Mapping[str, Any], paths: Collection[str], optional: Collection[str]
 ) -> tuple[dict[str, Any], dict[str, str]]:
     """Read a file of options.
 
@@ -58,6 +60,7 @@ def read(
         prefix: what is before its keys on the command line: `mode.`, or nothing.
         types: type of each key of the command line.
         paths: the keys whose text may begin with ~, a home.
+        optional: the keys whose text may be left out, which makes it empty.
 
     Returns:
         The values, and the place of each key: {"mode.bits": "mine/mode/mine.yaml, line 3, column 1"}.
@@ -68,7 +71,7 @@ def read(
     try:
         loader = _Loader(text)
         node = loader.get_single_node()
-        values = _Values(file, loader, types, paths)
+        values = _Values(file, loader, types, paths, optional)
         found = {} if node is None else values.of_file(node, prefix)
     except ReaderError as error:
         place = _place(file, text[: error.position])
@@ -88,10 +91,13 @@ class _Values:
         loader: it makes numbers of what is no text.
         types: as in `read`.
         paths: as in `read`.
+        optional: as in `read`.
     """
 
-    def __init__(self, file: Path, loader: Any, types: Mapping[str, Any], paths: Collection[str]) -> None:
-        self.file, self.loader, self.types, self.paths = file, loader, types, paths
+    def __init__(
+        self, file: Path, loader: Any, types: Mapping[str, Any], paths: Collection[str], optional: Collection[str]
+    ) -> None:
+        self.file, self.loader, self.types, self.paths, self.optional = file, loader, types, paths, optional
         self.places: dict[str, str] = {}
         self.count = 0
         self.items: dict[Node, dict[str, tuple[ScalarNode, Node]]] = {}
@@ -101,7 +107,7 @@ class _Values:
         found = {}
         for key, value in self._items(node):
             if key.value == "defaults":
-                found["defaults"] = self._defaults(value)
+                found["defaults"] = self._defaults(value, is_of_group=prefix not in ("", "hydra."))
             elif prefix == "hydra." or (key.value == "hydra" and not prefix):
                 found[key.value] = self._of_hydra(value, str(key.value))
             else:
@@ -120,21 +126,34 @@ class _Values:
             self._refuse(key, f"unknown key {name!r}{allowed(name, names)}")
         if type_ == list[str] and not isinstance(node, SequenceNode):
             self._refuse(node, f"{name}: expected a list, such as [{getattr(node, 'value', '')}]")
+        if name in self.optional and _is_empty(node):
+            return ""
         value = self._value(node, is_text=type_ in (str, list[str]), is_text_or_null=type_ == str | None)
         return os.path.expanduser(value) if name in self.paths and isinstance(value, str) else value
 
     def _of_hydra(self, node: Node, path: str) -> Any:
-        """Return values of Hydra's own; in hydra.sweeper.params they are texts of the command line."""
-        if not isinstance(node, MappingNode) or path == "hydra.sweeper.params":
-            return self._value(node, is_text=path == "hydra.sweeper.params")
-        return {key.value: self._of_hydra(value, f"{path}.{key.value}") for key, value in self._items(node)}
+        """Return values of Hydra's own."""
+        if path == "hydra.sweeper.params" and node.tag != NULL:
+            return {key.value: self._swept(key, value) for key, value in self._items(node)}
+        if isinstance(node, MappingNode) or (path in OF_HYDRA and not path.endswith(".params")):
+            return {key.value: self._of_hydra(value, f"{path}.{key.value}") for key, value in self._items(node)}
+        return self._value(node)
 
-    def _defaults(self, node: Node) -> list[Any]:
-        """Return a defaults list: names of options."""
+    def _swept(self, key: ScalarNode, node: Node) -> Any:
+        """Return what an experiment sweeps a key over: values as the command line takes them, such as 4bit,8bit."""
+        type_ = self.types.get(key.value.lstrip("+~"), str)  # a group takes names
+        if isinstance(node, MappingNode):
+            self._refuse(node, f"{key.value}: expected a value, or several with commas between them")
+        return self._value(node, is_text=type_ in (str, str | None, list[str]) or node.tag == NULL)
+
+    def _defaults(self, node: Node, *, is_of_group: bool) -> list[Any]:
+        """Return a defaults list: names of options, in a group's file those of the same group."""
         items = node.value if isinstance(node, SequenceNode) else [node]
         for item in items:
             if not isinstance(node, SequenceNode) or isinstance(item, SequenceNode) or item.tag == NULL:
                 self._refuse(item, "defaults: expected a list of options, such as [4bit]")
+            if is_of_group and not isinstance(item, ScalarNode):
+                self._refuse(item, "defaults: expected names of options of the same group, such as [4bit]")
         return [self._value(item, is_text_or_null=True) for item in items]
 
     def _value(self, node: Node, *, is_text: bool = False, is_text_or_null: bool = False) -> Any:
@@ -149,6 +168,9 @@ class _Values:
             }
         if isinstance(node, SequenceNode):
             return [self._value(item, is_text=is_text, is_text_or_null=is_text_or_null) for item in node.value]
+        self._check_unicode(node)
+        if is_text and _is_empty(node):
+            self._refuse(node, "expected a text; quote a value that begins with #, and an empty one")
         if is_text or (is_text_or_null and node.tag != NULL):
             return node.value
         try:
@@ -167,6 +189,7 @@ class _Values:
             for key, value in node.value:
                 if not isinstance(key, ScalarNode):
                     self._refuse(key, EXPECTED)
+                self._check_unicode(key)
                 if key.value in own:
                     first = own[key.value][0].start_mark.line + 1
                     self._refuse(key, f"the key {key.value!r} is already in line {first}")
@@ -178,8 +201,18 @@ class _Values:
             self.items[node] = merged | own
         return self.items[node].values()
 
+    def _check_unicode(self, node: Node) -> None:
+        """Refuse what only an escape can put into a text, such as half of a surrogate pair."""
+        if NO_TEXT.search(node.value):
+            self._refuse(node, f"{node.value!r} is no Unicode text")
+
     def _refuse(self, node: Node, message: str) -> NoReturn:
         raise UserError(f"{_at(self.file, node.start_mark)}: {message}")
+
+
+def _is_empty(node: Node) -> bool:
+    """Return whether nothing is written for a value, or only a comment."""
+    return node.tag == NULL and not node.value
 
 
 def _at(file: Path, mark: Mark) -> str:

@@ -66,7 +66,7 @@ def draw(curves: pd.DataFrame, labels: Labels) -> Figure:
     axes.set_xlim(0, curves["iteration"].max())
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("iteration")
-    axes.set_title(_title(curves, labels), loc="left", fontsize=10)
+    axes.set_title(_plain(_title(curves, labels)), loc="left", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     _name_lines(axes, ends, labels, lambda value: f"{value:.2f} %", lowest=TICKS[0])
     return figure
@@ -108,7 +108,8 @@ def draw_over_depth(table: Table, conditions: Conditions, group: list[Record], l
     axes.xaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("depth" + (" (circles: the paper's figures)" if papers else ""))
-    axes.set_title(f"{table.title}: {', '.join(table.heading(conditions, labels))}", loc="left", fontsize=10)
+    title = f"{table.title}: {', '.join(table.heading(conditions, labels))}"
+    axes.set_title(_plain(title), loc="left", fontsize=10)
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     _name_lines(axes, ends, labels, lambda value: f"{value:.4g}{table.unit}")
     return figure
@@ -131,7 +132,7 @@ def draw_memory(results: Path, name: str, labels: Labels) -> Path:
         colour = labels.mode(str(mode)).colour
         axes.fill_between(line["done"], line["mib"], color=colour, alpha=0.12, linewidth=0)
         title = f"{labels.label(str(mode))}: {line['mib'].max():.2f}"
-        axes.plot(line["done"], line["mib"], color=colour, linewidth=1.6, label=title)
+        axes.plot(line["done"], line["mib"], color=colour, linewidth=1.6, label=_plain(title))
     axes.axvline(0.5, color="#888888", linewidth=0.8)
     axes.set_xlim(0, 1)
     axes.set_ylim(0, None)
@@ -163,7 +164,7 @@ def draw_gradients(results: Path, name: str, labels: Labels) -> Path:
         axes.fill_between(
             layers.index, layers[f"{metric}_low"], layers[f"{metric}_high"], color=colour, alpha=0.15, linewidth=0
         )
-        axes.plot(layers.index, layers[f"{metric}_median"], color=colour, linewidth=1.6, label=title)
+        axes.plot(layers.index, layers[f"{metric}_median"], color=colour, linewidth=1.6, label=_plain(title))
     axes.set_yscale("log")
     axes.set_xlim(0, len(layers) - 1)
     axes.set_xlabel("layer, from the first convolution to the classifier")
@@ -205,6 +206,11 @@ def _read(file: Path, kinds: Mapping[str, Kind]) -> pd.DataFrame:
     return pd.DataFrame(list(rows.values()))
 
 
+def _plain(text: str) -> str:
+    """Escape a text of users', in which $ begins no formula."""
+    return text.replace("$", r"\$")
+
+
 def _canvas() -> tuple[Figure, Any]:
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -230,7 +236,7 @@ def _name_lines(
     wanted = [float(to_axis.transform((1, max(ends[mode], lowest)))[1]) for mode in order]
     for mode, height in zip(order, spread(wanted, gap), strict=True):
         axes.text(
-            1.01, height, f"{labels.label(mode)}  {text(ends[mode])}", transform=axes.transAxes,
+            1.01, height, _plain(f"{labels.label(mode)}  {text(ends[mode])}"), transform=axes.transAxes,
             color=labels.mode(mode).colour, va="center", fontsize=9,
         )  # fmt: skip
 

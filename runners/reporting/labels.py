@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runners.config import MODE_LABELS, ModeConfig, options
+from runners.config import MODE_LABELS, ModeConfig, check_colour, options
+from runners.errors import UserError
 from runners.option_files import option
 from runners.records import Settings
 from runners.reporting.paper import IMAGENET, IMAGENET_LABEL
@@ -47,6 +48,10 @@ def read_labels(config_dir: str | None = None) -> Labels:
     """
     modes = {}
     for name, values in _options("mode", config_dir).items():
+        try:
+            check_colour(values.get("colour", ModeConfig.colour))
+        except UserError as error:
+            raise UserError(f"mode {name}: {error}") from None
         modes[name] = ModeConfig(name=name, **{field: values[field] for field in MODE_LABELS if field in values})
     datasets = {name: values.get("label", "") for name, values in _options("dataset", config_dir).items()}
     return Labels(modes, {IMAGENET.dataset: IMAGENET_LABEL} | datasets)

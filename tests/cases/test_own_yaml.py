@@ -71,12 +71,19 @@ def bomb(mapping: bool = False) -> str:
         (f"{MODE}order: !!int x\n", f"{HERE} 4, column 8: cannot read 'x'"),
         (f"{MODE}order: !!timestamp 2024-01-01\n", f"{HERE} 4, column 1: mode.order: Value 'date'"),
         (f"{MODE}order: !!python/object:os.system x\n", f"{HERE} 4, column 8: could not determine a constructor"),
+        (f"{MODE}colour: #ff0000\n", f"{HERE} 4, column 8: expected a text; quote a value that begins with #"),
+        (f"{MODE}colour: red\n", "mode.colour=red is not allowed: it is #rrggbb"),
+        (MODE.replace("coded", ""), f"{HERE} 2, column 8: expected a text"),
+        (f"{MODE}label: \"a\\ud800\"\n", f"{HERE} 4, column 8: 'a\\ud800' is no Unicode text"),
+        (f"{MODE}label: \"a\\0\"\n", f"{HERE} 4, column 8: 'a\\x00' is no Unicode text"),
+        (f"{MODE}\"\\ud800\": 1\n", f"{HERE} 4, column 1: '\\ud800' is no Unicode text"),
         (f"{MODE}label: *x\n", f"{HERE} 4, column 8: found undefined alias 'x'"),
         (f"{MODE}---\n{MODE}", f"{HERE} 4, column 1: found another document"),
         (f"name: mine\n<<<<<<< HEAD\n{MODE}", f"{HERE} 3, column 1: could not find expected ':'"),
         (f"defaults: [4bot]\n{MODE}", "the defaults of mode/mine.yaml name mode/4bot.yaml, which is not there ("),
         (f"defaults: 4bit\n{MODE}", f"{HERE} 1, column 11: defaults: expected a list of options, such as [4bit]"),
         (f"defaults: [null]\n{MODE}", f"{HERE} 1, column 12: defaults: expected a list of options"),
+        (f"defaults:\n  - /mode: 4bit\n{MODE}", f"{HERE} 2, column 5: defaults: expected names of options of "),
         (f"defaults: [mine]\n{MODE}", "the defaults of an option lead back to it"),
         (f"# @package a b\n{MODE}", f"{HERE} 1: cannot read '# @package a b': expected # @package _global_"),
         (f"# @package task\n{MODE}", f"{HERE} 1: @package task is not allowed: expected @package _global_, or none"),
@@ -99,6 +106,7 @@ def test_a_mode_file_that_cannot_be_read(
     "content",
     [MODE.replace("\n", "\r\n"), MODE.replace("\n", "\r"), f"\ufeff{MODE}", f"\ufeff# @package mode\r\n{MODE}",
      f"base: &b\n{MODE}".replace("base: &b\n", "# größe\n"), "name: &n mine\nlayers: coded\nbits: 4\nlabel: ''\n",
+     f"{MODE}label:\n", f"{MODE}label: # to come\n",
      "<<: {layers: coded, bits: 8}\nname: mine\nbits: 4\n"],
 )  # fmt: skip
 def test_a_mode_file_of_another_editor(content: str) -> None:
@@ -129,6 +137,52 @@ def test_a_mistake_in_a_file_of_each_group(
     write(content, file)
     group, _, _ = file.partition("/")
     assert message(capsys, f"{group}=mine").startswith(f"mine/{file}, {expected}")
+
+
+@pytest.mark.parametrize(
+    ("hydra", "expected"),
+    [
+        ("5", ", line 2, column 8: expected lines of the form key: value, not '5'"),
+        ("", ", line 2, column 7: expected lines of the form key: value, not nothing"),
+        ("{sweeper: [1]}", ", line 2, column 18: expected lines of the form key: value, not a list"),
+        ("{sweeper: {params: 5}}", ", line 2, column 27: expected lines of the form key: value, not '5'"),
+        ("{sweeper: {params: {seed: {a: 1}}}}", ", line 2, column 34: seed: expected a value, or several with commas"),
+        ("{sweeper: {params: {run: }}}", ", line 2, column 32: expected a text"),
+        ("{sweeper: {parms: {seed: 1}}}", ": hydra.sweeper.parms: Key 'parms' not in 'BasicSweeperConf'"),
+        ("{launcher: {n_jobs: 2}}", ": hydra.launcher.n_jobs: Key 'n_jobs' not in 'BasicLauncherConf'"),
+    ],
+)
+def test_a_mistake_in_an_experiment_s_values_of_hydra(
+    hydra: str, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(f"# @package _global_\nhydra: {hydra}\n", "experiment/mine.yaml")
+    said = message(capsys, "experiment=mine", "-m").removeprefix("mine/")
+    assert said.startswith(f"experiment/mine.yaml{expected}")
+
+
+def test_an_experiment_that_sweeps_numbers_as_yaml_writes_them() -> None:
+    params = "{dataset.schedule: [[0.5, 0.1], [1.0, 0.01]], seed: 0x10, gpu.memory_gib: null, mode: '8bit,4bit'}"
+    write(f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n", "experiment/mine.yaml")
+    with compose.session("mine"):
+        found = [cell.config for cell in compose.cells(["experiment=mine", "dataset=digits"], multirun=True)]
+    assert [config.mode.name for config in found] == ["8bit", "4bit"]
+    assert found[0].dataset.schedule == [[0.5, 0.1], [1.0, 0.01]]
+    assert (found[0].seed, found[0].gpu.memory_gib) == (16, None)
+
+
+@pytest.mark.parametrize("params", ["", "null"])
+def test_an_experiment_that_sweeps_nothing(params: str) -> None:
+    write(f"# @package _global_\nseed: 3\nhydra: {{sweeper: {{params: {params}}}}}\n", "experiment/mine.yaml")
+    with compose.session("mine"):
+        assert [cell.config.seed for cell in compose.cells(["experiment=mine"], multirun=True)] == [3]
+
+
+def test_a_colour_that_is_none_beside_the_mode_that_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Figures read all modes for their colours."""
+    write(f"{MODE}colour: red\n")
+    assert cli.main(["--config-dir=mine", "task=plots"]) == 1
+    err = capsys.readouterr().err
+    assert "mode mine: mode.colour=red is not allowed: it is #rrggbb" in err and len(err.splitlines()) == 1
 
 
 def test_a_folder_in_place_of_a_file(capsys: pytest.CaptureFixture[str]) -> None:

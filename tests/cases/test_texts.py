@@ -6,16 +6,21 @@ import random
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from matplotlib.backends.backend_agg import RendererAgg
 from omegaconf import OmegaConf
 from support import TINY, composed, refusal
 
 from runners import cli, compose
 from runners.cells import command, overrides, task_module
-from runners.config import Config, options
+from runners.config import Config, ModeConfig, options
 from runners.option_files import types
+from runners.reporting import figures
+from runners.reporting.labels import Labels
 from runners.tasks import train
 from runners.texts import hydra_text, quoted
 
@@ -29,7 +34,7 @@ SPECIAL = [
 ]  # fmt: skip
 BARE = ["a b ", "it's", "a(b", "[b]", "[a,b]", "a=b", "100%", "$HOME", "a$b", "größe", "C:\\x"]
 KEYS = (
-    "results", "dataset.root", "dataset.label", "mode.label", "mode.alpha", "mode.colour", "gpu.name", "task.model",
+    "results", "dataset.root", "dataset.label", "mode.label", "mode.alpha", "gpu.name", "task.model",
 )  # fmt: skip
 """Keys whose text is checked where it is used, if at all."""
 
@@ -199,6 +204,35 @@ def test_a_home_holds_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert cli.main(["--config-dir=~/mine", "--cfg", "job"]) == 0
 
 
+# In figures
+
+
+def test_labels_with_dollars_are_drawn_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    label = r"a$\frac{$"
+    labels = Labels({"4bit": ModeConfig(name="4bit", label=label)}, {"digits": label})
+    curves = pd.DataFrame(
+        [["digits", 11, 1.0, 3, 4, "fp32", "{}", "4bit", 0, 3, 5.0]],
+        columns=["dataset", "depth", "width", "iterations", "batch_size", "precision", "settings", "mode", "seed",
+                 "iteration", "test_error_percent"],
+    )  # fmt: skip
+    drawn: list[str] = []
+    draw_text = RendererAgg.draw_text
+
+    def remembered(self: Any, gc: Any, x: Any, y: Any, text: str, *rest: Any, ismath: Any = False, **more: Any) -> None:
+        drawn.append(text)
+        draw_text(self, gc, x, y, text, *rest, ismath=ismath, **more)
+
+    monkeypatch.setattr(RendererAgg, "draw_text", remembered)
+    figures.save(figures.draw(curves, labels), Path(), "curves")
+    assert sum(label in text for text in drawn) >= 2  # title and line
+
+    Path("memory").mkdir()
+    Path("memory/steps.csv").write_text("mode,done,mib\n4bit,0.0,1.0\n4bit,1.0,2.0\n")
+    drawn.clear()
+    figures.draw_memory(Path(), "steps", labels)
+    assert f"{label}: 2.00" in drawn
+
+
 # Mistakes
 
 
@@ -221,6 +255,11 @@ def test_a_home_holds_the_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         ("results=a,b", "results=a,b names several values: add -m"),
         ("run='1.10','1.1'", "run='1.10','1.1' names several values: add -m"),
         ("task.modes=8bit", "task.modes=8bit is not allowed: it is a list, task.modes=[8bit]"),
+        ("task.modes=[a", "task.modes=[a is not allowed: it is a list, task.modes=[a]"),
+        ("task.modes=choice(a", "task.modes=choice(a is not allowed: it is a list"),
+        ("task.modes=${x", "task.modes=${x is not allowed: it is a list"),
+        ("task.modes=${x}", "task.modes: Interpolation key 'x' not found"),
+        ("mode.colour=ff0000", "mode.colour=ff0000 is not allowed: it is #rrggbb"),
         ("--config-dir=", "--config-dir=: there is no such folder"),
     ],
 )
