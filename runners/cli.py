@@ -48,6 +48,7 @@ from omegaconf import OmegaConf
 from runners import compose, help, printing, sweep
 from runners.cells import task_module
 from runners.errors import Terminated, UserError, classify, hint
+from runners.files import at_home
 from runners.run import report_error, run_cell
 from runners.texts import hydra_text, quoted
 from runners.training import signals
@@ -83,7 +84,7 @@ def _answer(arguments: list[str], output: printing.Output) -> int:
         if any(text.lstrip("+~").startswith("config_dir=") for text in overrides):
             raise UserError("config_dir= is not allowed: give the folder by --config-dir")
         if given.config_dir:
-            given.config_dir = os.path.expanduser(given.config_dir)
+            given.config_dir = at_home("--config-dir", given.config_dir)
             overrides.append(f"config_dir={hydra_text(os.path.abspath(given.config_dir))}")
         with compose.session(given.config_dir) as hydra:
             if given.help:

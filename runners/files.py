@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from runners.errors import UserError
+
 CANNOT_SYNC = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EBADF)
 """What file systems answer that cannot sync, or cannot sync a folder: the last is of network mounts."""
 
@@ -68,3 +70,15 @@ def write_csv(file: Path, rows: Sequence[Mapping[Any, object]], *, columns: Sequ
     writer.writeheader()
     writer.writerows(rows)
     write_whole(file, text.getvalue())
+
+
+def at_home(key: str, path: str) -> str:
+    """Return a path with the home that ~ or ~user at its beginning stands for, as a shell does.
+
+    Raises:
+        UserError: there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        raise UserError(f"{key}={path}: there is no such user; a folder of that name is ./{path}")
+    return expanded

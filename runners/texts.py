@@ -6,13 +6,13 @@ the values of a sweep, choice(...), range(...) and the like are Hydra's, ${key} 
 backslash before a special character is dropped.
 """
 
-import os
 import re
 from contextlib import suppress
 from typing import Any
 
 from runners import CONF
 from runners.errors import NO_TEXT, UserError
+from runners.files import at_home
 from runners.option_files import PATHS, types
 
 GROUPS = frozenset(folder.name for folder in CONF.iterdir() if folder.is_dir())
@@ -95,7 +95,9 @@ def _element(element: str, key: str, is_list: bool, is_optional: bool) -> str:
 
 
 def _at_home(key: str, text: str) -> str:
-    return os.path.expanduser(text) if key in PATHS else text
+    if text == "???":
+        raise UserError(f"{key}={text} is not allowed: in a configuration ??? is a value that is missing")
+    return at_home(key, text) if key in PATHS else text
 
 
 def _plain_or_quoted(text: str) -> str:

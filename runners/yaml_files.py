@@ -4,7 +4,6 @@ YAML makes numbers, booleans and nulls of plain words: 2024_11_26 is 20241126, a
 decides: where a key takes text, the text arrives as it is written.
 """
 
-import os
 import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from yaml import MappingNode, Mark, MarkedYAMLError, Node, ScalarNode, SequenceN
 from yaml.reader import ReaderError
 
 from runners.errors import NO_TEXT, UserError, allowed
+from runners.files import at_home
 
 MOST_VALUES = 10_000
 """More values than any file of options has; aliases of aliases can stand for billions."""
@@ -129,7 +129,7 @@ class _Values:
         if name in self.optional and _is_empty(node):
             return ""
         value = self._value(node, is_text=type_ in (str, list[str]), is_text_or_null=type_ == str | None)
-        return os.path.expanduser(value) if name in self.paths and isinstance(value, str) else value
+        return at_home(name, value) if name in self.paths and isinstance(value, str) else value
 
     def _of_hydra(self, node: Node, path: str) -> Any:
         """Return values of Hydra's own."""

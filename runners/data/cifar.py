@@ -172,7 +172,9 @@ def _split(folder: Path, names: Sequence[str]) -> tuple[Tensor, Tensor]:
     for name in names:
         try:
             with open(folder / name, "rb") as stream:
-                entry = pickle.load(stream, encoding="latin1")
+                loaded = pickle.load(stream, encoding="latin1")
+            # Python 3 programs that read the published files by encoding="bytes" write such keys.
+            entry = {key.decode() if isinstance(key, bytes) else key: value for key, value in loaded.items()}
             data = np.asarray(entry["data"])
             images.append(torch.from_numpy(data.reshape(-1, 3, 32, 32)))
             labels.append(torch.tensor(entry["labels" if "labels" in entry else "fine_labels"], dtype=torch.int64))

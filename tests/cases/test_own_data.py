@@ -157,6 +157,14 @@ def test_own_files_that_are_made_otherwise_are_named(content: bytes, published: 
     assert f"{published.folder / BATCH} cannot be read (" in refused(published.config(version="mine"))
 
 
+def test_own_files_were_written_with_keys_of_bytes(published: Published) -> None:
+    file = published.folder / BATCH
+    entry = pickle.loads(file.read_bytes(), encoding="latin1")
+    file.write_bytes(pickle.dumps({key.encode(): value for key, value in entry.items()}))
+    found = load(published.config(version="mine"), CPU)
+    assert found.train.labels[:10].tolist() == entry["labels"]
+
+
 def test_own_labels_below_zero_are_named(published: Published) -> None:
     entry = pickle.loads((published.folder / BATCH).read_bytes())
     entry["labels"][0] = -1

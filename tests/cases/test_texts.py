@@ -299,3 +299,15 @@ def test_a_setting_has_one_type_in_all_tasks() -> None:
         key: type_ for key, type_ in types().items() if key.startswith("task.")
     }
     assert len({(name, str(type_)) for name, type_ in found}) == len({name for name, _ in found})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (["run=???"], "run=??? is not allowed: in a configuration ??? is a value that is missing"),
+        (["results=~nobody-here/x"], "results=~nobody-here/x: there is no such user; a folder of that name is ./~nobo"),
+        (["--config-dir=~nobody-here"], "--config-dir=~nobody-here: there is no such user"),
+    ],
+)
+def test_a_text_that_stands_for_nothing(arguments: list[str], reason: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reason in refusal([*arguments, "task=tables"], capsys)
