@@ -1,6 +1,7 @@
 """What test_processes.py runs in each of two processes: python two_processes.py STORE RANK CHECK."""
 
 import copy
+import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -293,3 +294,5 @@ if __name__ == "__main__":
     )
     {"sync": sync, "fsdp": fsdp, "ddp": ddp}[check](int(number))
     dist.destroy_process_group()
+    sys.stderr.flush()
+    os._exit(0)  # all checks have passed; PyTorch's threads may still run, and it sometimes aborts at its own exit
