@@ -43,7 +43,7 @@ ConfigStore.instance().store(name="schema", node=Config)
 
 
 class OptionFiles(FileConfigSource):
-    """A folder of options, whose files are read by config.read in place of Hydra's own reader."""
+    """A folder of options, whose files are read by option_files.read in place of Hydra's own reader."""
 
     @staticmethod
     def scheme() -> str:

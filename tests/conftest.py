@@ -3,8 +3,10 @@
 import copy
 import functools
 import gc
+import logging
 import os
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -89,3 +91,22 @@ def allocator_peak() -> Callable[[Callable[[], object]], int]:
         return peak
 
     return peak_bytes
+
+
+@pytest.fixture
+def same_logging() -> Iterator[None]:
+    """Restore the root logger, which Hydra's --info sets up."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+@pytest.fixture
+def new_compiler() -> Iterator[None]:
+    """Begin and end without compiled graphs, and ignore the compiler's own deprecations."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        yield
+    torch._dynamo.reset()

@@ -117,7 +117,7 @@ def _check_batch_norm(dtype: torch.dtype) -> None:
 
 
 def _library_for(elements: int, *tensors: Tensor) -> Any:
-    """Return the library if it has code for so many elements of these tensors' dtypes, else None."""
+    """Return the library; None for few elements, or for dtypes that it does not compute in."""
     if elements < MIN_ELEMENTS:
         return None
     library = _found if _is_found else _load()

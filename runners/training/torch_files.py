@@ -1,7 +1,7 @@
 """Read files of torch.save that may be damaged, or somebody else's: any failure is one reason in plain words.
 
-Three kinds of failure are told apart, as a run may pass over the first two only: Damaged, any other Unreadable (the
-file is of another kind), and NotLoaded (the file may be good).
+A failure is Damaged (the content differs from the name), NotLoaded (the file may be good), or else Unreadable (the file
+is of another kind). A run goes on without a file that is Damaged or Unreadable, and ends at one that is NotLoaded.
 
 Such a file is a zip archive. torch.load does not compare the archive's checksums, so a flipped bit of a weight would
 pass; here they are compared first. Nothing is allocated beyond the size of the file, and no code of it is run.

@@ -6,8 +6,7 @@ otherwise.
 
 import copy
 import shutil
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -22,13 +21,7 @@ from blpa.kernels.triton_ops import TRITON
 IMAGES = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(autouse=True)
-def anew() -> Iterator[None]:
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)  # the compiler's own
-        yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("new_compiler")
 
 
 class Network(nn.Module):

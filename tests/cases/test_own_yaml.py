@@ -1,8 +1,6 @@
 """Files of options that users wrote, saved by editors or damaged: read, or refused in one line that names the place."""
 
-import logging
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -218,15 +216,6 @@ def test_modes_that_start_from_each_other(capsys: pytest.CaptureFixture[str]) ->
     write(f"defaults: [a]\n{MODE}", "mode/b.yaml")
     assert cli.main(["--config-dir=mine", "task=tables"]) == 1
     assert "mode/a.yaml: its defaults lead back to it: a -> b -> a" in capsys.readouterr().err
-
-
-@pytest.fixture
-def same_logging() -> Iterator[None]:
-    """Hydra's --info sets up the root logger."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
 
 
 @pytest.mark.usefixtures("same_logging")

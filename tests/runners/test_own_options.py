@@ -1,10 +1,8 @@
 """Options of a user's own, in --config-dir: README's numbered steps for a mode, and a data set with its reader."""
 
-import logging
 import re
 import shlex
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -67,15 +65,6 @@ def test_mistakes_are_one_line(arguments: list[str], message: str, capsys: pytes
     Path("mine").mkdir()
     assert cli.main(arguments) == 2
     assert capsys.readouterr().err.startswith(f"blpa-run: error: {message}")
-
-
-@pytest.fixture
-def same_logging() -> Iterator[None]:
-    """Hydra's --info sets up the root logger."""
-    handlers, level = logging.root.handlers[:], logging.root.level
-    yield
-    logging.root.handlers[:] = handlers
-    logging.root.setLevel(level)
 
 
 @pytest.mark.usefixtures("same_logging")
