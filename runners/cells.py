@@ -20,11 +20,11 @@ from runners.texts import hydra_text
 from runners.training import signals
 
 IGNORED = {
-    "dataset.root", "dataset.download", "dataset.label", "dataset.train_images",
+    "dataset.root", "dataset.download", "dataset.label", "dataset.train_images", "dataset.workers",
     "task.checkpoint_every", "task.keep_every",
     *(f"mode.{name}" for name in MODE_LABELS),
 }  # fmt: skip
-"""Settings that do not affect the result: folders, checkpoints, and labels in tables."""
+"""Settings that do not affect the result: folders, worker processes, checkpoints, and labels in tables."""
 
 
 def run_name(config: Config) -> str:

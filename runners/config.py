@@ -66,6 +66,28 @@ class DatasetConfig:
     """Images per evaluation step."""
     eval_statistics: str = "running"
     """Batch norm statistics in evaluation: running averages, or batch (the authors' code)."""
+    train_sides: list[int] | None = None
+    """Data sets of image files only: smallest and largest short side, in pixels, that a training image is resized to
+    before its random crop of `image_size`; null for data sets in memory, as the values that follow."""
+    colour: bool | None = None
+    """Image files: whether training changes brightness, saturation, hue and contrast of each image at random."""
+    check_side: int | None = None
+    """Image files: short side before the centre crop of evaluations before the last one."""
+    check_images: int | None = None
+    """Image files: number of test images of those evaluations, always the same ones."""
+    test_side: int | None = None
+    """Image files: short side before the crops of the last evaluation, which takes all test images."""
+    test_crops: int | None = None
+    """Image files: crops of the last evaluation, 1 (centre) or 10 (corners, centre, and their mirror images)."""
+    decoder: str | None = None
+    """Image files: pillow, or torchcodec (an extra: blpa[torchcodec]), which turns images by their EXIF orientation."""
+    workers: int | None = field(default=None, compare=False)
+    """Image files: processes that decode; 0 decodes in the training process, null is one per core, at most 16. Their
+    number affects no result."""
+
+
+IMAGE_FILES = ("train_sides", "colour", "check_side", "check_images", "test_side", "test_crops", "decoder")
+"""Fields of DatasetConfig that every data set of image files gives, and no other."""
 
 
 @dataclass
@@ -247,6 +269,44 @@ def _check_dataset(config: Config) -> None:
         raise UserError(f"dataset.weight_decay={dataset.weight_decay} is not allowed: it is a number, at least 0")
     one_of("dataset.augmentation", dataset.augmentation, ("per-image", "per-batch", "none"))
     one_of("dataset.eval_statistics", dataset.eval_statistics, ("running", "batch"))
+    _check_image_files(dataset)
+
+
+def _check_image_files(dataset: DatasetConfig) -> None:
+    """Check the values of a data set of image files: all are given, or none."""
+    given = [key for key in IMAGE_FILES if getattr(dataset, key) is not None]
+    if not given:
+        if dataset.workers is not None:
+            raise UserError(f"dataset.workers={dataset.workers}: {dataset.name} is in memory, and has no workers")
+        return
+    if missing := [key for key in IMAGE_FILES if key not in given]:
+        raise UserError(
+            f"dataset.{missing[0]}=null is not allowed with dataset.{given[0]}={getattr(dataset, given[0])}: a data "
+            f"set of image files gives {', '.join(IMAGE_FILES)}; one in memory gives none of them"
+        )
+    sides, size = dataset.train_sides or [], dataset.image_size
+    if len(sides) != 2 or not size <= sides[0] <= sides[1]:
+        raise UserError(
+            f"dataset.train_sides={sides} is not allowed: it is the smallest and the largest short side, at least "
+            f"dataset.image_size={size}"
+        )
+    for key in ("check_side", "test_side"):
+        at_least(f"dataset.{key}", getattr(dataset, key), size)
+    at_least("dataset.check_images", dataset.check_images or 0, 1)
+    if dataset.test_crops not in (1, 10):
+        raise UserError(f"dataset.test_crops={dataset.test_crops} is not allowed: choose 1 or 10")
+    one_of("dataset.decoder", str(dataset.decoder), ("pillow", "torchcodec"))
+    if dataset.workers is not None:
+        at_least("dataset.workers", dataset.workers, 0)
+    if dataset.image_channels != 3:
+        raise UserError(f"dataset.image_channels={dataset.image_channels} is not allowed: image files are read as RGB")
+    if dataset.augmentation == "per-batch":
+        raise UserError("dataset.augmentation=per-batch is not allowed for image files: choose per-image or none")
+    if dataset.crop_padding:
+        raise UserError(
+            f"dataset.crop_padding={dataset.crop_padding} is not allowed for image files, which are cropped without "
+            "padding: it is 0"
+        )
 
 
 def _check_mode(mode: ModeConfig) -> None:

@@ -1,7 +1,9 @@
-"""Data sets: images stored on the training device as bytes, and augmented there in whole batches.
+"""Data sets: tables of draws on the host, from which the training device makes batches.
 
-A data set fits the memory of the training device (CIFAR is 180 MB as uint8), so there are no worker processes: a batch
-is an index into a tensor. The network's input for an image x is (Chakrabarti and Moseley 2019, section 4)
+A data set that fits the memory of the training device is stored there as bytes (CIFAR is 180 MB), so there are no
+worker processes: a batch is an index into a tensor. One of image files is decoded by worker processes (image_files.py).
+The rest of this file is about data sets in memory. The network's input for an image x is (Chakrabarti and Moseley 2019,
+section 4)
 
     x / 255 - mean(x / 255)        the mean over all pixels and channels of that image
 
@@ -16,29 +18,30 @@ one of (seed, iteration), so a run can start at any iteration.
 To add a data set, write a module with a `read` like those here, and a YAML file that names it.
 """
 
-import hashlib
 import importlib
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from runners.config import DatasetConfig
+from runners.data.drawing import chosen, make_generator
 from runners.errors import UserError
 
 
-@dataclass(frozen=True)
-class Split:
-    """The images of a training or of a test set."""
+class Images(Protocol):
+    """A training or a test set, wherever its images are."""
 
-    images: Tensor
-    """uint8 [N, C, H, W], on the training device, channels last in memory."""
-    labels: Tensor
-    """int64 [N], on the training device."""
+    def __len__(self) -> int:
+        """Return the number of images."""
 
-    def draws(self, config: DatasetConfig, *, seed: int, start: int = 1) -> Iterator[tuple[int, Tensor]]:
+    def to(self, device: torch.device) -> "Images":
+        """Return the set for a training device."""
+
+    def inputs(self, config: DatasetConfig, *, seed: int, start: int = 1) -> Generator[tuple[int, tuple[Tensor, ...]]]:
         """Draw the images in a random order, epoch after epoch; the last, partial batch of each epoch is dropped.
 
         Args:
@@ -47,46 +50,101 @@ class Split:
             start: the iteration to begin at; the first one is 1.
 
         Yields:
-            Iteration, up to and including `config.iterations`, and its draws, int64 [batch, 4] on the CPU. A row is the
-            number of an image and its row from draw_crops.
+            Iteration, up to and including `config.iterations`, and what `batch` makes its batch from: tensors on the
+            CPU whose first dimension is the image, of the same shapes and types in every iteration. They are valid
+            until the next but one are asked for.
 
         Raises:
-            UserError: the augmentation is unknown.
+            UserError: the augmentation is unknown, or an image cannot be read.
         """
-        batches_per_epoch = len(self.labels) // config.batch_size
-        order = torch.empty(0)
-        for iteration in range(start, config.iterations + 1):
-            epoch, batch = divmod(iteration - 1, batches_per_epoch)
-            if batch == 0 or iteration == start:
-                order = torch.randperm(len(self.labels), generator=_generator("order", seed, epoch))
-            chosen = order[batch * config.batch_size :][: config.batch_size]
-            crops = draw_crops(len(chosen), config, generator=_generator("augmentation", seed, iteration))
-            yield iteration, torch.cat([chosen[:, None], crops], dim=1)
 
-    def batch(self, draws: Tensor, config: DatasetConfig) -> tuple[Tensor, Tensor]:
-        """Make a batch from its draws, without waiting for the device.
+    def batch(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[Tensor, Tensor]:
+        """Make a batch on the training device, without waiting for it.
 
         Args:
-            draws: as `draws` yields them, on the training device.
+            inputs: as `inputs` yields them, or the same rows of all of them, on the training device.
             config: the recipe.
 
         Returns:
             Images (float32 [batch, C, H, W], normalised and augmented, channels last) and labels (int64 [batch]).
         """
-        chosen = draws[:, 0]
-        return crop(normalise(self.images[chosen]), draws[:, 1:], config), self.labels[chosen]
+
+    def batches(self, config: DatasetConfig, *, is_final: bool) -> Generator[tuple[Tensor, ...]]:
+        """Yield what `views` makes images from, `config.eval_batch_size` images at a time; the last may be fewer.
+
+        Args:
+            config: the recipe.
+            is_final: whether the evaluation is the last one of a training, which may be more thorough.
+        """
+
+    def views(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[list[Tensor], Tensor]:
+        """Make the views of some images, whose logits are added up in an evaluation.
+
+        Args:
+            inputs: as `batches` yields them, on the training device.
+            config: the recipe.
+
+        Returns:
+            Views, each float32 [batch, C, H, W], normalised and channels last; and labels, int64 [batch].
+        """
+
+    @property
+    def seconds_waited(self) -> float | None:
+        """Seconds for which this process has waited for images; None where they are on the device."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """The images of a training or of a test set, in memory; its methods are those of Images."""
+
+    images: Tensor
+    """uint8 [N, C, H, W], on the training device, channels last in memory."""
+    labels: Tensor
+    """int64 [N], on the training device."""
+
+    seconds_waited = None
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def to(self, device: torch.device) -> "Split":
+        """Copy the images to a device."""
+        return Split(self.images.contiguous(memory_format=torch.channels_last).to(device), self.labels.to(device))
+
+    def inputs(self, config: DatasetConfig, *, seed: int, start: int = 1) -> Generator[tuple[int, tuple[Tensor, ...]]]:
+        """Draw the training images: one tensor, int64 [batch, 4], an image's number and its row from draw_crops."""
+        for iteration, images in chosen(len(self), config, seed=seed, start=start):
+            crops = draw_crops(len(images), config, generator=make_generator("augmentation", seed, iteration))
+            yield iteration, (torch.cat([images[:, None], crops], dim=1),)
+
+    def batch(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[Tensor, Tensor]:
+        """Make a batch of training images."""
+        (draws,) = inputs
+        images = draws[:, 0]
+        return crop(normalise(self.images[images]), draws[:, 1:], config), self.labels[images]
+
+    def batches(self, config: DatasetConfig, *, is_final: bool) -> Generator[tuple[Tensor, ...]]:
+        """Yield images and labels, in order; the last evaluation of a training is like any other."""
+        size = config.eval_batch_size
+        yield from zip(self.images.split(size), self.labels.split(size), strict=True)
+
+    def views(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[list[Tensor], Tensor]:
+        """Return the images themselves, normalised, as the only view."""
+        images, labels = inputs
+        return [normalise(images)], labels
 
 
 @dataclass(frozen=True)
 class ImageData:
     """A data set."""
 
-    train: Split
-    test: Split
+    train: Images
+    test: Images
 
 
 def load(config: DatasetConfig, device: torch.device) -> ImageData:
-    """Read a data set and copy it to the training device.
+    """Read a data set, for a training device.
 
     Args:
         config: the reader, the folder, and the expected number and size of images and classes.
@@ -102,30 +160,29 @@ def load(config: DatasetConfig, device: torch.device) -> ImageData:
         raise UserError(f"dataset.reader={config.reader}: cannot be imported ({error})") from error
     if not hasattr(reader, "read"):
         raise UserError(f"dataset.reader={config.reader}: the module has no read(config)")
-    train, test = reader.read(config)
-    for images, labels in (train, test):
+    found = reader.read(config)
+    data = found if isinstance(found, ImageData) else _in_memory(found, config)
+    if config.batch_size > len(data.train):
+        raise UserError(f"dataset.batch_size={config.batch_size}: the training set has {len(data.train)} images")
+    return ImageData(data.train.to(device), data.test.to(device))
+
+
+def _in_memory(found: Any, config: DatasetConfig) -> ImageData:
+    """Check the images that a reader has returned: ((images, labels), (images, labels)) for training and test."""
+    if config.train_sides is not None:
+        raise UserError(f"dataset.train_sides={config.train_sides}: {config.reader} reads no image files")
+    for images, labels in found:
         if (images.dtype, labels.dtype) != (torch.uint8, torch.int64) or labels.shape != images.shape[:1]:
             raise UserError(f"dataset.reader={config.reader}: images are uint8 [N, C, H, W], and labels int64 [N]")
         if not len(labels) or labels.min() < 0:
             raise UserError(f"dataset.reader={config.reader}: there are no images, or labels below 0")
         _, channels, *size = images.shape
-        found = {"image_channels": channels, "image_size": max(size), "classes": int(labels.max()) + 1}
-        for key, value in found.items():
+        expected = {"image_channels": channels, "image_size": max(size), "classes": int(labels.max()) + 1}
+        for key, value in expected.items():
             if getattr(config, key) != value:
                 raise UserError(f"dataset.{key}={getattr(config, key)}: {config.name} has {value}")
-    if config.batch_size > len(train[1]):
-        raise UserError(f"dataset.batch_size={config.batch_size}: the training set has {len(train[1])} images")
-    return ImageData(_on(device, *train), _on(device, *test))
-
-
-def _on(device: torch.device, images: Tensor, labels: Tensor) -> Split:
-    return Split(images.contiguous(memory_format=torch.channels_last).to(device), labels.to(device))
-
-
-def _generator(purpose: str, seed: int, index: int) -> torch.Generator:
-    """Make a generator seeded by the first 8 bytes of the sha256 of "purpose seed index": independent of all others."""
-    digest = hashlib.sha256(f"{purpose} {seed} {index}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)  # 63 bits: below 2 ** 63
+    train, test = (Split(*images_and_labels) for images_and_labels in found)
+    return ImageData(train, test)
 
 
 def normalise(images: Tensor) -> Tensor:

@@ -60,6 +60,21 @@ def read(config: DatasetConfig) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
     return train, test
 
 
+def class_names(config: DatasetConfig) -> list[str]:
+    """Return the names of the classes, in the order of their labels; `read` has read the files.
+
+    Raises:
+        UserError: the file of the names cannot be read.
+    """
+    source = SOURCES[config.name]
+    file = Path(config.root, source.base_folder, source.meta["filename"])
+    try:
+        with file.open("rb") as stream:
+            return list(pickle.load(stream, encoding="latin1")[source.meta["key"]])
+    except Exception as error:  # as in _split
+        raise UserError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+
+
 def _check_published(source: type[datasets.CIFAR10], folder: Path, config: DatasetConfig) -> None:
     """Check that the files are those published, after a download of missing ones if that is allowed."""
     if difference := find_difference(source, folder):

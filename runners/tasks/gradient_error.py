@@ -90,7 +90,8 @@ def run(config: Config) -> list[Record]:
     ours.load_state_dict(exact.state_dict())
     recipe = replace(config.dataset, iterations=config.task.steps)
     train = data.load(config.dataset, device).train
-    batches = (train.batch(draws.to(device), recipe) for _, draws in train.draws(recipe, seed=config.seed))
+    inputs = (steps.to_device(inputs, device) for _, inputs in train.inputs(recipe, seed=config.seed))
+    batches = (train.batch(on_device, recipe) for on_device in inputs)
     pairs = [
         (gradients(exact, *batch, gpu), gradients(ours, *batch, gpu))
         for batch in tqdm(batches, "batches", total=config.task.steps)

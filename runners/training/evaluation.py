@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from runners.config import DatasetConfig
-from runners.data import Split, normalise
+from runners.data import Images
 from runners.training import steps
 from runners.training.steps import TrainingStep
 
@@ -23,55 +23,64 @@ class Evaluation:
 
     Args:
         step: the training steps of the network.
-        split: the images, on the model's device.
+        images: the test set, for the model's device.
         recipe: `eval_batch_size`, and `eval_statistics`: running averages or the statistics of each batch.
     """
 
-    def __init__(self, step: TrainingStep, split: Split, recipe: DatasetConfig) -> None:
+    def __init__(self, step: TrainingStep, images: Images, recipe: DatasetConfig) -> None:
         self.step = step
-        self.split = split
+        self.images = images
         self.recipe = recipe
-        self.sums = torch.zeros(2, dtype=torch.float64, device=split.labels.device)
+        self.sums = torch.zeros(2, dtype=torch.float64, device=step.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.has_run = False
-        self.images = self.labels = self.sums  # the graph's inputs, once captured
+        self.inputs: steps.Inputs = ()  # the graph's, once captured
 
-    def __call__(self) -> tuple[float, float]:
-        """Classify all images; the model is in training mode before and after.
+    def __call__(self, *, is_final: bool = False) -> tuple[float, float]:
+        """Classify the test images; the model is in training mode before and after.
+
+        Args:
+            is_final: as Images.batches takes it.
 
         Returns:
             Mean loss, and error in percent.
         """
-        model, size = self.step.model, self.recipe.eval_batch_size
+        model = self.step.model
         self.sums.zero_()
+        count = 0
         model.eval()
         with torch.no_grad(), batch_statistics(model) if self.recipe.eval_statistics == "batch" else nullcontext():
-            for batch in zip(self.split.images.split(size), self.split.labels.split(size), strict=True):
-                self._add(*batch)
+            for inputs in self.images.batches(self.recipe, is_final=is_final):
+                self._add(inputs)
+                count += len(inputs[0])
         model.train()
-        loss, error = (self.sums / len(self.split.labels)).tolist()
+        loss, error = (self.sums / count).tolist()
         return loss, 100 * error
 
-    def _add(self, images: Tensor, labels: Tensor) -> None:
+    def _add(self, inputs: steps.Inputs) -> None:
         """Add a batch to the sums."""
+        is_whole = len(inputs[0]) == self.recipe.eval_batch_size
+        has_other_shapes = self.graph is not None and [x.shape for x in inputs] != [x.shape for x in self.inputs]
         if not self.step.captures:
-            self._classify(images, labels)
-        elif not self.has_run or len(labels) < self.recipe.eval_batch_size:
-            # Not replayed: the first batch, where kernels compile and cuDNN picks algorithms, and a last, smaller one.
-            steps.run_on_stream(lambda: self._classify(images, labels), self.step.stream)
+            self._classify(steps.to_device(inputs, self.step.device))
+        elif not self.has_run or not is_whole or has_other_shapes:
+            # Not replayed: the first batch, where kernels compile and cuDNN picks algorithms, a last, smaller one, and
+            # the batches of a last evaluation with more crops.
+            steps.run_on_stream(lambda: self._classify(steps.to_device(inputs, self.step.device)), self.step.stream)
             self.has_run = True
         else:
             if self.graph is None:
-                self.images, self.labels = images.clone(), labels.clone()
-                self.graph, _ = steps.capture(
-                    lambda: self._classify(self.images, self.labels), self.step.stream, self.step.pool
-                )
-            self.images.copy_(images)
-            self.labels.copy_(labels)
+                self.inputs = tuple(x.to(self.step.device, copy=True) for x in inputs)
+                self.graph, _ = steps.capture(lambda: self._classify(self.inputs), self.step.stream, self.step.pool)
+            for to, x in zip(self.inputs, inputs, strict=True):
+                to.copy_(x, non_blocking=True)
             self.graph.replay()
 
-    def _classify(self, images: Tensor, labels: Tensor) -> Tensor:
-        logits = steps.forward(self.step.model, normalise(images), self.step.gpu)
+    def _classify(self, inputs: steps.Inputs) -> Tensor:
+        views, labels = self.images.views(inputs, self.recipe)
+        logits = steps.forward(self.step.model, views[0], self.step.gpu)
+        for view in views[1:]:
+            logits += steps.forward(self.step.model, view, self.step.gpu)
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")
         self.sums += torch.stack([loss_sum, (logits.argmax(dim=1) != labels).sum()])
         return self.sums

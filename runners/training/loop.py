@@ -13,7 +13,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -118,7 +118,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
 
     Args:
         model: freshly initialised; maps float32 images [N, C, H, W], channels last, to logits [N, classes].
-        data: on `device`, with at least one batch of training images.
+        data: for `device`, with at least one batch of training images.
         config: its `gpu` names the device and backend actually used, since they decide the result.
         device: where to train; the model is moved there.
         run_dir: the run's own folder, for checkpoints and metrics.csv.
@@ -171,18 +171,19 @@ def in_turns(
         _append_provenance(progress, device)
     folder.write_metrics(METRICS, progress.rows)
 
-    def make_batch(draws: Tensor) -> tuple[Tensor, Tensor]:
-        return data.train.batch(draws, recipe)
+    def make_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        return data.train.batch(inputs, recipe)
 
     step = TrainingStep(model, optimiser, make_batch, gpu=config.gpu, device=device)
     evaluate = Evaluation(step, data.test, recipe)
     unread: list[Tensor] = []
     stops = False
-    clock = time.perf_counter()
-    with stopping.of(run_dir), _progress_bar(config, progress.iteration) as bar:
-        for iteration, draws in data.train.draws(recipe, seed=config.seed, start=progress.iteration + 1):
+    drawn = data.train.inputs(recipe, seed=config.seed, start=progress.iteration + 1)
+    clock, waited = time.perf_counter(), data.train.seconds_waited or 0.0
+    with stopping.of(run_dir), _progress_bar(config, progress.iteration) as bar, closing(drawn):
+        for iteration, inputs in drawn:
             rate = learning_rate(recipe, iteration)
-            unread.append(step(draws, rate=rate))
+            unread.append(step(inputs, rate=rate))
             yield
 
             is_last = iteration == recipe.iterations
@@ -203,12 +204,14 @@ def in_turns(
             step_seconds = elapsed / len(unread)
             speed = recipe.batch_size / step_seconds
             figures = f"loss {train_loss:.3f}, error {train_error_percent:.2f} %, {speed:.0f} samples/s"
+            if data.train.seconds_waited is not None:
+                figures += f", {(data.train.seconds_waited - waited) / elapsed:.0%} of the time waiting for images"
             bar.set_postfix_str(figures, refresh=False)
             bar.update(len(unread))
             unread.clear()
 
             if evaluates:
-                test_loss, test_error_percent = evaluate()
+                test_loss, test_error_percent = evaluate(is_final=is_last)
                 progress.rows.append([iteration, rate, train_loss, train_error_percent, test_loss, test_error_percent])
                 progress.loss_sum, progress.wrong_sum, progress.steps = 0.0, 0.0, 0
                 folder.write_metrics(METRICS, progress.rows)
@@ -216,7 +219,7 @@ def in_turns(
                 _save(folder, model, optimiser, progress)
                 if stops:
                     break
-            clock = time.perf_counter()
+            clock, waited = time.perf_counter(), data.train.seconds_waited or 0.0
             stopping.seconds[run_dir] = max(stopping.seconds[run_dir], step_seconds + clock - paused)
     received = stopping.signal.received
     if stops or received is not None:  # checked after the loop: a signal after the last step counts too

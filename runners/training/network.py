@@ -35,7 +35,6 @@ from runners.errors import UserError
 from runners.training import baselines, offloading, steps
 
 META = torch.device("meta")
-NO_DRAWS = torch.zeros(1)
 EPS = 1e-3
 """Added to the variance of every batch norm, as in the paper."""
 
@@ -191,7 +190,7 @@ def training_step(config: Config, batch: int, chosen: Kernels, device: torch.dev
     optimiser = steps.make_optimiser(network, config.dataset)
     gpu = used(config.gpu, device)
     step = steps.TrainingStep(network, optimiser, lambda _: (images, labels), gpu=gpu, device=device)
-    return lambda: step(NO_DRAWS, rate=0.01)
+    return lambda: step((), rate=0.01)
 
 
 def training_bytes(config: Config, batch: int) -> memory.TrainingBytes:

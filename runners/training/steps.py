@@ -1,10 +1,10 @@
 """One training step: a batch made on the device, forward pass, loss, backward pass, update.
 
-    draws -> images, labels -> logits -> loss -> gradients -> weights
+    inputs -> images, labels -> logits -> loss -> gradients -> weights
 
 On a GPU a step of 164 layers is thousands of small kernels, and launching them one by one takes longer than running
 them. A CUDA graph captures the launches of a whole step once and replays them with one call. The graph reads what
-changes between steps from tensors: the draws of images and crops, and the learning rate. A replay runs the captured
+changes between steps from tensors: the inputs of the batch, and the learning rate. A replay runs the captured
 kernels on the captured addresses, so its result has the same bits as the step before capture.
 """
 
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from runners.config import DatasetConfig, GpuConfig
 from runners.errors import UserError
 
-MakeBatch = Callable[[Tensor], tuple[Tensor, Tensor]]
+Inputs = tuple[Tensor, ...]
+MakeBatch = Callable[[Inputs], tuple[Tensor, Tensor]]
 
 EAGER_STEPS = 3
 """Warm-up steps before capture: kernels compile, cuDNN picks algorithms, momentum buffers are created."""
@@ -129,6 +130,11 @@ def capture(
     return graph, result
 
 
+def to_device(inputs: Inputs, device: torch.device) -> Inputs:
+    """Copy tensors to a device; from pinned memory the host does not wait."""
+    return tuple(x.to(device, non_blocking=True) for x in inputs)
+
+
 class CaptureFailed(RuntimeError):
     """A CUDA graph could not be captured; PyTorch may treat the capture as still under way."""
 
@@ -139,8 +145,8 @@ class TrainingStep:
     Args:
         model: on its device, in training mode.
         optimiser: from make_optimiser, with the checkpoint already loaded, if any.
-        make_batch: maps a tensor of draws, on the device, to images [N, C, H, W] and labels [N]. It is captured with
-            the step, so it must not wait for the device, and all draws have the same shape.
+        make_batch: maps inputs (runners.data.Images), on the device, to images [N, C, H, W] and labels [N]. It is
+            captured with the step, so it must not wait for the device, and all inputs have the same shapes.
         gpu: precision, and whether to capture.
         device: the model's device.
 
@@ -170,17 +176,18 @@ class TrainingStep:
             self.stream = own_stream(device)
             # Evaluation is captured into the same pool. The two never run at once, and neither needs the other to
             # preserve temporary memory: each reads what it has just written, or tensors that stay referenced (weights,
-            # gradients, draws, results), whose memory the pool does not reuse.
+            # gradients, inputs, results), whose memory the pool does not reuse.
             self.pool = torch.cuda.graph_pool_handle()
         self.eager_steps_left = EAGER_STEPS
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.draws = self.result = self.rate  # the graph's input and output, once captured
+        self.inputs: Inputs = ()
+        self.result = self.rate  # the graph's inputs and output, once captured
 
-    def __call__(self, draws: Tensor, *, rate: float) -> Tensor:
+    def __call__(self, inputs: Inputs, *, rate: float) -> Tensor:
         """Launch one step, without waiting for the device.
 
         Args:
-            draws: the argument of make_batch, on the CPU.
+            inputs: the argument of make_batch, on the CPU.
             rate: learning rate.
 
         Returns:
@@ -188,22 +195,23 @@ class TrainingStep:
         """
         self.rate.fill_(rate)
         if self.device.type == "cuda":
-            draws = draws.pin_memory()  # from pageable memory the host would wait for the copy
+            inputs = tuple(x.pin_memory() for x in inputs)  # from pageable memory the host would wait for the copy
         if not self.captures:
-            return self._step(draws.to(self.device, non_blocking=True))
+            return self._step(to_device(inputs, self.device))
         if self.eager_steps_left:
             self.eager_steps_left -= 1
-            return run_on_stream(lambda: self._step(draws.to(self.device, non_blocking=True)), self.stream)
+            return run_on_stream(lambda: self._step(to_device(inputs, self.device)), self.stream)
         if self.graph is None:
-            self.draws = draws.to(self.device)
+            self.inputs = tuple(x.to(self.device) for x in inputs)
             self.optimiser.zero_grad(set_to_none=True)  # captured gradients get new memory
-            self.graph, self.result = capture(lambda: self._step(self.draws), self.stream, self.pool)
-        self.draws.copy_(draws, non_blocking=True)
+            self.graph, self.result = capture(lambda: self._step(self.inputs), self.stream, self.pool)
+        for to, x in zip(self.inputs, inputs, strict=True):
+            to.copy_(x, non_blocking=True)
         self.graph.replay()
         return self.result.clone()  # the next replay writes over it
 
-    def _step(self, draws: Tensor) -> Tensor:
-        images, labels = self.make_batch(draws)
+    def _step(self, inputs: Inputs) -> Tensor:
+        images, labels = self.make_batch(inputs)
         self.optimiser.zero_grad(set_to_none=True)
         logits = forward(self.model, images, self.gpu)
         loss = F.cross_entropy(logits, labels)

@@ -64,15 +64,15 @@ def launches_of_a_step(monkeypatch: pytest.MonkeyPatch, *, depth: int, precision
     step = steps.TrainingStep(
         model,
         steps.make_optimiser(model, recipe),
-        lambda draws: split.batch(draws, recipe),
+        lambda inputs: split.batch(inputs, recipe),
         gpu=gpu,
         device=torch.device("cpu"),
     )
     draws = torch.tensor([[image, 4, 4, 0] for image in range(4)])
-    step(draws, rate=0.0)  # the first one makes the momentum
+    step((draws,), rate=0.0)  # the first one makes the momentum
     counted.counts.clear()
     with counted:
-        step(draws, rate=0.0)
+        step((draws,), rate=0.0)
     return counted.counts
 
 

@@ -72,7 +72,7 @@ def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("key", "allowed"),
     [
-        ("dataset__name", "cifar10, cifar100, digits"),
+        ("dataset__name", "cifar10, cifar10-files, cifar100, digits, imagenet"),
         ("dataset__augmentation", "per-image, per-batch, none"),
         ("dataset__eval_statistics", "running, batch"),
         ("mode__layers", "stock, coded, checkpoint, offload, compiled"),
@@ -171,7 +171,7 @@ def test_empty_results_are_refused() -> None:
 
 
 def test_every_group_has_the_options_of_the_command_line() -> None:
-    assert options("dataset") == ["cifar10", "cifar100", "digits"]
+    assert options("dataset") == ["cifar10", "cifar10-files", "cifar100", "digits", "imagenet"]
     assert set(options("mode")) == {
         "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "2bit", "exact-one-copy", "checkpoint",
         "offload", "compiled", "compiled-budget-0.5", "compiled-budget-0.2", "compiled-fp8",

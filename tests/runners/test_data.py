@@ -48,7 +48,7 @@ def augment(images: torch.Tensor, config: DatasetConfig, *, generator: torch.Gen
 
 
 def batches(split: Split, config: DatasetConfig, **options: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
-    for iteration, drawn in split.draws(config, **options):
+    for iteration, drawn in split.inputs(config, **options):
         yield iteration, *split.batch(drawn, config)
 
 

@@ -124,16 +124,16 @@ def test_a_stopped_and_resumed_run_ends_with_the_bits_of_one_never_stopped(
 ) -> None:
     config = config_of("4bit", cuda_graph=True)
     train(config, tmp_path / "whole")
-    draws = Split.draws
+    inputs = Split.inputs
 
-    def stopping(*args: Any, **options: Any) -> Iterator[tuple[int, Tensor]]:
-        for iteration, table in draws(*args, **options):
+    def stopping(*args: Any, **options: Any) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        for iteration, table in inputs(*args, **options):
             if iteration == 7:  # replayed since the fourth
                 os.kill(os.getpid(), signal.SIGTERM)
             yield iteration, table
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(Split, "draws", stopping)
+        stopped.setattr(Split, "inputs", stopping)
         with pytest.raises(errors.Interrupted, match="stopped by SIGTERM at iteration 7 of 12"):
             train(config, tmp_path / "parts")
     train(config, tmp_path / "parts")
@@ -146,12 +146,12 @@ def make_step(config: Config) -> Callable[[], Tensor]:
     steps.configure_torch(config.gpu)
     model = built(config).to(CUDA).train()
     optimiser = steps.make_optimiser(model, recipe)
-    step = TrainingStep(model, optimiser, lambda draws: train.batch(draws, recipe), gpu=config.gpu, device=CUDA)
-    drawn = train.draws(recipe, seed=0)
+    step = TrainingStep(model, optimiser, lambda inputs: train.batch(inputs, recipe), gpu=config.gpu, device=CUDA)
+    drawn = train.inputs(recipe, seed=0)
 
     def one() -> Tensor:
-        iteration, draws = next(drawn)
-        return step(draws, rate=0.1 / iteration)
+        iteration, inputs = next(drawn)
+        return step(inputs, rate=0.1 / iteration)
 
     return one
 
@@ -176,14 +176,14 @@ def test_the_rate_of_a_captured_step_can_be_changed() -> None:
     steps.configure_torch(config.gpu)
     model = built(config).to(CUDA).train()
     optimiser = steps.make_optimiser(model, recipe)
-    step = TrainingStep(model, optimiser, lambda draws: train.batch(draws, recipe), gpu=config.gpu, device=CUDA)
-    _, draws = next(train.draws(recipe, seed=0))
+    step = TrainingStep(model, optimiser, lambda inputs: train.batch(inputs, recipe), gpu=config.gpu, device=CUDA)
+    _, inputs = next(train.inputs(recipe, seed=0))
     for _ in range(steps.EAGER_STEPS + 2):
-        step(draws, rate=0.1)
+        step(inputs, rate=0.1)
     before = [parameter.clone() for parameter in model.parameters()]
-    step(draws, rate=0.0)
+    step(inputs, rate=0.0)
     assert all(map(torch.equal, before, model.parameters()))
-    step(draws, rate=0.1)
+    step(inputs, rate=0.1)
     assert not any(map(torch.equal, before, model.parameters()))
 
 
@@ -322,8 +322,9 @@ def test_the_demo_s_data_trains_from_the_command_line(tmp_path: Path) -> None:
 def test_a_batch_is_the_same_wherever_it_is_made() -> None:
     split, recipe = random_images().train, config_of("exact").dataset
     on_host = Split(split.images.cpu(), split.labels.cpu())
-    for _, draws in split.draws(recipe, seed=0):
-        (images, labels), (images_there, labels_there) = on_host.batch(draws, recipe), split.batch(draws.cuda(), recipe)
+    for _, inputs in split.inputs(recipe, seed=0):
+        images, labels = on_host.batch(inputs, recipe)
+        images_there, labels_there = split.batch(steps.to_device(inputs, CUDA), recipe)
         assert torch.equal(labels, labels_there.cpu())
         # The mean is a sum of 3,072 values in another order: a few units in the last place of values below 1.
         torch.testing.assert_close(images, images_there.cpu(), rtol=0, atol=1e-6)

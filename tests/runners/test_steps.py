@@ -60,11 +60,11 @@ def test_a_captured_run_is_that_which_is_not(
 def test_a_captured_evaluation_reads_the_weights_and_averages_of_its_moment() -> None:
     data, config, net = tiny_data(), tiny_config(eval_batch_size=5), TinyNet()
     recipe, optimiser = config.dataset, steps.make_optimiser(net, config.dataset)
-    step = TrainingStep(net, optimiser, lambda draws: data.train.batch(draws, recipe), gpu=config.gpu, device=CPU)
+    step = TrainingStep(net, optimiser, lambda inputs: data.train.batch(inputs, recipe), gpu=config.gpu, device=CPU)
     captured = Evaluation(step, data.test, recipe)
     captured()
-    for _, draws in data.train.draws(recipe, seed=0):
-        step(draws, rate=0.1)
+    for _, inputs in data.train.inputs(recipe, seed=0):
+        step(inputs, rate=0.1)
     again = captured()
     assert net.training
     step.captures = False
@@ -76,8 +76,8 @@ def test_results_of_replays_do_not_write_over_each_other() -> None:
     data, recipe = tiny_data().train, tiny_config().dataset
     net = TinyNet()
     optimiser = steps.make_optimiser(net, recipe)
-    step = TrainingStep(net, optimiser, lambda draws: data.batch(draws, recipe), gpu=tiny_config().gpu, device=CPU)
-    losses = torch.stack([step(draws, rate=0.1) for _, draws in data.draws(recipe, seed=0)])[:, 0]
+    step = TrainingStep(net, optimiser, lambda inputs: data.batch(inputs, recipe), gpu=tiny_config().gpu, device=CPU)
+    losses = torch.stack([step(inputs, rate=0.1) for _, inputs in data.inputs(recipe, seed=0)])[:, 0]
     assert len(set(losses.tolist())) == recipe.iterations
 
 
@@ -85,12 +85,12 @@ def test_the_rate_of_each_step_is_the_one_it_is_given() -> None:
     data, recipe = tiny_data().train, tiny_config().dataset
     net = TinyNet()
     optimiser = steps.make_optimiser(net, recipe)
-    step = TrainingStep(net, optimiser, lambda draws: data.batch(draws, recipe), gpu=tiny_config().gpu, device=CPU)
-    _, draws = next(data.draws(recipe, seed=0))
+    step = TrainingStep(net, optimiser, lambda inputs: data.batch(inputs, recipe), gpu=tiny_config().gpu, device=CPU)
+    _, inputs = next(data.inputs(recipe, seed=0))
     before = net.conv.weight.clone()
-    step(draws, rate=0.0)
+    step(inputs, rate=0.0)
     assert torch.equal(net.conv.weight, before)
-    step(draws, rate=0.1)
+    step(inputs, rate=0.1)
     assert not torch.equal(net.conv.weight, before)
 
 

@@ -86,9 +86,9 @@ def test_cells_side_by_side_end_with_the_bits_of_cells_alone(
         yield
         current.pop()
 
-    def noted(self: TrainingStep, draws: Tensor, *, rate: float) -> Tensor:
+    def noted(self: TrainingStep, inputs: tuple[Tensor, ...], *, rate: float) -> Tensor:
         steps.append((self, current[-1]))
-        return call(self, draws, rate=rate)
+        return call(self, inputs, rate=rate)
 
     monkeypatch.setattr(streams, "is_on_cuda", lambda config: True)
     monkeypatch.setattr(torch.cuda, "Stream", make)
@@ -112,16 +112,16 @@ def test_cells_side_by_side_end_with_the_bits_of_cells_alone(
 def test_a_signal_stops_them_all_with_checkpoints_and_they_go_on(
     alone: Path, configs: list[Config], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draws = Split.draws
+    inputs = Split.inputs
 
-    def stopping(*args: Any, **options: Any) -> Iterator[tuple[int, Tensor]]:
-        for iteration, table in draws(*args, **options):
+    def stopping(*args: Any, **options: Any) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        for iteration, table in inputs(*args, **options):
             if iteration == 3 and options["seed"] == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield iteration, table
 
     with monkeypatch.context() as stopped:
-        stopped.setattr(Split, "draws", stopping)
+        stopped.setattr(Split, "inputs", stopping)
         codes, _ = streams.train(configs, [0, 1, 2, 3])
     assert codes == {0: 128 + signal.SIGTERM, 2: 128 + signal.SIGTERM, 3: 128 + signal.SIGTERM}  # 1 had no place yet
     assert not list(Path("results").glob("runs/*/*.json"))
@@ -212,11 +212,11 @@ def test_what_fails_after_the_first_failure_is_none_of_its_own(
     call = TrainingStep.__call__
     calls: list[TrainingStep] = []
 
-    def unusable(self: TrainingStep, draws: Tensor, *, rate: float) -> Tensor:
+    def unusable(self: TrainingStep, inputs: tuple[Tensor, ...], *, rate: float) -> Tensor:
         calls.append(self)
         if calls.count(calls[0]) == 3:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        return call(self, draws, rate=rate)
+        return call(self, inputs, rate=rate)
 
     def unreadable(unread: list[Tensor], *arguments: Any) -> None:
         if calls.count(calls[0]) == 3:
@@ -262,16 +262,16 @@ def test_a_cell_that_fails_beside_others_fails_by_itself_before_it_counts(
 
 def lacks_memory(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], int | None]:
     """Train side by side, where the memory is not enough for the cells of seed 1."""
-    draws = Split.draws
+    inputs = Split.inputs
 
-    def too_many(*args: Any, **options: Any) -> Iterator[tuple[int, Tensor]]:
-        for iteration, table in draws(*args, **options):
+    def too_many(*args: Any, **options: Any) -> Iterator[tuple[int, tuple[Tensor, ...]]]:
+        for iteration, table in inputs(*args, **options):
             if iteration == 3 and options["seed"] == 1:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             yield iteration, table
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Split, "draws", too_many)
+        patch.setattr(Split, "inputs", too_many)
         return train(configs, waiting)
 
 

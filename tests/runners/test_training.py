@@ -38,7 +38,7 @@ def torch_settings() -> Iterator[None]:
 
 def evaluate(net: nn.Module, split: Split, config: Config) -> tuple[float, float]:
     optimiser = steps.make_optimiser(net, config.dataset)
-    step = steps.TrainingStep(net.train(), optimiser, lambda draws: (draws, draws), gpu=config.gpu, device=CPU)
+    step = steps.TrainingStep(net.train(), optimiser, lambda inputs: inputs, gpu=config.gpu, device=CPU)
     return Evaluation(step, split, config.dataset)()
 
 
@@ -63,8 +63,8 @@ def test_the_loop_is_the_recipe_written_out(tmp_path: Path) -> None:
     reference = TinyNet()
     velocity = {name: torch.zeros_like(parameter) for name, parameter in reference.named_parameters()}
     losses, wrong, expected_rows = [], [], []
-    for iteration, draws in data.train.draws(config.dataset, seed=config.seed):
-        images, labels = data.train.batch(draws, config.dataset)
+    for iteration, inputs in data.train.inputs(config.dataset, seed=config.seed):
+        images, labels = data.train.batch(inputs, config.dataset)
         rate = 0.1 if iteration <= 6 else 0.01
         reference.zero_grad()
         logits = reference.train()(images)
