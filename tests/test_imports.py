@@ -38,6 +38,8 @@ HEAVY = {"torch", "blpa", "torchvision", "sklearn", "pandas", "matplotlib", "jin
 ONLY_IN = {
     "triton": tuple(f"blpa.kernels.triton_{name}" for name in ("ops", "any_layout", "elements", "sums")),
     "hydra": ("runners.compose", "runners.sweep"),
+    "PIL": ("runners.image_files", "runners.examples"),
+    "torchcodec": ("runners.image_files",),
     "sklearn": ("runners.data", "runners.examples"),
     "torchvision": ("runners.data", "runners.training.models", "runners.examples"),
     "pandas": ("runners.reporting",),
@@ -104,6 +106,16 @@ def test_the_command_line_answers_without_torch(name: str) -> None:
     used = at_import(name)
     assert not {package for package in HEAVY if any(is_in(module, (package,)) for module in used)}
     assert {module for module in used if is_in(module, ("runners",))} <= FRONT
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if is_in(name, ("runners.image_files",))])
+def test_a_process_that_decodes_imports_no_torch(name: str) -> None:
+    used = at_import(name)
+    assert not {package for package in HEAVY if any(is_in(module, (package,)) for module in used)}
+    assert {module for module in used if is_in(module, ("runners",))} <= {
+        "runners", "runners.errors", "runners.files", "runners.training", "runners.training.signals",
+        *(module for module in OURS if is_in(module, ("runners.image_files",))),
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if is_in(name, ("runners.reporting",))])

@@ -102,11 +102,11 @@ class ImageFiles:
             is_final: whether the evaluation is the last one.
 
         Yields:
-            Crops uint8 [batch, 1 or 5, 3, size, size] and labels int64 [batch].
+            Crops uint8 [batch, 1 or 6, 3, size, size], as decoding.test_crops makes them, and labels int64 [batch].
         """
         order = torch.randperm(len(self), generator=make_generator("test order", 0, 0))
         order = order if is_final else order[: config.check_images]
-        side, count = (config.test_side, 5 if config.test_crops == 10 else 1) if is_final else (config.check_side, 1)
+        side, count = (config.test_side, 6 if config.test_crops == 10 else 1) if is_final else (config.check_side, 1)
         parts = order.split(config.eval_batch_size)
         jobs = ((self._paths(rows),) for images in parts for _, rows in _in_jobs(images))
         crop = partial(
@@ -118,11 +118,9 @@ class ImageFiles:
             yield from self._pinned((found, labels[images]) for images, found in zip(parts, crops, strict=True))
 
     def views(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[list[Tensor], Tensor]:
-        """Normalise each crop; where there are five, their mirror images follow."""
+        """Normalise the views of each image."""
         crops, labels = inputs
-        views = [colour.standardised(_scaled(view)) for view in crops.unbind(1)]
-        mirrored = [view.flip(3) for view in views] if len(views) > 1 else []
-        return [*views, *mirrored], labels
+        return [colour.standardised(_scaled(view)) for view in views(crops)], labels
 
     def _paths(self, images: Tensor) -> list[str]:
         return [str(self.files.folder / self.files.paths[image]) for image in images.tolist()]
@@ -185,6 +183,23 @@ def draw(count: int, config: DatasetConfig, *, generator: torch.Generator) -> tu
     mirrored = torch.randint(2, (count, 1), generator=generator) * config.flip
     changes = colour.draw_changes(count, generator=generator)
     return torch.cat([side, place]).T, torch.cat([mirrored, changes], dim=1)
+
+
+def views(crops: Tensor) -> list[Tensor]:
+    """Return the views of some images, in the order of torchvision's TenCrop.
+
+    Args:
+        crops: [N, 1 or 6, 3, size, size], as decoding.test_crops makes them.
+
+    Returns:
+        The centre; or corners and centre, and those of the mirror image. The authors mirror the crops: their tenth
+        view, the centre, is a pixel aside where the margins are odd.
+    """
+    if crops.shape[1] == 1:
+        return [crops[:, 0]]
+    top_left, top_right, bottom_left, bottom_right, centre, mirrored_centre = crops.unbind(1)
+    mirrored = top_right, top_left, bottom_right, bottom_left, mirrored_centre
+    return [top_left, top_right, bottom_left, bottom_right, centre, *(crop.flip(3) for crop in mirrored)]
 
 
 def _in_jobs(images: Tensor) -> Iterator[tuple[int, Tensor]]:

@@ -41,8 +41,7 @@ def write(name: str, root: str, out: Path, extension: str) -> None:
     """
     if out.exists():
         raise UserError(f"--out={out} is there already: remove it to have it written again")
-    published = OmegaConf.merge(OmegaConf.structured(DatasetConfig), option("dataset", name))
-    config = replace(cast(DatasetConfig, OmegaConf.to_object(published)), root=root)
+    config = recipe(name, root)
     splits = dict(zip(("train", "val"), cifar.read(config), strict=True))
     classes = cifar.class_names(config)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -58,6 +57,12 @@ def write(name: str, root: str, out: Path, extension: str) -> None:
                 file = folder / classes[label] / f"{number:05}.{extension}"
                 Image.fromarray(pixels).save(file, **FORMATS[extension])
         Path(part, "whole").rename(out)
+
+
+def recipe(name: str, root: str) -> DatasetConfig:
+    """Return the settings of a data set as published, with another folder."""
+    published = OmegaConf.merge(OmegaConf.structured(DatasetConfig), option("dataset", name))
+    return replace(cast(DatasetConfig, OmegaConf.to_object(published)), root=root)
 
 
 def main() -> None:

@@ -70,7 +70,8 @@ def test_crops(files: Sequence[str], *, side: int, size: int, count: int, decode
         files: paths.
         side: short side of the resized image, in pixels.
         size: height and width of a crop, at most the short side.
-        count: 1 takes the centre, 5 the corners (top left, top right, bottom left, bottom right) and the centre.
+        count: 1 takes the centre, 6 the corners (top left, top right, bottom left, bottom right), the centre, and the
+            place that is the centre of the mirror image: a pixel aside where the margins are odd.
         decoder: pillow or torchcodec.
 
     Returns:
@@ -84,8 +85,10 @@ def test_crops(files: Sequence[str], *, side: int, size: int, count: int, decode
         image = decode(file, decoder)
         image = image.resize(resized_size(file, image.size, side), Image.Resampling.BILINEAR)
         right, bottom = image.width - size, image.height - size
-        corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)] if count == 5 else []
-        for crop, (left, top) in zip(out, [*corners, (round(right / 2), round(bottom / 2))], strict=True):
+        left, top = round(right / 2), round(bottom / 2)
+        corners = [(0, 0), (right, 0), (0, bottom), (right, bottom)]
+        places = [(left, top)] if count == 1 else [*corners, (left, top), (right - left, top)]
+        for crop, (left, top) in zip(out, places, strict=True):
             crop[:] = np.asarray(image.crop((left, top, left + size, top + size)))
     return crops
 

@@ -205,7 +205,8 @@ def in_turns(
             speed = recipe.batch_size / step_seconds
             figures = f"loss {train_loss:.3f}, error {train_error_percent:.2f} %, {speed:.0f} samples/s"
             if data.train.seconds_waited is not None:
-                figures += f", {(data.train.seconds_waited - waited) / elapsed:.0%} of the time waiting for images"
+                share = (data.train.seconds_waited - waited) / elapsed
+                figures += f", {100 * share:.0f} % of the time waiting for images"
             bar.set_postfix_str(figures, refresh=False)
             bar.update(len(unread))
             unread.clear()

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import make
 
 from runners import CONF
-from runners.cells import task_settings
-from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig
+from runners.cells import overrides, task_settings
+from runners.config import IMAGE_FILES, Config, DatasetConfig, GpuConfig, ModeConfig
 from runners.errors import Busy, CannotWrite
 from runners.run import locked
 from runners.training.checkpoints import RunFolder, deciding_fields
@@ -238,3 +239,17 @@ def test_every_field_that_decides_the_result_is_listed_and_no_other() -> None:
         "mode.clip",
     }
     assert others <= fields.keys()
+
+
+def test_checkpoints_from_before_image_files_belong_to_the_same_runs(tmp_path: Path) -> None:
+    """The settings of image files are null for data sets in memory, as what is not there reads."""
+    settings = deciding_fields(make())
+    older = {key: value for key, value in settings.items() if key.removeprefix("dataset.") not in IMAGE_FILES}
+    assert len(settings) - len(older) == len(IMAGE_FILES)
+    RunFolder(tmp_path, older).save(1, {})
+    assert RunFolder(tmp_path, settings).newest() is not None
+
+
+def test_the_number_of_workers_decides_nothing() -> None:
+    assert deciding_fields(make(dataset__workers=3)) == deciding_fields(make())
+    assert overrides(make(dataset__workers=3)) == overrides(make())

@@ -212,3 +212,58 @@ def test_a_task_s_file_sets_all_of_its_settings(task: str) -> None:
 def test_a_task_checks_its_own_settings(task: str, values: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{message}"):
         check(make(task=task, **{f"task__{key}": value for key, value in values.items()}))
+
+
+# ---- image files
+
+FILES = {
+    f"dataset__{key}": value
+    for key, value in {
+        "image_channels": 3, "image_size": 32, "crop_padding": 0, "train_sides": [36, 48], "colour": True,
+        "check_side": 36, "check_images": 100, "test_side": 36, "test_crops": 10, "decoder": "pillow",
+    }.items()
+}  # fmt: skip
+
+
+def test_a_data_set_of_image_files_passes() -> None:
+    check(make(**FILES))
+    check(make(**FILES, dataset__workers=0, dataset__augmentation="none"))
+    check(make(**{**FILES, "dataset__train_sides": [32, 32], "dataset__test_crops": 1, "dataset__colour": False}))
+
+
+@pytest.mark.parametrize("name", schema.IMAGE_FILES)
+def test_a_data_set_of_image_files_gives_all_of_its_values(name: str) -> None:
+    with pytest.raises(
+        ValueError, match=rf"^dataset\.{name}=null is not allowed with dataset\.\w+=.*: a data set of im"
+    ):
+        check(make(**{**FILES, f"dataset__{name}": None}))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"train_sides": [31, 48]},
+            r"dataset\.train_sides=\[31, 48\] is not allowed: .*dataset\.image_size=32",
+        ),
+        ({"train_sides": [48, 36]}, r"dataset\.train_sides=\[48, 36\] is not allowed"),
+        ({"train_sides": [48]}, r"dataset\.train_sides=\[48\] is not allowed"),
+        ({"check_side": 31}, r"dataset\.check_side=31 is not allowed: it is a whole number, at least 32"),
+        ({"test_side": 31}, r"dataset\.test_side=31 is not allowed: it is a whole number, at least 32"),
+        ({"check_images": 0}, r"dataset\.check_images=0 is not allowed: it is a whole number, at least 1"),
+        ({"test_crops": 5}, r"dataset\.test_crops=5 is not allowed: choose 1 or 10"),
+        ({"decoder": "dali"}, r"dataset\.decoder=dali is not allowed: choose one of pillow, torchcodec"),
+        ({"workers": -1}, r"dataset\.workers=-1 is not allowed: it is a whole number, at least 0"),
+        ({"image_channels": 1}, r"dataset\.image_channels=1 is not allowed: image files are read as RGB"),
+        ({"augmentation": "per-batch"}, r"dataset\.augmentation=per-batch is not allowed for image files"),
+        ({"crop_padding": 4}, r"dataset\.crop_padding=4 is not allowed for image files"),
+    ],
+)
+def test_values_that_image_files_cannot_have_are_refused(values: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        check(make(**{**FILES, **{f"dataset__{key}": value for key, value in values.items()}}))
+
+
+def test_images_in_memory_have_no_workers() -> None:
+    with pytest.raises(ValueError, match=r"^dataset\.workers=2: digits is in memory, and has no workers$"):
+        check(make(dataset__workers=2))
