@@ -11,7 +11,6 @@ statistics of each batch (eval_statistics=batch), a batch of one class would be 
 """
 
 import itertools
-import math
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -29,10 +28,12 @@ from runners.image_files import decoding
 from runners.image_files.listing import Files
 from runners.image_files.workers import Workers
 
-Crop = Callable[..., np.ndarray[Any, Any]]
+Crops = np.ndarray[Any, Any]
+Job = tuple[Any, ...]
+"""Arguments of a function that makes crops: paths first."""
 
 JOB_IMAGES = 16
-"""Images that a worker decodes at a time: about 20 ms of work, and 2 MB of crops."""
+"""Crops that a worker makes at a time, to be sent back together: 2 MB, and about 20 ms of work."""
 BATCHES_AHEAD = 2
 """Batches that are decoded before they are asked for, or more jobs where there are more workers."""
 
@@ -67,22 +68,13 @@ class ImageFiles:
             Iteration; crops uint8 [batch, 3, size, size], channels last; labels int64 [batch]; and changes float32
             [batch, 5]: 1 where the image is mirrored, then those of colour.draw_changes.
         """
-        drawn, drawn_for_jobs = itertools.tee(
-            (iteration, images, *draw(len(images), config, generator=make_generator("augmentation", seed, iteration)))
-            for iteration, images in chosen(len(self), config, seed=seed, start=start)
-        )
-        jobs = (
-            (self._paths(rows), places[at : at + JOB_IMAGES].tolist())
-            for _, images, places, _ in drawn_for_jobs
-            for at, rows in _in_jobs(images)
-        )
+        drawn, for_numbers, for_jobs = itertools.tee(self._drawn(config, seed=seed, start=start), 3)
         crop = partial(decoding.training_crops, size=config.image_size, decoder=str(config.decoder))
+        jobs = (self._jobs(images, JOB_IMAGES, places) for _, images, places, _ in for_jobs)
         labels = torch.tensor(self.files.labels)
-        sizes = itertools.repeat(config.batch_size)
-        with closing(self._batches(crop, jobs, sizes, largest=config.batch_size)) as crops:
-            drawn, drawn_again = itertools.tee(drawn)
-            batches = ((next(crops), labels[images], changes) for _, images, _, changes in drawn_again)
-            yield from zip((iteration for iteration, *_ in drawn), self._pinned(batches), strict=True)
+        with closing(self._joined(crop, jobs)) as crops:
+            batches = ((next(crops), labels[images], changes) for _, images, _, changes in drawn)
+            yield from zip((iteration for iteration, *_ in for_numbers), self._pinned(batches), strict=True)
 
     def batch(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[Tensor, Tensor]:
         """Change the colours of training images, mirror and normalise them."""
@@ -108,13 +100,12 @@ class ImageFiles:
         order = order if is_final else order[: config.check_images]
         side, count = (config.test_side, 6 if config.test_crops == 10 else 1) if is_final else (config.check_side, 1)
         parts = order.split(config.eval_batch_size)
-        jobs = ((self._paths(rows),) for images in parts for _, rows in _in_jobs(images))
         crop = partial(
             decoding.test_crops, side=int(side or 0), size=config.image_size, count=count, decoder=str(config.decoder)
         )
+        jobs = (self._jobs(images, JOB_IMAGES // count) for images in parts)
         labels = torch.tensor(self.files.labels)
-        sizes = map(len, parts)
-        with closing(self._batches(crop, jobs, sizes, largest=config.eval_batch_size)) as crops:
+        with closing(self._joined(crop, jobs)) as crops:
             yield from self._pinned((found, labels[images]) for images, found in zip(parts, crops, strict=True))
 
     def views(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[list[Tensor], Tensor]:
@@ -122,18 +113,29 @@ class ImageFiles:
         crops, labels = inputs
         return [colour.standardised(_scaled(view)) for view in views(crops)], labels
 
+    def _drawn(self, config: DatasetConfig, *, seed: int, start: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+        """Yield each iteration, the numbers of its images, and what `draw` returns for them."""
+        for iteration, images in chosen(len(self), config, seed=seed, start=start):
+            generator = make_generator("augmentation", seed, iteration)
+            yield iteration, images, *draw(len(images), config, generator=generator)
+
+    def _jobs(self, images: Tensor, size: int, *tables: Tensor) -> list[Job]:
+        """Cut images, and tables with a row for each, into jobs: paths, and rows of the tables."""
+        parts = zip(*(table.split(size) for table in (images, *tables)), strict=True)
+        return [(self._paths(numbers), *(rows.tolist() for rows in others)) for numbers, *others in parts]
+
     def _paths(self, images: Tensor) -> list[str]:
         return [str(self.files.folder / self.files.paths[image]) for image in images.tolist()]
 
-    def _batches(
-        self, crop: Crop, jobs: Iterable[tuple[Any, ...]], sizes: Iterable[int], *, largest: int
-    ) -> Generator[Tensor]:
-        """Join the crops that the workers make of jobs into batches, [batch, ..., 3, size, size]."""
-        ahead = BATCHES_AHEAD * math.ceil(largest / JOB_IMAGES)
-        with closing(self.workers.results(crop, jobs, ahead=ahead)) as results:
-            for size in sizes:
-                parts = list(itertools.islice(results, math.ceil(size / JOB_IMAGES)))
-                yield torch.from_numpy(np.concatenate(parts)).movedim(-1, -3)
+    def _joined(self, crop: Callable[..., Crops], batches: Iterable[list[Job]]) -> Generator[Tensor]:
+        """Join the crops that the workers make of the jobs of each batch, [batch, ..., 3, size, size]."""
+        batches, counted = itertools.tee(batches)
+        jobs = itertools.chain.from_iterable(batches)
+        first = len(next(counted, []))
+        with closing(self.workers.results(crop, jobs, ahead=BATCHES_AHEAD * first)) as results:
+            for count in itertools.chain([first], map(len, counted)):
+                if parts := list(itertools.islice(results, count)):
+                    yield torch.from_numpy(np.concatenate(parts)).movedim(-1, -3)
 
     def _pinned(self, batches: Iterator[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         """On CUDA copy each batch into one of two pinned buffers: the device reads one while the host fills the other.
@@ -200,10 +202,6 @@ def views(crops: Tensor) -> list[Tensor]:
     top_left, top_right, bottom_left, bottom_right, centre, mirrored_centre = crops.unbind(1)
     mirrored = top_right, top_left, bottom_right, bottom_left, mirrored_centre
     return [top_left, top_right, bottom_left, bottom_right, centre, *(crop.flip(3) for crop in mirrored)]
-
-
-def _in_jobs(images: Tensor) -> Iterator[tuple[int, Tensor]]:
-    return zip(itertools.count(step=JOB_IMAGES), images.split(JOB_IMAGES), strict=False)
 
 
 def _scaled(crops: Tensor) -> Tensor:

@@ -8,9 +8,12 @@ Departures from the authors' code (TensorFlow 1's resize): it takes four source 
 centres of the first pixels only, and returns floats, where these are rounded to bytes.
 
 Files are read as torchvision's loader reads them: converted to RGB, transparency dropped, the EXIF orientation ignored.
-16-bit grey is the exception: Pillow's conversion would make nearly all of it white, so its high bytes are taken. A
+16-bit grey is an exception: Pillow's conversion would make nearly all of it white, so its high bytes are taken. A
 JPEG of an image several times too large could be decoded at half its size (Pillow's `draft`). That would be another
 filter, with pixels up to 9 of 255 apart; and an image of usual size, 500x375, is too small for it.
+
+TorchCodec's decoder makes the same bytes of other files, but turns an image by its EXIF orientation, takes 16-bit grey
+in another way, and reads no TIFF, BMP or PPM.
 """
 
 import importlib.util

@@ -20,6 +20,10 @@ from blpa import kernels
 from runners import cli, errors, fresh, records, streams
 from runners.config import Config, GpuConfig
 from runners.data import ImageData, Split
+from runners.data.colour import draw_changes
+from runners.data.image_files import ImageFiles
+from runners.image_files.listing import Files
+from runners.image_files.workers import Workers
 from runners.option_files import mode
 from runners.run import run_cell
 from runners.training import loop, network, segments, steps
@@ -328,3 +332,39 @@ def test_a_batch_is_the_same_wherever_it_is_made() -> None:
         assert torch.equal(labels, labels_there.cpu())
         # The mean is a sum of 3,072 values in another order: a few units in the last place of values below 1.
         torch.testing.assert_close(images, images_there.cpu(), rtol=0, atol=1e-6)
+
+
+def test_a_captured_batch_of_image_files_is_that_of_the_host() -> None:
+    recipe = replace(config_of("exact").dataset, colour=True)
+    split = ImageFiles(Files(Path(), [], []), Workers(0), CUDA)
+    generator = torch.Generator().manual_seed(0)
+    crops = torch.randint(256, (6, 32, 32, 3), dtype=torch.uint8, generator=generator).permute(0, 3, 1, 2)
+    changes = torch.cat([torch.arange(6)[:, None] % 2, draw_changes(6, generator=generator)], dim=1)
+    inputs = crops, torch.arange(6), changes
+    there = steps.to_device(inputs, CUDA)
+    made: list[Tensor] = []
+
+    def batch() -> Tensor:
+        made[:] = split.batch(there, recipe)
+        return made[0]
+
+    stream = steps.own_stream(CUDA)
+    steps.run_on_stream(batch, stream)
+    graph, images = steps.capture(batch, stream)
+    graph.replay()
+    expected, labels = split.batch(inputs, recipe)
+    assert torch.equal(made[1].cpu(), labels)
+    # The means are sums of 1,024 values in another order, and 0.22 divides: a few units in the last place.
+    torch.testing.assert_close(images.cpu(), expected, rtol=0, atol=1e-5)
+
+
+def test_pinned_batches_of_image_files_are_read_before_they_are_filled_again() -> None:
+    split = ImageFiles(Files(Path(), [], []), Workers(0), CUDA)
+    batches = [(torch.full((4, 3, 256, 256), number, dtype=torch.uint8),) for number in range(20)]
+    slow = torch.zeros(4096, 4096, device=CUDA)
+    there = []
+    for (batch,) in split._pinned(iter(batches)):
+        assert batch.is_pinned()
+        slow = slow @ slow  # the device reads the batch long after it was launched
+        there.append(batch.to(CUDA, non_blocking=True))
+    assert [int(batch.float().mean()) for batch in there] == list(range(20))

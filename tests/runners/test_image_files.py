@@ -154,6 +154,14 @@ def test_a_batch_is_changed_mirrored_and_standardised(root: Path) -> None:
     torch.testing.assert_close(half, found[1::2], rtol=0, atol=1e-5)
 
 
+def test_a_batch_reads_nothing_from_its_tensors(root: Path) -> None:
+    """As a step must that a CUDA graph captures: on the meta device there is nothing to read."""
+    images, given = load(root)
+    _, inputs = next(images.train.inputs(given, seed=0))
+    found, labels = images.train.batch(tuple(x.to("meta") for x in inputs), given)
+    assert (found.shape, found.device.type, labels.shape) == ((5, 3, 8, 8), "meta", (5,))
+
+
 def test_evaluations_take_the_images_in_one_mixed_order(root: Path) -> None:
     images, given = load(root)
     checks = [list(images.test.batches(given, is_final=False)) for _ in range(2)]
