@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 from support import make
 
-from blpa.models.preact_resnet import STEM_CHANNELS
+from blpa.models.preact_resnet import CIFAR
 from runners import config as schema
 from runners.cells import task_module, task_settings
 from runners.config import Config, options
@@ -72,7 +72,7 @@ def test_what_is_no_positive_number_is_refused(key: str, value: float) -> None:
 @pytest.mark.parametrize(
     ("key", "allowed"),
     [
-        ("dataset__name", "cifar10, cifar100, digits"),
+        ("dataset__name", "cifar10, cifar100, digits, imagenet"),
         ("dataset__augmentation", "per-image, per-batch, none"),
         ("dataset__eval_statistics", "running, batch"),
         ("mode__layers", "stock, coded, checkpoint, offload, compiled"),
@@ -120,7 +120,7 @@ def test_a_width_without_a_channel_is_refused_naming_both_factors() -> None:
 @pytest.mark.parametrize("width", [1 / 32, 1 / 31, 0.1, 1.0])
 def test_the_width_is_refused_where_the_network_refuses_it(width: float) -> None:
     """The check knows the stem's channels by heart, for the network would import torch."""
-    has_channels = round(STEM_CHANNELS * width) >= 1
+    has_channels = round(CIFAR.stem_channels * width) >= 1
     with nullcontext() if has_channels else pytest.raises(ValueError, match=r"^width="):
         check(make(width=width))
 
@@ -171,7 +171,7 @@ def test_empty_results_are_refused() -> None:
 
 
 def test_every_group_has_the_options_of_the_command_line() -> None:
-    assert options("dataset") == ["cifar10", "cifar100", "digits"]
+    assert options("dataset") == ["cifar10", "cifar100", "digits", "imagenet"]
     assert set(options("mode")) == {
         "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "2bit", "exact-one-copy", "checkpoint",
         "offload", "compiled", "compiled-budget-0.5", "compiled-budget-0.2", "compiled-fp8",
