@@ -173,7 +173,7 @@ def test_empty_results_are_refused() -> None:
 def test_every_group_has_the_options_of_the_command_line() -> None:
     assert options("dataset") == ["cifar10", "cifar100", "digits", "imagenet"]
     assert set(options("mode")) == {
-        "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "2bit", "exact-one-copy", "checkpoint",
+        "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "4bit-pool", "2bit", "exact-one-copy", "checkpoint",
         "offload", "compiled", "compiled-budget-0.5", "compiled-budget-0.2", "compiled-fp8",
     }  # fmt: skip
     assert options("gpu") == ["auto", "cpu", "gtx1080ti", "h200"]
@@ -185,7 +185,7 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "bench-batches", "bench-batches-fp32", "bench-card", "bench-converted", "bench-converted-fp32",
         "bench-kernels", "bench-kernels-others", "bench-largest", "bench-largest-fp32", "bench-times",
         "bench-times-fp32", "bench-training", "converted", "converted-times", "demo", "demo-batches",
-        "demo-gradients", "demo-memory", "demo-times", "gradients", "single", "table1", "table1-quarter", "table2",
+        "demo-gradients", "demo-memory", "demo-times", "gradients", "imagenet-batches", "imagenet-times", "single", "table1", "table1-quarter", "table2",
         "table2-fp32", "table3", "table3-fp32",
     ]  # fmt: skip
 
