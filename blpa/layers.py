@@ -24,7 +24,7 @@ from blpa.codec import Codec
 from blpa.convolution import Convolution, Pair
 from blpa.kernels import Kernels
 from blpa.kernels.automatic import AUTOMATIC
-from blpa.saved import SavedActivation
+from blpa.saved import MaxPool, SavedActivation
 
 FOUR_BITS = Codec(bits=4)
 
@@ -33,7 +33,7 @@ class Activation(NamedTuple):
     """Output of a batch norm and ReLU."""
 
     value: Tensor
-    """a [N, C, H, W]."""
+    """a [N, C, H, W], pooled if the layer has a max pool."""
     saved: SavedActivation | None
     """Saved for the convolutions that read a; None for stock layers or without grad."""
 
@@ -97,6 +97,7 @@ class BatchNormReLU(nn.BatchNorm2d):
         codec: of the saved codes; None saves one full-precision tensor.
         forward_from_code: use the decoded activation in the forward pass too.
         kernels: the backend; by default that of the tensor's device.
+        max_pool: of the activation; None does not pool.
         others: device, dtype and what else nn.BatchNorm2d takes.
     """
 
@@ -111,12 +112,14 @@ class BatchNormReLU(nn.BatchNorm2d):
         codec: Codec | None = FOUR_BITS,
         forward_from_code: bool = False,
         kernels: Kernels = AUTOMATIC,
+        max_pool: MaxPool | None = None,
         **others: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **others)
         self.codec = codec
         self.forward_from_code = forward_from_code
         self.kernels = kernels
+        self.max_pool = max_pool
         self._counter = torch.zeros(num_features, dtype=torch.int32)
 
     @classmethod
@@ -143,8 +146,9 @@ class BatchNormReLU(nn.BatchNorm2d):
         return ours.train(bn.training)
 
     def forward(self, x: Tensor | ResidualSum, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
-        """Compute a [N, C, H, W]; `overwrite_x` allows a to overwrite x, for an x that nothing else reads."""
-        return Activation(*ops.batch_norm_relu(_as_tensor(x), *self._arguments(x.device, overwrite_x)))
+        """Compute a; `overwrite_x` allows max(y, 0) to overwrite x, for an x that nothing else reads."""
+        arguments = self._arguments(x.device, overwrite_x)
+        return Activation(*ops.batch_norm_relu(_as_tensor(x), *arguments, max_pool=self.max_pool))
 
     def _arguments(self, device: torch.device, overwrite_x: bool) -> tuple[Tensor, Tensor, ops.BatchNorm]:
         """Return gamma, beta and the options of the ops for a call with an x on this device."""
@@ -189,7 +193,8 @@ class BatchNormReLU(nn.BatchNorm2d):
 
     def extra_repr(self) -> str:
         """Return the text of the stock module, the codec and the backend."""
-        return f"{nn.BatchNorm2d.extra_repr(self)}, codec={self.codec}, kernels={self.kernels.name}"
+        pool = "" if self.max_pool is None else f", max_pool={self.max_pool}"
+        return f"{nn.BatchNorm2d.extra_repr(self)}, codec={self.codec}, kernels={self.kernels.name}{pool}"
 
 
 class Conv2d(nn.Conv2d):
@@ -253,8 +258,8 @@ class Conv2d(nn.Conv2d):
     def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
         """Apply a BatchNormReLU whose output nothing else reads, and this layer, fused (ops.batch_norm_relu_conv2d).
 
-        The two are called one after the other if batch_norm_relu is another class, or one of them has hooks or an
-        overridden forward.
+        The two are called one after the other if batch_norm_relu is another class or has a max pool, or one of them
+        has hooks or an overridden forward.
 
         Args:
             batch_norm_relu: the layer before this one.
@@ -293,7 +298,9 @@ class Conv2d(nn.Conv2d):
         return ResidualSum(out, shortcut)
 
     def _is_one_with(self, bn: nn.BatchNorm2d) -> TypeGuard[BatchNormReLU]:
-        return isinstance(bn, BatchNormReLU) and _is_plain(bn, BatchNormReLU) and _is_plain(self, Conv2d)
+        if not isinstance(bn, BatchNormReLU) or bn.max_pool is not None:
+            return False
+        return _is_plain(bn, BatchNormReLU) and _is_plain(self, Conv2d)
 
     def _convolution(self) -> Convolution:
         stride, padding, dilation = (cast(Pair, v) for v in (self.stride, self.padding, self.dilation))
@@ -301,11 +308,14 @@ class Conv2d(nn.Conv2d):
 
 
 class StockBatchNormReLU(nn.BatchNorm2d):
-    """PyTorch's own batch norm and in-place ReLU."""
+    """PyTorch's own batch norm, in-place ReLU and, if there is one, max pool."""
+
+    max_pool: MaxPool | None = None
 
     def forward(self, x: Tensor, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
-        """Compute a [N, C, H, W]; x is saved for the backward pass, so never overwritten."""
-        return Activation(F.relu(super().forward(x), inplace=True), None)
+        """Compute a; x is saved for the backward pass, so never overwritten."""
+        a = F.relu(super().forward(x), inplace=True)
+        return Activation(a if self.max_pool is None else F.max_pool2d(a, *self.max_pool), None)
 
 
 class StockConv2d(nn.Conv2d):
@@ -373,6 +383,12 @@ class StockLayers:
         """Make a batch norm and ReLU: x -> Activation."""
         return StockBatchNormReLU(channels, eps=self.eps)
 
+    def batch_norm_relu_max_pool(self, channels: int, max_pool: MaxPool) -> StockBatchNormReLU:
+        """Make a batch norm, ReLU and max pool: x -> Activation."""
+        layer = self.batch_norm_relu(channels)
+        layer.max_pool = max_pool
+        return layer
+
     def last_batch_norm_relu(self, channels: int) -> StockBatchNormReLU:
         """Make the network's last one, which no convolution reads: x -> Activation."""
         return self.batch_norm_relu(channels)
@@ -391,12 +407,14 @@ class CodedLayers:
         forward_from_code: use the decoded activation in the forward pass too: the paper's naive baseline.
         kernels: the backend; by default that of the tensor's device.
         eps: added to the variance; 1e-3 in the paper.
+        codes_max_pool: a batch norm, ReLU and max pool saves codes too. In the paper it saves its input.
     """
 
     codec: Codec | None = FOUR_BITS
     forward_from_code: bool = False
     kernels: Kernels = AUTOMATIC
     eps: float = 1e-5
+    codes_max_pool: bool = False
 
     def batch_norm_relu(self, channels: int) -> BatchNormReLU:
         """Make a batch norm and ReLU: x -> Activation."""
@@ -404,12 +422,22 @@ class CodedLayers:
             channels, eps=self.eps, codec=self.codec, forward_from_code=self.forward_from_code, kernels=self.kernels
         )
 
+    def batch_norm_relu_max_pool(self, channels: int, max_pool: MaxPool) -> BatchNormReLU:
+        """Make a batch norm, ReLU and max pool: x -> Activation."""
+        layer = (self if self.codes_max_pool else self._without_codes()).batch_norm_relu(channels)
+        layer.max_pool = max_pool
+        return layer
+
     def last_batch_norm_relu(self, channels: int) -> BatchNormReLU:
         """Make the network's last one, which no convolution reads: x -> Activation.
 
         It saves its input: its backward pass is the first to run, so codes would be decoded at once.
         """
-        return replace(self, codec=self.codec if self.forward_from_code else None).batch_norm_relu(channels)
+        return self._without_codes().batch_norm_relu(channels)
+
+    def _without_codes(self) -> "CodedLayers":
+        """Return these layers without codes, unless the forward pass uses them."""
+        return replace(self, codec=self.codec if self.forward_from_code else None)
 
     def conv2d(self, in_channels: int, out_channels: int, kernel_size: int, *, stride: int = 1) -> Conv2d:
         """Make a convolution, padded by half its kernel: Activation -> out."""

@@ -101,6 +101,9 @@ class LiveBytes(TorchDispatchMode):
         """Run the operation and count the storages that it creates."""
         if func is torch.ops.aten.add.Tensor and _is_sum_of_gradients(args):
             func = torch.ops.aten.add_.Tensor
+        elif func is torch.ops.aten.view.default and args[0].is_meta and _in_backward():
+            # A compiled graph views gradients by strides that convolutions have on other devices.
+            func = torch.ops.aten.reshape.default
         result = self._run(func, args, kwargs or {})
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
@@ -154,9 +157,12 @@ class LiveBytes(TorchDispatchMode):
 
 def _is_sum_of_gradients(args: tuple[Any, ...]) -> bool:
     """Return whether autograd adds two gradients of one tensor: in place, unless a mode like LiveBytes is active."""
-    in_backward = torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()  # recomputation records
     first, second = args[:2]
-    return in_backward and first.is_meta and isinstance(second, Tensor) and first.shape == second.shape
+    return _in_backward() and first.is_meta and isinstance(second, Tensor) and first.shape == second.shape
+
+
+def _in_backward() -> bool:
+    return torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled()  # recomputation records
 
 
 def _key(value: Any) -> Hashable:

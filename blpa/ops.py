@@ -17,7 +17,8 @@ PyTorch's functions save x and a at full precision.
     batch_norm_relu_conv2d                  all of the above, if one convolution reads a
     batch_norm_relu_conv2d_with_shortcut    if a shortcut reads x too: adds its gradient in the pass that writes dX
     add_shortcut                            if x is a residual sum: computes it in the pass over x for the statistics
-    batch_norm_relu, conv2d                 if several convolutions read a: each gets a and its SavedActivation
+    batch_norm_relu, conv2d                 if several convolutions read a: each gets a and its SavedActivation; a max
+                                            pool may follow the ReLU
 
 Source: Chakrabarti and Moseley, NeurIPS 2019, section 3.
 """
@@ -33,7 +34,7 @@ from blpa.convolution import Convolution, as_computed
 from blpa.kernels import Kernels, Norm, RunningStats, compute_dtype
 from blpa.kernels.automatic import AUTOMATIC
 from blpa.once import differentiable_once
-from blpa.saved import Layout, SavedActivation, new_activation, rows
+from blpa.saved import Layout, MaxPool, SavedActivation, new_activation, rows
 from blpa.tracing import changes, is_traced, is_traced_without_gradient
 
 _PLAIN = Convolution()
@@ -117,7 +118,10 @@ class _ForwardPass(NamedTuple):
         if self.bn.forward_from_code:
             assert codes is not None
             kernels.decode(codes, vectors, codec=codec, out=a_rows)
-        return a, SavedActivation(x if codes is None else codes, vectors, self.layout)
+        places = None
+        if self.layout.max_pool is not None:
+            a, places = self.layout.max_pool(a)
+        return a, SavedActivation(x if codes is None else codes, vectors, self.layout, places)
 
 
 def _save(ctx: Any, saved: SavedActivation, weight: Tensor, convolution: Convolution) -> Tensor:
@@ -141,26 +145,27 @@ def _convolution_backward(
             dw = convolution.weight_grad(grad, saved.decode(grad.dtype), weight)
         dw = dw.view(weight.shape).to(ctx.weight_dtype)
     if wants_da:
-        da = convolution.input_grad(grad, weight, layout.shape).to(layout.dtype)
+        da = convolution.input_grad(grad, weight, saved.shape).to(layout.dtype)
     return saved, da, dw
 
 
 class _BatchNormReLU(torch.autograd.Function):
-    """x, gamma, beta -> a, and its codes (None without a codec) and vectors."""
+    """x, gamma, beta -> a, and its codes (None without a codec), vectors, and places (None without a max pool)."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, forward_pass: _ForwardPass
-    ) -> tuple[Tensor, Tensor | None, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         ctx.set_materialize_grads(False)  # else there would be zeros as large as the codes
         a, saved = forward_pass(x, gamma, beta)
-        if forward_pass.overwrite:
+        if a is x:
             ctx.mark_dirty(x)
         saved.save(ctx)
         ctx.constant_stats = forward_pass.bn.has_constant_stats
         codes = None if forward_pass.layout.codec is None else saved.values
-        ctx.mark_non_differentiable(*(tensor for tensor in (codes, saved.vectors) if tensor is not None))
-        return a, codes, saved.vectors
+        others = codes, saved.vectors, saved.places
+        ctx.mark_non_differentiable(*(tensor for tensor in others if tensor is not None))
+        return a, *others
 
     @staticmethod
     @differentiable_once
@@ -275,19 +280,24 @@ def average_pool(x: Tensor, stride: int) -> Tensor:
     return cast(Tensor, _AveragePool.apply(x, stride))
 
 
-def batch_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> tuple[Tensor, SavedActivation | None]:
-    """Normalise, scale and rectify x, and save its codes for the backward pass.
+def batch_norm_relu(
+    x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, max_pool: MaxPool | None = None
+) -> tuple[Tensor, SavedActivation | None]:
+    """Normalise, scale and rectify x, pool it if asked to, and save its codes for the backward pass.
 
-    a = max(gamma (x - mean) / sqrt(var + eps) + beta, 0)
+    a = max_pool(max(gamma (x - mean) / sqrt(var + eps) + beta, 0))
 
     Args:
         x: floating point [N, C, H, W]; copied unless channels-last.
         gamma: scale [C], of either sign or zero.
         beta: shift [C].
         bn: options and running statistics.
+        max_pool: the windows; None does not pool. The place of each maximum is saved too, a byte each; PyTorch saves
+            max_pool's input and an int64 each.
 
     Returns:
-        a [N, C, H, W], channels-last, and the argument `saved` of conv2d, None if no gradient is recorded.
+        a [N, C, H, W], channels-last, and the argument `saved` of conv2d, None if no gradient is recorded. With a max
+        pool a is [N, C, h, w].
 
     Raises:
         ValueError: x is not floating point [N, C, H, W], gamma or beta is not [C], training has only one value per
@@ -296,14 +306,14 @@ def batch_norm_relu(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> tu
     Source: Chakrabarti and Moseley, section 3; eps as theirs.
     """
     is_recording = _is_recording(x, gamma, beta)
-    x, forward_pass = _prepare(x, gamma, beta, bn, is_recording=is_recording)
+    x, forward_pass = _prepare(x, gamma, beta, bn, is_recording=is_recording, max_pool=max_pool)
     if is_traced_without_gradient():
         with torch.no_grad():
             return forward_pass(x, gamma, beta)[0], None
-    a, codes, vectors = _BatchNormReLU.apply(x, gamma, beta, forward_pass)
+    a, codes, vectors, places = _BatchNormReLU.apply(x, gamma, beta, forward_pass)
     if not is_recording:
         return a, None
-    saved = SavedActivation(x if codes is None else codes, vectors, forward_pass.layout)
+    saved = SavedActivation(x if codes is None else codes, vectors, forward_pass.layout, places)
     saved.output_changes = changes(a)
     return a, saved
 
@@ -314,7 +324,7 @@ def conv2d(a: Tensor, saved: SavedActivation | None, weight: Tensor, *, convolut
     out = conv(a, W), without bias
 
     Args:
-        a: output of batch_norm_relu [N, C, H, W], unchanged.
+        a: output of batch_norm_relu, unchanged: [N, C, H, W].
         saved: returned by batch_norm_relu with a; None for a plain convolution.
         weight: W [C_out, C / groups, k_h, k_w].
         convolution: stride, padding, dilation and groups.
@@ -329,8 +339,8 @@ def conv2d(a: Tensor, saved: SavedActivation | None, weight: Tensor, *, convolut
     """
     if saved is None:
         return convolution(a, weight)
-    if a.shape != saved.layout.shape:
-        made_for = list(saved.layout.shape)
+    if a.shape != saved.shape:
+        made_for = list(saved.shape)
         raise ValueError(
             f"a is {list(a.shape)}, saved was made for {made_for}: pass on what one batch_norm_relu returned"
         )
@@ -482,7 +492,13 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
 
 
 def _prepare(
-    x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm, *, is_recording: bool
+    x: Tensor,
+    gamma: Tensor,
+    beta: Tensor,
+    bn: BatchNorm,
+    *,
+    is_recording: bool,
+    max_pool: MaxPool | None = None,
 ) -> tuple[Tensor, _ForwardPass]:
     """Check the arguments of a batch norm and ReLU; return x, channels-last, and its forward pass."""
     _check(x, gamma, beta, bn)
@@ -493,5 +509,5 @@ def _prepare(
     owner = channels_last._base if channels_last._base is not None else channels_last
     if overwrite and is_recording and owner.is_leaf and owner.requires_grad:
         raise ValueError("overwrite_x = True, but x is a leaf that requires grad: must be False for it")
-    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), codec, bn.kernels, bn.counter)
+    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), codec, bn.kernels, bn.counter, max_pool)
     return channels_last, _ForwardPass(bn, layout, overwrite)

@@ -6,20 +6,73 @@
 Stock layers save two full-precision tensors: batch norm its input, the convolutions theirs. Here all functions save the
 same two tensors, and autograd frees them after the last backward function. The vectors include gamma and beta as they
 were in the forward pass.
+
+Where a max pool follows the ReLU, a third tensor has the place of each maximum in its window, one byte per output. The
+pooled activation and both gradients follow from the three.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from blpa.codec import Codec
 from blpa.kernels import Kernels
+from blpa.kernels.library import OPERATIONS
 from blpa.tracing import Changes, is_traced
+
+Slices = tuple[slice, ...]
+
+
+class MaxPool(NamedTuple):
+    """A max pool over square windows: their size, the distance from one to the next, and the padding, in pixels.
+
+    The gradient is added up window place by window place, so no two threads add to one pixel and no index of a pixel,
+    eight bytes each, is needed.
+    """
+
+    kernel_size: int
+    stride: int
+    padding: int
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the maxima of x [N, C, H, W], channels-last: [N, C, h, w], and their places, uint8, likewise."""
+        windows = [self.kernel_size] * 2, [self.stride] * 2, [self.padding] * 2, [1, 1]
+        out, places = OPERATIONS.max_pool(x, *windows, False)
+        return tuple(tensor.contiguous(memory_format=torch.channels_last) for tensor in (out, places))  # type: ignore[return-value]
+
+    def values(self, x: Tensor, places: Tensor) -> Tensor:
+        """Read x [N, C, H, W] at the places: [N, C, h, w], channels-last."""
+        found = torch.zeros_like(places, dtype=x.dtype)
+        for place, pixels, outputs in self._places(x.shape, places.shape):
+            part = found[outputs]
+            part.copy_(torch.where(places[outputs] == place, x[pixels], part))
+        return found
+
+    def input_grad(self, grad: Tensor, places: Tensor, shape: torch.Size) -> Tensor:
+        """Compute dX of this shape [N, C, H, W], channels-last, from the gradient of the maxima."""
+        dx = grad.new_zeros(shape).contiguous(memory_format=torch.channels_last)
+        for place, pixels, outputs in self._places(shape, places.shape):
+            dx[pixels] += grad[outputs].masked_fill(places[outputs] != place, 0)
+        return dx
+
+    def _places(self, shape: torch.Size, shape_out: torch.Size) -> Iterator[tuple[int, Slices, Slices]]:
+        """List each place of a window, the pixels that are there in some window, and those windows' outputs."""
+        sizes = list(zip(shape[2:], shape_out[2:], strict=True))
+        for place in range(self.kernel_size**2):
+            pixels, outputs = [slice(None)] * 2, [slice(None)] * 2
+            for at, (size, size_out) in zip(divmod(place, self.kernel_size), sizes, strict=True):
+                offset = at - self.padding
+                first = max(0, -(offset // self.stride))
+                last = min(size_out - 1, (size - 1 - offset) // self.stride)
+                pixels.append(slice(first * self.stride + offset, last * self.stride + offset + 1, self.stride))
+                outputs.append(slice(first, last + 1))
+            yield place, tuple(pixels), tuple(outputs)
 
 
 class Layout(NamedTuple):
-    """How to decode the saved tensors: shape [N, C, H, W] and dtype of the activation, codec and backend."""
+    """How to decode the saved tensors: shape [N, C, H, W] and dtype of max(y, 0), codec, backend, and the max pool."""
 
     shape: torch.Size
     dtype: torch.dtype
@@ -29,6 +82,7 @@ class Layout(NamedTuple):
     kernels: Kernels
     counter: Tensor | None
     """See Kernels."""
+    max_pool: MaxPool | None
 
 
 class SavedActivation:
@@ -38,29 +92,36 @@ class SavedActivation:
         values: packed codes, uint8 [codec.packed_rows(N H W), C]; without a codec x [N, C, H, W].
         vectors: Norm [9, C].
         layout: how to decode them.
+        places: of the maxima, uint8 [N, C, h, w]; None without a max pool.
     """
 
-    def __init__(self, values: Tensor, vectors: Tensor, layout: Layout) -> None:
+    def __init__(self, values: Tensor, vectors: Tensor, layout: Layout, places: Tensor | None = None) -> None:
         self.values = values
         self.vectors = vectors
         self.layout = layout
+        self.places = places
         self.output_changes = Changes(0, 0)
         """Of the output a, when it was returned."""
 
     @property
     def nbytes(self) -> int:
         """Bytes of the saved tensors."""
-        return self.values.nbytes + self.vectors.nbytes
+        return self.values.nbytes + self.vectors.nbytes + (0 if self.places is None else self.places.nbytes)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of a: after the max pool, if there is one."""
+        return self.layout.shape if self.places is None else self.places.shape
 
     def decode(self, dtype: torch.dtype) -> Tensor:
-        """Decode a~ [N, C, H, W], channels-last, in the given dtype."""
+        """Decode a~, of a's shape, channels-last, in the given dtype."""
         a, a_rows = new_activation(self.layout.shape, dtype, self.values.device)
         self.layout.kernels.decode(self._rows, self.vectors, codec=self.layout.codec, out=a_rows)
-        return a
+        return a if self.layout.max_pool is None else self.layout.max_pool.values(a, cast(Tensor, self.places))
 
     def pointwise_weight_grad(self, grad: Tensor) -> Tensor | None:
         """Compute dW [C_out, C] of a 1x1 convolution from grad = G; None if the backend needs a~ for it."""
-        if is_traced():  # the backend asks for settings that a compiler cannot trace
+        if is_traced() or self.places is not None:  # the backend asks for settings that a compiler cannot trace
             return None
         kernels, codec = self.layout.kernels, self.layout.codec
         grad_rows = rows(grad.contiguous(memory_format=torch.channels_last))
@@ -72,7 +133,7 @@ class SavedActivation:
         """Compute dX, dgamma and dbeta from grad = dA.
 
         Args:
-            grad: dA [N, C, H, W].
+            grad: dA, of a's shape.
             constant_stats: the statistics did not depend on x.
             overwrite_grad: dX may overwrite grad: the caller owns it. Autograd may have given the same tensor to hooks
                 or other functions.
@@ -81,6 +142,9 @@ class SavedActivation:
         Returns:
             dX [N, C, H, W]; dgamma and dbeta [C] in their parameters' dtypes.
         """
+        if self.layout.max_pool is not None:
+            grad = self.layout.max_pool.input_grad(grad, cast(Tensor, self.places), self.layout.shape)
+            overwrite_grad = True
         channels_last = grad.contiguous(memory_format=torch.channels_last)
         dx, dx_rows = channels_last, rows(channels_last)
         grad_rows = dx_rows
@@ -101,14 +165,16 @@ class SavedActivation:
 
     def save(self, ctx: Any, *others: Tensor) -> None:
         """Save the tensors, others after them, and the layout for backward."""
-        ctx.save_for_backward(self.values, self.vectors, *others)
+        places = () if self.places is None else (self.places,)
+        ctx.save_for_backward(self.values, self.vectors, *places, *others)
         ctx.layout = self.layout
 
     @staticmethod
     def load(ctx: Any) -> tuple["SavedActivation", list[Tensor]]:
         """Return what `save` saved: this object and the others."""
         values, vectors, *others = ctx.saved_tensors  # read once: each access unpacks them anew
-        return SavedActivation(values, vectors, ctx.layout), others
+        places = None if ctx.layout.max_pool is None else others.pop(0)
+        return SavedActivation(values, vectors, ctx.layout, places), others
 
     @property
     def _rows(self) -> Tensor:

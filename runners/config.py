@@ -37,6 +37,9 @@ class DatasetConfig:
     """Height and width of an image, in pixels."""
     image_channels: int = MISSING
     """Channels of an image."""
+    architecture: str = "cifar"
+    """The network's form: cifar has a 3x3 stem and three groups of blocks, depth 9n + 2; imagenet a 7x7 stem with
+    stride 2, a max pool and four groups, depth 26, 50, 101 or 152."""
     train_images: int | None = field(default=None, compare=False)
     """Number of training images of the published version, for a remark on larger batches; null makes none."""
     root: str = "data"
@@ -105,6 +108,9 @@ class ModeConfig:
     """Half-width of the codec's range, in standard deviations of the channel."""
     forward_from_code: bool = False
     """Feed the decoded activation forward as well (the paper's naive baseline)."""
+    codes_max_pool: bool = False
+    """Save codes of the batch norm and ReLU before the max pool too, which the paper saves at full precision. Only
+    the imagenet architecture has one. Coded layers only."""
     width_factor: float = 1.0
     """Factor on every channel count, on top of `width`."""
     segments: int | None = None
@@ -164,7 +170,8 @@ class Config:
     task: Any = MISSING
     """The task and its settings: the Settings of a module of runners/tasks."""
     depth: int = 164
-    """Layers of the network, 9 n + 2 for n blocks per group: 164, 254, 488 and 1001 are the paper's."""
+    """Layers of the network, 9 n + 2 for n blocks per group: 164, 254, 488 and 1001 are the paper's. For ImageNet 26,
+    50, 101 or 152, which is the paper's."""
     width: float = 1.0
     """Factor on every channel count: 4 is the paper's "4x"."""
     seed: int = 0
@@ -185,6 +192,9 @@ class Config:
     run: str = MISSING
     """Folder of this run in results/runs; composed from the values that distinguish runs."""
 
+
+IMAGENET_DEPTHS = (26, 50, 101, 152)
+"""Depths of the imagenet architecture."""
 
 LONGEST_NAME = 150
 """Characters of a name: file systems take 255, of which tasks and files append to the name of a run."""
@@ -222,7 +232,7 @@ def check(config: Config) -> None:
     if config.gpu.memory_gib is not None:
         above_zero("gpu.memory_gib", config.gpu.memory_gib)
     at_least("gpu.allowance_mib", config.gpu.allowance_mib, 0)
-    _check_depth(config.depth)
+    _check_depth(config.depth, config.dataset)
     above_zero("width", config.width)
     _check_size(config)
     at_least("jobs", config.jobs, 1)
@@ -258,6 +268,7 @@ def _check_dataset(config: Config) -> None:
     dataset = config.dataset
     one_of("dataset.name", dataset.name, options("dataset", config.config_dir))
     _plain_name("dataset.version", dataset.version)
+    one_of("dataset.architecture", dataset.architecture, ("cifar", "imagenet"))
     at_least("dataset.classes", dataset.classes, 2)
     for key in ("image_size", "image_channels", "iterations", "batch_size", "eval_batch_size"):
         at_least(f"dataset.{key}", getattr(dataset, key), 1)
@@ -317,6 +328,8 @@ def _check_mode(mode: ModeConfig) -> None:
         raise UserError(f"mode.bits={mode.bits} needs mode.layers=coded: {mode.layers} layers save no codes")
     if mode.forward_from_code and mode.bits is None:
         raise UserError("mode.forward_from_code=true needs codes to feed forward: give mode.bits 2, 4 or 8")
+    if mode.codes_max_pool and mode.bits is None:
+        raise UserError("mode.codes_max_pool=true needs codes to save: give mode.bits 2, 4 or 8")
     if mode.segments is not None:
         at_least("mode.segments", mode.segments, 1)
         if mode.layers != "checkpoint":
@@ -354,7 +367,12 @@ def _check_schedule(schedule: list[list[float]]) -> None:
         raise UserError(f"dataset.schedule={schedule} is not allowed: its last end is 1, the end of the training")
 
 
-def _check_depth(depth: int) -> None:
+def _check_depth(depth: int, dataset: DatasetConfig) -> None:
+    if dataset.architecture == "imagenet":
+        if depth not in IMAGENET_DEPTHS:
+            allowed = ", ".join(map(str, IMAGENET_DEPTHS))
+            raise UserError(f"depth={depth} is not allowed: the network of dataset={dataset.name} has one of {allowed}")
+        return
     if depth >= 11 and depth % 9 == 2:
         return
     below = (depth - 2) // 9 * 9 + 2
@@ -363,14 +381,19 @@ def _check_depth(depth: int) -> None:
 
 
 def _check_size(config: Config) -> None:
-    """Check sizes: images can be halved twice, the first convolution has a channel, each segment a block."""
+    """Check sizes: images can be halved as often as needed, the stem has a channel, each segment a block."""
     mode, size = config.mode, config.dataset.image_size
-    if size % 4 or size < 8:
-        raise UserError(f"dataset.image_size={size} is not allowed: it is a multiple of 4, at least 8")
-    if 16 * config.width * mode.width_factor <= 0.5:  # the stem has 16 channels
+    is_imagenet = config.dataset.architecture == "imagenet"
+    multiple, smallest = (32, 64) if is_imagenet else (4, 8)
+    if size % multiple or size < smallest:
+        raise UserError(
+            f"dataset.image_size={size} is not allowed: it is a multiple of {multiple}, at least {smallest}"
+        )
+    stem_channels = 64 if is_imagenet else 16
+    if stem_channels * config.width * mode.width_factor <= 0.5:
         raise UserError(
             f"width={config.width} with mode.width_factor={mode.width_factor} leaves less than a channel: "
-            "their product is above 1/32"
+            f"their product is above 1/{2 * stem_channels}"
         )
     blocks = (config.depth - 2) // 3
     if mode.segments is not None and mode.segments > blocks:

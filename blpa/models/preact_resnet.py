@@ -1,26 +1,67 @@
-"""Pre-activation ResNets of bottleneck blocks for CIFAR-size images (He et al. 2016, "Identity Mappings").
+"""Pre-activation ResNets of bottleneck blocks for images of CIFAR's and of ImageNet's size (He et al. 2016).
 
-    stem      3x3 convolution, 16 channels
-    3 groups  n blocks each, c = 16, 32, 64; the first block of groups 2 and 3 halves height and width
-    block     x + conv1x1(4c) . relu . bn . conv3x3(c) . relu . bn . conv1x1(c) . relu . bn (x)
-    head      batch norm, ReLU, average over the image, linear
+               CIFAR                             ImageNet
+    stem       3x3 convolution, 16 channels      7x7 convolution with stride 2, 64 channels
+    groups     n blocks each, c = 16, 32, 64     3, 4, 6, 3 blocks (depth 50), c = 64, 128, 256, 512
+    depth      9 n + 2                           26, 50, 101 or 152
 
-depth = 9 n + 2. The first block's shortcut starts after its first batch norm and ReLU. Difference from He et al.:
-shortcuts have no parameters, only average pooling by the stride and zero channels, equally many on both sides.
+    block      x + conv1x1(4c) . relu . bn . conv3x3(c) . relu . bn . conv1x1(c) . relu . bn (x)
+    head       batch norm, ReLU, average over the image, linear
+
+The first block of every group but the first halves height and width. For ImageNet a max pool follows the first batch
+norm and ReLU and halves them too. The first block's shortcut starts after these. Difference from He et al.: shortcuts
+have no parameters, only average pooling by the stride and zero channels, equally many on both sides.
 """
 
 import math
-from typing import cast
+from collections.abc import Mapping
+from typing import NamedTuple, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from blpa.layers import Activation, Layers, ResidualSum, check_has_relu
 from blpa.ops import average_pool
+from blpa.saved import MaxPool
 
-STEM_CHANNELS = 16
-GROUP_CHANNELS = (16, 32, 64)
 EXPANSION = 4
+
+
+class Architecture(NamedTuple):
+    """What differs between the networks for images of two sizes."""
+
+    stem_channels: int
+    stem_kernel_size: int
+    stem_stride: int
+    max_pool: MaxPool | None
+    """After the first batch norm and ReLU."""
+    group_channels: tuple[int, ...]
+    """Channels c inside the blocks of each group."""
+    groups: Mapping[int, tuple[int, ...]] | None
+    """Number of blocks of each group, by depth; None: n each for the depth 9 n + 2."""
+
+    def blocks(self, depth: int) -> tuple[int, ...]:
+        """Return the number of blocks of each group.
+
+        Raises:
+            ValueError: there is no network of this depth.
+        """
+        if self.groups is not None:
+            if depth not in self.groups:
+                raise ValueError(f"depth = {depth}: must be one of {', '.join(map(str, self.groups))}")
+            return self.groups[depth]
+        per_group, rest = divmod(depth - 2, 9)
+        if rest or per_group < 1:
+            raise ValueError(f"depth = {depth}: must be 9 n + 2 with n >= 1 (11, 20, 29, ..., 164, ...)")
+        return (per_group,) * len(self.group_channels)
+
+
+CIFAR = Architecture(16, 3, 1, None, (16, 32, 64), None)
+IMAGENET = Architecture(
+    64, 7, 2, MaxPool(3, 2, 1), (64, 128, 256, 512),
+    {26: (2, 2, 2, 2), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)},
+)  # fmt: skip
+ARCHITECTURES = {"cifar": CIFAR, "imagenet": IMAGENET}
 
 
 class Bottleneck(nn.Module):
@@ -32,13 +73,24 @@ class Bottleneck(nn.Module):
         stride: of the first convolution and the shortcut.
         layers: factory of the layers.
         shortcut_from_activation: the shortcut starts after the first batch norm and ReLU, not at x.
+        max_pool: after the first batch norm and ReLU; then the shortcut starts after it.
     """
 
     def __init__(
-        self, in_channels: int, channels: int, stride: int, layers: Layers, *, shortcut_from_activation: bool = False
+        self,
+        in_channels: int,
+        channels: int,
+        stride: int,
+        layers: Layers,
+        *,
+        shortcut_from_activation: bool = False,
+        max_pool: MaxPool | None = None,
     ) -> None:
         super().__init__()
-        self.bn1 = layers.batch_norm_relu(in_channels)
+        if max_pool is None:
+            self.bn1 = layers.batch_norm_relu(in_channels)
+        else:
+            self.bn1 = layers.batch_norm_relu_max_pool(in_channels, max_pool)
         self.conv1 = layers.conv2d(in_channels, channels, 1, stride=stride)
         self.bn2 = layers.batch_norm_relu(channels)
         self.conv2 = layers.conv2d(channels, channels, 3)
@@ -46,7 +98,7 @@ class Bottleneck(nn.Module):
         self.conv3 = layers.conv2d(channels, EXPANSION * channels, 1)
         self.stride = stride
         self.added_channels = EXPANSION * channels - in_channels
-        self.shortcut_from_activation = shortcut_from_activation
+        self.shortcut_from_activation = shortcut_from_activation or max_pool is not None
 
     def forward(self, x: Tensor | ResidualSum) -> Tensor | ResidualSum:
         """Compute [N, 4 c, H / stride, W / stride] from [N, C, H, W]; coded layers defer the sum to the next block."""
@@ -74,39 +126,59 @@ class Bottleneck(nn.Module):
 
 
 class PreActResNet(nn.Module):
-    """The network of the paper's CIFAR tables.
+    """The network of the paper's tables.
 
     Args:
-        depth: 9 n + 2 layers.
+        depth: number of layers, 9 n + 2 for CIFAR; 26, 50, 101 or 152 for ImageNet.
         layers: factory of the layers, blpa.StockLayers or blpa.CodedLayers, with eps=1e-3 in the paper.
         classes: number of classes.
         image_channels: channels of an image.
         width: factor on every channel count.
+        architecture: cifar or imagenet, a key of ARCHITECTURES.
 
     Raises:
-        ValueError: depth is not 9 n + 2 with n >= 1, or the narrowest layer would have no channel.
+        ValueError: there is no such architecture or depth, or the narrowest layer would have no channel.
 
-    Source: Chakrabarti and Moseley, section 4; their code for the shortcuts and the initialisation.
+    Source: Chakrabarti and Moseley, section 4; their code for the shortcuts and the initialisation. Departure: their
+    7x7 convolution pads its image by 2 and 3 pixels and their max pool by 0 and 1; here both sides have the same.
     """
 
     def __init__(
-        self, depth: int, *, layers: Layers, classes: int, image_channels: int = 3, width: float = 1.0
+        self,
+        depth: int,
+        *,
+        layers: Layers,
+        classes: int,
+        image_channels: int = 3,
+        width: float = 1.0,
+        architecture: str = "cifar",
     ) -> None:
         super().__init__()
-        blocks_per_group, rest = divmod(depth - 2, 9)
-        if rest or blocks_per_group < 1:
-            raise ValueError(f"depth = {depth}: must be 9 n + 2 with n >= 1 (11, 20, 29, ..., 164, ...)")
-        if round(STEM_CHANNELS * width) < 1:
-            raise ValueError(f"width = {width:g}: {STEM_CHANNELS} channels times that is less than one")
+        if architecture not in ARCHITECTURES:
+            raise ValueError(f"architecture = {architecture!r}: must be one of {', '.join(ARCHITECTURES)}")
+        plan = ARCHITECTURES[architecture]
+        blocks_of_groups = plan.blocks(depth)
+        if round(plan.stem_channels * width) < 1:
+            raise ValueError(f"width = {width:g}: {plan.stem_channels} channels times that is less than one")
 
-        in_channels = round(STEM_CHANNELS * width)
-        self.stem = nn.Conv2d(image_channels, in_channels, 3, padding=1, bias=False)
+        in_channels, kernel_size = round(plan.stem_channels * width), plan.stem_kernel_size
+        self.stem = nn.Conv2d(
+            image_channels, in_channels, kernel_size, stride=plan.stem_stride, padding=kernel_size // 2, bias=False
+        )
         blocks: list[nn.Module] = []
-        for group, base_channels in enumerate(GROUP_CHANNELS):
+        for group, (count, base_channels) in enumerate(zip(blocks_of_groups, plan.group_channels, strict=True)):
             channels = round(base_channels * width)
-            for index in range(blocks_per_group):
-                stride = 2 if group > 0 and index == 0 else 1
-                blocks.append(Bottleneck(in_channels, channels, stride, layers, shortcut_from_activation=not blocks))
+            for index in range(count):
+                is_first, stride = not blocks, 2 if group > 0 and index == 0 else 1
+                block = Bottleneck(
+                    in_channels,
+                    channels,
+                    stride,
+                    layers,
+                    shortcut_from_activation=is_first,
+                    max_pool=plan.max_pool if is_first else None,
+                )
+                blocks.append(block)
                 in_channels = EXPANSION * channels
         self.blocks = nn.Sequential(*blocks)
         self.bn = layers.last_batch_norm_relu(in_channels)
@@ -128,7 +200,7 @@ class PreActResNet(nn.Module):
         """Compute the logits.
 
         Args:
-            images: floating point [N, image_channels, H, W], H and W multiples of 4.
+            images: floating point [N, image_channels, H, W], H and W multiples of 4; of 32 for ImageNet.
 
         Returns:
             [N, classes].

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from blpa import kernels
 from blpa.kernels import Kernels
-from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS
+from blpa.models.preact_resnet import EXPANSION
 from runners import provenance, records
 from runners.cells import gpu_changes
 from runners.config import Config, at_least
@@ -107,10 +107,10 @@ def run(config: Config) -> list[Record]:
 
 def shapes(config: Config) -> list[tuple[int, int, int]]:
     """Return batch, rows and channels of the activations of the network's blocks: two shapes per group."""
-    batch, factor = config.dataset.batch_size, config.width * config.mode.width_factor
+    batch = config.dataset.batch_size
     return [
-        (batch, batch * (config.dataset.image_size >> group) ** 2, times * round(channels * factor))
-        for group, channels in enumerate(GROUP_CHANNELS)
+        (batch, batch * size**2, times * channels)
+        for channels, size in network.group_shapes(config)
         for times in (1, EXPANSION)
     ]
 

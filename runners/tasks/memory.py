@@ -137,20 +137,28 @@ def by_block(config: Config, counted: TrainingBytes) -> list[Row]:
             "height": part.output_shape[2],
             **{kind: part.kinds[kind] for kind in SAVED},
             "saved": sum(part.kinds.values()),
-            "formula": _formula(config, part),
+            "formula": _formula(config, part, is_first=number == 0),
         }
-        for name, part in counted.step.saved_by_part.items()
+        for number, (name, part) in enumerate(counted.step.saved_by_part.items())
     ]
 
 
-def _formula(config: Config, part: PartBytes) -> int | None:
-    """Compute the bytes that a block saves: its three BN-ReLU-convs read the input, and 1/4 of the output twice."""
+def _formula(config: Config, part: PartBytes, *, is_first: bool) -> int | None:
+    """Compute the bytes that a block saves: its three BN-ReLU-convs read the input, and 1/4 of the output twice.
+
+    The max pool of the first block for ImageNet saves a byte per output besides.
+    """
     if config.mode.layers != "coded":
         return None
     codec = network.codec(config.mode)
     rows_in, rows_out = (shape.numel() // shape[1] for shape in (part.input_shape, part.output_shape))
     element_bytes = 2 if network.precision(config.gpu, META) == "bf16" else 4
-    first = saved_bytes(rows_in, part.input_shape[1], codec, element_bytes=element_bytes)
+    has_max_pool = is_first and network.has_max_pool(config)
+    is_coded = not has_max_pool or config.mode.codes_max_pool or config.mode.forward_from_code
+    channels = part.input_shape[1]
+    first = saved_bytes(rows_in, channels, codec if is_coded else None, element_bytes=element_bytes)
+    if has_max_pool:
+        first += rows_out * channels
     return first + 2 * saved_bytes(rows_out, part.output_shape[1] // 4, codec, element_bytes=element_bytes)
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from runners.cells import IGNORED
-from runners.config import PUBLISHED, Config
+from runners.config import Config, DatasetConfig, ModeConfig
 from runners.errors import CannotWrite, UserError
 from runners.files import write_whole
 from runners.records import FILES
@@ -41,8 +41,6 @@ def deciding_fields(config: Config) -> dict[str, Any]:
         for group, values in (("dataset", config.dataset), ("mode", config.mode))
         for key, value in asdict(values).items()
     }
-    if config.dataset.version == PUBLISHED:  # as older checkpoints say by saying nothing
-        del named["dataset.version"]
     return {
         **{key: value for key, value in named.items() if key not in (*IGNORED, "dataset.reader")},
         **{f"gpu.{key}": gpu[key] for key in ("device", "precision", "kernels", "deterministic")},
@@ -148,6 +146,7 @@ class RunFolder:
 
     def _check_configuration(self, file: Path, there: dict[str, Any]) -> None:
         here = self.configuration
+        there = {key: _default(key) for key in here} | there
         different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
         if different:
             values = ", ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in different)
@@ -160,6 +159,13 @@ class RunFolder:
         except OSError as error:
             kept = f"{self.known_good[-1].name} is kept" if self.known_good else "there is no checkpoint yet"
             raise CannotWrite(f"cannot write {file}: {error.strerror}; {kept}") from error
+
+
+def _default(key: str) -> Any:
+    """Return a setting's default in the schema, which a checkpoint from before the setting says by saying nothing."""
+    group, _, name = key.partition(".")
+    schema = {"dataset": DatasetConfig, "mode": ModeConfig}.get(group)
+    return getattr(schema, name, None)
 
 
 def newest(path: Path, *, foreign: set[Path] | None = None) -> tuple[Path, dict[str, Any]] | None:

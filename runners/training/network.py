@@ -28,7 +28,7 @@ from blpa import kernels, memory
 from blpa.codec import Codec
 from blpa.kernels import Kernels
 from blpa.layers import CodedLayers, Layers, StockLayers
-from blpa.models.preact_resnet import EXPANSION, GROUP_CHANNELS, PreActResNet
+from blpa.models.preact_resnet import ARCHITECTURES, EXPANSION, Architecture, PreActResNet
 from runners.cells import folder_name
 from runners.config import Config, GpuConfig, ModeConfig
 from runners.errors import UserError
@@ -126,7 +126,13 @@ def layers(mode: ModeConfig, kernels: Kernels) -> Layers:
     """
     if mode.layers != "coded":
         return StockLayers(eps=EPS)
-    return CodedLayers(codec=codec(mode), forward_from_code=mode.forward_from_code, kernels=kernels, eps=EPS)
+    return CodedLayers(
+        codec=codec(mode),
+        forward_from_code=mode.forward_from_code,
+        kernels=kernels,
+        eps=EPS,
+        codes_max_pool=mode.codes_max_pool,
+    )
 
 
 def build(config: Config, kernels: Kernels) -> PreActResNet:
@@ -139,6 +145,7 @@ def build(config: Config, kernels: Kernels) -> PreActResNet:
         classes=config.dataset.classes,
         image_channels=config.dataset.image_channels,
         width=config.width * mode.width_factor,
+        architecture=config.dataset.architecture,
     )
     if mode.layers == "compiled":
         baselines.compile_blocks(network.blocks, activation_memory_budget=mode.activation_memory_budget, fp8=mode.fp8)
@@ -150,21 +157,36 @@ def build(config: Config, kernels: Kernels) -> PreActResNet:
 
 
 def encoded_elements(config: Config, *, steps: int) -> float:
-    """Count the activation elements that a number of steps encode.
-
-    They are 168 n H W per image, for n blocks per group at width 1.
-    """
+    """Estimate the activation elements that a number of steps encode: of a block 4 c H W + c H W + c H W."""
     if config.mode.layers != "coded":
         return 0
-    width = config.width * config.mode.width_factor
-    elements_per_image = 168 * (config.depth - 2) // 9 * config.dataset.image_size**2 * width
+    elements_per_image = sum(
+        count * (EXPANSION + 2) * channels * size**2
+        for count, (channels, size) in zip(_plan(config).blocks(config.depth), group_shapes(config), strict=True)
+    )
     return elements_per_image * steps * config.dataset.batch_size
 
 
 def largest_activation(config: Config, batch: int) -> int:
     """Count the elements of a batch's largest activation: the output of a block of the first group."""
-    channels = EXPANSION * round(GROUP_CHANNELS[0] * config.width * config.mode.width_factor)
-    return batch * channels * config.dataset.image_size**2
+    channels, size = group_shapes(config)[0]
+    return batch * EXPANSION * channels * size**2
+
+
+def group_shapes(config: Config) -> list[tuple[int, int]]:
+    """Return for each group of blocks the channels c inside them, and the height of their output."""
+    plan, width = _plan(config), config.width * config.mode.width_factor
+    size = config.dataset.image_size // plan.stem_stride // (1 if plan.max_pool is None else plan.max_pool.stride)
+    return [(round(channels * width), size >> group) for group, channels in enumerate(plan.group_channels)]
+
+
+def has_max_pool(config: Config) -> bool:
+    """Return whether the first block has a max pool."""
+    return _plan(config).max_pool is not None
+
+
+def _plan(config: Config) -> Architecture:
+    return ARCHITECTURES[config.dataset.architecture]
 
 
 def training_step(config: Config, batch: int, chosen: Kernels, device: torch.device) -> Callable[[], object]:

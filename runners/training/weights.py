@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from blpa.models.preact_resnet import STEM_CHANNELS
+from blpa.models.preact_resnet import ARCHITECTURES, CIFAR
 from runners.errors import UserError
 from runners.training import torch_files
 from runners.training.torch_files import Unreadable
@@ -96,9 +96,11 @@ def network_of(state: Mapping[str, Tensor]) -> dict[str, float]:
     blocks = {found[1] for name in state if (found := re.match(r"blocks\.(\d+)\.", name))}
     if stem is None or classifier is None or stem.dim() != 4 or classifier.dim() != 2 or not blocks:
         return {}
+    of_stem = {plan.stem_kernel_size: plan.stem_channels for plan in ARCHITECTURES.values()}
     return {
         "depth": 3 * len(blocks) + 2,
-        "width": stem.shape[0] / STEM_CHANNELS,
+        "stem of size": stem.shape[2],
+        "width": stem.shape[0] / of_stem.get(stem.shape[2], CIFAR.stem_channels),
         "classes": classifier.shape[0],
         "image channels": stem.shape[1],
     }

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 from support import make
 
-from blpa.models.preact_resnet import STEM_CHANNELS
+from blpa.models.preact_resnet import CIFAR
 from runners import config as schema
 from runners.cells import task_module, task_settings
 from runners.config import Config, options
@@ -120,7 +120,7 @@ def test_a_width_without_a_channel_is_refused_naming_both_factors() -> None:
 @pytest.mark.parametrize("width", [1 / 32, 1 / 31, 0.1, 1.0])
 def test_the_width_is_refused_where_the_network_refuses_it(width: float) -> None:
     """The check knows the stem's channels by heart, for the network would import torch."""
-    has_channels = round(STEM_CHANNELS * width) >= 1
+    has_channels = round(CIFAR.stem_channels * width) >= 1
     with nullcontext() if has_channels else pytest.raises(ValueError, match=r"^width="):
         check(make(width=width))
 
@@ -173,7 +173,7 @@ def test_empty_results_are_refused() -> None:
 def test_every_group_has_the_options_of_the_command_line() -> None:
     assert options("dataset") == ["cifar10", "cifar10-files", "cifar100", "digits", "imagenet"]
     assert set(options("mode")) == {
-        "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "2bit", "exact-one-copy", "checkpoint",
+        "exact", "fewer-features", "naive-8bit", "8bit", "4bit", "4bit-pool", "2bit", "exact-one-copy", "checkpoint",
         "offload", "compiled", "compiled-budget-0.5", "compiled-budget-0.2", "compiled-fp8",
     }  # fmt: skip
     assert options("gpu") == ["auto", "cpu", "gtx1080ti", "h200"]
@@ -185,7 +185,7 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "bench-batches", "bench-batches-fp32", "bench-card", "bench-converted", "bench-converted-fp32",
         "bench-kernels", "bench-kernels-others", "bench-largest", "bench-largest-fp32", "bench-times",
         "bench-times-fp32", "bench-training", "converted", "converted-times", "demo", "demo-batches",
-        "demo-gradients", "demo-memory", "demo-times", "gradients", "single", "table1", "table1-quarter", "table2",
+        "demo-gradients", "demo-memory", "demo-times", "gradients", "imagenet-batches", "imagenet-times", "single", "table1", "table1-quarter", "table2",
         "table2-fp32", "table3", "table3-fp32",
     ]  # fmt: skip
 

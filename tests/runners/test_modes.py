@@ -21,6 +21,10 @@ MODES: dict[str, tuple[ModeConfig, Layers]] = {
     ),
     "8bit": (ModeConfig(layers="coded", bits=8), CodedLayers(codec=Codec(8), eps=EPS)),
     "4bit": (ModeConfig(layers="coded", bits=4), CodedLayers(codec=Codec(4), eps=EPS)),
+    "4bit-pool": (
+        ModeConfig(layers="coded", bits=4, codes_max_pool=True),
+        CodedLayers(codec=Codec(4), codes_max_pool=True, eps=EPS),
+    ),
     "2bit": (ModeConfig(layers="coded", bits=2, clip=1.7), CodedLayers(codec=Codec(2, clip=1.7), eps=EPS)),
     "exact-one-copy": (ModeConfig(layers="coded"), CodedLayers(codec=None, eps=EPS)),
     "checkpoint": (ModeConfig(layers="checkpoint"), STOCK),
