@@ -26,6 +26,8 @@ METRICS = {
     "test_error_percent": FINITE,
 }
 """Columns of metrics.csv."""
+TOP5 = {"test_top5_error_percent": FINITE}
+"""Its last column where the data set has `top5`; curves.csv leaves it out."""
 
 RUN = (*GROUP, "mode", "seed", "date")
 COLUMNS: dict[str, Kind] = {**{name: KINDS[name] for name in RUN}, **METRICS}
@@ -103,7 +105,10 @@ def _gathered(table: Path) -> list[list[Row]]:
 
 def _of_run(record: Record, metrics: Path) -> list[Row]:
     """Read a run's curve; none where its metrics are newer than the record, as the run was started anew."""
-    curve = _curve(metrics, read_csv(metrics, METRICS, dict, of="metrics"))
+    with metrics.open(encoding="utf-8", errors="replace") as file:
+        has_top5 = next(iter(TOP5)) in file.readline()
+    lines = read_csv(metrics, METRICS | TOP5 if has_top5 else METRICS, dict, of="metrics")
+    curve = _curve(metrics, {line: {name: row[name] for name in METRICS} for line, row in lines.items()})
     if not curve or curve[-1]["iteration"] != record.iterations:
         return []
     run = dict(zip(RUN, records.key(record, RUN), strict=True))
