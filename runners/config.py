@@ -53,6 +53,9 @@ class DatasetConfig:
     """Number of training steps."""
     batch_size: int = MISSING
     """Images per training step."""
+    sub_batches: int = 1
+    """Forward and backward passes per training step, of an equal part of the batch each; the gradients are averaged.
+    Batch norm takes the statistics of each part. Tasks other than train do not divide the batch."""
     schedule: list[list[float]] = MISSING
     """Learning rate as [end, rate] pairs: `rate` holds up to the fraction `end` of the iterations, the last 1.0."""
     momentum: float = 0.9
@@ -69,6 +72,8 @@ class DatasetConfig:
     """Images per evaluation step."""
     eval_statistics: str = "running"
     """Batch norm statistics in evaluation: running averages, or batch (the authors' code)."""
+    top5: bool = False
+    """Count the test images, too, whose class is not among the five with the largest logits."""
     train_sides: list[int] | None = None
     """Data sets of image files only: smallest and largest short side, in pixels, that a training image is resized to
     before its random crop of `image_size`; null for data sets in memory, as the values that follow."""
@@ -272,6 +277,13 @@ def _check_dataset(config: Config) -> None:
     at_least("dataset.classes", dataset.classes, 2)
     for key in ("image_size", "image_channels", "iterations", "batch_size", "eval_batch_size"):
         at_least(f"dataset.{key}", getattr(dataset, key), 1)
+    if dataset.sub_batches < 1 or dataset.batch_size % dataset.sub_batches:
+        raise UserError(
+            f"dataset.sub_batches={dataset.sub_batches} is not allowed: it divides dataset.batch_size="
+            f"{dataset.batch_size}"
+        )
+    if dataset.top5 and dataset.classes <= 5:
+        raise UserError(f"dataset.top5=true needs more than five classes: dataset.classes={dataset.classes}")
     at_least("dataset.crop_padding", dataset.crop_padding, 0)
     _check_schedule(dataset.schedule)
     if not 0 <= dataset.momentum < 1:

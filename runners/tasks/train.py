@@ -110,8 +110,10 @@ def _end(config: Config, begun: _Begun, outcome: loop.Outcome) -> list[Record]:
     measured = _records(config, outcome, source, begun.run_dir)
     records.write(measured, begun.run_dir)
     records.forget_failure(begun.run_dir)
+    top5 = outcome.test_top5_error_percent
+    of_five = "" if top5 is None else f", top-5 {top5:.2f} %,"
     print(
-        f"{config.run}: test error {outcome.test_error_percent:.2f} % after {outcome.iterations} iterations, "
+        f"{config.run}: test error {outcome.test_error_percent:.2f} %{of_five} after {outcome.iterations} iterations, "
         f"{outcome.seconds:.0f} s, {outcome.samples_per_second:.0f} samples/s"
     )
     return measured
@@ -132,7 +134,9 @@ def _records(config: Config, outcome: loop.Outcome, source: dict[str, Any], run_
         )
         for metric, unit, value in (
             ("test_error_percent", "%", outcome.test_error_percent),
+            (loop.TOP5, "%", outcome.test_top5_error_percent),
             ("train_seconds", "s", outcome.seconds),
             ("samples_per_second", "samples/s", outcome.samples_per_second),
         )
+        if value is not None
     ]  # fmt: skip

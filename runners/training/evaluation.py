@@ -2,20 +2,35 @@
 
     sums = [loss, samples classified wrongly], over the images in order, on the device
 
+A data set with `top5` also counts the samples whose class is not among the five with the largest logits. Where each
+image has several views, their logits are added up.
+
 On a GPU the evaluation of a full batch is captured once as a CUDA graph and replayed, as training steps are (steps.py).
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from runners.config import DatasetConfig
 from runners.data import Images
 from runners.training import steps
 from runners.training.steps import TrainingStep
+
+
+class Evaluated(NamedTuple):
+    """Result of an evaluation."""
+
+    loss: float
+    """Mean loss."""
+    error_percent: float
+    top5_error_percent: float | None
+    """None for a data set without `top5`."""
 
 
 class Evaluation:
@@ -24,38 +39,50 @@ class Evaluation:
     Args:
         step: the training steps of the network.
         images: the test set, for the model's device.
-        recipe: `eval_batch_size`, and `eval_statistics`: running averages or the statistics of each batch.
+        recipe: `eval_batch_size`; `eval_statistics`, running averages or the statistics of each batch; `top5`.
     """
 
     def __init__(self, step: TrainingStep, images: Images, recipe: DatasetConfig) -> None:
         self.step = step
         self.images = images
         self.recipe = recipe
-        self.sums = torch.zeros(2, dtype=torch.float64, device=step.device)
+        self.sums = torch.zeros(3 if recipe.top5 else 2, dtype=torch.float64, device=step.device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.has_run = False
         self.inputs: steps.Inputs = ()  # the graph's, once captured
 
-    def __call__(self, *, is_final: bool = False) -> tuple[float, float]:
+    def __call__(self, *, is_final: bool = False) -> Evaluated:
         """Classify the test images; the model is in training mode before and after.
 
         Args:
             is_final: as Images.batches takes it.
-
-        Returns:
-            Mean loss, and error in percent.
         """
         model = self.step.model
         self.sums.zero_()
         count = 0
         model.eval()
-        with torch.no_grad(), batch_statistics(model) if self.recipe.eval_statistics == "batch" else nullcontext():
+        with (
+            torch.no_grad(),
+            batch_statistics(model) if self.recipe.eval_statistics == "batch" else nullcontext(),
+            self._progress_bar(is_final) or nullcontext() as bar,
+        ):
             for inputs in self.images.batches(self.recipe, is_final=is_final):
                 self._add(inputs)
                 count += len(inputs[0])
+                if bar is not None:
+                    bar.update(len(inputs[0]))
         model.train()
-        loss, error = (self.sums / count).tolist()
-        return loss, 100 * error
+        loss, *errors = (self.sums / count).tolist()
+        percent = [100 * error for error in errors]
+        return Evaluated(loss, percent[0], percent[1] if self.recipe.top5 else None)
+
+    def _progress_bar(self, is_final: bool) -> "tqdm[Any] | None":
+        """Make a progress bar for images in files, which take long."""
+        if self.images.seconds_waited is None:
+            return None
+        checked = None if is_final else self.recipe.check_images
+        total = len(self.images) if checked is None else min(checked, len(self.images))
+        return tqdm(desc="test images", total=total, leave=False, delay=2, dynamic_ncols=True)
 
     def _add(self, inputs: steps.Inputs) -> None:
         """Add a batch to the sums."""
@@ -82,7 +109,10 @@ class Evaluation:
         for view in views[1:]:
             logits += steps.forward(self.step.model, view, self.step.gpu)
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-        self.sums += torch.stack([loss_sum, (logits.argmax(dim=1) != labels).sum()])
+        found = [loss_sum, (logits.argmax(dim=1) != labels).sum()]
+        if self.recipe.top5:
+            found.append((logits.topk(5).indices != labels[:, None]).all(dim=1).sum())
+        self.sums += torch.stack(found)
         return self.sums
 
 

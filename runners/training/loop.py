@@ -34,6 +34,8 @@ from runners.training.turns import Turns
 
 METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
 """Columns of metrics.csv; training loss and error are means since the previous row."""
+TOP5 = "test_top5_error_percent"
+"""The last column, for data sets with `top5`."""
 
 READ_EVERY_ITERATIONS = 50
 READ_EVERY_SECONDS = 1.0
@@ -47,6 +49,8 @@ class Outcome:
     """Result of a finished run; training loss and error are means since the evaluation before the last."""
 
     test_error_percent: float
+    test_top5_error_percent: float | None
+    """None for a data set without `top5`."""
     test_loss: float
     train_loss: float
     train_error_percent: float
@@ -169,12 +173,13 @@ def in_turns(
         records.forget_failure(run_dir)
     if progress.iteration < recipe.iterations:
         _append_provenance(progress, device)
-    folder.write_metrics(METRICS, progress.rows)
+    columns = (*METRICS, TOP5) if recipe.top5 else METRICS
+    folder.write_metrics(columns, progress.rows)
 
     def make_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return data.train.batch(inputs, recipe)
 
-    step = TrainingStep(model, optimiser, make_batch, gpu=config.gpu, device=device)
+    step = TrainingStep(model, optimiser, make_batch, gpu=config.gpu, device=device, sub_batches=recipe.sub_batches)
     evaluate = Evaluation(step, data.test, recipe)
     unread: list[Tensor] = []
     stops = False
@@ -212,10 +217,11 @@ def in_turns(
             unread.clear()
 
             if evaluates:
-                test_loss, test_error_percent = evaluate(is_final=is_last)
-                progress.rows.append([iteration, rate, train_loss, train_error_percent, test_loss, test_error_percent])
+                found = evaluate(is_final=is_last)
+                tested = [value for value in found if value is not None]
+                progress.rows.append([iteration, rate, train_loss, train_error_percent, *tested])
                 progress.loss_sum, progress.wrong_sum, progress.steps = 0.0, 0.0, 0
-                folder.write_metrics(METRICS, progress.rows)
+                folder.write_metrics(columns, progress.rows)
             if saves:
                 _save(folder, model, optimiser, progress)
                 if stops:
@@ -232,9 +238,10 @@ def in_turns(
             raise OutOfTime(f"budget_minutes={config.budget_minutes:g} are over {where}; {goes_on}")
         raise Deferred(f"stops {where} because another run in this process failed; it goes on in a new one")
 
-    _, _, train_loss, train_error_percent, test_loss, test_error_percent = progress.rows[-1]
+    _, _, train_loss, train_error_percent, test_loss, test_error_percent, *top5 = progress.rows[-1]
     return Outcome(
         test_error_percent=test_error_percent,
+        test_top5_error_percent=top5[0] if top5 else None,
         test_loss=test_loss,
         train_loss=train_loss,
         train_error_percent=train_error_percent,

@@ -6,6 +6,10 @@ On a GPU a step of 164 layers is thousands of small kernels, and launching them 
 them. A CUDA graph captures the launches of a whole step once and replays them with one call. The graph reads what
 changes between steps from tensors: the inputs of the batch, and the learning rate. A replay runs the captured
 kernels on the captured addresses, so its result has the same bits as the step before capture.
+
+With k sub-batches a step has k forward and backward passes, of every k-th image each, and one update by the mean of
+their gradients. Memory is that of one sub-batch. Batch norm's statistics are too, so this is not the gradient of the
+whole batch, and the running averages take k steps.
 """
 
 import gc
@@ -149,6 +153,7 @@ class TrainingStep:
             captured with the step, so it must not wait for the device, and all inputs have the same shapes.
         gpu: precision, and whether to capture.
         device: the model's device.
+        sub_batches: k, a divisor of N.
 
     Raises:
         UserError: see uses_cuda_graph.
@@ -162,7 +167,9 @@ class TrainingStep:
         *,
         gpu: GpuConfig,
         device: torch.device,
+        sub_batches: int = 1,
     ) -> None:
+        self.sub_batches = sub_batches
         self.model = model
         self.optimiser = optimiser
         self.make_batch = make_batch
@@ -211,10 +218,21 @@ class TrainingStep:
         return self.result.clone()  # the next replay writes over it
 
     def _step(self, inputs: Inputs) -> Tensor:
-        images, labels = self.make_batch(inputs)
         self.optimiser.zero_grad(set_to_none=True)
+        result = self._add_gradients(inputs)
+        if self.sub_batches > 1:
+            result = torch.stack([result, *(self._add_gradients(inputs, k) for k in range(1, self.sub_batches))]).sum(0)
+        self.optimiser.step()
+        return result
+
+    def _add_gradients(self, inputs: Inputs, first: int = 0) -> Tensor:
+        """Run one sub-batch forward and backward; return its share of the mean loss, and its wrongly classified."""
+        if self.sub_batches > 1:
+            inputs = tuple(x[first :: self.sub_batches] for x in inputs)
+        images, labels = self.make_batch(inputs)
         logits = forward(self.model, images, self.gpu)
         loss = F.cross_entropy(logits, labels)
+        if self.sub_batches > 1:
+            loss = loss / self.sub_batches
         loss.backward()  # type: ignore[no-untyped-call]
-        self.optimiser.step()
         return torch.stack([loss.detach(), (logits.detach().argmax(dim=1) != labels).sum()])

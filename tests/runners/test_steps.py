@@ -6,10 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support import CPU, TinyNet, assert_same_end, tiny_config, tiny_data, train
 from torch import Tensor
 
 from runners.config import GpuConfig
+from runners.data import normalise
 from runners.training import steps
 from runners.training.evaluation import Evaluation
 from runners.training.steps import TrainingStep
@@ -107,3 +109,57 @@ def test_steps_are_captured_on_every_gpu_unless_told_otherwise(
 def test_a_graph_on_a_cpu_is_refused() -> None:
     with pytest.raises(ValueError, match=r"gpu\.cuda_graph=true: the run is on the cpu; only a CUDA device captures"):
         steps.uses_cuda_graph(GpuConfig(cuda_graph=True), CPU)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_sub_batches_are_the_mean_of_their_gradients(count: int) -> None:
+    """Each is every k-th image, normalised by its own statistics; loss and errors are those of all images."""
+    data, recipe = tiny_data().train, tiny_config().dataset
+    net, reference = TinyNet(), TinyNet()
+    step = TrainingStep(
+        net,
+        steps.make_optimiser(net, recipe),
+        lambda inputs: data.batch(inputs, recipe),
+        gpu=tiny_config().gpu,
+        device=CPU,
+        sub_batches=count,
+    )
+    _, inputs = next(data.inputs(recipe, seed=0))
+    loss, wrong = step(inputs, rate=0.0).tolist()
+
+    reference.zero_grad()
+    images, labels = data.batch(inputs, recipe)  # the images of a batch do not depend on each other
+    expected = torch.zeros(2)
+    for first in range(count):
+        logits = reference(images[first::count])
+        part = F.cross_entropy(logits, labels[first::count]) / count
+        part.backward()
+        expected += torch.stack([part.detach(), (logits.argmax(dim=1) != labels[first::count]).sum()])
+    assert [loss, wrong] == expected.tolist()
+    for name, parameter in reference.named_parameters():
+        found = net.get_parameter(name).grad
+        assert (found is None) if parameter.grad is None else torch.equal(found, parameter.grad)
+    assert net.norm.num_batches_tracked == count
+    assert torch.equal(net.norm.running_mean, reference.norm.running_mean)
+
+
+@pytest.mark.usefixtures("log")
+def test_captured_sub_batches_end_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config(sub_batches=2)
+    train(TinyNet(), tmp_path / "captured", config)
+    monkeypatch.undo()
+    train(TinyNet(), tmp_path / "not", config)
+    assert_same_end(tmp_path / "captured", tmp_path / "not")
+
+
+def test_top5_counts_images_whose_class_is_not_among_the_five_largest_logits() -> None:
+    net, data, recipe = TinyNet(), tiny_data(), tiny_config(top5=True).dataset
+    step = TrainingStep(
+        net, steps.make_optimiser(net, recipe), lambda inputs: inputs, gpu=tiny_config().gpu, device=CPU
+    )
+    _, error_percent, top5_error_percent = Evaluation(step, data.test, recipe)()
+    with torch.no_grad():
+        logits = net.eval()(normalise(data.test.images))
+    ranks = (logits > logits.gather(1, data.test.labels[:, None])).sum(dim=1)
+    assert error_percent == 100 * ((ranks > 0).sum().item() / 20)
+    assert top5_error_percent == 100 * ((ranks > 4).sum().item() / 20)

@@ -20,7 +20,7 @@ from runners import errors, fresh
 from runners.config import Config, DatasetConfig, GpuConfig
 from runners.data import Split, load, normalise
 from runners.training import loop, steps
-from runners.training.evaluation import Evaluation
+from runners.training.evaluation import Evaluated, Evaluation
 from runners.training.turns import Turns
 
 
@@ -36,7 +36,7 @@ def torch_settings() -> Iterator[None]:
     os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
 
 
-def evaluate(net: nn.Module, split: Split, config: Config) -> tuple[float, float]:
+def evaluate(net: nn.Module, split: Split, config: Config) -> Evaluated:
     optimiser = steps.make_optimiser(net, config.dataset)
     step = steps.TrainingStep(net.train(), optimiser, lambda inputs: inputs, gpu=config.gpu, device=CPU)
     return Evaluation(step, split, config.dataset)()
@@ -134,7 +134,7 @@ def test_when_losses_are_read_does_not_show(tmp_path: Path, monkeypatch: pytest.
 def test_evaluation_by_batch_statistics_is_the_batch_norm_of_training() -> None:
     net, data, config = TinyNet(), tiny_data(), tiny_config(eval_statistics="batch", eval_batch_size=10)
     before = {key: value.clone() for key, value in net.state_dict().items()}
-    loss, error_percent = evaluate(net, data.test, config)
+    loss, error_percent, _ = evaluate(net, data.test, config)
     assert net.training
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
     with torch.no_grad():
@@ -147,7 +147,7 @@ def test_evaluation_by_running_averages_differs_and_counts_every_image() -> None
     net, data = TinyNet(), tiny_data()
     with torch.no_grad():
         logits = net.eval()(normalise(data.test.images))
-    loss, error_percent = evaluate(net, data.test, tiny_config(eval_batch_size=7))  # 7 + 7 + 6
+    loss, error_percent, _ = evaluate(net, data.test, tiny_config(eval_batch_size=7))  # 7 + 7 + 6
     assert loss == pytest.approx(F.cross_entropy(logits, data.test.labels).item(), rel=1e-6)  # float32 sums
     assert error_percent == 100 * (logits.argmax(dim=1) != data.test.labels).sum().item() / 20
     assert loss != evaluate(net, data.test, tiny_config(eval_statistics="batch"))[0]
