@@ -9,7 +9,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -48,7 +48,9 @@ class Kind:
         )
 
 
-def read_csv(file: Path, kinds: Mapping[str, Kind], make: Callable[[Row], Made], *, of: str) -> dict[int, Made]:
+def read_csv(
+    file: Path, kinds: Mapping[str, Kind], make: Callable[[Row], Made], *, of: str, newer: Collection[str] = ()
+) -> dict[int, Made]:
     """Read a table.
 
     Args:
@@ -56,6 +58,7 @@ def read_csv(file: Path, kinds: Mapping[str, Kind], make: Callable[[Row], Made],
         kinds: kind by column; all of them must be there, and no others.
         make: makes of a row's values what is returned; a ValueError refuses the row.
         of: what the rows are, for messages.
+        newer: columns that older files do not have, or some rows only; their value is then None.
 
     Returns:
         What was made of each row, by the number of its line.
@@ -72,16 +75,16 @@ def read_csv(file: Path, kinds: Mapping[str, Kind], make: Callable[[Row], Made],
         for cells in rows:
             if not header and any(cells):
                 header = cells
-                _check_columns(header, kinds, of)
+                _check_columns(header, kinds, of, newer)
             elif any(map(str.strip, cells)):  # a spreadsheet may leave rows of empty cells
                 if len(cells) != len(header):
                     raise ValueError(f"{_shown(','.join(cells))} is {len(cells)} cells, expected {len(header)}")
                 given = dict(zip(header, cells, strict=True))
                 found[line] = make(
-                    {name: _value(name, given[name], kinds[name].of_text, kinds[name]) for name in kinds}
+                    {name: _value(name, given.get(name, ""), kind.of_text, kind) for name, kind in kinds.items()}
                 )
             line = rows.line_num + 1
-        _check_columns(header, kinds, of)
+        _check_columns(header, kinds, of, newer)
         if not text.endswith(("\n", "\r")):
             line -= 1
             raise ValueError("expected a line break at the end: the line may be cut short")
@@ -123,14 +126,15 @@ def _text(file: Path) -> str:
     return text
 
 
-def _check_columns(columns: Sequence[str], kinds: Mapping[str, Kind], of: str) -> None:
+def _check_columns(columns: Sequence[str], kinds: Mapping[str, Kind], of: str, newer: Collection[str] = ()) -> None:
     unknown = [name for name in columns if name not in kinds]
-    missing = [name for name in kinds if name not in columns]
+    needed = [name for name in kinds if name not in newer]
+    missing = [name for name in needed if name not in columns]
     twice = [name for name in kinds if columns.count(name) > 1]
     if unknown or missing or twice:
         raise ValueError(
             f"its columns are not those of {of}: unknown {_shortened(', '.join(unknown)) or 'none'}; "
-            f"missing {'all' if missing == [*kinds] else ', '.join(missing) or 'none'}; "
+            f"missing {'all' if missing == needed else ', '.join(missing) or 'none'}; "
             f"{f'twice {twice[0]}; ' if twice else ''}expected {', '.join(kinds)}"
         )
 

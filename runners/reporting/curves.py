@@ -26,12 +26,13 @@ METRICS = {
     "test_error_percent": FINITE,
 }
 """Columns of metrics.csv."""
-TOP5 = {"test_top5_error_percent": FINITE}
-"""Its last column where the data set has `top5`; curves.csv leaves it out."""
+
+TOP5 = {"test_top5_error_percent": FINITE.or_none()}
+"""Its last column, where the data set has a top-5 error."""
 
 RUN = (*GROUP, "mode", "seed", "date")
-COLUMNS: dict[str, Kind] = {**{name: KINDS[name] for name in RUN}, **METRICS}
-"""Columns of curves.csv."""
+COLUMNS: dict[str, Kind] = {**{name: KINDS[name] for name in RUN}, **METRICS, **TOP5}
+"""Columns of curves.csv; without the last one where no run has it."""
 
 
 def gather(results: Path, refusals: Refusals | None = None) -> pd.DataFrame:
@@ -54,7 +55,9 @@ def gather(results: Path, refusals: Refusals | None = None) -> pd.DataFrame:
         with records.locked(results):
             curves = _merge(results, refusals)
             if curves:
-                write_csv(table, [row for curve in curves for row in curve])
+                rows = [row for curve in curves for row in curve]
+                unused = {name for name in TOP5 if all(row[name] is None for row in rows)}
+                write_csv(table, [{name: row[name] for name in row if name not in unused} for row in rows])
     newest = {_values(curve, (*GROUP, "mode", "seed")): curve for curve in curves}
     return pd.DataFrame([row for curve in newest.values() for row in curve], columns=list(COLUMNS))
 
@@ -92,7 +95,7 @@ def _values(curve: list[Row], columns: Sequence[str]) -> tuple[Any, ...]:
 def _gathered(table: Path) -> list[list[Row]]:
     """Read the curves of curves.csv."""
     runs: dict[tuple[Any, ...], dict[int, Row]] = {}
-    for line, row in read_csv(table, COLUMNS, dict, of="curves").items():
+    for line, row in read_csv(table, COLUMNS, dict, of="curves", newer=TOP5).items():
         row["settings"] = canonical(row["settings"])
         runs.setdefault(tuple(row[name] for name in RUN), {})[line] = row
     curves = [_curve(table, lines) for lines in runs.values()]
@@ -105,10 +108,7 @@ def _gathered(table: Path) -> list[list[Row]]:
 
 def _of_run(record: Record, metrics: Path) -> list[Row]:
     """Read a run's curve; none where its metrics are newer than the record, as the run was started anew."""
-    with metrics.open(encoding="utf-8", errors="replace") as file:
-        has_top5 = next(iter(TOP5)) in file.readline()
-    lines = read_csv(metrics, METRICS | TOP5 if has_top5 else METRICS, dict, of="metrics")
-    curve = _curve(metrics, {line: {name: row[name] for name in METRICS} for line, row in lines.items()})
+    curve = _curve(metrics, read_csv(metrics, METRICS | TOP5, dict, of="metrics", newer=TOP5))
     if not curve or curve[-1]["iteration"] != record.iterations:
         return []
     run = dict(zip(RUN, records.key(record, RUN), strict=True))

@@ -23,6 +23,9 @@ Group = tuple[Any, ...]
 PRECISIONS = ("tf32", "bf16", "fp32")
 """In the order of the tables."""
 
+TOP1, TOP5 = "", "top5_"
+"""Kinds of errors, as a part of the names of columns. A cell has the first; the second where its records have it."""
+
 OPENING = """\
 Mean over seeds ± sample standard deviation (n runs). alpha is the number of bits saved per activation over 32, as the
 paper counts them; `exact` here is PyTorch's own layers, which save two tensors per batch norm, ReLU and convolution.
@@ -34,25 +37,26 @@ def summarise(found: list[Record], labels: Labels) -> pd.DataFrame:
     """Summarise the cells of every table, in reading order.
 
     Args:
-        found: records of any metric; test_error_percent counts, with the train_seconds of the same run, and where there
-            is none, a failed training.
+        found: records of any metric; test_error_percent counts, with the train_seconds and test_top5_error_percent of
+            the same run, and where there is none, a failed training.
         labels: alpha and order of modes.
 
     Returns:
         A row per group and mode: the fields of GROUP, mode, alpha, error_percent, error_percent_std (sample standard
-        deviation; empty below two runs), n, failed (how, where one did), diverged (how many did, which the mean leaves
-        out), seeds, the paper's mean and deviation, minutes (of training, the mean), device, torch, commit, dates. A
-        cell not run has n = 0.
+        deviation; empty below two runs), n, the same of the top-5 error, failed (how, where one did), diverged (how
+        many did, which the mean leaves out), seeds, the paper's means and deviations, minutes (of training, the mean),
+        device, torch, commit, dates. A cell not run has n = 0.
     """
     run = (*GROUP, "mode", "seed", "date")
     table = [as_row(record) | {"failed": failure(record) if record.failure else ""} for record in found]
-    seconds = {tuple(row[name] for name in run): row["value"] for row in table if row["metric"] == "train_seconds"}
+    beside = {"seconds": "train_seconds", "top5": "test_top5_error_percent"}
+    values = {(row["metric"], *(row[name] for name in run)): row["value"] for row in table}
     errors = [
-        row | {"seconds": seconds.get(tuple(row[name] for name in run))}
+        row | {column: values.get((metric, *(row[name] for name in run))) for column, metric in beside.items()}
         for row in table
         if row["metric"] == "test_error_percent" or (row["failed"] and row["task"] == "train")
     ]
-    frame = pd.DataFrame(errors, columns=[*COLUMNS, "failed", "seconds"])
+    frame = pd.DataFrame(errors, columns=[*COLUMNS, "failed", *beside]).astype(dict.fromkeys(beside, "float"))
     frame = frame.assign(measured=frame["failed"] == "").sort_values(["measured", "date"], kind="stable")
     frame = frame.drop_duplicates([*GROUP, "mode", "seed"], keep="last").sort_values("seed")
     runs: dict[Group, dict[str, pd.DataFrame]] = {}
@@ -73,24 +77,37 @@ def summarise(found: list[Record], labels: Labels) -> pd.DataFrame:
 def _cell(group: Group, mode: str, alpha: str, runs: pd.DataFrame) -> dict[str, Any]:
     """Summarise the runs of one mode in one group, at most one per seed."""
     failed, runs = runs[runs["failed"] != ""]["failed"], runs[runs["failed"] == ""]
-    paper_mean, paper_std = paper.error_percent(group, mode)
+    papers = {kind: (None, None) for kind in (TOP1, TOP5)} | {_papers_kind(group): paper.error_percent(group, mode)}
     return dict(zip(GROUP, group, strict=True)) | {
         "mode": mode,
         "alpha": alpha,
-        "error_percent": runs["value"].mean() if len(runs) else None,
-        "error_percent_std": runs["value"].std() if len(runs) > 1 else None,
-        "n": len(runs),
+        **_statistics(TOP1, runs["value"]),
+        **_statistics(TOP5, runs["top5"].dropna()),
         "failed": _listed(failed),
         "diverged": (failed == "diverged").sum(),
         "seeds": _listed(runs["seed"]),
-        "paper_error_percent": paper_mean,
-        "paper_error_percent_std": paper_std,
+        **{f"paper_{kind}error_percent": mean for kind, (mean, _) in papers.items()},
+        **{f"paper_{kind}error_percent_std": deviation for kind, (_, deviation) in papers.items()},
         "minutes": runs["seconds"].mean() / 60 if runs["seconds"].notna().any() else None,
         "device": _listed(runs["device"], "; "),
         "torch": _listed(runs["torch"]),
         "commit": _listed(_commits(runs)),
         "dates": _listed(sorted(date[:10] for date in runs["date"])),
     }
+
+
+def _statistics(kind: str, values: "pd.Series[float]") -> dict[str, Any]:
+    """Return mean, sample standard deviation and number of the errors of one kind, by column."""
+    return {
+        f"{kind}error_percent": values.mean() if len(values) else None,
+        f"{kind}error_percent_std": values.std() if len(values) > 1 else None,
+        f"{kind}n": len(values),
+    }
+
+
+def _papers_kind(group: Group) -> str:
+    """Return the kind of the errors that the paper has of a group: top-5 for ImageNet, else the usual, top-1."""
+    return TOP5 if paper.cells_of(group) in paper.TOP5 else TOP1
 
 
 def _reading_order(group: Group) -> tuple[Any, ...]:
@@ -118,7 +135,9 @@ def _listed(values: Iterable[object], separator: str = ", ") -> str:
 
 
 def page(cells: pd.DataFrame, labels: Labels) -> Page:
-    """Lay out the tables: the paper's own cells side by side, then one table per group.
+    """Lay out the tables: the paper's own cells side by side, then one table per group, with every kind of error.
+
+    A group of the paper's with top-5 errors has a table of its own too, for its top-1 errors.
 
     Args:
         cells: the rows that `summarise` returns.
@@ -127,11 +146,12 @@ def page(cells: pd.DataFrame, labels: Labels) -> Page:
     groups = dict(iter(cells.groupby(list(GROUP), sort=False)))
     papers = {group: groups.pop(group) for group in list(groups) if paper.cells_of(group)}
     notes = [_notes(group, frame, labels) for group, frame in papers.items()]
-    sections = [Section("The paper's cells", _rows(papers, labels), notes)]
-    for group, frame in groups.items():
+    sections = [Section("The paper's cells", _papers_rows(papers, labels), notes)]
+    ran_too = {group: frame for group, frame in papers.items() if _papers_kind(group) == TOP5 and frame["n"].any()}
+    for group, frame in (ran_too | groups).items():
         width = f" ({group[2]:g}x)" if group[2] != 1 else ""
         title = f"{labels.images(str(group[0]))}, depth {group[1]}{width}, {group[3]:,} iterations, {group[5]}"
-        sections.append(Section(title, _rows({group: frame}, labels), [_notes(group, frame, labels)]))
+        sections.append(Section(title, _own_rows(group, frame, labels), [_notes(group, frame, labels)]))
     ran = cells[cells["n"] > 0]
     if len(ran):
         notes = ["minutes: wall time of the training steps of a run"]
@@ -139,19 +159,35 @@ def page(cells: pd.DataFrame, labels: Labels) -> Page:
     return Page("Test error (%)", OPENING, sections)
 
 
-def _rows(groups: dict[Group, pd.DataFrame], labels: Labels) -> list[list[str]]:
-    """Lay out groups side by side, a row per mode; the paper's figures stand after all precisions."""
+def _papers_rows(groups: dict[Group, pd.DataFrame], labels: Labels) -> list[list[str]]:
+    """Lay out the paper's cells side by side, a row per mode; its figures stand after all precisions."""
     modes = list(dict.fromkeys(mode for frame in groups.values() for mode in frame["mode"]))
-    columns = [["", *map(labels.label, modes)], ["alpha", *(labels.mode(mode).alpha for mode in modes)]]
-    for cells, in_precisions in groupby(groups.items(), key=lambda item: paper.cells_of(item[0])):
+    columns = _first_columns(modes, labels)
+    for _, in_precisions in groupby(groups.items(), key=lambda item: paper.cells_of(item[0])):
         for group, frame in in_precisions:
-            by_mode = {cell["mode"]: cell for cell in frame.to_dict("records")}
-            precision = f", {group[5]}" if cells and group[5] else ""  # else it is in the heading
-            title = f"{labels.images(group[0])}{precision}"
-            columns.append([title, *(_ours(by_mode.get(mode)) for mode in modes)])
-        if cells:
-            columns.append(["paper", *(_papers(by_mode.get(mode)) for mode in modes)])
+            kind, by_mode = _papers_kind(group), {cell["mode"]: cell for cell in frame.to_dict("records")}
+            title = f"{_images(group, labels)}, {group[5]}".removesuffix(", ")
+            columns.append([title, *(_ours(by_mode.get(mode), kind) for mode in modes)])
+        columns.append(["paper", *(_papers(by_mode.get(mode), kind) for mode in modes)])
     return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _own_rows(group: Group, frame: pd.DataFrame, labels: Labels) -> list[list[str]]:
+    """Lay out one group, a row per mode."""
+    images, columns = labels.images(group[0]), _first_columns(frame["mode"], labels)
+    kinds = {f"{images} top-1": TOP1, f"{images} top-5": TOP5} if frame["top5_n"].any() else {images: TOP1}
+    for title, kind in kinds.items():
+        columns.append([title, *(_ours(cell, kind) for cell in frame.to_dict("records"))])
+    return [list(row) for row in zip(*columns, strict=True)]
+
+
+def _first_columns(modes: Iterable[str], labels: Labels) -> list[list[str]]:
+    return [["", *map(labels.label, modes)], ["alpha", *(labels.mode(mode).alpha for mode in modes)]]
+
+
+def _images(group: Group, labels: Labels) -> str:
+    """Name the images and the errors that the paper has of a group: ImageNet top-5."""
+    return labels.images(group[0]) + (" top-5" if _papers_kind(group) == TOP5 else "")
 
 
 def _runs(cells: pd.DataFrame, labels: Labels) -> list[list[str]]:
@@ -166,26 +202,27 @@ def _runs(cells: pd.DataFrame, labels: Labels) -> list[list[str]]:
     return rows
 
 
-def _ours(cell: dict[Any, Any] | None) -> str:
-    if cell is None or not cell["n"]:
+def _ours(cell: dict[Any, Any] | None, kind: str) -> str:
+    n = cell[f"{kind}n"] if cell else 0
+    if cell is None or not n:
         return str((cell and cell["failed"]) or "not run")
     diverged = f", {cell['diverged']} diverged" if cell["diverged"] else ""
-    return f"{_mean_and_deviation(cell['error_percent'], cell['error_percent_std'])} (n={cell['n']}{diverged})"
+    return f"{_mean_and_deviation(cell, f'{kind}error_percent')} (n={n}{diverged})"
 
 
-def _papers(cell: dict[Any, Any] | None) -> str:
-    if cell is None or pd.isna(cell["paper_error_percent"]):
-        return "-"
-    return _mean_and_deviation(cell["paper_error_percent"], cell["paper_error_percent_std"])
+def _papers(cell: dict[Any, Any] | None, kind: str) -> str:
+    column = f"paper_{kind}error_percent"
+    return "-" if cell is None or pd.isna(cell[column]) else _mean_and_deviation(cell, column)
 
 
-def _mean_and_deviation(mean: float, deviation: float) -> str:
+def _mean_and_deviation(cell: dict[Any, Any], column: str) -> str:
+    mean, deviation = cell[column], cell[f"{column}_std"]
     return f"{mean:.2f}" if pd.isna(deviation) else f"{mean:.2f} ± {deviation:.2f}"
 
 
 def _notes(group: Group, frame: pd.DataFrame, labels: Labels) -> str:
     """Write what the table does not hold: recipe, seeds, machine, versions."""
-    dataset, depth, width, iterations, batch_size, precision, settings = group
+    _, depth, width, iterations, batch_size, precision, settings = group
     recipe = f"depth {depth}, width {width:g}, {iterations:,} iterations of batch {batch_size}"
     recipe = ", ".join(filter(None, [recipe, precision, _settings_text(settings)]))
     ran = frame[frame["n"] > 0]
@@ -193,7 +230,7 @@ def _notes(group: Group, frame: pd.DataFrame, labels: Labels) -> str:
     if len(ran):
         source = f"seeds {_listed(ran['seeds'], ' / ')}; {_listed(ran['device'], '; ')}; torch {_listed(ran['torch'])}"
         source += f"; commit {_listed(filter(None, ran['commit'])) or 'unknown'}"
-    return f"{labels.images(dataset)}: {recipe}; {source}."
+    return f"{_images(group, labels)}: {recipe}; {source}."
 
 
 def _settings_text(settings: str) -> str:

@@ -11,7 +11,6 @@ from runners.config import MODE_LABELS, ModeConfig, check_colour, options
 from runners.errors import UserError
 from runners.option_files import option
 from runners.records import Settings
-from runners.reporting.paper import IMAGENET, IMAGENET_LABEL
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ def read_labels(config_dir: str | None = None) -> Labels:
             raise UserError(f"mode {name}: {error}") from None
         modes[name] = ModeConfig(name=name, **{field: values[field] for field in MODE_LABELS if field in values})
     datasets = {name: values.get("label", "") for name, values in _options("dataset", config_dir).items()}
-    return Labels(modes, {IMAGENET.dataset: IMAGENET_LABEL} | datasets)
+    return Labels(modes, datasets)
 
 
 def _options(group: str, config_dir: str | None) -> dict[str, Any]:

@@ -18,8 +18,8 @@ class Cells(NamedTuple):
 CIFAR10 = Cells("cifar10", 164, 1.0, 64000, 128)
 CIFAR100 = Cells("cifar100", 164, 1.0, 64000, 128)
 IMAGENET = Cells("imagenet", 152, 1.0, 640000, 256)
-IMAGENET_LABEL = "ImageNet top-5"
-"""Name of its column, for as long as conf/dataset has no file of it."""
+TOP5 = (IMAGENET,)
+"""Cells whose errors are top-5: the right class is not among the five with the largest logits."""
 
 ERROR_PERCENT: dict[Cells, dict[str, tuple[float, float | None]]] = {
     CIFAR10: {

@@ -197,7 +197,8 @@ def curves_stay(before: Path, after: Path) -> None:
     for run_dir in before.glob("runs/*"):
         for one in records.read_run(run_dir):
             if one.metric == "test_error_percent" and (run_dir / "metrics.csv").exists():
-                rows = reading.read_csv(run_dir / "metrics.csv", curves.METRICS, dict, of="metrics").values()
+                kinds = curves.METRICS | curves.TOP5
+                rows = reading.read_csv(run_dir / "metrics.csv", kinds, dict, of="metrics", newer=curves.TOP5).values()
                 run = {name: getattr(one, name) for name in curves.RUN}
                 if one.iterations == max((row["iteration"] for row in rows), default=0):  # else it was begun anew
                     found += [run | row for row in rows]
@@ -207,7 +208,8 @@ def curves_stay(before: Path, after: Path) -> None:
 
 
 def _curves(folder: Path) -> list[reading.Row]:
-    return list(reading.read_csv(folder / "curves.csv", curves.COLUMNS, dict, of="curves").values())
+    table = folder / "curves.csv"
+    return list(reading.read_csv(table, curves.COLUMNS, dict, of="curves", newer=curves.TOP5).values())
 
 
 def _of(row: reading.Row, names: list[str]) -> str:

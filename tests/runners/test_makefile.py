@@ -1,5 +1,6 @@
 """The Makefile's recipes that no other test runs."""
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -22,6 +23,13 @@ def stand_in(tmp_path: Path, body: str = "") -> Path:
 
 def make(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", "-f", MAKEFILE, *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+
+def environment(tmp_path: Path) -> None:
+    """What a target takes for an installed environment."""
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / ".venv" / "installed").touch()
 
 
 def variable(name: str) -> str:
@@ -60,6 +68,25 @@ def test_an_unknown_profile_is_one_line(tmp_path: Path) -> None:
     done = make(tmp_path, "reproduce-tables", "PROFILE=papre", "-n")
     assert done.returncode == 2
     assert "PROFILE=papre is not allowed: choose demo or paper" in done.stderr
+
+
+def test_imagenet_is_trained_on_only_where_its_folder_is_given(tmp_path: Path) -> None:
+    environment(tmp_path)
+    without = make(tmp_path, "reproduce-tables", "PROFILE=paper", "-n").stdout
+    assert "imagenet-batches" in without and "table1-imagenet" not in without
+    given = make(tmp_path, "reproduce-tables", "PROFILE=paper", "IMAGENET=/a b", "-n").stdout
+    assert 'blpa-run experiment=table1-imagenet -m "dataset.root=/a b" || code=$?;' in given
+    refused = make(tmp_path, "reproduce-tables", "IMAGENET=/a", "-n")
+    assert "IMAGENET=/a needs PROFILE=paper" in refused.stderr
+
+
+def test_image_files_are_written_once(tmp_path: Path) -> None:
+    environment(tmp_path)
+    assert "runners.examples.cifar_as_files --root data" in make(tmp_path, "image-files", "-n").stdout
+    (tmp_path / "data" / "cifar10-files").mkdir(parents=True)
+    os.utime(tmp_path / "data" / "cifar10-files", (0, 0))  # older than the environment
+    again = make(tmp_path, "image-files", "-n").stdout
+    assert "cifar_as_files" not in again and "experiment=image-files -m" in again
 
 
 @pytest.mark.parametrize(

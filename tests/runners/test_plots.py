@@ -41,6 +41,20 @@ def test_curves_outlive_the_runs(tmp_path: Path) -> None:
     assert (tmp_path / "curves.csv").read_bytes() == kept
 
 
+def test_top_5_errors_are_kept_beside_curves_without(tmp_path: Path) -> None:
+    finished_run(tmp_path, "a", RUN, {300: 2.5})
+    curves.gather(tmp_path)
+    assert "top5" not in (tmp_path / "curves.csv").read_text()
+    finished_run(tmp_path, "b", replace(RUN, seed=1), {300: 3.5})
+    (tmp_path / "runs" / "b" / "metrics.csv").write_text(
+        f"{HEADER.strip()},test_top5_error_percent\n300,0.1,1.5,3.5,0.07,3.5,0.5\n"
+    )
+    for _ in range(2):  # the second time from curves.csv too
+        top5 = curves.gather(tmp_path)["test_top5_error_percent"]
+        assert top5.iloc[1] == 0.5
+        assert top5.isna().iloc[0]
+
+
 def test_numbers_of_curves_come_back_to_the_last_bit(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     errors = {k: float(value) for k, value in enumerate(generator.uniform(0, 100, 500) ** 3, start=1)}

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import mean, stdev
 
+import numpy as np
 import pytest
 from test_records import RECORD
 
@@ -46,6 +47,31 @@ def test_before_anything_has_run_the_papers_figures_stand_beside_not_run() -> No
     assert rows["proposed 8-bit"] == ["1/4", "not run", "5.48 ± 0.13", "not run", "23.63 ± 0.32", "not run", "7.70"]
     assert rows["proposed 4-bit"] == ["1/8", "not run", "5.49 ± 0.16", "not run", "23.58 ± 0.30", "not run", "7.72"]
     assert rows["2-bit (ours)"] == ["1/16", "not run", "-", "not run", "-", "not run", "-"]
+
+
+def test_top_5_errors_stand_in_the_papers_column_and_beside_top_1_in_a_table_of_their_own() -> None:
+    imagenet = replace(DIGITS, dataset="imagenet", depth=152, iterations=640000, batch_size=256, value=25.1)
+    top5 = replace(imagenet, metric="test_top5_error_percent", value=7.5)
+    shallow = [replace(record, depth=26, value=record.value + 10) for record in (imagenet, top5)]
+    text = table(imagenet, top5, replace(imagenet, mode="exact", bits=None), *shallow)
+    papers = rows_of(text, "The paper's cells")
+    assert papers[""][-2:] == ["ImageNet top-5, fp32", "paper"]
+    assert papers["proposed 4-bit"][-2:] == ["7.50 (n=1)", "7.72"]
+    assert papers["exact"][-2:] == ["not run", "7.20"]  # run without its top-5 error
+    assert "- ImageNet top-5: depth 152, width 1, 640,000 iterations of batch 256, fp32; seeds 0" in text
+    for depth, iterations, errors in ((152, "640,000", ["25.10 (n=1)", "7.50 (n=1)"]),
+                                      (26, "640,000", ["35.10 (n=1)", "17.50 (n=1)"])):  # fmt: skip
+        rows = rows_of(text, f"ImageNet, depth {depth}, {iterations} iterations, fp32")
+        assert rows[""] == ["alpha", "ImageNet top-1", "ImageNet top-5"]
+        assert rows["proposed 4-bit"] == ["1/8", *errors]
+        assert rows["naive 8-bit"] == ["1/4", "not run", "not run"]
+
+
+def test_a_papers_top_5_error_is_no_top_1_error_in_the_file() -> None:
+    cells = tables.summarise([], LABELS)
+    (imagenet,) = cells[(cells["dataset"] == "imagenet") & (cells["mode"] == "exact")].to_dict("records")
+    assert imagenet["paper_top5_error_percent"] == 7.20
+    assert np.isnan(imagenet["paper_error_percent"])
 
 
 def test_a_cell_is_the_mean_over_seeds_with_the_sample_deviation() -> None:
