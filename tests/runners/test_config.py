@@ -185,8 +185,8 @@ def test_every_group_has_the_options_of_the_command_line() -> None:
         "bench-batches", "bench-batches-fp32", "bench-card", "bench-converted", "bench-converted-fp32",
         "bench-kernels", "bench-kernels-others", "bench-largest", "bench-largest-fp32", "bench-times",
         "bench-times-fp32", "bench-training", "converted", "converted-times", "demo", "demo-batches",
-        "demo-gradients", "demo-memory", "demo-times", "gradients",
-        "imagenet-batches", "imagenet-times", "single", "table1", "table1-quarter", "table2",
+        "demo-gradients", "demo-memory", "demo-times", "gradients", "image-files",
+        "imagenet-batches", "imagenet-times", "single", "table1", "table1-imagenet", "table1-quarter", "table2",
         "table2-fp32", "table3", "table3-fp32",
     ]  # fmt: skip
 
