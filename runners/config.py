@@ -62,6 +62,8 @@ class DatasetConfig:
     """Momentum of stochastic gradient descent (not Nesterov's)."""
     weight_decay: float = 2e-4
     """L2 penalty on convolution and classifier weights; batch norm and biases have none."""
+    label_smoothing: float = 0.0
+    """Part of the target that is spread over all classes in training, 0 to 1; 0.1 is usual for ImageNet today."""
     augmentation: str = "per-image"
     """How crop and flip are drawn: per-image (usual), per-batch (as the authors' code) or none."""
     crop_padding: int = 4
@@ -290,6 +292,8 @@ def _check_dataset(config: Config) -> None:
         raise UserError(f"dataset.momentum={dataset.momentum} is not allowed: it is at least 0 and less than 1")
     if not (dataset.weight_decay >= 0 and math.isfinite(dataset.weight_decay)):
         raise UserError(f"dataset.weight_decay={dataset.weight_decay} is not allowed: it is a number, at least 0")
+    if not 0 <= dataset.label_smoothing <= 1:
+        raise UserError(f"dataset.label_smoothing={dataset.label_smoothing} is not allowed: it is 0 to 1")
     one_of("dataset.augmentation", dataset.augmentation, ("per-image", "per-batch", "none"))
     one_of("dataset.eval_statistics", dataset.eval_statistics, ("running", "batch"))
     _check_image_files(dataset)

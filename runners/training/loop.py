@@ -179,7 +179,15 @@ def in_turns(
     def make_batch(inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return data.train.batch(inputs, recipe)
 
-    step = TrainingStep(model, optimiser, make_batch, gpu=config.gpu, device=device, sub_batches=recipe.sub_batches)
+    step = TrainingStep(
+        model,
+        optimiser,
+        make_batch,
+        gpu=config.gpu,
+        device=device,
+        sub_batches=recipe.sub_batches,
+        label_smoothing=recipe.label_smoothing,
+    )
     evaluate = Evaluation(step, data.test, recipe)
     unread: list[Tensor] = []
     stops = False

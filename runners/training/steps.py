@@ -154,6 +154,7 @@ class TrainingStep:
         gpu: precision, and whether to capture.
         device: the model's device.
         sub_batches: k, a divisor of N.
+        label_smoothing: part of the target that is spread over all classes, 0 to 1; the loss that is returned has it.
 
     Raises:
         UserError: see uses_cuda_graph.
@@ -168,8 +169,10 @@ class TrainingStep:
         gpu: GpuConfig,
         device: torch.device,
         sub_batches: int = 1,
+        label_smoothing: float = 0.0,
     ) -> None:
         self.sub_batches = sub_batches
+        self.label_smoothing = label_smoothing
         self.model = model
         self.optimiser = optimiser
         self.make_batch = make_batch
@@ -231,7 +234,7 @@ class TrainingStep:
             inputs = tuple(x[first :: self.sub_batches] for x in inputs)
         images, labels = self.make_batch(inputs)
         logits = forward(self.model, images, self.gpu)
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
         if self.sub_batches > 1:
             loss = loss / self.sub_batches
         loss.backward()  # type: ignore[no-untyped-call]

@@ -143,6 +143,27 @@ def test_sub_batches_are_the_mean_of_their_gradients(count: int) -> None:
     assert torch.equal(net.norm.running_mean, reference.norm.running_mean)
 
 
+def test_smoothed_labels_are_a_mean_over_the_label_and_all_classes() -> None:
+    data, recipe = tiny_data().train, tiny_config().dataset
+    _, inputs = next(data.inputs(recipe, seed=0))
+    losses = []
+    for smoothing in (0.0, 0.25):
+        net = TinyNet()
+        step = TrainingStep(
+            net,
+            steps.make_optimiser(net, recipe),
+            lambda inputs: data.batch(inputs, recipe),
+            gpu=tiny_config().gpu,
+            device=CPU,
+            label_smoothing=smoothing,
+        )
+        losses.append(step(inputs, rate=0.0)[0].item())
+    images, labels = data.batch(inputs, recipe)
+    logits = TinyNet()(images).log_softmax(dim=1)
+    sharp, spread = -logits.gather(1, labels[:, None]).mean().item(), -logits.mean().item()
+    assert losses == pytest.approx([sharp, 0.75 * sharp + 0.25 * spread], rel=1e-5)  # float32 means of 8 and 80 numbers
+
+
 @pytest.mark.usefixtures("log")
 def test_captured_sub_batches_end_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config(sub_batches=2)
