@@ -66,7 +66,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
         ("dataset@mode=digits", "Could not override 'dataset@mode'."),
         ("dataset=cifr10", "dataset=cifr10 is not allowed (did you mean cifar10?); choose one of cifar10, "),
         ("mode=16bit", "mode=16bit is not allowed"),
-        ("mode=", "mode= is not allowed; choose one of 2bit, 4bit, 8bit, "),
+        ("mode=", "mode= is not allowed; choose one of 2bit, 4bit, 4bit-pool, "),
         ("mode=null", "mode=null is not allowed"),
         (
             "task=trian",
@@ -154,7 +154,8 @@ def test_the_users_own_example(ran: list[Config]) -> None:
 def test_every_option_composes_and_bears_its_files_name(capsys: pytest.CaptureFixture[str], group: str) -> None:
     for option in options(group):
         needed = {
-            "max-batch": ["gpu.memory_gib=11"], "thresholds": ["task.checkpoint=weights.pt"], "explain": ["mode=4bit"]
+            "max-batch": ["gpu.memory_gib=11"], "thresholds": ["task.checkpoint=weights.pt"], "explain": ["mode=4bit"],
+            "imagenet": ["depth=152"],
         }.get(option, [])  # fmt: skip
         assert cli.main(["-c", "job", f"{group}={option}", *needed]) == 0
         assert f"{group}:\n  name: {option}\n" in capsys.readouterr().out
