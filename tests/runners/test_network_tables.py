@@ -58,6 +58,16 @@ def test_the_papers_largest_batches_stand_beside_ours_at_its_own_budget() -> Non
     assert list(rows_of(text, TITLE.replace("11", "80"))) == ["", "-" * 16, "proposed 4-bit"]
 
 
+def test_images_of_imagenets_size_have_tables_of_their_own_for_each_card() -> None:
+    imagenet = replace(BATCH, dataset="imagenet", depth=152, mode="4bit-pool", value=685.0)
+    text = batches(BATCH, imagenet, replace(imagenet, settings=OTHER_CARD, value=5380.0))
+    for gib, value in ((11, "685 (predicted)"), (80, "5380 (predicted)")):
+        rows = rows_of(text, f"ImageNet-size images, fp32, {gib} GiB less 512 MiB")
+        assert rows[""] == ["152"]
+        assert rows["4-bit, max pool too (ours)"] == [value]
+        assert "- in the paper" not in rows
+
+
 @pytest.mark.parametrize("precision", ["tf32", "bf16", "fp32"])
 def test_the_papers_figures_stand_beside_every_precision(precision: str) -> None:
     rows = rows_of(batches(replace(BATCH, precision=precision)), TITLE.replace("fp32", precision))
