@@ -8,6 +8,7 @@ image has several views, their logits are added up.
 On a GPU the evaluation of a full batch is captured once as a CUDA graph and replayed, as training steps are (steps.py).
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -82,7 +83,8 @@ class Evaluation:
             return None
         checked = None if is_final else self.recipe.check_images
         total = len(self.images) if checked is None else min(checked, len(self.images))
-        return tqdm(desc="test images", total=total, leave=False, delay=2, dynamic_ncols=True)
+        often = {"mininterval": 0.1 if sys.stderr.isatty() else 30}  # in a log file each update is a new line
+        return tqdm(desc="test images", total=total, leave=False, delay=2, dynamic_ncols=True, **often)
 
     def _add(self, inputs: steps.Inputs) -> None:
         """Add a batch to the sums."""
