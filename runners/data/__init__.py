@@ -78,7 +78,7 @@ class Images(Protocol):
         """
 
     def views(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[list[Tensor], Tensor]:
-        """Make the views of some images, whose logits are added up in an evaluation.
+        """Make the views of some images; an evaluation takes the mean of their logits.
 
         Args:
             inputs: as `batches` yields them, on the training device.

@@ -3,7 +3,7 @@
     sums = [loss, samples classified wrongly], over the images in order, on the device
 
 A data set with `top5` also counts the samples whose class is not among the five with the largest logits. Where each
-image has several views, their logits are added up.
+image has several views, the mean of their logits counts.
 
 On a GPU the evaluation of a full batch is captured once as a CUDA graph and replayed, as training steps are (steps.py).
 """
@@ -83,8 +83,8 @@ class Evaluation:
             return None
         checked = None if is_final else self.recipe.check_images
         total = len(self.images) if checked is None else min(checked, len(self.images))
-        often = {"mininterval": 0.1 if sys.stderr.isatty() else 30}  # in a log file each update is a new line
-        return tqdm(desc="test images", total=total, leave=False, delay=2, dynamic_ncols=True, **often)
+        seconds = 0.1 if sys.stderr.isatty() else 30  # in a log file each update is a new line
+        return tqdm(desc="test images", total=total, leave=False, delay=2, mininterval=seconds, dynamic_ncols=True)
 
     def _add(self, inputs: steps.Inputs) -> None:
         """Add a batch to the sums."""
@@ -110,6 +110,8 @@ class Evaluation:
         logits = steps.forward(self.step.model, views[0], self.step.gpu)
         for view in views[1:]:
             logits += steps.forward(self.step.model, view, self.step.gpu)
+        if len(views) > 1:
+            logits /= len(views)
         loss_sum = F.cross_entropy(logits, labels, reduction="sum")
         found = [loss_sum, (logits.argmax(dim=1) != labels).sum()]
         if self.recipe.top5:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from support import CPU, TinyNet, assert_same_end, tiny_config, tiny_data, train
 from torch import Tensor
 
-from runners.config import GpuConfig
-from runners.data import normalise
+from runners.config import DatasetConfig, GpuConfig
+from runners.data import Split, normalise
 from runners.training import steps
 from runners.training.evaluation import Evaluation
 from runners.training.steps import TrainingStep
@@ -184,3 +184,24 @@ def test_top5_counts_images_whose_class_is_not_among_the_five_largest_logits() -
     ranks = (logits > logits.gather(1, data.test.labels[:, None])).sum(dim=1)
     assert error_percent == 100 * ((ranks > 0).sum().item() / 20)
     assert top5_error_percent == 100 * ((ranks > 4).sum().item() / 20)
+
+
+class Mirrored(Split):
+    """Images and their mirror images are two views."""
+
+    def views(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[list[Tensor], Tensor]:
+        """Return both."""
+        (view,), labels = super().views(inputs, config)
+        return [view, view.flip(3)], labels
+
+
+def test_the_mean_logits_of_several_views_are_evaluated() -> None:
+    net, recipe, config = TinyNet(), tiny_config(eval_batch_size=20).dataset, tiny_config()
+    test = tiny_data().test
+    step = TrainingStep(net, steps.make_optimiser(net, recipe), lambda inputs: inputs, gpu=config.gpu, device=CPU)
+    loss, error_percent, _ = Evaluation(step, Mirrored(test.images, test.labels), recipe)()
+    with torch.no_grad():
+        images = normalise(test.images)
+        logits = torch.stack([net.eval()(images), net(images.flip(3))]).mean(0)
+    assert loss == pytest.approx(F.cross_entropy(logits, test.labels).item(), rel=1e-6)  # float32 sums
+    assert error_percent == 100 * ((logits.argmax(dim=1) != test.labels).sum().item() / 20)
