@@ -249,9 +249,11 @@ class Codec:
         """
         packed = packed.to(torch.int32)  # processors have no shifts of bytes
         blocks: list[Tensor] = []
-        for start in range(0, rows, packed.shape[0]):
+        # Their number decides the loop, not the rows: a compiled body then serves every number of rows.
+        for number in range(-(-rows // packed.shape[0])):
+            start = number * packed.shape[0]
             block = packed if rows - start >= packed.shape[0] else packed[: rows - start]
-            shift = (first_block + len(blocks)) * self.bits
+            shift = (first_block + number) * self.bits
             block = block >> shift if shift else block
             blocks.append(block & (self.levels - 1) if shift + self.bits < 8 else block)
         return (torch.cat(blocks) if len(blocks) > 1 else blocks[0]).to(dtype)
