@@ -6,6 +6,7 @@ memory, else one channel, whose positions are. So what is per channel is loaded 
                       launches   bytes per element, fp32, K bits
     channel_stats     1 or 2     4                reads x
     grid_vectors      1          of channels only
+    batch_norm_vec..  1 or 2     4                reads x; channel_stats, averages and grid at once
     encode            1          4 + 4 + K/8      reads x, and y where it is another tensor; writes codes
     normalise_encode  1          4 + K/8 + 4      reads x; writes codes and y or relu(y)
     decode            1          K/8 + 4          reads codes, writes f(y~)
@@ -24,18 +25,19 @@ float64, and channels or samples of 2^30 elements, are left to any_layout.
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from blpa.codec import RECTIFIED_CLIP, Codec
-from blpa.kernels import any_layout
+from blpa.kernels import RunningStats, any_layout
 from blpa.kernels.any_layout import Elementwise, Vectors
 from blpa.kernels.order import Order
 from blpa.kernels.triton_elements import _decode, _elementwise_grad, _encode, _input_grad, _normalise_encode
 from blpa.kernels.triton_ops import LANE_ROWS, OPTIONS, PROGRAMS
-from blpa.kernels.triton_sums import _channel_stats, _gradient_sums, _grid_vectors, _row_means
+from blpa.kernels.triton_sums import _batch_norm_vectors, _channel_stats, _gradient_sums, _grid_vectors, _row_means
 
 TILE_ELEMENTS, SUM_TILE_ELEMENTS = 2048, 4096
 """Elements of a tile, for 4 warps and for the 8 of a sum: 16 per thread, as in triton_ops.py."""
@@ -134,23 +136,59 @@ def _launch(kernel: "triton.JITFunction", programs: int, *args: object, **consta
         kernel[(programs,)](*args, **(OPTIONS | constants))
 
 
-def channel_stats(x: Tensor, order: Order, centre: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
-    """See any_layout."""
-    if _refuses(order, x.dtype):
-        return any_layout.channel_stats(x, order, centre, scale)
+def _stats_launch(x: Tensor, order: Order, stats: Tensor) -> tuple[int, list[Tensor], list[int], dict[str, Any]]:
+    """Return what launches of statistics share: programs, memory for their parts, sizes, and constants."""
     sums, parts, steps, constants = _sum_tiles(order, 0, False)
-    (centre, scale), flags = _given(centre, scale)
-    stats = x.new_empty(4, order.channels, dtype=torch.float32)
     partial = counter = stats
     if parts > 1:
         partial = stats.new_empty(parts, 4, order.channels)
         counter = x.new_zeros(sums, dtype=torch.int32)
     constants = {name: constants[name] for name in ("POSITIONS", "CHANNELS", "CHANNELS_LAST", "num_warps")}
-    _launch(
-        _channel_stats, parts * sums, x, centre, scale, partial, counter, stats, *_sizes(order, 0)[:3], parts, steps,
-        **constants, **flags, ALONE=parts == 1,
-    )  # fmt: skip
+    return parts * sums, [partial, counter], [*_sizes(order, 0)[:3], parts, steps], constants | {"ALONE": parts == 1}
+
+
+def channel_stats(x: Tensor, order: Order, centre: Tensor | None = None, scale: Tensor | None = None) -> Tensor:
+    """See any_layout."""
+    if _refuses(order, x.dtype):
+        return any_layout.channel_stats(x, order, centre, scale)
+    (centre, scale), flags = _given(centre, scale)
+    stats = x.new_empty(4, order.channels, dtype=torch.float32)
+    programs, parts, sizes, constants = _stats_launch(x, order, stats)
+    _launch(_channel_stats, programs, x, centre, scale, *parts, stats, *sizes, **constants, **flags)
     return stats
+
+
+def batch_norm_vectors(
+    x: Tensor,
+    order: Order,
+    gamma: Tensor,
+    beta: Tensor,
+    running: RunningStats | None,
+    eps: float,
+    codec: Codec | None,
+    rounded_to_zero: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See any_layout."""
+    if _refuses(order, x.dtype):
+        return any_layout.batch_norm_vectors(x, order, gamma, beta, running, eps, codec, rounded_to_zero)
+    means = x.new_empty(2, order.channels, dtype=torch.float32)
+    vectors = means.new_empty(len(Vectors._fields), order.channels)
+    programs, parts, sizes, constants = _stats_launch(x, order, means)
+    mean, var, momentum = running[:3] if running else (None, None, 0.0)
+    widths, of_codec = _grid(codec)
+    _launch(
+        _batch_norm_vectors, programs, x, *parts, gamma.contiguous(), beta.contiguous(), mean, var, means, vectors,
+        *sizes, float(eps), float(momentum), *widths, rounded_to_zero, **constants, **of_codec,
+    )  # fmt: skip
+    centre, rstd = means.unbind(0)
+    return vectors, centre, rstd
+
+
+def _grid(codec: Codec | None) -> tuple[tuple[float, float], dict[str, Any]]:
+    """Return the width of a bin and the end of a rectified grid, in deviations, and the constants of a codec."""
+    of_range = codec is not None and codec.clip == "range"
+    widths = (0.0, 0.0) if codec is None or codec.clip == "range" else (codec.bin_width, RECTIFIED_CLIP * codec.clip)
+    return widths, {"LEVELS": codec.levels if codec else 0, "OF_RANGE": of_range}
 
 
 def grid_vectors(
@@ -170,13 +208,10 @@ def grid_vectors(
     given = [v if v is None else v.contiguous() for v in (stats, gamma, beta, centre, scale)]
     channels = stats.shape[1]
     vectors = stats.new_empty(len(Vectors._fields), channels)
-    bin_width = top = 0.0
-    if codec is not None and codec.clip != "range":
-        bin_width, top = codec.bin_width, RECTIFIED_CLIP * codec.clip
+    widths, of_codec = _grid(codec)
     _launch(
-        _grid_vectors, -(-channels // VECTOR_CHANNELS), *given, vectors, channels, bin_width, top, rounded_to_zero,
-        LEVELS=codec.levels if codec else 0, OF_RANGE=codec is not None and codec.clip == "range",
-        CHANNELS=VECTOR_CHANNELS,
+        _grid_vectors, -(-channels // VECTOR_CHANNELS), *given, vectors, channels, *widths, rounded_to_zero,
+        **of_codec, CHANNELS=VECTOR_CHANNELS,
     )  # fmt: skip
     return vectors
 

@@ -34,6 +34,7 @@ ORDERS = {
 }
 ANY_LAYOUT = [
     (triton_sums._channel_stats, {"ALONE": False}),
+    (triton_sums._batch_norm_vectors, {"ALONE": False, "LEVELS": 256, "OF_RANGE": True}),
     (triton_sums._gradient_sums, {"PER_SAMPLE": False, "RECTIFIED": True}),
     (triton_sums._row_means, {}),
     (triton_sums._grid_vectors, {"LEVELS": 16, "OF_RANGE": True, "CHANNELS": triton_any_layout.VECTOR_CHANNELS}),
@@ -71,7 +72,7 @@ def any_layout_constants(
         return given
     if kernel is triton_sums._row_means:
         return given | triton_any_layout._row_tiles(Order(128, 4 * CHANNELS, 1, False), bits)
-    if kernel in (triton_sums._channel_stats, triton_sums._gradient_sums):
+    if kernel in (triton_sums._channel_stats, triton_sums._batch_norm_vectors, triton_sums._gradient_sums):
         sums = kernel is triton_sums._gradient_sums
         return triton_any_layout._sum_tiles(ORDERS[order], bits if sums else 0, False)[-1] | given
     return triton_any_layout._tiles(ORDERS[order], bits)[-1] | given
