@@ -40,9 +40,11 @@ from blpa.kernels.triton_ops import LANE_ROWS, OPTIONS, PROGRAMS
 from blpa.kernels.triton_sums import _batch_norm_vectors, _channel_stats, _gradient_sums, _grid_vectors, _row_means
 
 TILE_ELEMENTS, SUM_TILE_ELEMENTS = 2048, 4096
-"""Elements of a tile, for 4 warps and for the 8 of a sum: 16 per thread, as in triton_ops.py."""
+"""Elements of a tile, for 4 warps and for the 8 of a sum: 16 per thread, as in triton_ops.py. Of 16 bits, channels
+last, a tile has twice as many, but for sums, whose registers would spill: so a thread has four 16-byte loads in flight
+there too, and loads what is per channel for more elements."""
 THREAD_ELEMENTS = 16
-"""Elements of a tile per thread; a small tile has fewer warps."""
+"""Elements of a tile per thread, or twice as many; a small tile has fewer warps."""
 TILE_CHANNELS = 64
 """Channels of a tile, where they are neighbours in memory."""
 ROW_CHANNELS = 128
@@ -66,6 +68,10 @@ def _packed(order: Order, bits: int) -> Order:
     return order.packed(bits) if bits else order
 
 
+def _has_channels_last(order: Order) -> bool:
+    return order.channels_last or order.inner == 1
+
+
 @once
 def _sizes(order: Order, bits: int) -> tuple[int, ...]:
     """Return C, outer, inner and the packed outer and inner."""
@@ -73,13 +79,13 @@ def _sizes(order: Order, bits: int) -> tuple[int, ...]:
     return order.channels, order.outer, order.inner, packed.outer, packed.inner
 
 
-def _constants(order: Order, bits: int, positions: int, elements: int) -> dict[str, int]:
+def _constants(order: Order, bits: int, positions: int, elements: int, per_thread: int) -> dict[str, int]:
     """Return the kernel constants of tiles, and their warps; `positions` and `elements` are the most of a tile."""
     blocks = 8 // bits if bits else 1
-    channels_last = order.channels_last or order.inner == 1
+    channels_last = _has_channels_last(order)
     channels = min(triton.next_power_of_2(order.channels), TILE_CHANNELS) if channels_last else 1
     positions = min(triton.next_power_of_2(max(positions, 1)), max(elements // (channels * blocks), 1))
-    warps = positions * channels * blocks // (32 * THREAD_ELEMENTS)
+    warps = positions * channels * blocks // (32 * per_thread)
     return {
         "BITS": bits, "BLOCKS": blocks, "POSITIONS": positions, "CHANNELS": channels, "CHANNELS_LAST": channels_last,
         "OUTER_FIRST": order.outer_first(bits), "num_warps": max(warps, 1),
@@ -87,11 +93,11 @@ def _constants(order: Order, bits: int, positions: int, elements: int) -> dict[s
 
 
 @once
-def _tiles(order: Order, bits: int) -> tuple[int, dict[str, int]]:
+def _tiles(order: Order, bits: int, element_bytes: int) -> tuple[int, dict[str, int]]:
     """Return the number of tiles of a tensor, one per program, and their constants."""
-    packed = _packed(order, bits)
+    packed, times = _packed(order, bits), 4 // element_bytes if bits and _has_channels_last(order) else 1
     positions = packed.outer * packed.inner
-    constants = _constants(order, bits, positions, TILE_ELEMENTS)
+    constants = _constants(order, bits, positions, times * TILE_ELEMENTS, times * THREAD_ELEMENTS)
     across = triton.cdiv(order.channels, constants["CHANNELS"])
     return triton.cdiv(positions, constants["POSITIONS"]) * across, constants
 
@@ -106,7 +112,7 @@ def _sum_tiles(order: Order, bits: int, per_sample: bool) -> tuple[int, int, int
     """
     packed = _packed(order, bits)
     samples, positions = (packed.outer, packed.inner) if per_sample else (1, packed.outer * packed.inner)
-    constants = _constants(order, bits, positions, SUM_TILE_ELEMENTS)
+    constants = _constants(order, bits, positions, SUM_TILE_ELEMENTS, THREAD_ELEMENTS)
     sums = samples * triton.cdiv(order.channels, constants["CHANNELS"])
     tiles = triton.cdiv(positions, constants["POSITIONS"])
     steps = max(min(triton.cdiv(tiles * sums, PROGRAMS), LANE_ROWS), min(tiles, TILES_ALONE))
@@ -226,7 +232,7 @@ def encode(
     *_, packed_outer, packed_inner = _sizes(order, bits)
     count = order.channels * packed_outer * packed_inner if bits else 2 * order.numel
     values = vectors.new_empty(count, dtype=torch.uint8 if bits else vectors.dtype)
-    programs, constants = _tiles(order, bits)
+    programs, constants = _tiles(order, bits, x.itemsize)
     _launch(
         _encode, programs, x, None if y is x else y, centre, scale, values, vectors, *_sizes(order, bits), **constants,
         **flags,
@@ -243,7 +249,7 @@ def normalise_encode(
     *_, packed_outer, packed_inner = _sizes(order, bits)
     count = order.channels * packed_outer * packed_inner if bits else 2 * order.numel
     values = vectors.new_empty(count, dtype=torch.uint8 if bits else vectors.dtype)
-    programs, constants = _tiles(order, bits)
+    programs, constants = _tiles(order, bits, x.itemsize)
     _launch(
         _normalise_encode, programs, x, out, mean.contiguous(), rstd.contiguous(), values, vectors,
         *_sizes(order, bits), **constants, RECTIFIED=rectify,
@@ -257,7 +263,7 @@ def decode(values: Tensor, vectors: Tensor, order: Order, bits: int, function: E
         return any_layout.decode(values, vectors, order, bits, function, out)
     name, options = function or ("", ())
     a, b = (*map(float, options), 0.0, 0.0)[:2]
-    programs, constants = _tiles(order, bits)
+    programs, constants = _tiles(order, bits, out.itemsize)
     _launch(_decode, programs, out, values, vectors, *_sizes(order, bits), a, b, **constants, FUNCTION=name)
 
 
@@ -268,7 +274,7 @@ def elementwise_grad(
     if _refuses(order, vectors.dtype):
         return any_layout.elementwise_grad(grad, values, vectors, order, bits, function, out)
     (a,) = (*map(float, function.options), 0.0)[:1]
-    programs, constants = _tiles(order, bits)
+    programs, constants = _tiles(order, bits, grad.itemsize)
     _launch(
         _elementwise_grad, programs, grad, out, values, vectors, *_sizes(order, bits), a, **constants,
         FUNCTION=function.name,
@@ -321,7 +327,7 @@ def input_grad(
     (scales, means), flags = _given(scale, means)
     bits = 0 if means is None else bits
     apart = 0 if means is None else means[0].numel()
-    programs, constants = _tiles(order, bits)
+    programs, constants = _tiles(order, bits, grad.itemsize)
     _launch(
         _input_grad, programs, grad, out, values, vectors, scales, means, apart, *_sizes(order, bits), **constants,
         **flags, RECTIFIED=rectified,
