@@ -207,8 +207,10 @@ def busy(call: Callable[[], object], *, is_dry: bool) -> dict[str, Any]:
         call()
         if not is_dry:
             torch.cuda.synchronize()
-    found = [(one.self_cpu_time_total if is_dry else one.self_device_time_total, one.count, one.key)
-             for one in profiled.key_averages() if one.device_type.name == kind and not one.is_user_annotation]  # fmt: skip
+    launched = [one for one in profiled.key_averages() if one.device_type.name == kind and not one.is_user_annotation]
+    found = [
+        (one.self_cpu_time_total if is_dry else one.self_device_time_total, one.count, one.key) for one in launched
+    ]
     longest = {f"{name[:80]}, {count} times": round(us / 1e3, 3) for us, count, name in sorted(found, reverse=True)[:5]}
     return {"busy_ms": round(sum(us for us, *_ in found) / 1e3, 3), "launches": sum(count for _, count, _ in found),
             "longest_ms": longest}  # fmt: skip
