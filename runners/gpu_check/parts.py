@@ -175,25 +175,29 @@ class Times:
 
 
 def converted(check: Check, precision: str) -> bool:
-    """Time steps of a ResNet-50, channels-last, as PyTorch runs it and converted, and tell where their time goes."""
+    """Time steps of a ResNet-50, channels-last, as PyTorch runs it and converted, and tell where their time goes.
+
+    Captured steps come last: a capture that fails ends the process.
+    """
     given = "4bit", 164, precision, "converted-runtime", "task.channels_last=true", "dataset.batch_size=128"
-    for launch, options in (
-        ("captured", ("task.steps=7", "task.modes=[8bit]")),
-        ("launched", ("task.steps=3", "task.modes=[]", "gpu.cuda_graph=false")),
-    ):
-        config = check.config(*given, *options)
-        found = converted_runtime.run(config)
-        for mode in dict.fromkeys(record.mode for record in found):  # what does not fit has no record
-            values = {record.metric: record.value for record in found if record.mode == mode}
-            ms = 1e3 * config.dataset.batch_size * values["seconds_per_sample"]
-            check.write(model=config.task.model, mode=mode, precision=precision, launch=launch, ms=round(ms, 3),
-                       times_exact=values.get("ratio_to_exact"), reserved_mib=values.get("reserved_mib"))  # fmt: skip
-    for cell in (network.exact(config), config):
+    launched = check.config(*given, "task.steps=3", "gpu.cuda_graph=false")
+    _time_converted(check, launched, "launched")
+    for cell in (network.exact(launched), launched):
         step = converted_runtime.launched_step(cell)
         for _ in range(converted_runtime.WARM_UP):
             step()
         check.write(mode=cell.mode.name, precision=precision, **busy(step, is_dry=check.is_dry))
+    _time_converted(check, check.config(*given, "task.steps=7", "task.modes=[8bit]"), "captured")
     return True
+
+
+def _time_converted(check: Check, config: Config, launch: str) -> None:
+    found = converted_runtime.run(config)
+    for mode in dict.fromkeys(record.mode for record in found):  # what does not fit has no record
+        values = {record.metric: record.value for record in found if record.mode == mode}
+        ms = 1e3 * config.dataset.batch_size * values["seconds_per_sample"]
+        check.write(model=config.task.model, mode=mode, precision=config.gpu.precision, launch=launch, ms=round(ms, 3),
+                   times_exact=values.get("ratio_to_exact"), reserved_mib=values.get("reserved_mib"))  # fmt: skip
 
 
 def busy(call: Callable[[], object], *, is_dry: bool) -> dict[str, Any]:
