@@ -47,8 +47,8 @@ def convert(
 ) -> Model:
     """Save the activations of a network as codes for the backward pass.
 
-    Outputs and running statistics stay the same bits; on a GPU the outputs of a batch norm in training may differ by
-    rounding (coded/norms.py).
+    Outputs and running statistics stay the same bits; on a GPU those of a batch norm in training may differ by rounding
+    (coded/norms.py).
 
     Args:
         model: any network, changed in place; a converted one gets the new settings.

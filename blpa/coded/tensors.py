@@ -246,4 +246,4 @@ def shape_only(shape: Sequence[int], like: Tensor) -> Tensor:
             if memory_format is None
             else torch.empty(shape, dtype=like.dtype, memory_format=memory_format)
         )
-    return like.new_zeros(()).expand(shape)
+    return like.new_empty(()).expand(shape)

@@ -6,6 +6,7 @@ samples or, where that packs with less waste, of different pixels: of rows [R, S
 
     channel_stats      mean, variance, low and high of each channel of z
     grid_vectors       the grid of each channel
+    batch_norm_vectors both, for a batch norm in training, and its running averages
     encode             code of z, with the sign of y
     normalise_encode   y, or relu(y), of a batch norm, and the code of z
     decode             f(y~)
@@ -29,7 +30,7 @@ import torch
 from torch import Tensor
 
 from blpa.codec import Codec, Grid, where_positive
-from blpa.kernels import compute_dtype
+from blpa.kernels import RunningStats, compute_dtype
 from blpa.kernels.order import Order
 
 PART_BYTES = {"cpu": 1 << 20, "cuda": 1 << 26}
@@ -242,6 +243,41 @@ def grid_vectors(
             )
         )
     return torch.stack(Vectors(frac, zero, width, mean, gamma, beta, floor))
+
+
+def batch_norm_vectors(
+    x: Tensor,
+    order: Order,
+    gamma: Tensor,
+    beta: Tensor,
+    running: RunningStats | None,
+    eps: float,
+    codec: Codec | None,
+    rounded_to_zero: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute the statistics of a batch norm in training, place the grid of its z, and update its averages.
+
+    Args:
+        x: dense, in this order, of at least two elements per channel.
+        order: of x.
+        gamma: scale of y [C].
+        beta: shift of y [C].
+        running: averages in the compute dtype, updated with the mean and the unbiased variance; None if there are none.
+        eps: added to the variance.
+        codec: see grid_vectors.
+        rounded_to_zero: see grid_vectors.
+
+    Returns:
+        Vectors [7, C], the mean [C] and 1 / deviation [C].
+    """
+    stats = channel_stats(x, order)
+    mean, var, *_ = stats
+    if running is not None:
+        count = order.outer * order.inner
+        running.mean.lerp_(mean, running.momentum)
+        running.var.lerp_(var * (count / (count - 1)), running.momentum)
+    rstd = (var + eps).rsqrt()
+    return grid_vectors(stats, gamma, beta, mean, rstd, codec, rounded_to_zero), mean, rstd
 
 
 def _root(x: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ in memory where `channels_last` says so.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -35,6 +35,12 @@ class AnyLayoutKernels(Protocol):
     gradient_sums: Callable[..., Tensor]
     row_means: Callable[..., Tensor]
     input_grad: Callable[..., None]
+
+
+class BatchNormKernels(AnyLayoutKernels, Protocol):
+    """Kernels whose batch norms may differ from PyTorch's own by rounding."""
+
+    batch_norm_vectors: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 @functools.cache
@@ -209,19 +215,20 @@ def batch_norm(
         Codes of x_hat with the sign of y, Vectors [7, C] and 1 / deviation [C].
     """
     order, bits = Order.of(x.shape, 1, channels_last), codec.bits if codec else 0
-    with_range = codec is not None and codec.clip == "range"
-    stats = batch_stats_and_averages(x, channels_last, with_range, norm.running)
-    kernels = kernels_for(x.device)
-    if kernels is cpu and codec is not None:
-        return cpu.batch_norm(x, order, codec, stats, norm.gamma, norm.beta, norm.eps, rectify, out)
-    mean, rstd = stats[0], rstd_of(stats, norm.eps)
-    if x.is_meta:
-        vectors = stats.new_empty(len(Vectors._fields), order.channels)
-        return _allocate_codes(x, out, vectors, 1, channels_last, bits), vectors, rstd
-    least = any_layout.largest_rounded_to_zero(x.dtype)
-    vectors = kernels.grid_vectors(stats, norm.gamma, norm.beta, mean, rstd, codec, least)
-    values = kernels.normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out)
-    return values, vectors, rstd
+    kernels, least = kernels_for(x.device), any_layout.largest_rounded_to_zero(x.dtype)
+    if kernels is cpu or x.is_meta:  # as PyTorch's own to the bit
+        stats = batch_stats_and_averages(x, channels_last, codec is not None and codec.clip == "range", norm.running)
+        if kernels is cpu and codec is not None:
+            return cpu.batch_norm(x, order, codec, stats, norm.gamma, norm.beta, norm.eps, rectify, out)
+        mean, rstd = stats[0], rstd_of(stats, norm.eps)
+        if x.is_meta:
+            vectors = stats.new_empty(len(Vectors._fields), order.channels)
+            return _allocate_codes(x, out, vectors, 1, channels_last, bits), vectors, rstd
+        vectors = kernels.grid_vectors(stats, norm.gamma, norm.beta, mean, rstd, codec, least)
+    else:
+        of_norm = norm.gamma, norm.beta, norm.running, norm.eps
+        vectors, mean, rstd = cast(BatchNormKernels, kernels).batch_norm_vectors(x, order, *of_norm, codec, least)
+    return kernels.normalise_encode(x, vectors, order, bits, mean, rstd, rectify, out), vectors, rstd
 
 
 def _allocate_value(

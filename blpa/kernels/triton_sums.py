@@ -24,7 +24,7 @@ from blpa.kernels.triton_elements import (
     _normalised,
     _vector,
 )
-from blpa.kernels.triton_ops import _is_last
+from blpa.kernels.triton_ops import _is_last, _lerp
 
 MAX_LANES = tl.constexpr(256)
 """Largest number of parts that the last program loads at once: there are few more."""
@@ -138,16 +138,17 @@ def _store_stats(stats, mean, second, low, high, c, C):
     tl.store(stats + 3 * C + c, high, mask=c < C)
 
 
-@triton.jit(do_not_specialize=["outer", "parts", "steps"])
-def _channel_stats(
-    x, centre, scale, partial, counter, stats, C, outer, inner, parts, steps,
+@triton.jit
+def _stats_of_columns(
+    x, centre, scale, partial, counter, C, outer, inner, parts, steps,
     POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, PER_OUTER: tl.constexpr,
     PER_CHANNEL: tl.constexpr, ALONE: tl.constexpr,
 ):  # fmt: skip
-    """Write mean, variance, low and high of z to stats [4, C], from partial [parts, 4, C] unless ALONE.
+    """Return a program's columns, whether it knows all of them, and mean, variance, low and high of their z if so.
 
     As in triton_ops.py lanes are summed about a typical value, that of the program's first position, and lanes and
-    parts are combined by the parallel axis theorem; `steps` tiles per program.
+    parts are combined by the parallel axis theorem; `steps` tiles per program. Unless a program sums ALONE, the last
+    one of its columns knows them, from partial [parts, 4, C].
     """
     across, program = tl.cdiv(C, CHANNELS), tl.program_id(0)
     column, part, lane = program % across, program // across, tl.arange(0, POSITIONS)[:, None]
@@ -178,11 +179,13 @@ def _channel_stats(
     squares = tl.sum(lane_squares + lane_count * off_mean * off_mean, axis=0)
     lowest, highest = _extremes(low, high)
     mean += tl.sum(typical, axis=0)  # of one row
+    variance = squares / count.to(tl.float32)
     if ALONE:
-        _store_stats(stats, mean, squares / count.to(tl.float32), lowest, highest, columns, C)
+        return columns, True, mean, variance, lowest, highest
     else:
         _store_stats(partial + part.to(tl.int64) * 4 * C, mean, squares, lowest, highest, columns, C)
-        if _is_last(counter + column, parts):
+        is_last = _is_last(counter + column, parts)
+        if is_last:
             # Sum the differences from a pivot, so that rounding error does not grow with the mean.
             LANES: tl.constexpr = POSITIONS if POSITIONS < MAX_LANES else MAX_LANES
             part_lane = tl.arange(0, LANES)[:, None]
@@ -205,8 +208,24 @@ def _channel_stats(
                 deltas = _part(partial, 0, p, parts, columns, C, 0.0) - mean[None, :]
                 squares_of = _part(partial, 1, p, parts, columns, C, 0.0) + counts * deltas * deltas
                 part_squares += tl.where(p < parts, squares_of, 0.0)
+            variance = tl.sum(part_squares, axis=0) / length.to(tl.float32)
             lowest, highest = _extremes(part_low, part_high)
-            _store_stats(stats, mean, tl.sum(part_squares, axis=0) / length.to(tl.float32), lowest, highest, columns, C)
+        return columns, is_last, mean, variance, lowest, highest
+
+
+@triton.jit(do_not_specialize=["outer", "parts", "steps"])
+def _channel_stats(
+    x, centre, scale, partial, counter, stats, C, outer, inner, parts, steps,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, PER_OUTER: tl.constexpr,
+    PER_CHANNEL: tl.constexpr, ALONE: tl.constexpr,
+):  # fmt: skip
+    """Write mean, variance, low and high of z to stats [4, C]."""
+    c, is_last, mean, variance, low, high = _stats_of_columns(
+        x, centre, scale, partial, counter, C, outer, inner, parts, steps, POSITIONS, CHANNELS, CHANNELS_LAST,
+        PER_OUTER, PER_CHANNEL, ALONE,
+    )  # fmt: skip
+    if is_last:
+        _store_stats(stats, mean, variance, low, high, c, C)
 
 
 @triton.jit
@@ -225,20 +244,13 @@ def _finite(x):
 
 
 @triton.jit
-def _grid_vectors(
-    stats, gamma, beta, centre, scale, vectors, C, bin_width, rectified_top, rounded_to_zero,
+def _place_grid(
+    mean, var, low, high, gamma, beta, vectors, c, C, bin_width, rectified_top, rounded_to_zero,
     LEVELS: tl.constexpr, OF_RANGE: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Do as any_layout.grid_vectors and codec.py, operation by operation; LEVELS is 0 without a codec."""
-    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     here = c < C
-    mean, var = _vector(stats, 0, c, C), _vector(stats, 1, c, C)
-    low, high = _vector(stats, 2, c, C), _vector(stats, 3, c, C)
     nothing = tl.full([CHANNELS], 0.0, dtype=tl.float32)
-    if centre is not None:
-        middle, factor = _vector(centre, 0, c, C), _vector(scale, 0, c, C)
-        mean, low, high = (mean - middle) * factor, (low - middle) * factor, (high - middle) * factor
-        var = var * (factor * factor)
     slope, shift = nothing + 1.0, nothing
     if gamma is not None:
         slope = _vector(gamma, 0, c, C).to(tl.float32)
@@ -294,3 +306,53 @@ def _grid_vectors(
     tl.store(vectors + WIDTH * C + c, width, mask=here)
     tl.store(vectors + MEAN * C + c, grid_mean, mask=here)
     tl.store(vectors + FLOOR * C + c, floor, mask=here)
+
+
+@triton.jit
+def _grid_vectors(
+    stats, gamma, beta, centre, scale, vectors, C, bin_width, rectified_top, rounded_to_zero,
+    LEVELS: tl.constexpr, OF_RANGE: tl.constexpr, CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Write Vectors [7, C] from the statistics of z, or of x where centre and scale are given."""
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    mean, var = _vector(stats, 0, c, C), _vector(stats, 1, c, C)
+    low, high = _vector(stats, 2, c, C), _vector(stats, 3, c, C)
+    if centre is not None:
+        middle, factor = _vector(centre, 0, c, C), _vector(scale, 0, c, C)
+        mean, low, high = (mean - middle) * factor, (low - middle) * factor, (high - middle) * factor
+        var = var * (factor * factor)
+    _place_grid(
+        mean, var, low, high, gamma, beta, vectors, c, C, bin_width, rectified_top, rounded_to_zero, LEVELS, OF_RANGE,
+        CHANNELS,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["outer", "parts", "steps"])
+def _batch_norm_vectors(
+    x, partial, counter, gamma, beta, running_mean, running_var, means, vectors, C, outer, inner, parts, steps, eps,
+    momentum, bin_width, rectified_top, rounded_to_zero,
+    POSITIONS: tl.constexpr, CHANNELS: tl.constexpr, CHANNELS_LAST: tl.constexpr, ALONE: tl.constexpr,
+    LEVELS: tl.constexpr, OF_RANGE: tl.constexpr,
+):  # fmt: skip
+    """Write the mean and 1 / deviation of x to means [2, C], the grid to vectors [7, C], and the new averages."""
+    c, is_last, mean, variance, low, high = _stats_of_columns(
+        x, None, None, partial, counter, C, outer, inner, parts, steps, POSITIONS, CHANNELS, CHANNELS_LAST, False,
+        False, ALONE,
+    )  # fmt: skip
+    if is_last:
+        here = c < C
+        rstd = tl.div_rn(tl.full([CHANNELS], 1.0, dtype=tl.float32), tl.sqrt_rn(variance + eps))
+        tl.store(means + c, mean, mask=here)
+        tl.store(means + C + c, rstd, mask=here)
+        if running_mean is not None:
+            count = (outer * inner).to(tl.float64)
+            unbiased = variance * (count / (count - 1)).to(tl.float32)
+            new_mean = _lerp(_vector(running_mean, 0, c, C), mean, momentum)
+            new_var = _lerp(_vector(running_var, 0, c, C), unbiased, momentum)
+            tl.store(running_mean + c, new_mean, mask=here)
+            tl.store(running_var + c, new_var, mask=here)
+        low, high = (low - mean) * rstd, (high - mean) * rstd
+        _place_grid(
+            (mean - mean) * rstd, variance * (rstd * rstd), low, high, gamma, beta, vectors, c, C, bin_width,
+            rectified_top, rounded_to_zero, LEVELS, OF_RANGE, CHANNELS,
+        )  # fmt: skip

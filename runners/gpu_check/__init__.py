@@ -166,9 +166,12 @@ def table(results: Iterator[dict[str, Any]]) -> list[list[str]]:
             name = f"captured steps, {found['mode']}, {found['precision']}"
             rows.append([name, "the same bits", "the same bits" if found["same_bits"] else "OTHER BITS", ""])
         elif "model" in found:
-            name = f"{found['precision']}, {found['model']}, {found['mode']}"
+            name = f"{found['precision']}, {found['model']}, {found['mode']}, {found['launch']}"
             ratio = f"{found['times_exact']:.2f}" if found["times_exact"] else ""
             rows.append([name, "", f"{found['ms']:.1f} ms", ratio])
+        elif "busy_ms" in found:
+            name = f"{found['precision']}, {found['mode']}: GPU busy"
+            rows.append([name, "", f"{found['busy_ms']:.1f} ms, {found['launches']} launches", ""])
         elif "ms" in found:
             name = f"{found['precision']}, depth {found['depth']}, {found['mode']}"
             name += ", deterministic" if found["deterministic"] else ""

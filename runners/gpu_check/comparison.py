@@ -7,7 +7,7 @@ import torch
 from blpa import kernels
 from blpa.codec import Codec
 from blpa.convert import DEFAULT_CODECS
-from blpa.kernels import Kernels, any_layout, library
+from blpa.kernels import Kernels, RunningStats, any_layout, library
 from blpa.kernels.any_layout import Elementwise
 from blpa.kernels.library import AnyLayoutKernels
 from blpa.kernels.order import Order, dense
@@ -195,6 +195,15 @@ def differences_of_any_layout(
         "sums per sample": (1e-5, of_sums), "means of rows": (1e-5, 1e-5),
     }  # fmt: skip
     wrong = [] if torch.allclose(stats.double(), wide, rtol=1e-5, atol=1e-5) else ["statistics"]
+    batch_norm_vectors = getattr(backend, "batch_norm_vectors", None)  # on a CPU batch norms have PyTorch's bits
+    if batch_norm_vectors is not None:
+        averages = RunningStats(torch.zeros_like(gamma), torch.zeros_like(gamma), 0.5)
+        vectors, mean, rstd = batch_norm_vectors(x, order, gamma, beta, averages, 1e-5, codec, 0.0)
+        all_found = torch.stack((mean, rstd, 2 * averages.mean, 2 * averages.var)).double()
+        all_wide = torch.stack((wide[0], (wide[1] + 1e-5).rsqrt(), wide[0], wide[1] * rows / (rows - 1)))
+        is_right = torch.equal(vectors, backend.grid_vectors(stats, gamma, beta, mean, rstd, codec))
+        is_right = is_right and torch.allclose(all_found, all_wide, rtol=1e-5, atol=1e-5)
+        wrong += [] if is_right else ["vectors of a batch norm"]
     for name, one in found.items():
         if name in near:
             relative, absolute = near[name]

@@ -3,15 +3,17 @@
     ratio = median over turns of  seconds per sample(converted) / seconds per sample(PyTorch's own)
 
 All start from the same weights and are timed in turn (timing.py). A step is forward, cross entropy, backward and
-update, launched operation by operation, on random images, after two warm-up steps. On a GPU a turn is five steps, and
-the memory that the allocator reserves for one forward and backward pass is recorded too.
+update, on random images, after two warm-up steps. On a GPU it is captured as a CUDA graph, unless gpu.cuda_graph=false:
+launched one by one, the many small operations of a converted network take the host longer than a fast GPU. A turn is
+five steps there, and the memory that the allocator reserves for one forward and backward pass is recorded too.
 """
 
 import copy
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ from runners.config import Config, GpuConfig, at_least, one_of, options
 from runners.errors import UserError, classify, first_line
 from runners.option_files import mode
 from runners.records import Record
-from runners.timing import calls_per_turn, low_median_high, take_turns
+from runners.timing import Call, calls_per_turn, low_median_high, take_turns
 from runners.training import models, network, steps
 
 WARM_UP = 2
@@ -58,8 +60,6 @@ def check(config: Config) -> None:
     for name in config.task.modes:
         one_of("task.modes", name, options("mode", config.config_dir))
         models.check_mode("task.modes", mode(name, config.config_dir))
-    if config.gpu.cuda_graph:
-        raise UserError("gpu.cuda_graph=true: task=converted-runtime captures no graph; leave it out")
     if config.gpu.kernels != "auto":
         raise UserError(f"gpu.kernels={config.gpu.kernels}: a converted network chooses by its device; leave it out")
 
@@ -75,7 +75,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     """Return the settings that decide the numbers and have no column."""
     task = config.task
     settings = {"model": task.model, "image_size": task.image_size, "channels_last": task.channels_last}
-    return settings | gpu_changes(config, "deterministic")
+    return settings | gpu_changes(config, "cuda_graph", "deterministic")
 
 
 def run(config: Config) -> list[Record]:
@@ -93,23 +93,19 @@ def run(config: Config) -> list[Record]:
     """
     run_dir, device, batch = network.run_folder(config), network.device(config), config.dataset.batch_size
     gpu = network.used(config.gpu, device)
-    steps.configure_torch(gpu)
-    torch.manual_seed(config.seed)
-    model = models.build(config.task.model, torch.Size((batch, 3, config.task.image_size, config.task.image_size)))
-    memory_format = torch.channels_last if config.task.channels_last else torch.contiguous_format
-    images = torch.randn(batch, 3, config.task.image_size, config.task.image_size, device=device)
-    images = images.contiguous(memory_format=memory_format)
+    model, images = _model_and_images(config, device)
+    # Replays take turns, and leave nothing in this memory that the next one reads.
+    pool = torch.cuda.graph_pool_handle() if steps.uses_cuda_graph(gpu, device) else None
     timed: dict[str, _Timed] = {}
     for cell in (network.exact(config), *_cells(config)):
-        own = copy.deepcopy(model).to(memory_format=memory_format)
-        if cell.mode.bits is not None:
-            blpa.convert(own, models.codec(cell.mode))
         try:
-            timed[cell.mode.name] = _timed(cell, own.to(device), images, gpu)
+            timed[cell.mode.name] = _timed(cell, _as_in(cell, copy.deepcopy(model), device), images, gpu, pool)
         except RuntimeError as error:
             if "deterministic implementation" in str(error):
                 raise UserError(f"gpu.deterministic=true: {first_line(error)}; give gpu.deterministic=false") from error
             exit_code, reason = classify(error)
+            if isinstance(error, steps.CaptureFailed):  # nor can any other network be captured in this process
+                raise UserError(f"{first_line(error)}; gpu.cuda_graph=false launches steps kernel by kernel") from error
             if exit_code is None or cell == config:
                 raise
             print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)
@@ -152,8 +148,35 @@ class _Timed:
     """A network to be timed; `reserved` bytes are known on a GPU alone."""
 
     cell: Config
-    step: Callable[[], None]
+    step: Call
     reserved: int | None
+
+
+def launched_step(config: Config) -> Call:
+    """Make the training step of the configured network that `run` times, launched kernel by kernel, not warmed up."""
+    device = network.device(config)
+    model, images = _model_and_images(config, device)
+    return _steps(config, _as_in(config, model, device), images, network.used(config.gpu, device)).step
+
+
+def _model_and_images(config: Config, device: torch.device) -> tuple[nn.Module, Tensor]:
+    """Set PyTorch's options, and make the network, on the CPU as PyTorch runs it, and a batch of random images."""
+    steps.configure_torch(network.used(config.gpu, device))
+    torch.manual_seed(config.seed)
+    shape = torch.Size((config.dataset.batch_size, 3, config.task.image_size, config.task.image_size))
+    model = models.build(config.task.model, shape).to(memory_format=_memory_format(config))
+    return model, torch.randn(shape, device=device).contiguous(memory_format=_memory_format(config))
+
+
+def _memory_format(config: Config) -> torch.memory_format:
+    return torch.channels_last if config.task.channels_last else torch.contiguous_format
+
+
+def _as_in(cell: Config, model: nn.Module, device: torch.device) -> nn.Module:
+    """Convert a network to the mode of a cell, in place, and move it to the device."""
+    if cell.mode.bits is not None:
+        blpa.convert(model, models.codec(cell.mode))
+    return model.to(device)
 
 
 def _cells(config: Config) -> list[Config]:
@@ -162,26 +185,48 @@ def _cells(config: Config) -> list[Config]:
     return [config, *(replace(config, mode=mode(name, config.config_dir)) for name in others)]
 
 
-def _timed(cell: Config, model: nn.Module, images: Tensor, gpu: GpuConfig) -> _Timed:
-    """Make and warm up the step of a network."""
+class _Steps(NamedTuple):
+    """A network's forward and backward pass, and its whole training step: both return the loss."""
+
+    backward: Callable[[], Tensor]
+    step: Callable[[], Tensor]
+    optimiser: torch.optim.Optimizer
+
+
+def _steps(cell: Config, model: nn.Module, images: Tensor, gpu: GpuConfig) -> _Steps:
+    """Make the steps of a network, launched kernel by kernel."""
     optimiser = steps.make_optimiser(model, cell.dataset)
 
-    def backward() -> None:
+    def backward() -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=gpu.precision == "bf16"):
             outputs = tree_leaves(model(images))  # some networks have several heads
-        torch.stack([F.cross_entropy(one.float(), _labels(one)) for one in outputs]).sum().backward()
+        loss = torch.stack([F.cross_entropy(one.float(), _labels(one)) for one in outputs]).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
-    def step() -> None:
-        backward()
+    def step() -> Tensor:
+        loss = backward()
         optimiser.step()
         optimiser.zero_grad()
+        return loss
 
-    step()  # before memory is measured: kernels are compiled and convolutions chosen
+    return _Steps(backward, step, optimiser)
+
+
+def _timed(cell: Config, model: nn.Module, images: Tensor, gpu: GpuConfig, pool: Any) -> _Timed:
+    """Make and warm up the step of a network, and capture it if `gpu` allows it."""
+    backward, step, optimiser = _steps(cell, model, images, gpu)
+    stream = steps.own_stream(images.device) if steps.uses_cuda_graph(gpu, images.device) else None
+    launch: Call = step if stream is None else functools.partial(steps.run_on_stream, step, stream)
+    launch()  # before memory is measured: kernels are compiled and convolutions chosen
     reserved = _reserved(backward, images.device) if images.is_cuda else None
     optimiser.zero_grad()
     for _ in range(WARM_UP - 1 + (steps.EAGER_STEPS if images.is_cuda else 0)):
-        step()
-    return _Timed(cell, step, reserved)
+        launch()
+    if stream is None:
+        return _Timed(cell, step, reserved)
+    graph, _ = steps.capture(step, stream, pool)
+    return _Timed(cell, graph.replay, reserved)
 
 
 def _labels(logits: Tensor) -> Tensor:
@@ -189,7 +234,7 @@ def _labels(logits: Tensor) -> Tensor:
     return torch.zeros(logits.shape[:1] + logits.shape[2:], dtype=torch.int64, device=logits.device)
 
 
-def _reserved(backward: Callable[[], None], device: torch.device) -> int:
+def _reserved(backward: Call, device: torch.device) -> int:
     """Measure the bytes by which reserved memory grows in one forward and backward pass, from an emptied cache."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)

@@ -34,6 +34,7 @@ ORDERS = {
 }
 ANY_LAYOUT = [
     (triton_sums._channel_stats, {"ALONE": False}),
+    (triton_sums._batch_norm_vectors, {"ALONE": False, "LEVELS": 256, "OF_RANGE": True}),
     (triton_sums._gradient_sums, {"PER_SAMPLE": False, "RECTIFIED": True}),
     (triton_sums._row_means, {}),
     (triton_sums._grid_vectors, {"LEVELS": 16, "OF_RANGE": True, "CHANNELS": triton_any_layout.VECTOR_CHANNELS}),
@@ -45,7 +46,8 @@ ANY_LAYOUT = [
 ]
 """Kernels of triton_any_layout.py, and constants that need registers."""
 ANY_LAYOUT_VARIANTS = [
-    ("channels last", "fp32", 4, False), ("channels first", "bf16", 4, True), ("one image", "fp32", 2, False),
+    ("channels last", "fp32", 4, False), ("channels last", "bf16", 4, False), ("channels first", "bf16", 4, True),
+    ("one image", "fp32", 2, False),
 ]  # fmt: skip
 """Layouts, dtypes, bits, and whether centre and scale are per sample."""
 ANY_LAYOUT_INTEGERS = ("C", "outer", "inner", "packed_outer", "packed_inner", "apart", "parts", "steps")
@@ -63,7 +65,7 @@ def constants(name: str, bits: int) -> dict[str, int | bool]:
 
 
 def any_layout_constants(
-    kernel: Any, order: str, bits: int, per_sample: bool, others: dict[str, Any]
+    kernel: Any, order: str, dtype: str, bits: int, per_sample: bool, others: dict[str, Any]
 ) -> dict[str, Any]:
     """What the launches in triton_any_layout give a kernel as constants, and its warps."""
     given = {"PER_OUTER": per_sample, "PER_CHANNEL": True} | others
@@ -71,10 +73,10 @@ def any_layout_constants(
         return given
     if kernel is triton_sums._row_means:
         return given | triton_any_layout._row_tiles(Order(128, 4 * CHANNELS, 1, False), bits)
-    if kernel in (triton_sums._channel_stats, triton_sums._gradient_sums):
+    if kernel in (triton_sums._channel_stats, triton_sums._batch_norm_vectors, triton_sums._gradient_sums):
         sums = kernel is triton_sums._gradient_sums
         return triton_any_layout._sum_tiles(ORDERS[order], bits if sums else 0, False)[-1] | given
-    return triton_any_layout._tiles(ORDERS[order], bits)[-1] | given
+    return triton_any_layout._tiles(ORDERS[order], bits, 4 if dtype == "fp32" else 2)[-1] | given
 
 
 def compile_any_layout(
@@ -83,7 +85,7 @@ def compile_any_layout(
     """Compile a kernel of triton_any_layout; with `ones`, for activations of one channel and position."""
     kernel, others = ANY_LAYOUT[index]
     order, dtype, bits, per_sample = variant
-    given = any_layout_constants(kernel, order, bits, per_sample, others)
+    given = any_layout_constants(kernel, order, dtype, bits, per_sample, others)
     options = triton_any_layout.OPTIONS | {"num_warps": given.pop("num_warps", 4)}
     fixed = [name for name in kernel.do_not_specialize or ()]
     sizes = ("C", "inner", "packed_inner", "apart") if ones else ()

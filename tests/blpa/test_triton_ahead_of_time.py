@@ -55,14 +55,14 @@ def test_compiled_kernels_read_and_write_sixteen_bytes_at_once(compiled: list[di
     others = ("_weight_gradient", "_grid_vectors", "any layout: _decode")  # the last reads codes alone
     through = [kernel for kernel in compiled if not kernel["ones"] and not kernel["kernel"].endswith(others)]
     assert not [kernel for kernel in through if not kernel["loads_16_bytes"]]
-    reading = ("_channel_stats", "_gradient_sums", "_row_means", "any layout: _encode")
+    reading = ("_channel_stats", "_batch_norm_vectors", "_gradient_sums", "_row_means", "any layout: _encode")
     writing = [kernel for kernel in through if not kernel["kernel"].endswith(reading)]
     assert not [kernel for kernel in writing if not kernel["stores_16_bytes"]]
 
 
 def test_the_last_program_of_a_sum_sees_what_the_others_stored(compiled: list[dict[str, Any]]) -> None:
     """By PTX's memory model: stores, a barrier, an atomic that releases and acquires."""
-    sums = ("_channel_stats", "_gradient_sums", "any layout: _channel_stats")
+    sums = ("_channel_stats", "_gradient_sums", "any layout: _channel_stats", "any layout: _batch_norm_vectors")
     sums = [kernel for kernel in compiled if kernel["kernel"] in sums]
     assert sums
     assert not [kernel for kernel in sums if not kernel["counts_after_storing"]]

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import blpa
 from blpa.codec import Codec
-from blpa.kernels import any_layout, cpu, library
+from blpa.kernels import RunningStats, any_layout, cpu, library
 from blpa.kernels.any_layout import Elementwise
 from blpa.kernels.order import Order, dense, empty
 
@@ -367,6 +367,42 @@ def test_the_grid_is_the_references_to_the_bit(codec: Codec | None) -> None:
             assert_same(triton_any_layout.grid_vectors(stats.to(DEVICE), *moved, codec, least), expected)
 
 
+def assert_batch_norm_vectors_are_the_references(name: str, codec: Codec | None, dtype: torch.dtype) -> None:
+    """The statistics but for rounding, and the grid that the reference places by those to the bit."""
+    on, momentum, eps = Case.of(name, 4, dtype).moved(), 0.3, 1e-3
+    gamma, beta, *averages = torch.randn(4, on.order.channels, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    averages[1] = averages[1].abs()
+    given = [RunningStats(*(one.clone() for one in averages), momentum) for _ in range(2)]
+    least = any_layout.largest_rounded_to_zero(dtype)
+    found, expected = (
+        kernels.batch_norm_vectors(on.x, on.order, gamma, beta, running, eps, codec, least)
+        for kernels, running in zip((triton_any_layout, any_layout), given, strict=True)
+    )
+    for ours, theirs in zip((*found[1:], *given[0][:2]), (*expected[1:], *given[1][:2]), strict=True):
+        assert_near(ours, theirs)
+    stats, (vectors, mean, rstd) = triton_any_layout.channel_stats(on.x, on.order), found
+    assert_same(mean, stats[0].cpu())
+    assert_same(vectors, any_layout.grid_vectors(stats, gamma, beta, mean, rstd, codec, least).cpu())
+    without, *_ = triton_any_layout.batch_norm_vectors(on.x, on.order, gamma, beta, None, eps, codec, least)
+    assert_same(without, vectors.cpu())
+
+
+ALL_CODECS = pytest.mark.parametrize("codec", [Codec(8, "range"), Codec(4), None], ids=str)
+
+
+@ALL_CODECS
+@pytest.mark.parametrize("name", ["two images, channels last", "four images"])
+def test_a_batch_norm_s_vectors_are_the_references(name: str, codec: Codec | None) -> None:
+    assert_batch_norm_vectors_are_the_references(name, codec, torch.float32)
+
+
+@in_small_tiles
+@pytest.mark.usefixtures("small_tiles")
+@ALL_CODECS
+def test_a_batch_norm_s_vectors_of_several_programs_are_the_references(codec: Codec | None) -> None:
+    assert_batch_norm_vectors_are_the_references("two images, channels last", codec, torch.bfloat16)
+
+
 def test_the_same_input_gives_the_same_bits() -> None:
     name = "many images" if DEVICE.type == "cuda" else "three images"
     case = Case.of(name, 4)
@@ -395,8 +431,9 @@ class Launches(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and note its name."""
-        if func._schema.name not in ("aten::new_empty", "aten::select", "aten::slice", "aten::unsqueeze"):
-            self.names.append(func._schema.name)
+        name = func._schema.name.removeprefix("aten::")
+        if name not in ("new_empty", "select", "slice", "unbind", "unsqueeze"):
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
@@ -414,11 +451,15 @@ def test_a_batch_norm_takes_few_launches(channels_last: bool, monkeypatch: pytes
             triton_any_layout.encode(x, x, vectors, order, 4, scale, scale)
             triton_any_layout.gradient_sums(x, *saved, per_sample=False)
             triton_any_layout.input_grad(x, *saved, scale, vectors[:2, None], x)
+            running = RunningStats(scale[0], scale[0], 0.1)
+            triton_any_layout.batch_norm_vectors(x, order, scale[0], scale[0], running, 1e-5, Codec(4), 0.0)
             triton_any_layout.normalise_encode(x, vectors, order, 4, scale[0], scale[0], True, x)
-        expected = ["_channel_stats", "_grid_vectors", "_encode", "_gradient_sums", "_input_grad", "_normalise_encode"]
+        expected = ["_channel_stats", "_grid_vectors", "_encode", "_gradient_sums", "_input_grad"]
+        in_training = ["_batch_norm_vectors", "_normalise_encode"]
         if is_shared:  # by several programs: a counter is set to zero, and partial sums are added
-            expected = ["aten::new_zeros", *expected[:4], "aten::sum", *expected[4:]]
-        assert launches.names == expected
+            expected = ["new_zeros", *expected[:4], "sum", *expected[4:]]
+            in_training = ["new_zeros", *in_training]
+        assert launches.names == expected + in_training
 
 
 def test_float64_is_left_to_plain_pytorch() -> None:

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -145,6 +146,45 @@ def test_a_mode_s_own_clip_is_that_of_its_codes(
     assert policy_of(spied["4bit"].model).codec == Codec(4, 2.5)
 
 
+def test_captured_steps_are_warmed_up_on_their_stream_and_replayed(
+    spied: dict[str, Spied], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU, where a replay calls the step again."""
+    monkeypatch.chdir(tmp_path)
+    done: list[str] = []
+
+    def run_on_stream(call: Call, stream: str) -> object:
+        done.append(f"launched on {stream}")
+        return call()
+
+    def capture(call: Call, stream: str, pool: str) -> tuple[SimpleNamespace, None]:
+        done.append(f"captured on {stream} in {pool}")
+        return SimpleNamespace(replay=call), None
+
+    monkeypatch.setattr(steps, "uses_cuda_graph", lambda gpu, device: True)
+    monkeypatch.setattr(steps, "own_stream", lambda device: "its stream")
+    monkeypatch.setattr(steps, "run_on_stream", run_on_stream)
+    monkeypatch.setattr(steps, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "one pool")
+    timed([], monkeypatch, [[1.0, 1.0]] * 4)
+    assert done == 2 * [*converted_runtime.WARM_UP * ["launched on its stream"], "captured on its stream in one pool"]
+    assert {mode: len(one.calls) for mode, one in spied.items()} == dict.fromkeys(("exact", "4bit"), 3)
+
+
+def test_a_capture_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def timed(*_: Any) -> Any:
+        raise steps.CaptureFailed("a CUDA graph could not be captured: it waits\nfor the device")
+
+    monkeypatch.setattr(converted_runtime, "_timed", timed)
+    assert cli.main(ARGUMENTS) == 1
+    err = capsys.readouterr().err
+    assert "a CUDA graph could not be captured: it waits; gpu.cuda_graph=false launches steps kernel by kernel" in err
+
+
 def test_what_is_not_deterministic_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,7 +239,7 @@ def test_what_does_not_fit_costs_the_others_nothing(
         (["task.modes=[4bits]"], "task.modes=4bits is not allowed: choose one of 2bit, "),
         (["task.steps=0"], "task.steps=0 is not allowed: it is a whole number, at least 1"),
         (["gpu.kernels=torch"], "gpu.kernels=torch: a converted network chooses by its device"),
-        (["gpu.cuda_graph=true"], "gpu.cuda_graph=true: task=converted-runtime captures no graph"),
+        (["gpu.cuda_graph=true"], "gpu.cuda_graph=true: the run is on the cpu; only a CUDA device captures graphs"),
     ],
 )
 def test_what_it_cannot_time_is_refused(

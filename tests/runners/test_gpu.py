@@ -16,6 +16,7 @@ import torch
 from support import assert_same_end, composed, tiny_config
 from torch import Tensor, nn
 
+import blpa
 from blpa import kernels
 from runners import cli, errors, fresh, records, streams
 from runners.config import Config, GpuConfig
@@ -104,6 +105,22 @@ def test_so_does_it_where_it_is_evaluated_by_batch_statistics(name: str, tmp_pat
         config = config_of(name, cuda_graph=graph)
         config.dataset.eval_statistics = "batch"
         train(config, tmp_path / str(graph))
+    assert_same_end(tmp_path / "True", tmp_path / "False")
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_so_does_that_of_a_converted_network(precision: str, bits: int, tmp_path: Path) -> None:
+    for graph in (True, False):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True),
+            nn.Conv2d(16, 32, 3, stride=2, bias=False), nn.BatchNorm2d(32), nn.SiLU(), nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(), nn.Linear(32, 10),
+        )  # fmt: skip
+        config = config_of("exact", cuda_graph=graph, precision=precision)
+        converted = blpa.convert(model, bits).to(memory_format=torch.channels_last)
+        loop.train(converted, random_images(), config, device=CUDA, run_dir=tmp_path / str(graph))
     assert_same_end(tmp_path / "True", tmp_path / "False")
 
 
