@@ -19,7 +19,7 @@ from torch import Tensor
 from blpa.codec import Codec
 from blpa.kernels import NotAvailable, automatic, available, choose
 from blpa.kernels.compiled import COMPILED
-from blpa.kernels.reference import REFERENCE
+from blpa.kernels.reference import REFERENCE, decode
 
 CPU = torch.device("cpu")
 ODD_SHAPES = [(1, 1), (1, 5), (2, 3), (3, 17), (5, 1), (63, 16), (64, 64), (65, 3), (127, 5), (130, 1), (130, 17)]
@@ -288,3 +288,30 @@ def test_missing_triton_is_an_error_only_for_who_asked_for_it(monkeypatch: pytes
     for name in ("inductor", "triton"):
         with pytest.raises(NotAvailable, match=rf"kernels = {name}: triton is missing"):
             choose(name, cuda)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_one_compiled_body_serves_every_number_of_rows(bits: int) -> None:
+    """PyTorch gives up after eight variants of a function, and a process may run more batch sizes."""
+    codec = Codec(bits)
+    variants = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        variants.append(graph)
+        return graph
+
+    def call(out: list[Tensor], saved: Tensor, vectors: Tensor) -> None:
+        decode(out, saved, vectors, codec)
+
+    compiled = torch.compile(call, backend=backend, dynamic=True, fullgraph=True)
+    for rows in (256, 512, 1024, 4096):
+        x = torch.randn(rows, 3)
+        vectors = REFERENCE.channel_stats(x, torch.ones(3), torch.zeros(3), eps=EPS, codec=codec)
+        saved = REFERENCE.normalise_rectify_encode(x, vectors, codec=codec, out=torch.empty_like(x))
+        assert saved is not None
+        out = torch.empty_like(x)
+        compiled(codec.row_blocks(out), saved, vectors)
+        expected = torch.empty_like(x)
+        REFERENCE.decode(saved, vectors, codec=codec, out=expected)
+        assert torch.equal(out, expected)
+    assert len(variants) == 1
