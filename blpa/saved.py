@@ -37,7 +37,15 @@ class MaxPool(NamedTuple):
     padding: int
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute the maxima of x [N, C, H, W], channels-last: [N, C, h, w], and their places, uint8, likewise."""
+        """Compute the maxima of x [N, C, H, W], channels-last: [N, C, h, w], and their places, uint8, likewise.
+
+        Raises:
+            ValueError: a window has more than 16 x 16 places, or is larger than x.
+        """
+        if not self.kernel_size <= min(16, *x.shape[2:]):
+            raise ValueError(
+                f"kernel_size = {self.kernel_size}: must be at most 16, and the height and width of x, {list(x.shape)}"
+            )
         windows = [self.kernel_size] * 2, [self.stride] * 2, [self.padding] * 2, [1, 1]
         out, places = OPERATIONS.max_pool(x, *windows, False)
         return tuple(tensor.contiguous(memory_format=torch.channels_last) for tensor in (out, places))  # type: ignore[return-value]

@@ -92,6 +92,10 @@ class Images(Protocol):
     def seconds_waited(self) -> float | None:
         """Seconds for which this process has waited for images; None where they are on the device."""
 
+    @property
+    def listing(self) -> str | None:
+        """What tells the list of images from any other; None where the configuration does."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -103,6 +107,7 @@ class Split:
     """int64 [N], on the training device."""
 
     seconds_waited = None
+    listing = None
 
     def __len__(self) -> int:
         """Return the number of images."""

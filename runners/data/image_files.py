@@ -10,6 +10,8 @@ An evaluation takes the test images in one fixed random order, since the files a
 statistics of each batch (eval_statistics=batch), a batch of one class would be normalised by its own class.
 """
 
+import functools
+import hashlib
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
@@ -52,6 +54,14 @@ class ImageFiles:
     def seconds_waited(self) -> float | None:
         """Seconds for which this process has waited for images of either set."""
         return self.workers.seconds_waited
+
+    @functools.cached_property
+    def listing(self) -> str:
+        """Number of images, and digits of the sha256 of their names and labels."""
+        digest = hashlib.sha256()
+        for path, label in zip(self.files.paths, self.files.labels, strict=True):
+            digest.update(f"{path}\0{label}\0".encode("utf-8", "surrogateescape"))
+        return f"{len(self)} images, {digest.hexdigest()[:8]}"
 
     def __len__(self) -> int:
         """Return the number of images."""

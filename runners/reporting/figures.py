@@ -5,6 +5,7 @@ each layer's gradient; and the positions of the ReLU's thresholds. The colours o
 Okabe and Ito's palette, which colour-blind readers can distinguish.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 
+from runners.config import LONGEST_NAME
 from runners.errors import UserError
 from runners.reading import ANY_NUMBER, FINITE, NAME, Kind, read_csv
 from runners.records import Record
@@ -276,5 +278,8 @@ def group_slug(group: tuple[Any, ...]) -> str:
 
 
 def slug(text: str) -> str:
-    """Make a part of a file name from a text."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+    """Make a part of a file name from a text; digits of its sha256 stand for the end of a long one."""
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-")
+    if len(name) <= LONGEST_NAME:
+        return name
+    return f"{name[: LONGEST_NAME - 9]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"

@@ -165,7 +165,9 @@ def in_turns(
     model.to(device).train()
     optimiser = make_optimiser(model, recipe)
     task = config.task
-    folder = RunFolder(run_dir, deciding_fields(config), keep_every=task.keep_every)
+    listings = {"training images": data.train.listing, "test images": data.test.listing}
+    deciding = deciding_fields(config) | {name: listing for name, listing in listings.items() if listing is not None}
+    folder = RunFolder(run_dir, deciding, keep_every=task.keep_every)
     if not config.resume:
         folder.remove_checkpoints()
     progress = _resume(folder, model, optimiser, recipe.iterations)

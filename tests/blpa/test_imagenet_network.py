@@ -231,3 +231,12 @@ def test_depth_without_a_network_is_refused(depth: int) -> None:
 def test_an_architecture_that_does_not_exist_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^architecture = 'imgnet': must be one of cifar, imagenet$"):
         PreActResNet(50, layers=StockLayers(), classes=10, architecture="imgnet")
+
+
+@pytest.mark.parametrize(
+    ("pool", "size"), [(MaxPool(3, 2, 1), (5, 2)), (MaxPool(3, 2, 1), (1, 5)), (MaxPool(17, 1, 8), (20, 20))], ids=str
+)
+def test_a_window_that_is_too_large_is_refused(pool: MaxPool, size: tuple[int, int]) -> None:
+    """A byte names a place among 16 x 16, and rows narrower than a window would give two places one name."""
+    with pytest.raises(ValueError, match=rf"^kernel_size = {pool.kernel_size}: must be at most 16, and the height"):
+        pool(torch.zeros(1, 1, *size))

@@ -16,10 +16,11 @@ from support import (
 )
 from torch import Tensor
 
+from blpa import ops
 from blpa.codec import Codec
 from blpa.kernels import NotAvailable, automatic, available, choose
 from blpa.kernels.compiled import COMPILED
-from blpa.kernels.reference import REFERENCE, decode
+from blpa.kernels.reference import REFERENCE, RowBlockKernels, decode
 
 CPU = torch.device("cpu")
 ODD_SHAPES = [(1, 1), (1, 5), (2, 3), (3, 17), (5, 1), (63, 16), (64, 64), (65, 3), (127, 5), (130, 1), (130, 17)]
@@ -315,3 +316,19 @@ def test_one_compiled_body_serves_every_number_of_rows(bits: int) -> None:
         REFERENCE.decode(saved, vectors, codec=codec, out=expected)
         assert torch.equal(out, expected)
     assert len(variants) == 1
+
+
+def test_a_body_can_be_compiled_for_the_first_time_on_a_sum_made_in_place() -> None:
+    """PyTorch refuses to say whether such a view is a leaf, which its compiler asks."""
+    kernels = RowBlockKernels(
+        "traced",
+        fuse=lambda body, variant, *constants: torch.compile(
+            lambda *args: body(*args, *constants), backend="eager", dynamic=True, fullgraph=True
+        ),
+    )
+    leaf = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
+    gamma, beta = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
+    expected, vectors = ops.add_shortcut(leaf * 2, leaf * 3, gamma, beta, ops.BatchNorm(Codec(4), kernels=REFERENCE))
+    total, found = ops.add_shortcut(leaf * 2, leaf * 3, gamma, beta, ops.BatchNorm(Codec(4), kernels=kernels))
+    assert torch.equal(total, expected)
+    assert found is not None and torch.equal(found, vectors)

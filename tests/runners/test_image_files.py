@@ -264,3 +264,14 @@ def test_the_time_spent_waiting_is_known(root: Path) -> None:
 def test_a_batch_larger_than_the_training_set_is_refused(root: Path) -> None:
     with pytest.raises(UserError, match=r"^dataset\.batch_size=13: the training set has 12 images$"):
         load(root, batch_size=13)
+
+
+def test_another_list_of_images_is_another_listing(root: Path, tmp_path: Path) -> None:
+    """It is written into checkpoints: with other files the images would come in another order."""
+    listings = [load(root)[0].train.listing]
+    (root / "train" / "bee" / "bee_1.png").rename(root / "train" / "bee" / "bee_7.png")
+    listings.append(load(root)[0].train.listing)
+    (root / "train" / "bee" / "bee_7.png").unlink()
+    listings.append(load(root)[0].train.listing)
+    assert len(set(listings)) == 3
+    assert [str(listing).split(",")[0] for listing in listings] == ["12 images", "12 images", "11 images"]

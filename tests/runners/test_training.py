@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -384,3 +385,16 @@ def test_a_kill_between_evaluation_and_checkpoint_leaves_no_row_twice(tmp_path: 
     assert [row["iteration"] for row in rows(tmp_path)] == [3, 6]
     assert exit_code("step 5", tmp_path) == -signal.SIGKILL
     assert [row["iteration"] for row in rows(tmp_path)] == [3]  # what the checkpoint at 4 vouches for
+
+
+def test_a_checkpoint_of_another_list_of_images_is_refused(tmp_path: Path) -> None:
+    class Listed(Split):
+        listing = "42 images, 1a2b3c4d"
+
+    data = tiny_data()
+    listed = replace(data, train=Listed(data.train.images, data.train.labels))
+    loop.train(TinyNet(), listed, tiny_config(), device=CPU, run_dir=tmp_path)
+    Listed.listing = "41 images, 5e6f7a8b"
+    refused = r"training images is 42 images, 1a2b3c4d there and 41 images, 5e6f7a8b here; give resume=false"
+    with pytest.raises(errors.UserError, match=refused):
+        loop.train(TinyNet(), listed, tiny_config(), device=CPU, run_dir=tmp_path)
