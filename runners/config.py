@@ -98,6 +98,10 @@ class DatasetConfig:
 
 IMAGE_FILES = ("train_sides", "colour", "check_side", "check_images", "test_side", "test_crops", "decoder")
 """Fields of DatasetConfig that every data set of image files gives, and no other."""
+LARGEST_SIDE = 16_384
+"""Largest short side of a training image, in pixels."""
+MOST_WORKERS = 1024
+"""Most processes that decode images: far more than a machine has cores for."""
 
 
 @dataclass
@@ -313,10 +317,10 @@ def _check_image_files(dataset: DatasetConfig) -> None:
             f"set of image files gives {', '.join(IMAGE_FILES)}; one in memory gives none of them"
         )
     sides, size = dataset.train_sides or [], dataset.image_size
-    if len(sides) != 2 or not size <= sides[0] <= sides[1]:
+    if len(sides) != 2 or not size <= sides[0] <= sides[1] <= LARGEST_SIDE:
         raise UserError(
             f"dataset.train_sides={sides} is not allowed: it is the smallest and the largest short side, at least "
-            f"dataset.image_size={size}"
+            f"dataset.image_size={size} and at most {LARGEST_SIDE}"
         )
     for key in ("check_side", "test_side"):
         at_least(f"dataset.{key}", getattr(dataset, key), size)
@@ -324,8 +328,8 @@ def _check_image_files(dataset: DatasetConfig) -> None:
     if dataset.test_crops not in (1, 10):
         raise UserError(f"dataset.test_crops={dataset.test_crops} is not allowed: choose 1 or 10")
     one_of("dataset.decoder", str(dataset.decoder), ("pillow", "torchcodec"))
-    if dataset.workers is not None:
-        at_least("dataset.workers", dataset.workers, 0)
+    if dataset.workers is not None and not 0 <= dataset.workers <= MOST_WORKERS:
+        raise UserError(f"dataset.workers={dataset.workers} is not allowed: it is a whole number, 0 to {MOST_WORKERS}")
     if dataset.image_channels != 3:
         raise UserError(f"dataset.image_channels={dataset.image_channels} is not allowed: image files are read as RGB")
     if dataset.augmentation == "per-batch":

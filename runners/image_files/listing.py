@@ -9,9 +9,10 @@ training folders. Names that begin with a point, and names of other than images,
 """
 
 import csv
+import itertools
 import os
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,8 @@ LISTS = ("train.txt", "val.txt")
 KAGGLE_FOLDER, KAGGLE_LABELS = Path("ILSVRC", "Data", "CLS-LOC"), "LOC_val_solution.csv"
 TARS = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 DEVKIT = "ILSVRC2012_devkit_t12.tar.gz"
+LABEL_DIGITS = 9
+"""Digits of a label: as many as any number of images needs."""
 SHOWN = 3
 """Names that a message lists."""
 
@@ -100,14 +103,16 @@ def _of_solution(val: Path, table: Path, names: list[str], classes: int) -> File
         )
     label_of = {name: label for label, name in enumerate(names)}
     labels: dict[str, int] = {}
-    with table.open(newline="", encoding="utf-8", errors="replace") as stream:
-        for line, row in enumerate(csv.reader(stream), start=1):
-            words = row[1].split() if len(row) == 2 else []
-            if line == 1 and row[:1] == ["ImageId"]:
-                continue
-            if not words or words[0] not in label_of:
-                raise UserError(f"{table}, line {line}: {','.join(row)[:80]!r}, expected an image, a comma and a class")
-            labels[row[0]] = label_of[words[0]]
+    for line, row in _rows(table):
+        words = row[1].split() if len(row) == 2 else []
+        if line == 1 and row[:1] == ["ImageId"]:
+            continue
+        if not words or words[0] not in label_of or not row[0].isprintable():
+            raise UserError(f"{table}, line {line}: {','.join(row)[:80]!r}, expected an image, a comma and a class")
+        label = label_of[words[0]]
+        if labels.setdefault(row[0], label) != label:
+            before = names[labels[row[0]]]
+            raise UserError(f"{table}, line {line}: {row[0][:80]} is of class {words[0]}, and of {before} before")
     files = listing_cache.images(val.parent, [val.name])[val.name]
     stems = {Path(file).stem for file in files}
     if odd := sorted(stems ^ labels.keys()):
@@ -117,17 +122,33 @@ def _of_solution(val: Path, table: Path, names: list[str], classes: int) -> File
     return Files(val, [file for file, _ in chosen], [label for _, label in chosen])
 
 
+def _rows(table: Path) -> Iterator[tuple[int, list[str]]]:
+    """Yield the rows of a table, and the line at which each begins; blank ones are left out."""
+    with table.open(newline="", encoding="utf-8-sig", errors="replace") as stream:
+        reader = csv.reader(stream)
+        line = 1
+        try:
+            for row in reader:
+                if any(cell.strip() for cell in row):
+                    yield line, row
+                line = reader.line_num + 1
+        except csv.Error as error:
+            raise UserError(f"{table}, line {line}: {error}") from error
+
+
 def _of_list(root: Path, name: str) -> Files:
     paths, labels = [], []
-    with (root / name).open(encoding="utf-8", errors="surrogateescape") as stream:
+    with (root / name).open(encoding="utf-8-sig", errors="surrogateescape") as stream:
         for number, line in enumerate(stream, start=1):
             path, comma, label = line.strip().rpartition(",")
+            label = label.strip()
             if not line.strip():
                 continue
-            if not (comma and path and label.strip().isdecimal()):
+            if not (comma and path and "\0" not in path and label.isdecimal() and len(label) <= LABEL_DIGITS):
                 raise UserError(
                     f"{root / name}, line {number}: {line.strip()[:80]!r}, expected a path relative to {root}, a comma "
-                    f"and a label from 0; without {' and '.join(LISTS)} the class folders are read"
+                    f"and a label of at most {LABEL_DIGITS} digits; without {' and '.join(LISTS)} the class folders "
+                    "are read"
                 )
             paths.append(path)
             labels.append(int(label))
@@ -136,14 +157,15 @@ def _of_list(root: Path, name: str) -> Files:
 
 def _first(train: Files, test: Files, classes: int) -> tuple[Files, Files]:
     """Take the images of the first classes."""
-    found = [sorted(set(files.labels)) for files in (train, test)]
-    if found[0] != found[1] or found[0] != [*range(len(found[0]))] or not found[0]:
-        odd = sorted(set(found[0]) ^ set(found[1])) or sorted({*range(max(found[0], default=0) + 1)} - {*found[0]})
+    found, in_test = set(train.labels), set(test.labels)
+    if found != in_test or len(found) != max(found, default=0) + 1:
+        missing = (label for label in range(max(found, default=0) + 1) if label not in found)
+        odd = sorted(found ^ in_test) or [*itertools.islice(missing, SHOWN)]
         raise UserError(
             f"{train.folder / LISTS[0]} and {LISTS[1]} are to have the same labels, 0 to classes - 1: look at label "
             f"{', '.join(map(str, odd[:SHOWN]))}"
         )
-    _check_classes(len(found[0]), classes)
+    _check_classes(len(found), classes)
     chosen = []
     for files in (train, test):
         rows = [(path, label) for path, label in zip(files.paths, files.labels, strict=True) if label < classes]

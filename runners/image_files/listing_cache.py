@@ -6,8 +6,9 @@ The user's cache holds one file for each folder of class folders:
     {"folder": ..., "images": {class folder: [time of its last change in ns, [names]]}}
 
 Adding, renaming or removing a file changes the time of its folder, so such a folder is listed again; one that changed
-in the last seconds before it was listed may change again at the same time, and is not written. The file is damaged or
-cannot be written: folders are listed as without it.
+in the last seconds before it was listed may change again at the same time, and is not written. Nor is one without
+images, or with an image's name that is no file: the links in it may point to a disk that is not mounted yet, and the
+mount would not change its time. The file is damaged or cannot be written: folders are listed as without it.
 """
 
 import hashlib
@@ -44,24 +45,27 @@ def images(folder: Path, names: Sequence[str]) -> dict[str, list[str]]:
     file = _file(folder)
     known = _read(file, folder) if file else {}
     now_ns = time.time_ns()
-    found: Listed = {}
+    found: dict[str, list[str]] = {}
+    new: Listed = {}
     for name in tqdm(names, f"listing {folder}", delay=2, leave=False):
         changed_ns = os.stat(folder / name).st_mtime_ns
-        is_known = name in known and known[name][0] == changed_ns
-        found[name] = known[name] if is_known else (changed_ns, _listed(folder / name))
-    settled = {name: entry for name, entry in found.items() if entry[0] < now_ns - RECENT_NS}
-    if file and any(known.get(name) != entry for name, entry in settled.items()):
-        _write(file, folder, {**known, **settled})
-    return {name: listed for name, (_, listed) in found.items()}
+        if name in known and known[name][0] == changed_ns:
+            found[name] = known[name][1]
+            continue
+        found[name], is_whole = _listed(folder / name)
+        if found[name] and is_whole and changed_ns < now_ns - RECENT_NS:
+            new[name] = (changed_ns, found[name])
+    if file and new:
+        _write(file, folder, {**known, **new})
+    return found
 
 
-def _listed(folder: Path) -> list[str]:
+def _listed(folder: Path) -> tuple[list[str], bool]:
+    """Return the names of the images in a folder, sorted, and whether each image's name is a file."""
     with os.scandir(folder) as entries:
-        return sorted(
-            entry.name
-            for entry in entries
-            if entry.name.lower().endswith(EXTENSIONS) and not entry.name.startswith(".") and entry.is_file()
-        )
+        named = [e for e in entries if e.name.lower().endswith(EXTENSIONS) and not e.name.startswith(".")]
+        images = sorted(entry.name for entry in named if entry.is_file())
+    return images, len(images) == len(named)
 
 
 def _file(folder: Path) -> Path | None:

@@ -10,6 +10,7 @@ Signals leave the workers alone, also those that a scheduler sends to every proc
 can, and needs its batches until then. Each worker ends with its parent, however that ends.
 """
 
+import multiprocessing
 import os
 import signal
 import time
@@ -47,6 +48,8 @@ class Workers:
         self.count = count
         self.seconds_waited = 0.0
         """Time for which this process has waited for results."""
+        self._has_worked = False
+        """Whether a process has sent a result."""
         self._users = 0
         self._executor: ProcessPoolExecutor | None = None
 
@@ -107,11 +110,19 @@ class Workers:
     def _result(self, future: "Future[Result]") -> Result:
         try:
             with self._timed():
-                return future.result()
+                result = future.result()
         except BrokenProcessPool as error:
             raise self._stopped() from error
+        self._has_worked = True
+        return result
 
     def _stopped(self) -> Stopped:
+        if not self._has_worked:
+            return Stopped(
+                "a process that decodes images ended before its first result: it imports the script that is run, which "
+                "is to be a file whose work stands under if __name__ == '__main__'; or there is too little memory for "
+                f"dataset.workers={self.count} (0 starts no process)"
+            )
         return Stopped(
             "a process that decodes images was killed, perhaps for want of memory: "
             f"dataset.workers={self.count} may be too many"
@@ -127,6 +138,18 @@ class Workers:
 
 
 class _Process(SpawnProcess):
+    def start(self) -> None:
+        """Start the process, with the usual start method in place of this process's own.
+
+        A new process is told that of its parent, also where it does not know it: joblib's processes are of its "loky".
+        """
+        before = multiprocessing.get_start_method(allow_none=True)
+        multiprocessing.set_start_method("spawn", force=True)
+        try:
+            super().start()
+        finally:
+            multiprocessing.set_start_method(before, force=True)
+
     def terminate(self) -> None:
         """Kill the process: the executor terminates the others when one has died, and workers ignore SIGTERM."""
         self.kill()

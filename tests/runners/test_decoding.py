@@ -57,10 +57,22 @@ def test_grey_of_16_bits_is_not_white(tmp_path: Path) -> None:
     assert np.array_equal(decoded(tmp_path / "grey.png"), np.repeat(grey[:, :, None] >> 8, 3, axis=2))
 
 
-def jpeg() -> bytes:
+def test_a_camera_s_file_of_several_images_is_its_first(tmp_path: Path) -> None:
+    image(0).save(tmp_path / "several.jpg", format="MPO", save_all=True, append_images=[image(1)])
+    image(0).save(tmp_path / "one.jpg")
+    with Image.open(tmp_path / "several.jpg") as several:
+        assert several.format == "MPO"
+    assert np.array_equal(decoded(tmp_path / "several.jpg"), decoded(tmp_path / "one.jpg"))
+
+
+def encoded(name: str) -> bytes:
     stream = io.BytesIO()
-    image(0, 64, 48).save(stream, format="JPEG")
+    image(0, 64, 48).save(stream, format=name)
     return stream.getvalue()
+
+
+def jpeg() -> bytes:
+    return encoded("JPEG")
 
 
 def bomb() -> bytes:
@@ -78,13 +90,14 @@ def bomb() -> bytes:
     ("content", "reason"),
     [
         (b"", "cannot be decoded: it is empty"),
-        (b"<html>not found</html>", "cannot be decoded: it is no image, or of a format that is not known"),
+        (b"<html>not found</html>", "cannot be decoded: it is no image of JPEG, PNG, WEBP, BMP, PPM, TIFF"),
+        (encoded("EPS"), "cannot be decoded: it is no image of JPEG"),
         (jpeg()[:-200], "cannot be decoded: image file is truncated"),
         (jpeg()[:100], "cannot be decoded: "),
         (bomb(), "cannot be decoded: Image size (400000000 pixels) exceeds limit"),
         (None, "cannot be read: No such file or directory"),
     ],
-    ids=["empty", "text", "truncated", "header", "bomb", "missing"],
+    ids=["empty", "text", "EPS", "truncated", "header", "bomb", "missing"],
 )
 def test_a_bad_file_is_one_line_that_names_it(tmp_path: Path, content: bytes | None, reason: str) -> None:
     file = tmp_path / "bad.JPEG"

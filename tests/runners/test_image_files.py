@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 from dataclasses import replace
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,25 @@ def test_a_killed_worker_is_one_line_and_leaves_no_process() -> None:
         for _ in range(100):
             next(results)
     assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_ends_before_its_first_result_is_told_apart() -> None:
+    """As each one does where the script that is run has no guard."""
+    with pytest.raises(Stopped, match=r"ended before its first result: .* under if __name__ == '__main__'; or "):
+        list(Workers(1).results(os._exit, [(1,)], ahead=1))
+
+
+def test_workers_begin_in_a_process_of_another_start_method(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Joblib's processes have one that a new process does not know."""
+    before = multiprocessing.get_start_method(allow_none=True)
+    monkeypatch.setitem(multiprocessing.context._concrete_contexts, "other", SpawnContext())
+    monkeypatch.setattr(multiprocessing.context._concrete_contexts["other"], "_name", "other")
+    multiprocessing.set_start_method("other", force=True)
+    try:
+        assert os.getpid() not in Workers(1).results(os.getpid, [(), ()], ahead=1)
+        assert multiprocessing.get_start_method() == "other"
+    finally:
+        multiprocessing.set_start_method(before, force=True)
 
 
 def test_who_stops_half_way_leaves_no_process(root: Path) -> None:

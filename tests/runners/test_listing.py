@@ -85,6 +85,15 @@ def test_kaggle_s_layout(tmp_path: Path) -> None:
     assert f"{table}, line 9: 'odd,wasp 1 2 3 4', expected an image, a comma and a class" in refused(
         tmp_path / "kaggle"
     )
+    table.write_text("\ufeff" + "\n".join([*rows, rows[1], "", " "]) + "\n\n")  # as an editor may leave it
+    assert listing.find(tmp_path / "kaggle", 3)[1] == val
+    for row, message in (
+        ("ant_0,cat 1 2 3 4", "line 10: ant_0 is of class cat, and of ant before"),
+        ("a\0b,cat 1 2 3 4", r"line 10: 'a\x00b,cat 1 2 3 4', expected an image, a comma and a class"),
+        ('"' + "x" * 200_000, "line 10: field larger than field limit"),
+    ):
+        table.write_text("\n".join([*rows, "", row]))
+        assert f"{table}, {message}" in refused(tmp_path / "kaggle")
     table.unlink()
     assert "has no class folders, and there is no" in refused(tmp_path / "kaggle")
 
@@ -97,10 +106,19 @@ def test_the_authors_lists(tmp_path: Path) -> None:
     again = listing.find(tmp_path, 3)
     assert [(f"train/{path}", label) for path, label in reversed(listed(train))] == listed(again[0])
     assert [label for _, label in listed(listing.find(tmp_path, 2)[1])] == [1, 1, 0, 0]
+    for name in ("train.txt", "val.txt"):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
+    assert listing.find(tmp_path, 3) == again
+    for line in ("val/ant/ant_1.png," + "1" * 5000, "val/a\0.png,0"):
+        (tmp_path / "val.txt").write_text(f"val/ant/ant_0.png,0\n{line}\n")
+        assert f"{tmp_path / 'val.txt'}, line 2: {line[:80]!r}, expected a path relative to" in refused(tmp_path)
     (tmp_path / "val.txt").write_text("val/ant/ant_0.png,0\nval/bee/bee_0.png 1\n")
     assert f"{tmp_path / 'val.txt'}, line 2: 'val/bee/bee_0.png 1', expected a path relative to" in refused(tmp_path)
     (tmp_path / "val.txt").write_text("val/ant/ant_0.png,0\nval/cat/cat_0.png,2\n")
     assert "the same labels, 0 to classes - 1: look at label 1" in refused(tmp_path)
+    for name in ("train.txt", "val.txt"):
+        (tmp_path / name).write_text("val/ant/ant_0.png,0\nval/cat/cat_0.png,999999999\n")
+    assert refused(tmp_path).endswith("look at label 1, 2, 3")
 
 
 def test_what_is_no_data_set_is_one_line_that_names_the_layouts(tmp_path: Path) -> None:
@@ -193,7 +211,7 @@ def listed_anew(root: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     looked: list[str] = []
     really = listing_cache._listed
 
-    def look(folder: Path) -> list[str]:
+    def look(folder: Path) -> tuple[list[str], bool]:
         looked.append(f"{folder.parent.name}/{folder.name}")
         return really(folder)
 
@@ -229,6 +247,22 @@ def test_the_cache_of_a_subset_grows(tmp_path: Path, monkeypatch: pytest.MonkeyP
     settle(root)
     listing.find(root, 2)
     assert listed_anew(root, monkeypatch) == ["train/cat", "val/cat"]
+    assert listed_anew(root, monkeypatch) == []
+
+
+def test_links_to_a_disk_that_is_not_mounted_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, disk = write_folders(tmp_path / "root"), tmp_path / "disk"
+    for name, moved in (("ant", "*"), ("bee", "bee_1.png")):  # all of them, and one of some
+        for file in (root / "train" / name).glob(moved):
+            file.rename(disk.with_name(file.name))
+            file.symlink_to(disk / file.name)
+    settle(root)
+    assert refused(root).startswith(f"{root / 'train' / 'ant'} has no images")
+    disk.mkdir()
+    for file in tmp_path.glob("*.png"):
+        file.rename(disk / file.name)
+    assert listed_anew(root, monkeypatch)[:2] == ALL[:2]
+    assert len(listing.find(root, 3)[0].paths) == sum(TRAIN.values())
     assert listed_anew(root, monkeypatch) == []
 
 
