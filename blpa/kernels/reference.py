@@ -184,8 +184,8 @@ class RowBlockKernels:
         if add is not None:
             x.add_(add)
         vectors = x.new_empty(len(Norm._fields), x.shape[1], dtype=compute_dtype(x.dtype))
-        # Detached: torch.compile would compile again for each size of a Parameter. And it asks whether x is a leaf, which
-        # PyTorch refuses to say of a view of a sum that was just made in place.
+        # Detached: torch.compile would compile again for each size of a Parameter. It also asks whether x is a leaf,
+        # which PyTorch refuses to say of a view of a sum that was just made in place.
         self._run(channel_stats, [x.detach()], vectors, gamma.detach(), beta.detach(), constants=(eps, codec))
         if running_stats:
             mean, var = vectors[:2]
