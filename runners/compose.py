@@ -31,7 +31,8 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandat
 
 from runners import CONF
 from runners.cells import folder_name, run_name, task_module, task_settings
-from runners.config import Config, check, one_of, options
+from runners.checks import check, one_of
+from runners.config import Config, options
 from runners.errors import UserError, allowed, hint
 from runners.option_files import read
 from runners.texts import GROUPS, quoted

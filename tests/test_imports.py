@@ -26,7 +26,8 @@ LIBRARY = (
 """Inside the library a module imports what stands below it; memory.py and coded kernels and codec alone."""
 
 FRONT = {
-    "runners", "runners.cli", "runners.__main__", "runners.help", "runners.config", "runners.compose", "runners.cells",
+    "runners", "runners.cli", "runners.__main__", "runners.help", "runners.config", "runners.checks", "runners.compose",
+    "runners.cells",
     "runners.sweep", "runners.run", "runners.errors", "runners.files", "runners.locks", "runners.option_files",
     "runners.reading", "runners.records", "runners.printing", "runners.streams", "runners.fresh", "runners.texts",
     "runners.workers", "runners.yaml_files", "runners.training", "runners.training.budget", "runners.training.signals",

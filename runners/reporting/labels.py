@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from runners.config import MODE_LABELS, ModeConfig, check_colour, options
+from runners.checks import check_colour
+from runners.config import MODE_LABELS, ModeConfig, options
 from runners.errors import UserError
 from runners.option_files import option
 from runners.records import Settings

@@ -25,7 +25,8 @@ from blpa.kernels import library
 from blpa.memory import MIB
 from runners import provenance, records
 from runners.cells import batch_name, gpu_changes
-from runners.config import Config, GpuConfig, at_least, one_of, options
+from runners.checks import at_least, one_of
+from runners.config import Config, GpuConfig, options
 from runners.errors import UserError, classify, first_line
 from runners.option_files import mode
 from runners.records import Record

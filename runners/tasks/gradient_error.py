@@ -24,7 +24,8 @@ from tqdm import tqdm
 from blpa import kernels
 from runners import data, provenance, records
 from runners.cells import batch_name, check_weights, gpu_changes, table_name, weights_name
-from runners.config import Config, GpuConfig, at_least
+from runners.checks import at_least
+from runners.config import Config, GpuConfig
 from runners.errors import UserError
 from runners.files import write_csv
 from runners.records import Record

@@ -27,7 +27,8 @@ from blpa.kernels import Kernels
 from blpa.models.preact_resnet import EXPANSION
 from runners import provenance, records
 from runners.cells import gpu_changes
-from runners.config import Config, at_least
+from runners.checks import at_least
+from runners.config import Config
 from runners.errors import UserError
 from runners.option_files import mode
 from runners.records import Record

@@ -19,7 +19,8 @@ from blpa import kernels
 from blpa.kernels import Kernels
 from runners import provenance, records
 from runners.cells import batch_name, card_name, gpu_changes, overrides, task_settings
-from runners.config import Config, at_least, one_of, options
+from runners.checks import at_least, one_of
+from runners.config import Config, options
 from runners.errors import Stopped, UserError, classify
 from runners.option_files import mode
 from runners.records import Record

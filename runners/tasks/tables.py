@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runners import records
-from runners.config import Config, one_of
+from runners.checks import one_of
+from runners.config import Config
 from runners.files import write_csv, write_whole
 from runners.records import COLUMNS, Record, as_row
 from runners.reporting import converted, errors, kernels, networks

@@ -11,7 +11,8 @@ from torch import nn
 from blpa import kernels
 from runners import data, provenance, records
 from runners.cells import gpu_changes
-from runners.config import Config, at_least
+from runners.checks import at_least
+from runners.config import Config
 from runners.records import Record
 from runners.training import loop, network
 from runners.training.turns import Turns

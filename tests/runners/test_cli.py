@@ -18,7 +18,8 @@ from support import composed
 from blpa.codec import Codec
 from runners import CONF, cli, records
 from runners.cells import recipe_changes, task_module
-from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig, check, options
+from runners.checks import check
+from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig, options
 from runners.errors import Busy, Stopped
 from runners.run import locked
 from runners.tasks import train

@@ -6,6 +6,7 @@ import pytest
 from support import make
 
 from blpa.models.preact_resnet import CIFAR
+from runners import checks
 from runners import config as schema
 from runners.cells import task_module, task_settings
 from runners.config import Config, options
@@ -14,7 +15,7 @@ from runners.option_files import option
 
 def check(config: Config) -> None:
     """All that the command line checks of a typed configuration."""
-    schema.check(config)
+    checks.check(config)
     getattr(task_module(config.task.name), "check", lambda config: None)(config)
 
 
