@@ -75,8 +75,10 @@ def _check_dataset(config: Config) -> None:
     at_least("dataset.classes", dataset.classes, 2)
     for key in ("image_size", "image_channels", "iterations", "batch_size", "eval_batch_size"):
         at_least(f"dataset.{key}", getattr(dataset, key), 1)
-    is_training = getattr(config.task, "name", "") == "train"  # other tasks do not divide the batch
-    if dataset.sub_batches < 1 or (is_training and dataset.batch_size % dataset.sub_batches):
+    task = config.task["name"] if isinstance(config.task, dict) else config.task.name
+    if dataset.sub_batches < 1 or (
+        task == "train" and dataset.batch_size % dataset.sub_batches
+    ):  # others do not divide
         raise UserError(
             f"dataset.sub_batches={dataset.sub_batches} is not allowed: it divides dataset.batch_size="
             f"{dataset.batch_size}"

@@ -30,6 +30,9 @@ THIRDS = ("#56B4E9", "#0072B2", "#003355")
 TICKS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
 """Ticks of the logarithmic error axis, which begins and ends at one; an error of 0 is drawn at the smallest."""
 
+LONGEST_IN_TITLE = 40
+"""Characters of settings in a title, which a data set of the user's own would fill."""
+
 MEMORY = {"mode": NAME, "done": FINITE, "mib": FINITE}
 GRADIENTS = {"mode": NAME, "layer": NAME} | {
     f"{metric}_{end}": ANY_NUMBER for metric in ("error", "cosine", "spread") for end in ("low", "median", "high")
@@ -266,7 +269,10 @@ def _title(curves: pd.DataFrame, labels: Labels) -> str:
     n = f"n={runs.min()}" if runs.min() == runs.max() else f"n={runs.min()} to {runs.max()}"
     recipe = f"{labels.images(first['dataset'])}, depth {first['depth']}, width {first['width']:g}"
     recipe += f", {first['iterations']:,} iterations of batch {first['batch_size']}"
-    conditions = ", ".join(filter(None, [first["precision"], settings_text(json.loads(first["settings"]))]))
+    settings = settings_text(json.loads(first["settings"]))
+    if len(settings) > LONGEST_IN_TITLE:
+        settings = f"{settings[:LONGEST_IN_TITLE]}..."
+    conditions = ", ".join(filter(None, [first["precision"], settings]))
     return f"Test error (%), {recipe}, {conditions} ({n})"
 
 

@@ -1,9 +1,10 @@
 """runners/config.py: every option is a valid configuration, and every mistake is one line that names the value."""
 
+import re
 from contextlib import nullcontext
 
 import pytest
-from support import make
+from support import composed, make, refusal
 
 from blpa.models.preact_resnet import CIFAR
 from runners import checks
@@ -271,3 +272,17 @@ def test_values_that_image_files_cannot_have_are_refused(values: dict[str, objec
 def test_images_in_memory_have_no_workers() -> None:
     with pytest.raises(ValueError, match=r"^dataset\.workers=2: digits is in memory, and has no workers$"):
         check(make(dataset__workers=2))
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_sub_batches_that_do_not_divide_the_batch_are_refused(count: int, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the command line too, where a task is still a dictionary."""
+    message = f"dataset.sub_batches={count} is not allowed: it divides dataset.batch_size=64"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        check(make(dataset__batch_size=64, dataset__sub_batches=count))
+    assert message in refusal(["dataset=digits", f"dataset.sub_batches={count}"], capsys)
+
+
+def test_only_training_divides_the_batch() -> None:
+    (memory,) = composed(["dataset=digits", "dataset.sub_batches=3", "task=memory"])
+    assert memory.dataset.sub_batches == 3
