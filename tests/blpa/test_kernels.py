@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from blpa import ops
 from blpa.codec import Codec
-from blpa.kernels import NotAvailable, automatic, available, choose
+from blpa.kernels import NotAvailable, automatic, available, choose, compiled
 from blpa.kernels.compiled import COMPILED
 from blpa.kernels.reference import REFERENCE, RowBlockKernels, decode
 
@@ -292,7 +293,7 @@ def test_missing_triton_is_an_error_only_for_who_asked_for_it(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
-def test_one_compiled_body_serves_every_number_of_rows(bits: int) -> None:
+def test_one_compiled_body_serves_every_number_of_rows(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch gives up after eight variants of a function, and a process may run more batch sizes."""
     codec = Codec(bits)
     variants = []
@@ -301,30 +302,24 @@ def test_one_compiled_body_serves_every_number_of_rows(bits: int) -> None:
         variants.append(graph)
         return graph
 
-    def call(out: list[Tensor], saved: Tensor, vectors: Tensor) -> None:
-        decode(out, saved, vectors, codec)
-
-    compiled = torch.compile(call, backend=backend, dynamic=True, fullgraph=True)
+    decoded = traced(decode, codec, backend=backend, monkeypatch=monkeypatch)
     for rows in (256, 512, 1024, 4096):
         x = torch.randn(rows, 3)
         vectors = REFERENCE.channel_stats(x, torch.ones(3), torch.zeros(3), eps=EPS, codec=codec)
         saved = REFERENCE.normalise_rectify_encode(x, vectors, codec=codec, out=torch.empty_like(x))
         assert saved is not None
         out = torch.empty_like(x)
-        compiled(codec.row_blocks(out), saved, vectors)
+        decoded(codec.row_blocks(out), saved, vectors)
         expected = torch.empty_like(x)
         REFERENCE.decode(saved, vectors, codec=codec, out=expected)
         assert torch.equal(out, expected)
     assert len(variants) == 1
 
 
-def test_a_body_can_be_compiled_for_the_first_time_on_a_sum_made_in_place() -> None:
+def test_a_body_can_be_compiled_for_the_first_time_on_a_sum_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch refuses to say whether such a view is a leaf, which its compiler asks."""
     kernels = RowBlockKernels(
-        "traced",
-        fuse=lambda body, variant, *constants: torch.compile(
-            lambda *args: body(*args, *constants), backend="eager", dynamic=True, fullgraph=True
-        ),
+        "traced", fuse=lambda body, _, *constants: traced(body, *constants, backend="eager", monkeypatch=monkeypatch)
     )
     leaf = torch.randn(2, 3, 4, 4).contiguous(memory_format=torch.channels_last).requires_grad_()
     gamma, beta = torch.ones(3, requires_grad=True), torch.zeros(3, requires_grad=True)
@@ -332,3 +327,16 @@ def test_a_body_can_be_compiled_for_the_first_time_on_a_sum_made_in_place() -> N
     total, found = ops.add_shortcut(leaf * 2, leaf * 3, gamma, beta, ops.BatchNorm(Codec(4), kernels=kernels))
     assert torch.equal(total, expected)
     assert found is not None and torch.equal(found, vectors)
+
+
+def traced(
+    body: Callable[..., None], *constants: object, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., None]:
+    """A body as COMPILED compiles it, up to the code: that takes seconds."""
+
+    def without_code(function: Callable[..., None]) -> Callable[..., None]:
+        return torch.compile(function, backend=backend, dynamic=True, fullgraph=True)
+
+    monkeypatch.setattr(compiled, "_compiled", without_code)
+    made: Callable[..., None] = compiled._compile.__wrapped__(body, (), *constants)
+    return made
