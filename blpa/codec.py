@@ -148,7 +148,7 @@ class Codec:
         sign = torch.ones_like(gamma).copysign_(gamma + 0.0)
         low, high = torch.minimum(low * sign, high * sign), torch.maximum(low * sign, high * sign)  # of s x_hat
         # One bin to spare, since an edge in the range shifts the bins by up to one. A constant channel has no width.
-        width = self._shared_out(high - low).clamp_min_(torch.finfo(gamma.dtype).tiny ** 0.5)
+        width = self._bin_widths(high - low).clamp_min_(torch.finfo(gamma.dtype).tiny ** 0.5)
         edge = -beta / gamma.abs()
         bins = (edge / width).nan_to_num_(nan=0.0, posinf=2.0**30, neginf=-(2.0**30))
         lowest = low / width
@@ -175,12 +175,12 @@ class Codec:
             A grid for gamma = 1 and beta = 0.
         """
         top = high if self.clip == "range" else torch.minimum(high, RECTIFIED_CLIP * self.clip * root_mean_square)
-        width = self._shared_out(top).clamp_min_(torch.finfo(high.dtype).tiny ** 0.5)
+        width = self._bin_widths(top).clamp_min_(torch.finfo(high.dtype).tiny ** 0.5)
         first = torch.ones_like(width)
         return Grid(width.reciprocal(), width, first - self.levels // 2, first)
 
-    def _shared_out(self, ranges: Tensor) -> Tensor:
-        """Divide ranges by the number of bins. By a Python number, PyTorch on CUDA would multiply by its reciprocal."""
+    def _bin_widths(self, ranges: Tensor) -> Tensor:
+        """Divide ranges into bins; by a Python number, PyTorch on CUDA would multiply by its reciprocal instead."""
         return ranges / torch.full_like(ranges, self.levels - 1)
 
     def encode(self, x_hat: Tensor, y: Tensor, grid: Grid) -> Tensor:

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 import pytest
 from support import composed, make, refusal
 
-from blpa.models.preact_resnet import CIFAR
+from blpa.models.preact_resnet import CIFAR, IMAGENET
 from runners import checks
 from runners import config as schema
 from runners.cells import task_module, task_settings
@@ -286,3 +286,9 @@ def test_sub_batches_that_do_not_divide_the_batch_are_refused(count: int, capsys
 def test_only_training_divides_the_batch() -> None:
     (memory,) = composed(["dataset=digits", "dataset.sub_batches=3", "task=memory"])
     assert memory.dataset.sub_batches == 3
+
+
+def test_the_checks_know_the_depths_of_the_imagenet_network() -> None:
+    """They have them by heart, for the network would import torch."""
+    assert IMAGENET.groups is not None
+    assert tuple(IMAGENET.groups) == checks.IMAGENET_DEPTHS

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,15 @@ def log(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return told
 
 
+def tiny_step(net: TinyNet, **options: Any) -> TrainingStep:
+    """Steps of the tiny network on the training images of tiny_data, by the recipe of tiny_config."""
+    data, config = tiny_data().train, tiny_config()
+    optimiser = steps.make_optimiser(net, config.dataset)
+    return TrainingStep(
+        net, optimiser, lambda inputs: data.batch(inputs, config.dataset), gpu=config.gpu, device=CPU, **options
+    )
+
+
 @pytest.mark.parametrize("statistics", ["running", "batch"])
 def test_a_captured_run_is_that_which_is_not(
     log: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, statistics: str
@@ -77,8 +87,7 @@ def test_a_captured_evaluation_reads_the_weights_and_averages_of_its_moment() ->
 def test_results_of_replays_do_not_write_over_each_other() -> None:
     data, recipe = tiny_data().train, tiny_config().dataset
     net = TinyNet()
-    optimiser = steps.make_optimiser(net, recipe)
-    step = TrainingStep(net, optimiser, lambda inputs: data.batch(inputs, recipe), gpu=tiny_config().gpu, device=CPU)
+    step = tiny_step(net)
     losses = torch.stack([step(inputs, rate=0.1) for _, inputs in data.inputs(recipe, seed=0)])[:, 0]
     assert len(set(losses.tolist())) == recipe.iterations
 
@@ -86,8 +95,7 @@ def test_results_of_replays_do_not_write_over_each_other() -> None:
 def test_the_rate_of_each_step_is_the_one_it_is_given() -> None:
     data, recipe = tiny_data().train, tiny_config().dataset
     net = TinyNet()
-    optimiser = steps.make_optimiser(net, recipe)
-    step = TrainingStep(net, optimiser, lambda inputs: data.batch(inputs, recipe), gpu=tiny_config().gpu, device=CPU)
+    step = tiny_step(net)
     _, inputs = next(data.inputs(recipe, seed=0))
     before = net.conv.weight.clone()
     step(inputs, rate=0.0)
@@ -116,14 +124,7 @@ def test_sub_batches_are_the_mean_of_their_gradients(count: int) -> None:
     """Each is every k-th image, normalised by its own statistics; loss and errors are those of all images."""
     data, recipe = tiny_data().train, tiny_config().dataset
     net, reference = TinyNet(), TinyNet()
-    step = TrainingStep(
-        net,
-        steps.make_optimiser(net, recipe),
-        lambda inputs: data.batch(inputs, recipe),
-        gpu=tiny_config().gpu,
-        device=CPU,
-        sub_batches=count,
-    )
+    step = tiny_step(net, sub_batches=count)
     _, inputs = next(data.inputs(recipe, seed=0))
     loss, wrong = step(inputs, rate=0.0).tolist()
 
@@ -149,15 +150,7 @@ def test_smoothed_labels_are_a_mean_over_the_label_and_all_classes() -> None:
     losses = []
     for smoothing in (0.0, 0.25):
         net = TinyNet()
-        step = TrainingStep(
-            net,
-            steps.make_optimiser(net, recipe),
-            lambda inputs: data.batch(inputs, recipe),
-            gpu=tiny_config().gpu,
-            device=CPU,
-            label_smoothing=smoothing,
-        )
-        losses.append(step(inputs, rate=0.0)[0].item())
+        losses.append(tiny_step(net, label_smoothing=smoothing)(inputs, rate=0.0)[0].item())
     images, labels = data.batch(inputs, recipe)
     logits = TinyNet()(images).log_softmax(dim=1)
     sharp, spread = -logits.gather(1, labels[:, None]).mean().item(), -logits.mean().item()
