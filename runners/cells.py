@@ -21,24 +21,27 @@ from runners.training import signals
 
 IGNORED = {
     "dataset.root", "dataset.download", "dataset.label", "dataset.train_images", "dataset.workers",
-    "task.checkpoint_every", "task.keep_every",
+    "task.checkpoint_every", "task.keep_every", "gpu.restarts", "gpu.timeout_minutes",
     *(f"mode.{name}" for name in MODE_LABELS),
 }  # fmt: skip
-"""Settings that do not affect the result: folders, worker processes, checkpoints, and labels in tables."""
+"""Settings that do not affect the result: folders, worker processes, checkpoints, restarts, and labels in tables."""
 
 
 def run_name(config: Config) -> str:
     """Name the folder of a run by the values that distinguish runs: table1-cifar10-4bit-depth164-width1-tf32-seed0.
 
     Args:
-        config: the run; its experiment leads the name unless it is `single`; the data's version and the precision
-            are in it unless they are `published` and `auto`.
+        config: the run; its experiment leads the name unless it is `single`; the data's version, the precision and
+            the number of processes are in it unless they are `published`, `auto` and 1.
     """
     prefix = "" if config.experiment == "single" else f"{config.experiment}-"
     network = f"depth{config.depth}-width{config.width:g}"
     precision = "" if config.gpu.precision == "auto" else f"-{config.gpu.precision}"
     version = "" if config.dataset.version == PUBLISHED else f"-{config.dataset.version}"
-    return f"{prefix}{config.dataset.name}{version}-{config.mode.name}-{network}{precision}-seed{config.seed}"
+    processes = "" if config.gpu.processes == 1 else f"-processes{config.gpu.processes}"
+    processes += "-sync" if config.gpu.sync_batch_norm else ""
+    where = f"{precision}{processes}"
+    return f"{prefix}{config.dataset.name}{version}-{config.mode.name}-{network}{where}-seed{config.seed}"
 
 
 def folder_name(config: Config) -> str | None:

@@ -14,6 +14,8 @@ LARGEST_SIDE = 16_384
 """Largest short side of a training image, in pixels."""
 MOST_WORKERS = 1024
 """Most processes that decode images: far more than a machine has cores for."""
+TASKS_IN_PROCESSES = ("train", "runtime", "max-batch")
+"""Tasks that several processes do together."""
 IMAGENET_DEPTHS = (26, 50, 101, 152)
 """Depths of the imagenet architecture."""
 
@@ -35,6 +37,7 @@ def check(config: Config) -> None:
     if config.gpu.memory_gib is not None:
         above_zero("gpu.memory_gib", config.gpu.memory_gib)
     at_least("gpu.allowance_mib", config.gpu.allowance_mib, 0)
+    _check_processes(config)
     _check_depth(config.depth, config.dataset)
     above_zero("width", config.width)
     _check_size(config)
@@ -75,9 +78,8 @@ def _check_dataset(config: Config) -> None:
     at_least("dataset.classes", dataset.classes, 2)
     for key in ("image_size", "image_channels", "iterations", "batch_size", "eval_batch_size"):
         at_least(f"dataset.{key}", getattr(dataset, key), 1)
-    task = config.task["name"] if isinstance(config.task, dict) else config.task.name
     if dataset.sub_batches < 1 or (
-        task == "train" and dataset.batch_size % dataset.sub_batches
+        _task_name(config) == "train" and dataset.batch_size % dataset.sub_batches
     ):  # others do not divide
         raise UserError(
             f"dataset.sub_batches={dataset.sub_batches} is not allowed: it divides dataset.batch_size="
@@ -133,6 +135,36 @@ def _check_image_files(dataset: DatasetConfig) -> None:
             f"dataset.crop_padding={dataset.crop_padding} is not allowed for image files, which are cropped without "
             "padding: it is 0"
         )
+
+
+def _check_processes(config: Config) -> None:
+    """Check that the processes can share the work: each gets as many images of a batch as any other."""
+    gpu, dataset, task = config.gpu, config.dataset, _task_name(config)
+    at_least("gpu.processes", gpu.processes, 1)
+    at_least("gpu.restarts", gpu.restarts, 0)
+    above_zero("gpu.timeout_minutes", gpu.timeout_minutes)
+    if gpu.sync_batch_norm and config.mode.layers == "compiled":
+        raise UserError("gpu.sync_batch_norm=true is not allowed with compiled layers: choose another mode")
+    if gpu.processes == 1:
+        return
+    if task not in TASKS_IN_PROCESSES:
+        allowed = ", ".join(TASKS_IN_PROCESSES)
+        raise UserError(f"gpu.processes={gpu.processes} is not allowed for task={task}: it is for {allowed}")
+    if config.jobs > 1:
+        raise UserError(
+            f"jobs={config.jobs} is not allowed with gpu.processes={gpu.processes}: a run has its GPUs alone"
+        )
+    parts = gpu.processes * (dataset.sub_batches if task == "train" else 1)
+    if task != "max-batch" and dataset.batch_size % parts:
+        times = f" times dataset.sub_batches={dataset.sub_batches}" if parts > gpu.processes else ""
+        raise UserError(
+            f"gpu.processes={gpu.processes}{times} does not divide dataset.batch_size={dataset.batch_size}, which is "
+            "the batch of all processes"
+        )
+
+
+def _task_name(config: Config) -> str:
+    return str(config.task["name"] if isinstance(config.task, dict) else config.task.name)
 
 
 def _check_mode(mode: ModeConfig) -> None:

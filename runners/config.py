@@ -161,6 +161,16 @@ class GpuConfig:
     """Memory that training may take, in GiB: the budget of max-batch; null is the whole card."""
     allowance_mib: int = 512
     """Part of that memory that is not counted, in MiB: the CUDA context and the workspaces of convolutions."""
+    processes: int = 1
+    """Processes that train one network together, each on a GPU of its own and on its part of every batch. Where
+    torchrun or Slurm started them, as many as these started."""
+    sync_batch_norm: bool = False
+    """Whether batch norm takes the statistics of all processes' samples. Each takes those of its own otherwise, as the
+    authors' code does."""
+    restarts: int = 0
+    """Times that the processes begin again, from the last checkpoint, after one of them failed."""
+    timeout_minutes: float = 10.0
+    """Time for which a process waits for another one before it takes it for lost."""
 
 
 @dataclass

@@ -72,6 +72,10 @@ class Busy(Stopped):
     exit_code = 4
 
 
+class LostProcess(Stopped):
+    """Another of the processes that train together ended or hangs: what it says is the reason, not this."""
+
+
 class Diverged(Stopped):
     """The loss or the weights are no longer finite: a retry would diverge again."""
 

@@ -1,0 +1,193 @@
+"""The processes that train one network together, one per GPU, and what they tell each other on the host.
+
+    rank r of N    takes rows r::N of every batch, and the mean of all gradients (reduction.py)
+    rank 0         decides what hangs on its clock, and alone reads and writes files and prints
+
+Whoever starts them (runners/processes.py, torchrun, Slurm) sets RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
+MASTER_PORT. A process that was started alone is a world of one, without a group of processes: nothing is sent.
+
+What is told here is small and goes from host to host by gloo, so it never waits for a GPU. Gradients go by NCCL between
+GPUs. Each function must be called by all processes, in the same order.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, distributed
+
+from runners.config import GpuConfig
+from runners.errors import LostProcess, Stopped, UserError, classify, first_line
+
+Value = TypeVar("Value")
+
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that a launcher sets."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes that train together."""
+
+    rank: int = 0
+    """Number of this process."""
+    size: int = 1
+    """Number of processes."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process reads and writes the files of the run, and prints."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other process."""
+        return self.size == 1
+
+    def largest(self, *values: int) -> list[int]:
+        """Return the largest of the processes' values, one by one."""
+        if self.is_alone:
+            return list(values)
+        found = torch.tensor(values)
+        distributed.all_reduce(found, distributed.ReduceOp.MAX)
+        return found.tolist()
+
+    def gather(self, rows: Tensor) -> list[Tensor]:
+        """Return the rows [n, ...] of each process, by rank; their number may differ.
+
+        Args:
+            rows: on the CPU, of one dtype and, but for the first dimension, one shape on all processes.
+        """
+        if self.is_alone:
+            return [rows]
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        distributed.all_gather(counts, torch.tensor([len(rows)]))
+        longest = int(max(counts))
+        padded = rows.new_zeros(longest, *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in range(self.size)]
+        distributed.all_gather(found, padded)
+        return [part[: int(count)] for part, count in zip(found, counts, strict=True)]
+
+    def broadcast(self, value: Value) -> Value:
+        """Return the first process's value, which can be pickled."""
+        if self.is_alone:
+            return value
+        values = [value]
+        distributed.broadcast_object_list(values, device=torch.device("cpu"))
+        return values[0]
+
+    def all_values(self, value: Value) -> list[Value]:
+        """Return the value of each process, by rank; it can be pickled."""
+        if self.is_alone:
+            return [value]
+        values: list[Any] = [None] * self.size
+        distributed.all_gather_object(values, value)
+        return values
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise the error of the first process that has one, in all of them.
+
+        Raises:
+            UserError: that of another process.
+            Stopped: the same.
+        """
+        own: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            if self.is_alone or isinstance(error, LostProcess):
+                raise
+            own = error
+        failed = [one for one in self.all_values(None if own is None else _described(own, self.rank)) if one]
+        if own is not None:
+            raise own
+        if failed:
+            raise failed[0]
+
+    def check_same(self, values: Mapping[str, Any]) -> None:
+        """Check that all processes have the same values, by name.
+
+        Raises:
+            UserError: they differ; the message names the first that does.
+        """
+        for rank, others in enumerate(self.all_values(dict(values))):
+            for name, value in values.items():
+                if others.get(name) != value:
+                    raise UserError(
+                        f"{name} is {value} in process {self.rank} and {others.get(name)} in process {rank}: all "
+                        "machines need the same versions and data"
+                    )
+
+
+def _described(error: Exception, rank: int) -> Exception:
+    """Return an error that another process can raise in its place."""
+    code, reason = classify(error)
+    return UserError(reason) if isinstance(error, UserError) else Stopped(f"process {rank}: {reason}")
+
+
+def current() -> World:
+    """Return the processes that this one belongs to."""
+    if distributed.is_available() and distributed.is_initialized():
+        return World(distributed.get_rank(), distributed.get_world_size())
+    return World()
+
+
+def is_launched() -> bool:
+    """Return whether a launcher started this process as one of several that train together."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+@contextmanager
+def joined(gpu: GpuConfig) -> Iterator[World]:
+    """Join the other processes, on the GPU of LOCAL_RANK where there are GPUs, and leave them at the end.
+
+    Args:
+        gpu: `device`; `timeout_minutes`, for which a process waits for the others.
+
+    Raises:
+        UserError: a variable is missing, or this machine has fewer GPUs than processes.
+        LostProcess: another process ended, or did not answer in time.
+    """
+    if missing := [name for name in VARIABLES if name not in os.environ]:
+        raise UserError(f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}: a launcher sets {VARIABLES}")
+    on_cuda = gpu.device != "cpu" and torch.cuda.is_available()
+    if on_cuda:
+        torch.cuda.set_device(_gpu_of(int(os.environ["LOCAL_RANK"])))
+    with _lost_processes():
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(minutes=gpu.timeout_minutes)
+        )
+        try:
+            yield current()
+        finally:
+            distributed.destroy_process_group()
+
+
+def _gpu_of(local_rank: int) -> int:
+    """Return the number of this process's GPU: a launcher may show each process its own alone."""
+    count = torch.cuda.device_count()
+    if count > 1 and local_rank >= count:
+        raise UserError(f"LOCAL_RANK={local_rank}: this machine has {count} GPUs, and each process needs one")
+    return local_rank if count > 1 else 0
+
+
+@contextmanager
+def _lost_processes() -> Iterator[None]:
+    """Make a LostProcess of an error of a collective."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_collective(error):
+            raise
+        raise LostProcess(f"another process ended or did not answer ({first_line(error)})") from error
+
+
+def is_of_collective(error: BaseException) -> bool:
+    """Return whether an error is of a collective, which fails where another process has ended or hangs."""
+    return isinstance(error, distributed.DistError) or "/gloo/" in str(error)
