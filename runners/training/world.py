@@ -127,7 +127,7 @@ class World:
 
 def _described(error: Exception, rank: int) -> Exception:
     """Return an error that another process can raise in its place."""
-    code, reason = classify(error)
+    reason = classify(error)[1]
     return UserError(reason) if isinstance(error, UserError) else Stopped(f"process {rank}: {reason}")
 
 
@@ -136,11 +136,6 @@ def current() -> World:
     if distributed.is_available() and distributed.is_initialized():
         return World(distributed.get_rank(), distributed.get_world_size())
     return World()
-
-
-def is_launched() -> bool:
-    """Return whether a launcher started this process as one of several that train together."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 @contextmanager
