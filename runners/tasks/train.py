@@ -15,6 +15,7 @@ from runners.checks import at_least
 from runners.config import Config
 from runners.records import Record
 from runners.training import loop, network
+from runners.training.stopping import Stopping
 from runners.training.turns import Turns
 
 
@@ -67,7 +68,7 @@ def run(config: Config) -> list[Record]:
     return _end(config, begun, outcome)
 
 
-def in_turns(config: Config, stopping: loop.Stopping) -> Turns[list[Record]]:
+def in_turns(config: Config, stopping: Stopping) -> Turns[list[Record]]:
     """Train as `run` does, but yield to other runs after each step (loop.in_turns)."""
     begun = _begin(config)
     outcome = yield from loop.in_turns(
