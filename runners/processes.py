@@ -128,7 +128,9 @@ def _check_gpus(config: Config) -> None:
 def _attempt(config: Config, restart: int) -> Exception | None:
     """Start all processes once, and return why the task did not come to its end; None if it did."""
     size = config.gpu.processes
-    store = importlib.import_module("torch.distributed").TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = importlib.import_module("torch.distributed").TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
     common = {  # what torchrun sets
         "WORLD_SIZE": size,
         "LOCAL_WORLD_SIZE": size,

@@ -161,13 +161,15 @@ def _report_own(error: Exception) -> int:
 def run_cell_of_sweep(config: Config) -> int:
     """Run one of several cells, on a GPU in its own process; a failure or a dead process is recorded.
 
+    A cell that several tasks of a job run has these as its processes.
+
     Args:
         config: checked.
 
     Returns:
         The exit code.
     """
-    if not is_on_cuda(config):
+    if not is_on_cuda(config) or processes.launched():
         return run_cell(config, records_failure=True)
     began = time.monotonic()
     reason = ""
@@ -180,7 +182,6 @@ def run_cell_of_sweep(config: Config) -> int:
         return 128 + stop.received
     if reason:
         report_error(reason, code)
-    if reason and not processes.is_silent():
         fresh.call(_record_failure, config, reason, time.monotonic() - began)
     return code
 
@@ -281,5 +282,6 @@ def _record_failure(config: Config, reason: str, seconds: float) -> None:
 
 def report_error(message: object, exit_code: int) -> int:
     """Print an error on one line of stderr, and return the exit code."""
-    print("blpa-run: error:", " ".join(str(message).split()), file=sys.stderr)
+    line = " ".join(str(message).split())
+    print(f"blpa-run: error: {line}\n", end="", file=sys.stderr)  # in one write, as others write there too
     return exit_code
