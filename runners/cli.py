@@ -46,7 +46,7 @@ import sys
 
 from omegaconf import OmegaConf
 
-from runners import compose, help, printing, sweep
+from runners import compose, help, printing, processes, sweep
 from runners.cells import task_module
 from runners.errors import Terminated, UserError, classify, hint
 from runners.files import at_home
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
                 return _answer(sys.argv[1:] if arguments is None else arguments, output)
         except KeyboardInterrupt as error:
             end = error if isinstance(error, Terminated) else Terminated(signal.SIGINT)
-            return report_error(end, end.exit_code)
+            return _report(end, end.exit_code)
         except OSError as error:  # a name too long for the file system, or a folder that may not be looked into
             return report_error(classify(error)[1], 1)
 
@@ -81,6 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
 def _answer(arguments: list[str], output: printing.Output) -> int:
     try:
         given = _parse(arguments)
+        if given.multirun and (launched := processes.launched()):
+            raise UserError(
+                f"-m is not allowed in WORLD_SIZE={launched[1]} processes: a sweep begins in one process, and each of "
+                "its cells in several (gpu.processes, or hydra/launcher=submitit_slurm)"
+            )
         overrides = [*given.overrides]
         if any(text.lstrip("+~").startswith("config_dir=") for text in overrides):
             raise UserError("config_dir= is not allowed: give the folder by --config-dir")
@@ -108,8 +113,13 @@ def _answer(arguments: list[str], output: printing.Output) -> int:
                 if code or not hasattr(task_module(cells[0].config.task.name), "ONLY_PRINTS"):
                     return code
     except UserError as mistake:
-        return report_error(mistake, 2)
+        return _report(mistake, 2)
     return _printed(output)
+
+
+def _report(error: object, exit_code: int) -> int:
+    """Print an error that all processes have which train together, in one of them; return the exit code."""
+    return exit_code if processes.is_silent() else report_error(error, exit_code)
 
 
 def _printed(output: printing.Output) -> int:

@@ -29,7 +29,7 @@ from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
-from runners import CONF
+from runners import CONF, processes
 from runners.cells import folder_name, run_name, task_module, task_settings
 from runners.checks import check, one_of
 from runners.config import Config, options
@@ -166,6 +166,7 @@ def _check(run: DictConfig) -> None:
         raise UserError(f"unknown key {extra[0]!r}{allowed(extra[0], names)}")
     try:
         one_of("task.name", run.task.get("name", "???"), options("task"))
+        run.gpu.processes = processes.number(run.gpu.processes)
         if OmegaConf.is_missing(run, "run"):
             run.run = run_name(cast(Config, run))
         check(cast(Config, OmegaConf.to_object(run)))

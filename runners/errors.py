@@ -24,6 +24,8 @@ class UserError(ValueError):
 
     exit_code = 1
     """Exit code of the process."""
+    is_shared = False
+    """Whether all processes that train together raise it, so that one of them prints it."""
 
 
 class Refusals:

@@ -5,6 +5,7 @@ of its process.
 """
 
 import importlib
+import os
 import sys
 import time
 import traceback
@@ -13,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runners import fresh, locks, records
+from runners import fresh, locks, processes, records
 from runners.cells import command, folder_name, task_module
 from runners.config import Config
 from runners.errors import (
@@ -21,6 +22,7 @@ from runners.errors import (
     Deferred,
     Diverged,
     Interrupted,
+    LostProcess,
     OutOfTime,
     Stopped,
     UserError,
@@ -108,13 +110,58 @@ def run_cell(config: Config, *, records_failure: bool = False) -> int:
     Returns:
         The exit code.
     """
+    if processes.launched():
+        return _run_joined(config, records_failure=records_failure)
     code = turns.alone(cell_in_turns(config, records_failure=records_failure))
     assert code is not None
     return code
 
 
+def _run_joined(config: Config, *, records_failure: bool) -> int:
+    """Run a cell in one of the processes that torchrun or Slurm started; process 0 locks, records and prints."""
+    world = importlib.import_module("runners.training.world")
+    folder = folder_name(config)
+    run_dir = Path(config.results) / "runs" / str(folder)
+    config = processes.of_attempt(config, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
+    is_silent, began = processes.is_silent(), time.monotonic()
+    with ExitStack() as lock:  # a failure is recorded before the lock is released
+        try:
+            with processes.silence() if is_silent else nullcontext(), world.joined(config.gpu) as here:
+                is_done = False
+                with here.together():
+                    if folder and here.is_first:
+                        lock.enter_context(locked(run_dir))
+                        records.check(run_dir)
+                        is_done = records_failure and is_finished(config)
+                if not here.broadcast(is_done):
+                    task_module(config.task.name).run(config)
+            return 0
+        except Exception as error:
+            if is_silent:
+                return _report_own(error)
+            if isinstance(error, Busy) and records_failure:
+                print(error, file=sys.stderr)
+                return Busy.exit_code
+            if isinstance(error, LostProcess):
+                error = LostProcess(f"{error}{processes.goes_on(config)}")
+            return _failed(config, error, time.monotonic() - began, records_failure=records_failure)
+
+
+def _report_own(error: Exception) -> int:
+    """Print why a process other than 0 failed, unless process 0 prints it too; return the exit code."""
+    exit_code, reason = classify(error)
+    if isinstance(error, processes.AGREED | LostProcess | Busy) or getattr(error, "is_shared", False):
+        return exit_code or 1
+    if exit_code is None:
+        traceback.print_exception(error)
+    rank, size = processes.launched() or (0, 1)
+    return report_error(f"process {rank} of {size}: {reason}", exit_code or 1)
+
+
 def run_cell_of_sweep(config: Config) -> int:
     """Run one of several cells, on a GPU in its own process; a failure or a dead process is recorded.
+
+    A cell that several tasks of a job run has these as its processes.
 
     Args:
         config: checked.
@@ -122,7 +169,7 @@ def run_cell_of_sweep(config: Config) -> int:
     Returns:
         The exit code.
     """
-    if not is_on_cuda(config):
+    if not is_on_cuda(config) or processes.launched():
         return run_cell(config, records_failure=True)
     began = time.monotonic()
     reason = ""
@@ -178,26 +225,30 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
     """Run the cell under its lock, as cell_in_turns; a failure is recorded before the lock is released."""
     began = time.monotonic()
     try:
-        task = task_module(config.task.name)
         if stopping is None:
-            task.run(config)
+            processes.run(config)
         else:
-            yield from task.in_turns(config, stopping)
+            yield from task_module(config.task.name).in_turns(config, stopping)
     except Exception as error:
-        exit_code, reason = classify(error)
         if stopping is not None and not _is_its_own(error, stopping):
-            _defer(config, error, reason, stopping)
+            _defer(config, error, stopping)
             return None
-        if exit_code is None and not records_failure:
-            raise
-        if exit_code is None:
-            traceback.print_exc()
-        code = exit_code or 1
-        has_failed = records_failure and is_failure(code) and code < 128
-        if folder_name(config) and (has_failed or code == Diverged.exit_code):
-            _record_failure(config, reason, time.monotonic() - began)
-        return report_error(reason, code)
+        return _failed(config, error, time.monotonic() - began, records_failure=records_failure)
     return 0
+
+
+def _failed(config: Config, error: Exception, seconds: float, *, records_failure: bool) -> int:
+    """Record and print a failure, and return its exit code; raise a bug that is not recorded."""
+    exit_code, reason = classify(error)
+    if exit_code is None and not records_failure:
+        raise error
+    if exit_code is None:
+        traceback.print_exception(error)
+    code = exit_code or 1
+    has_failed = records_failure and is_failure(code) and code < 128
+    if folder_name(config) and (has_failed or code == Diverged.exit_code):
+        _record_failure(config, reason, seconds)
+    return report_error(reason, code)
 
 
 def _is_its_own(error: Exception, stopping: "Stopping") -> bool:
@@ -207,15 +258,16 @@ def _is_its_own(error: Exception, stopping: "Stopping") -> bool:
     return isinstance(error, UserError | Stopped) or cannot_run_here(error)
 
 
-def _defer(config: Config, error: Exception, reason: str, stopping: "Stopping") -> None:
+def _defer(config: Config, error: Exception, stopping: "Stopping") -> None:
     """Print why a cell must be run again in a new process, and make the other runs of this process stop."""
+    exit_code, reason = classify(error)
     if isinstance(error, Deferred):
         line = reason
     elif stopping.has_failure:
         line = f"fails after another run in this process, perhaps because of it, and goes on in a new one: {reason}"
     else:
         stopping.has_failure = True
-        if classify(error)[0] is None:
+        if exit_code is None:
             traceback.print_exception(error)
         line = f"fails beside other runs, and is tried once more in a process of its own: {reason}"
     print(f"{folder_name(config)}: {line}", file=sys.stderr)
@@ -230,5 +282,6 @@ def _record_failure(config: Config, reason: str, seconds: float) -> None:
 
 def report_error(message: object, exit_code: int) -> int:
     """Print an error on one line of stderr, and return the exit code."""
-    print("blpa-run: error:", " ".join(str(message).split()), file=sys.stderr)
+    line = " ".join(str(message).split())
+    print(f"blpa-run: error: {line}\n", end="", file=sys.stderr)  # in one write, as others write there too
     return exit_code

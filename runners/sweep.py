@@ -3,6 +3,8 @@
     blpa-run experiment=table1 -m hydra/launcher=joblib hydra.launcher.n_jobs=4
     blpa-run experiment=table1 -m hydra/launcher=submitit_slurm hydra.launcher.partition=gpu
 
+A job of submitit with several tasks trains one cell in as many processes.
+
 The launcher gets the unfinished cells, composes each again and calls a `_Sweep` with it. If a cell fails, the failure
 is recorded and the next cell runs. Several commands may work on the same sweep: each skips the cells that another one
 has locked.
@@ -47,8 +49,12 @@ def run_all(cells: list[Cell]) -> int:
 
     Returns:
         The exit code of the last cell that failed, else that of OutOfTime if cells are left, else 0.
+
+    Raises:
+        UserError: jobs would have another number of tasks than their cells have processes.
     """
     hydra = compose.composed(cells[0].overrides, return_hydra_config=True)
+    _check_tasks(cells, hydra.hydra.launcher)
     waiting = [cell for cell in cells if not _is_finished(cell.config)]
     sweep = _Sweep(waiting=len(waiting), launcher=hydra.hydra.runtime.choices["hydra/launcher"])
     print(f"{len(cells)} cells, {len(cells) - len(waiting)} finished before", file=sys.stderr)
@@ -93,6 +99,8 @@ class _Sweep:
     @printing.tolerant()  # a launcher's own process too
     def __call__(self, composed: DictConfig) -> int:
         """Run one cell, unless no time is left for it, and return its exit code; a signal ends the sweep or the job."""
+        if self.launcher.startswith("submitit"):
+            _join_the_job()
         if self.launcher == "joblib" and workers.is_worker():
             return workers.run(lambda: self._run(composed))
         code = self._run(composed)
@@ -140,6 +148,27 @@ class _Sweep:
         if done:
             counts.append(f"about {minutes(elapsed / done * (self.waiting - done))} left")
         return f"[{done + 1}/{self.waiting}] {name} ({', '.join(counts)})"
+
+
+def _check_tasks(cells: list[Cell], launcher: DictConfig) -> None:
+    """Check that a job has as many tasks as its cell has processes, unless one task starts them all."""
+    nodes, tasks_per_node = launcher.get("nodes", 1), launcher.get("tasks_per_node", 1)
+    tasks = nodes * tasks_per_node
+    for cell in cells:
+        if tasks > 1 and cell.config.gpu.processes != tasks:
+            raise UserError(
+                f"gpu.processes={cell.config.gpu.processes}: hydra.launcher.nodes={nodes} with hydra.launcher."
+                f"tasks_per_node={tasks_per_node} starts {tasks} processes for each cell: give gpu.processes={tasks}"
+            )
+
+
+def _join_the_job() -> None:
+    """Set RANK, WORLD_SIZE and the like in each task of a job that has several."""
+    submitit = importlib.import_module("submitit")
+    if submitit.JobEnvironment().num_tasks > 1:
+        # CUDA_VISIBLE_DEVICES stays as Slurm sets it. What is set already is of the command that submitted the job.
+        environment = importlib.import_module("submitit.helpers").TorchDistributedEnvironment()
+        environment.export(set_cuda_visible_devices=False, overwrite=True)
 
 
 def _exit_code(job: JobReturn) -> int:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, distributed
 
 from runners.config import GpuConfig
-from runners.errors import LostProcess, Stopped, UserError, classify, first_line
+from runners.errors import Busy, LostProcess, UserError, classify, first_line
 
 Value = TypeVar("Value")
 
@@ -104,8 +104,9 @@ class World:
         """Raise the error of the first process that has one, in all of them.
 
         Raises:
-            UserError: that of another process.
-            Stopped: the same.
+            UserError: that of another process; its `is_shared` is set in all.
+            Busy: the same.
+            LostProcess: another process has another error.
         """
         own: Exception | None = None
         try:
@@ -115,6 +116,9 @@ class World:
                 raise
             own = error
         failed = [one for one in self.all_values(None if own is None else _described(own, self.rank)) if one]
+        for told in (own, *failed):
+            if isinstance(told, UserError):
+                told.is_shared = True
         if own is not None:
             raise own
         if failed:
@@ -137,8 +141,9 @@ class World:
 
 def _described(error: Exception, rank: int) -> Exception:
     """Return an error that another process can raise in its place."""
-    reason = classify(error)[1]
-    return UserError(reason) if isinstance(error, UserError) else Stopped(f"process {rank}: {reason}")
+    if isinstance(error, UserError | Busy):
+        return type(error)(str(error))
+    return LostProcess(f"process {rank}: {classify(error)[1]}")
 
 
 def current() -> World:
