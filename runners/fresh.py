@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -61,7 +61,6 @@ class _Process:
     def __init__(self, number: int, function: Callable[..., Any], arguments: Iterable[object]) -> None:
         self.ending = Ending(number)
         context = get_context("forkserver")
-        context.set_forkserver_preload(IMPORTED_AHEAD)
         self.receiving, sending = context.Pipe(duplex=False)
         self.process = context.Process(
             target=_answer, args=(sending, budget.BEGAN, function, tuple(arguments)), daemon=False
@@ -158,15 +157,15 @@ def call_together(
 
     sys.stdout.flush()
     with signals.passed_on(send) as received:
+        _start_server()
         for number, of_this in enumerate(arguments):
             running.append(_Process(number, function, of_this))
         while running:
-            pipes: list[Any] = [one.receiving for one in running if one.is_open]
             seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
-            ready = wait([*pipes, *(one.process.sentinel for one in running)], seconds)
+            ready = wait([one.receiving if one.is_open else one.process.sentinel for one in running], seconds)
+            ended = [one for one in running if not one.is_open and one.process.sentinel in ready]
             for one in running:
                 one.receive(received)
-            ended = [one for one in running if one.process.sentinel in ready]
             for one in ended:
                 one.end()
                 endings.append(one.ending)
@@ -182,10 +181,22 @@ def call_together(
     return endings, received
 
 
+def _start_server() -> None:
+    """Start the server with signals blocked: a terminal or Slurm sends them to it too, and it ends with its caller."""
+    get_context("forkserver").set_forkserver_preload(IMPORTED_AHEAD)
+    resource_tracker.ensure_running()  # the server would start it, and that unblocks signals
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 @printing.tolerant()
 def _answer(sending: Connection, began: float, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
     """Call the function and send its result or exception."""
     os.setsid()  # so that Ctrl-C reaches this process only through the caller
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.NUMBERS)
     signals.end_with_the_parent()
     budget.BEGAN = began
     returned, error = None, None

@@ -147,7 +147,7 @@ def _attempt(config: Config, restart: int) -> Exception | None:
         _member, [(of_attempt(config, restart), one) for one in environments], is_failure=_is_failure
     )
     reason = _reason(endings, config.gpu)
-    if received and not isinstance(reason, AGREED):  # it came when there was nothing to save
+    if received and (reason is None or any(map(_is_failure, endings))):  # it came when there was nothing to save
         signal.raise_signal(received[0])
         return Interrupted(f"stopped by {signal.Signals(received[0]).name}", received[0])
     for traceback_text in getattr(reason, "__notes__", ()):
