@@ -26,6 +26,9 @@ IGNORED = {
 }  # fmt: skip
 """Settings that do not affect the result: folders, worker processes, checkpoints, restarts, and labels in tables."""
 
+PROCESSES = ("processes", "sync_batch_norm")
+"""Settings of the GPU group for several processes that train together."""
+
 
 def run_name(config: Config) -> str:
     """Name the folder of a run by the values that distinguish runs: table1-cifar10-4bit-depth164-width1-tf32-seed0.

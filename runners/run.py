@@ -33,7 +33,7 @@ from runners.training import budget, signals, turns
 from runners.training.turns import Turns
 
 if TYPE_CHECKING:
-    from runners.training.loop import Stopping
+    from runners.training.stopping import Stopping
 
 
 BEGINNING_SECONDS = 60.0

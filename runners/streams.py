@@ -96,7 +96,7 @@ def train(configs: list[Config], waiting: list[int]) -> tuple[dict[int, int], in
     """
     import torch
 
-    from runners.training.loop import Stopping
+    from runners.training.stopping import Stopping
 
     first = configs[waiting[0]]
     on_cuda = is_on_cuda(first)

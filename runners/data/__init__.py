@@ -31,6 +31,8 @@ from runners.config import DatasetConfig
 from runners.data.drawing import chosen, make_generator
 from runners.errors import UserError
 
+ALL = slice(None)
+
 
 class Images(Protocol):
     """A training or a test set, wherever its images are."""
@@ -41,13 +43,16 @@ class Images(Protocol):
     def to(self, device: torch.device) -> "Images":
         """Return the set for a training device."""
 
-    def inputs(self, config: DatasetConfig, *, seed: int, start: int = 1) -> Generator[tuple[int, tuple[Tensor, ...]]]:
+    def inputs(
+        self, config: DatasetConfig, *, seed: int, start: int = 1, rows: slice = ALL
+    ) -> Generator[tuple[int, tuple[Tensor, ...]]]:
         """Draw the images in a random order, epoch after epoch; the last, partial batch of each epoch is dropped.
 
         Args:
             config: the recipe; `config.batch_size` is at most the number of images.
             seed: seed of order and augmentation.
             start: the iteration to begin at; the first one is 1.
+            rows: those of each batch that this process trains on; the draws are the same whichever they are.
 
         Yields:
             Iteration, up to and including `config.iterations`, and what `batch` makes its batch from: tensors on the
@@ -69,12 +74,13 @@ class Images(Protocol):
             Images (float32 [batch, C, H, W], normalised and augmented, channels last) and labels (int64 [batch]).
         """
 
-    def batches(self, config: DatasetConfig, *, is_final: bool) -> Generator[tuple[Tensor, ...]]:
+    def batches(self, config: DatasetConfig, *, is_final: bool, which: slice = ALL) -> Generator[tuple[Tensor, ...]]:
         """Yield what `views` makes images from, `config.eval_batch_size` images at a time; the last may be fewer.
 
         Args:
             config: the recipe.
             is_final: whether the evaluation is the last one of a training, which may be more thorough.
+            which: the batches that this process evaluates.
         """
 
     def views(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[list[Tensor], Tensor]:
@@ -117,11 +123,13 @@ class Split:
         """Copy the images to a device."""
         return Split(self.images.contiguous(memory_format=torch.channels_last).to(device), self.labels.to(device))
 
-    def inputs(self, config: DatasetConfig, *, seed: int, start: int = 1) -> Generator[tuple[int, tuple[Tensor, ...]]]:
+    def inputs(
+        self, config: DatasetConfig, *, seed: int, start: int = 1, rows: slice = ALL
+    ) -> Generator[tuple[int, tuple[Tensor, ...]]]:
         """Draw the training images: one tensor, int64 [batch, 4], an image's number and its row from draw_crops."""
         for iteration, images in chosen(len(self), config, seed=seed, start=start):
             crops = draw_crops(len(images), config, generator=make_generator("augmentation", seed, iteration))
-            yield iteration, (torch.cat([images[:, None], crops], dim=1),)
+            yield iteration, (torch.cat([images[:, None], crops], dim=1)[rows],)
 
     def batch(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[Tensor, Tensor]:
         """Make a batch of training images."""
@@ -129,10 +137,10 @@ class Split:
         images = draws[:, 0]
         return crop(normalise(self.images[images]), draws[:, 1:], config), self.labels[images]
 
-    def batches(self, config: DatasetConfig, *, is_final: bool) -> Generator[tuple[Tensor, ...]]:
+    def batches(self, config: DatasetConfig, *, is_final: bool, which: slice = ALL) -> Generator[tuple[Tensor, ...]]:
         """Yield images and labels, in order; the last evaluation of a training is like any other."""
         size = config.eval_batch_size
-        yield from zip(self.images.split(size), self.labels.split(size), strict=True)
+        yield from zip(self.images.split(size)[which], self.labels.split(size)[which], strict=True)
 
     def views(self, inputs: tuple[Tensor, ...], config: DatasetConfig) -> tuple[list[Tensor], Tensor]:
         """Return the images themselves, normalised, as the only view."""

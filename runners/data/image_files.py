@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from runners.config import DatasetConfig
-from runners.data import colour
+from runners.data import ALL, colour
 from runners.data.drawing import chosen, make_generator
 from runners.image_files import decoding
 from runners.image_files.listing import Files
@@ -71,14 +71,16 @@ class ImageFiles:
         """Return the set for a training device; the images stay where they are."""
         return replace(self, device=device)
 
-    def inputs(self, config: DatasetConfig, *, seed: int, start: int = 1) -> Generator[tuple[int, tuple[Tensor, ...]]]:
+    def inputs(
+        self, config: DatasetConfig, *, seed: int, start: int = 1, rows: slice = ALL
+    ) -> Generator[tuple[int, tuple[Tensor, ...]]]:
         """Decode and crop the training images.
 
         Yields:
             Iteration; crops uint8 [batch, 3, size, size], channels last; labels int64 [batch]; and changes float32
             [batch, 5]: 1 where the image is mirrored, then those of colour.draw_changes.
         """
-        drawn, for_numbers, for_jobs = itertools.tee(self._drawn(config, seed=seed, start=start), 3)
+        drawn, for_numbers, for_jobs = itertools.tee(self._drawn(config, seed=seed, start=start, rows=rows), 3)
         crop = partial(decoding.training_crops, size=config.image_size, decoder=str(config.decoder))
         jobs = (self._jobs(images, JOB_IMAGES, places) for _, images, places, _ in for_jobs)
         labels = torch.tensor(self.files.labels)
@@ -95,13 +97,14 @@ class ImageFiles:
         images = torch.where(changes[:, :1, None, None] == 1, images.flip(3), images)
         return colour.standardised(images), labels
 
-    def batches(self, config: DatasetConfig, *, is_final: bool) -> Generator[tuple[Tensor, ...]]:
+    def batches(self, config: DatasetConfig, *, is_final: bool, which: slice = ALL) -> Generator[tuple[Tensor, ...]]:
         """Decode and crop the test images, in a fixed random order.
 
         Args:
             config: the last evaluation takes all images, at `test_side` and with `test_crops`; others take the centre
                 of the first `check_images`, at `check_side`.
             is_final: whether the evaluation is the last one.
+            which: the batches to yield.
 
         Yields:
             Crops uint8 [batch, 1 or 6, 3, size, size], as decoding.test_crops makes them, and labels int64 [batch].
@@ -109,7 +112,7 @@ class ImageFiles:
         order = torch.randperm(len(self), generator=make_generator("test order", 0, 0))
         order = order if is_final else order[: config.check_images]
         side, count = (config.test_side, 6 if config.test_crops == 10 else 1) if is_final else (config.check_side, 1)
-        parts = order.split(config.eval_batch_size)
+        parts = order.split(config.eval_batch_size)[which]
         crop = partial(
             decoding.test_crops, side=int(side or 0), size=config.image_size, count=count, decoder=str(config.decoder)
         )
@@ -123,11 +126,14 @@ class ImageFiles:
         crops, labels = inputs
         return [colour.standardised(_scaled(view)) for view in views(crops)], labels
 
-    def _drawn(self, config: DatasetConfig, *, seed: int, start: int) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    def _drawn(
+        self, config: DatasetConfig, *, seed: int, start: int, rows: slice
+    ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
         """Yield each iteration, the numbers of its images, and what `draw` returns for them."""
         for iteration, images in chosen(len(self), config, seed=seed, start=start):
-            generator = make_generator("augmentation", seed, iteration)
-            yield iteration, images, *draw(len(images), config, generator=generator)
+            drawn = draw(len(images), config, generator=make_generator("augmentation", seed, iteration))
+            places, changes = (table[rows] for table in drawn)
+            yield iteration, images[rows], places, changes
 
     def _jobs(self, images: Tensor, size: int, *tables: Tensor) -> list[Job]:
         """Cut images, and tables with a row for each, into jobs: paths, and rows of the tables."""

@@ -80,6 +80,8 @@ def settings_text(settings: Settings) -> str:
     if "kernel_size" in rest:
         size = rest.pop("kernel_size")
         parts.append(f"BN-ReLU-conv {size}x{size} {rest.pop('in_channels', '?')} to {rest.pop('out_channels', '?')}")
+    if "gpu.processes" in rest:
+        parts.append(f"{rest.pop('gpu.processes')} processes")
     for name, value in sorted(rest.items()):
         parts.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
     return " ".join(parts)

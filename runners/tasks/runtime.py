@@ -4,7 +4,8 @@
 
 A step is forward, loss, backward and update, on random images of the data set's size, after two warm-up steps. On a GPU
 a turn is five steps, enqueued without waiting, and their mean is one measurement: n counts turns, iterations counts
-steps. The modes run at dataset.batch_size or, with task.largest_batch, each at its own largest batch from max-batch.
+steps. With several processes the batch is that of all, and a step has the exchange of their gradients. The modes run at
+dataset.batch_size or, with task.largest_batch, each at its own largest batch from max-batch.
 """
 
 import shlex
@@ -18,7 +19,7 @@ import torch
 from blpa import kernels
 from blpa.kernels import Kernels
 from runners import provenance, records
-from runners.cells import batch_name, card_name, gpu_changes, overrides, task_settings
+from runners.cells import PROCESSES, batch_name, card_name, gpu_changes, overrides, task_settings
 from runners.checks import at_least, one_of
 from runners.config import Config, options
 from runners.errors import Stopped, UserError, classify
@@ -27,7 +28,7 @@ from runners.records import Record
 from runners.tasks import max_batch
 from runners.texts import hydra_text
 from runners.timing import Call, calls_per_turn, low_median_high, take_turns
-from runners.training import network, segments, steps
+from runners.training import network, segments, steps, world
 
 WARM_UP = 2
 """Untimed steps before the timed ones, besides the warm-up steps before a CUDA graph is captured."""
@@ -87,6 +88,7 @@ def run(config: Config) -> list[Record]:
         UserError: the machine does not support the configuration, or no largest batch has been found yet.
         DoesNotFit: not even one sample of the mode fits.
     """
+    here = world.current()
     run_dir = network.run_folder(config)
     device = network.device(config)
     chosen = kernels.choose(config.gpu.kernels, device)
@@ -102,7 +104,8 @@ def run(config: Config) -> list[Record]:
             timed.append(_timed(cell, chosen, device))
         except (RuntimeError, UserError) as error:
             exit_code, reason = classify(error)
-            if not timed or exit_code is None:
+            is_of_all = here.is_alone or isinstance(error, UserError)  # else the others wait for this step's gradients
+            if not timed or exit_code is None or not is_of_all:
                 raise
             print(f"{reason}; {cell.mode.name} is not timed", file=sys.stderr)
             if isinstance(error, steps.CaptureFailed):
@@ -133,8 +136,9 @@ def run(config: Config) -> list[Record]:
                         settings=settings_of(one.cell),
                     )
                 )  # fmt: skip
-    records.write(measured, run_dir)
-    print(*lines, sep="\n")
+    if here.is_first:
+        records.write(measured, run_dir)
+        print(*lines, sep="\n")
     return measured
 
 
@@ -146,7 +150,7 @@ def settings_of(config: Config) -> dict[str, Any]:
         settings |= {"largest_batch": True, **max_batch.settings_of(config)}
     if gpu.kernels != "auto" and config.mode.layers == "coded":
         settings["gpu.kernels"] = gpu.kernels
-    return settings | gpu_changes(config, "cuda_graph", "deterministic")
+    return settings | gpu_changes(config, "cuda_graph", "deterministic", *PROCESSES)
 
 
 def _timed(cell: Config, chosen: Kernels, device: torch.device) -> _Timed:

@@ -10,11 +10,12 @@ from torch import nn
 
 from blpa import kernels
 from runners import data, provenance, records
-from runners.cells import gpu_changes
+from runners.cells import PROCESSES, gpu_changes
 from runners.checks import at_least
 from runners.config import Config
 from runners.records import Record
-from runners.training import loop, network
+from runners.training import loop, network, world
+from runners.training.stopping import Stopping
 from runners.training.turns import Turns
 
 
@@ -46,7 +47,7 @@ def folder(config: Config) -> str:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """Return the settings that decide speed, and the last bits of an error, and have no column of a record."""
-    return gpu_changes(config, "cuda_graph", "deterministic")
+    return gpu_changes(config, "cuda_graph", "deterministic", *PROCESSES)
 
 
 def run(config: Config) -> list[Record]:
@@ -62,12 +63,13 @@ def run(config: Config) -> list[Record]:
         UserError: the machine or the data do not support the configuration.
         Stopped: the training stopped before its end (see loop.py).
     """
-    begun = _begin(config)
+    with world.current().together():
+        begun = _begin(config)
     outcome = loop.train(begun.model, begun.images, begun.used, device=begun.device, run_dir=begun.run_dir)
     return _end(config, begun, outcome)
 
 
-def in_turns(config: Config, stopping: loop.Stopping) -> Turns[list[Record]]:
+def in_turns(config: Config, stopping: Stopping) -> Turns[list[Record]]:
     """Train as `run` does, but yield to other runs after each step (loop.in_turns)."""
     begun = _begin(config)
     outcome = yield from loop.in_turns(
@@ -109,6 +111,8 @@ def _end(config: Config, begun: _Begun, outcome: loop.Outcome) -> list[Record]:
     source = provenance.source(config, begun.device, begun.used.gpu.kernels)
     source |= provenance.merge_provenance(outcome.parts)
     measured = _records(config, outcome, source, begun.run_dir)
+    if not world.current().is_first:
+        return measured
     records.write(measured, begun.run_dir)
     records.forget_failure(begun.run_dir)
     top5 = outcome.test_top5_error_percent

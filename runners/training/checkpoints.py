@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from runners.cells import IGNORED
-from runners.config import Config, DatasetConfig, ModeConfig
+from runners.config import Config, DatasetConfig, GpuConfig, ModeConfig
 from runners.errors import CannotWrite, UserError
 from runners.files import write_whole
 from runners.records import FILES
@@ -31,6 +31,10 @@ from runners.training.torch_files import Damaged, NotLoaded, Unreadable
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest, and one to fall back on."""
+
+
+DECIDING_OF_GPU = ("device", "precision", "kernels", "deterministic", "processes", "sync_batch_norm")
+"""Settings of the GPU group that decide a result."""
 
 
 def deciding_fields(config: Config) -> dict[str, Any]:
@@ -43,7 +47,7 @@ def deciding_fields(config: Config) -> dict[str, Any]:
     }
     return {
         **{key: value for key, value in named.items() if key not in (*IGNORED, "dataset.reader")},
-        **{f"gpu.{key}": gpu[key] for key in ("device", "precision", "kernels", "deterministic")},
+        **{f"gpu.{key}": gpu[key] for key in DECIDING_OF_GPU},
         "task.evaluate_every": config.task.evaluate_every,
         "depth": config.depth,
         "width": config.width,
@@ -161,10 +165,29 @@ class RunFolder:
             raise CannotWrite(f"cannot write {file}: {error.strerror}; {kept}") from error
 
 
+class NoFolder:
+    """The folder of a run for a process that leaves its files to another one: nothing is read or written."""
+
+    def __init__(self) -> None:
+        self.known_good: list[Path] = []
+
+    def save(self, iteration: int, state: dict[str, Any]) -> None:
+        """Write nothing."""
+
+    def newest(self) -> None:
+        """Read nothing."""
+
+    def remove_checkpoints(self) -> None:
+        """Remove nothing."""
+
+    def write_metrics(self, header: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
+        """Write nothing."""
+
+
 def _default(key: str) -> Any:
     """Return a setting's default in the schema, which a checkpoint from before the setting says by saying nothing."""
     group, _, name = key.partition(".")
-    schema = {"dataset": DatasetConfig, "mode": ModeConfig}.get(group)
+    schema = {"dataset": DatasetConfig, "mode": ModeConfig, "gpu": GpuConfig}.get(group)
     return getattr(schema, name, None)
 
 

@@ -7,14 +7,16 @@ No random state outlives a step (see runners/data), so the state of a run is
 A run resumed from these ends with the same bits as one never stopped. The caller draws the initial weights.
 
 The host waits for the device only to read losses: about once per second, at an evaluation and at a checkpoint.
+
+Several processes may train one network (world.py). Each draws whole batches alike and takes its rows, so which images
+make an iteration does not depend on their number. What hangs on a clock is decided by the first process, and a signal
+to any of them stops all: they agree about once per second. So all take the same steps.
 """
 
-import math
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from runners import provenance, records
+from runners import records
 from runners.config import Config, DatasetConfig
 from runners.data import ImageData
-from runners.errors import Deferred, Diverged, Interrupted, OutOfTime
-from runners.training import budget, signals, turns
-from runners.training.checkpoints import RunFolder, deciding_fields
+from runners.errors import Deferred, Interrupted, OutOfTime
+from runners.training import signals, turns, world
+from runners.training.averages import RunningAverages
+from runners.training.checkpoints import NoFolder, RunFolder, deciding_fields
 from runners.training.evaluation import Evaluation
+from runners.training.reduction import reducer_of
+from runners.training.state import State
 from runners.training.steps import TrainingStep, configure_torch, make_optimiser
+from runners.training.stopping import Stopping
 from runners.training.turns import Turns
 
 METRICS = ("iteration", "learning_rate", "train_loss", "train_error_percent", "test_loss", "test_error_percent")
@@ -40,8 +46,6 @@ TOP5 = "test_top5_error_percent"
 READ_EVERY_ITERATIONS = 50
 READ_EVERY_SECONDS = 1.0
 """Read losses from the device at least every N steps or seconds."""
-STOPPING_SECONDS = 5.0
-"""Time reserved for the last step, evaluation and checkpoint; grows to the longest seen."""
 
 
 @dataclass(frozen=True)
@@ -62,59 +66,6 @@ class Outcome:
     """Training samples per second of that time."""
     parts: list[dict[str, Any]]
     """As in Progress."""
-
-
-@dataclass
-class Progress:
-    """State of a run besides weights and momentum."""
-
-    iteration: int = 0
-    """Training steps done whose losses have been read."""
-    loss_sum: float = 0.0
-    """Sum of the steps' mean losses since the last evaluation."""
-    wrong_sum: float = 0.0
-    """Training samples classified wrongly since the last evaluation."""
-    steps: int = 0
-    """Training steps since the last evaluation."""
-    seconds: float = 0.0
-    """As in Outcome."""
-    rows: list[list[float]] = field(default_factory=list)
-    """The rows of metrics.csv."""
-    parts: list[dict[str, Any]] = field(default_factory=list)
-    """Provenance of each process that trained this run, without the date."""
-
-
-class Stopping:
-    """When the training runs of this process stop: after a signal, at the end of the budget, or after a failed run.
-
-    Args:
-        signal: as signals.deferred yields it.
-        budget_minutes: time limit of the command; None is no limit.
-    """
-
-    def __init__(self, signal: signals.Stop, budget_minutes: float | None) -> None:
-        self.signal = signal
-        self.budget_minutes = budget_minutes
-        self.seconds: dict[Path, float] = {}
-        """Time that each run under way needs to stop: for a step, an evaluation and a checkpoint."""
-        self.is_out_of_time = False
-        self.has_failure = False
-        """Whether a run of this process failed, and may have made CUDA unusable for the others; set by the caller."""
-
-    @contextmanager
-    def of(self, run: Path) -> Iterator[None]:
-        """Reserve stopping time for a run while it is under way."""
-        self.seconds[run] = STOPPING_SECONDS
-        try:
-            yield
-        finally:
-            del self.seconds[run]
-
-    def is_due(self) -> bool:
-        """Return whether the runs must stop; once true, always true."""
-        if budget.seconds_left(self.budget_minutes) < sum(self.seconds.values()):
-            self.is_out_of_time = True
-        return self.is_out_of_time or self.has_failure or self.signal.received is not None
 
 
 def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.device, run_dir: Path) -> Outcome:
@@ -139,7 +90,7 @@ def train(model: nn.Module, data: ImageData, config: Config, *, device: torch.de
         CannotWrite: a write failed, for example on a full disk; earlier checkpoints are untouched.
     """
     with signals.deferred() as stop:
-        stopping = Stopping(stop, config.budget_minutes)
+        stopping = Stopping(stop, config.budget_minutes if world.current().is_first else None)
         outcome = turns.alone(in_turns(model, data, config, device=device, run_dir=run_dir, stopping=stopping))
     if stop.received is not None:  # at the very end
         raise Interrupted(f"stopped by {stop.received.name} after the last step", stop.received)
@@ -164,17 +115,22 @@ def in_turns(
     configure_torch(config.gpu)
     model.to(device).train()
     optimiser = make_optimiser(model, recipe)
-    task = config.task
+    task, here = config.task, world.current()
+    averages = RunningAverages(model, here)
     listings = {"training images": data.train.listing, "test images": data.test.listing}
     deciding = deciding_fields(config) | {name: listing for name, listing in listings.items() if listing is not None}
-    folder = RunFolder(run_dir, deciding, keep_every=task.keep_every)
-    if not config.resume:
-        folder.remove_checkpoints()
-    progress = _resume(folder, model, optimiser, recipe.iterations)
-    if not progress.iteration:
+    here.check_same(deciding)
+    with here.together():
+        folder = RunFolder(run_dir, deciding, keep_every=task.keep_every) if here.is_first else NoFolder()
+        if not config.resume:
+            folder.remove_checkpoints()
+    state = State(folder, model, optimiser, averages)
+    state.resume(recipe.iterations)
+    progress = state.progress
+    if not progress.iteration and here.is_first:
         records.forget_failure(run_dir)
     if progress.iteration < recipe.iterations:
-        _append_provenance(progress, device)
+        state.append_provenance(device)
     columns = (*METRICS, TOP5) if recipe.top5 else METRICS
     folder.write_metrics(columns, progress.rows)
 
@@ -189,11 +145,14 @@ def in_turns(
         device=device,
         sub_batches=recipe.sub_batches,
         label_smoothing=recipe.label_smoothing,
+        reducer=reducer_of(model),
     )
-    evaluate = Evaluation(step, data.test, recipe)
+    evaluate = Evaluation(step, data.test, recipe, averages)
     unread: list[Tensor] = []
     stops = False
-    drawn = data.train.inputs(recipe, seed=config.seed, start=progress.iteration + 1)
+    meeting = progress.iteration + 1
+    rows = slice(here.rank, None, here.size)
+    drawn = data.train.inputs(recipe, seed=config.seed, start=progress.iteration + 1, rows=rows)
     clock, waited = time.perf_counter(), data.train.seconds_waited or 0.0
     with stopping.of(run_dir), _progress_bar(config, progress.iteration) as bar, closing(drawn):
         for iteration, inputs in drawn:
@@ -202,16 +161,19 @@ def in_turns(
             yield
 
             is_last = iteration == recipe.iterations
-            stops = not is_last and stopping.is_due()
             evaluates = is_last or iteration % task.evaluate_every == 0
             is_permanent = task.keep_every is not None and iteration % task.keep_every == 0
-            saves = is_last or iteration % task.checkpoint_every == 0 or is_permanent or stops
-            is_due = len(unread) == READ_EVERY_ITERATIONS or time.perf_counter() - clock > READ_EVERY_SECONDS
-            if not (evaluates or saves or is_due):
+            saves = is_last or iteration % task.checkpoint_every == 0 or is_permanent
+            is_due = iteration == meeting
+            if here.is_alone:
+                is_due = len(unread) == READ_EVERY_ITERATIONS or time.perf_counter() - clock > READ_EVERY_SECONDS
+            pauses = evaluates or saves or is_due
+            stops = (here.is_alone or pauses) and stopping.agree(here) and not is_last
+            if not (pauses or stops):
                 continue
 
             paused = time.perf_counter()
-            _read(unread, progress, folder)
+            state.read(unread)
             elapsed = time.perf_counter() - clock
             progress.seconds += elapsed
             train_loss = progress.loss_sum / progress.steps
@@ -232,16 +194,18 @@ def in_turns(
                 progress.rows.append([iteration, rate, train_loss, train_error_percent, *tested])
                 progress.loss_sum, progress.wrong_sum, progress.steps = 0.0, 0.0, 0
                 folder.write_metrics(columns, progress.rows)
-            if saves:
-                _save(folder, model, optimiser, progress)
+            if saves or stops:
+                state.save()
                 if stops:
                     break
             clock, waited = time.perf_counter(), data.train.seconds_waited or 0.0
             stopping.seconds[run_dir] = max(stopping.seconds[run_dir], step_seconds + clock - paused)
+            if not here.is_alone:
+                meeting = iteration + here.broadcast(steps_to_meeting(step_seconds))
     received = stopping.signal.received
     if stops or received is not None:  # checked after the loop: a signal after the last step counts too
         where = f"at iteration {progress.iteration} of {recipe.iterations}"
-        goes_on = f"started again, the run goes on from {folder.known_good[-1]}"
+        goes_on = f"started again, the run goes on from {(folder.known_good or [run_dir])[-1]}"
         if received is not None:
             raise Interrupted(f"stopped by {received.name} {where}; {goes_on}", received)
         if stopping.is_out_of_time:
@@ -274,50 +238,10 @@ def learning_rate(recipe: DatasetConfig, iteration: int) -> float:
     raise ValueError(f"dataset.schedule={recipe.schedule}: ends before iteration {iteration} of {recipe.iterations}")
 
 
-def _read(unread: list[Tensor], progress: Progress, folder: RunFolder) -> None:
-    """Wait for the device and add its losses one by one: the sums do not depend on when they are read."""
-    for loss, wrong in torch.stack(unread).tolist():
-        progress.iteration += 1
-        progress.steps += 1
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} at iteration {progress.iteration}; {_last_good(folder)}")
-        progress.loss_sum += loss
-        progress.wrong_sum += wrong
-
-
-def _save(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, progress: Progress) -> None:
-    weights, momentum = model.state_dict(), optimiser.state_dict()
-    values = [*weights.values(), *(value for state in momentum["state"].values() for value in state.values())]
-    if not torch.stack([value.isfinite().all() for value in values if isinstance(value, Tensor)]).all():
-        raise Diverged(f"a weight is not finite after iteration {progress.iteration}; {_last_good(folder)}")
-    folder.save(progress.iteration, {"progress": asdict(progress), "model": weights, "optimiser": momentum})
-
-
-def _resume(folder: RunFolder, model: nn.Module, optimiser: torch.optim.SGD, iterations: int) -> Progress:
-    """Load weights and momentum from the last good checkpoint, if any, and return its progress."""
-    found = folder.newest()
-    if found is None:
-        return Progress()
-    file, state = found
-    model.load_state_dict(state["model"])
-    # Learning rate and weight decay come from the configuration, with which the checkpoint agrees.
-    groups = optimiser.state_dict()["param_groups"]
-    optimiser.load_state_dict(state["optimiser"] | {"param_groups": groups})
-    progress = Progress(**state["progress"])
-    verb = "finished before, as in" if progress.iteration == iterations else "going on from"
-    print(f"{verb} {file}", file=sys.stderr)
-    return progress
-
-
-def _append_provenance(progress: Progress, device: torch.device) -> None:
-    """Append this process's machine and versions if they differ from the last ones."""
-    part = {name: value for name, value in provenance.provenance(device).items() if name != "date"}
-    if progress.parts[-1:] != [part]:
-        progress.parts.append(part)
-
-
-def _last_good(folder: RunFolder) -> str:
-    return f"the last checkpoint is {folder.known_good[-1]}" if folder.known_good else "there is no checkpoint yet"
+def steps_to_meeting(step_seconds: float) -> int:
+    """Return after how many steps the processes agree again: in about a second."""
+    is_slow = step_seconds * READ_EVERY_ITERATIONS > READ_EVERY_SECONDS
+    return max(1, int(READ_EVERY_SECONDS / step_seconds)) if is_slow else READ_EVERY_ITERATIONS
 
 
 def _progress_bar(config: Config, done: int) -> "tqdm[Any]":

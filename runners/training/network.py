@@ -32,7 +32,8 @@ from blpa.models.preact_resnet import ARCHITECTURES, EXPANSION, Architecture, Pr
 from runners.cells import folder_name
 from runners.config import Config, GpuConfig, ModeConfig
 from runners.errors import UserError
-from runners.training import baselines, offloading, steps
+from runners.training import baselines, offloading, steps, world
+from runners.training.reduction import reducer_of
 
 META = torch.device("meta")
 EPS = 1e-3
@@ -194,7 +195,7 @@ def training_step(config: Config, batch: int, chosen: Kernels, device: torch.dev
 
     Args:
         config: the run.
-        batch: samples per step.
+        batch: samples per step of all processes that train together; each makes its part.
         chosen: the backend.
         device: where to train.
 
@@ -206,12 +207,15 @@ def training_step(config: Config, batch: int, chosen: Kernels, device: torch.dev
     """
     _check_offload(device, config)
     size, channels = config.dataset.image_size, config.dataset.image_channels
-    images = torch.randn(batch, channels, size, size, device=device).to(memory_format=torch.channels_last)
-    labels = torch.randint(config.dataset.classes, (batch,), device=device)
+    own = batch // world.current().size
+    images = torch.randn(own, channels, size, size, device=device).to(memory_format=torch.channels_last)
+    labels = torch.randint(config.dataset.classes, (own,), device=device)
     network = build(config, chosen).to(device)
     optimiser = steps.make_optimiser(network, config.dataset)
     gpu = used(config.gpu, device)
-    step = steps.TrainingStep(network, optimiser, lambda _: (images, labels), gpu=gpu, device=device)
+    step = steps.TrainingStep(
+        network, optimiser, lambda _: (images, labels), gpu=gpu, device=device, reducer=reducer_of(network)
+    )
     return lambda: step((), rate=0.01)
 
 

@@ -10,11 +10,15 @@ kernels on the captured addresses, so its result has the same bits as the step b
 With k sub-batches a step has k forward and backward passes, of every k-th image each, and one update by the mean of
 their gradients. Memory is that of one sub-batch. Batch norm's statistics are too, so this is not the gradient of the
 whole batch, and the running averages take k steps.
+
+Where several processes train together, the inputs are this process's part of the batch, and the update is by the mean
+of all processes' gradients (reduction.py).
 """
 
 import gc
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from torch import Tensor, nn
 
 from runners.config import DatasetConfig, GpuConfig
 from runners.errors import UserError
+from runners.training.reduction import GradientReducer
 
 Inputs = tuple[Tensor, ...]
 MakeBatch = Callable[[Inputs], tuple[Tensor, Tensor]]
@@ -52,14 +57,17 @@ def configure_torch(gpu: GpuConfig) -> None:
 
 
 def uses_cuda_graph(gpu: GpuConfig, device: torch.device) -> bool:
-    """Return whether steps are captured: gpu.cuda_graph, where null means on every CUDA device.
+    """Return whether steps are captured: gpu.cuda_graph, where null means on a CUDA device that trains alone.
+
+    With several processes a graph would hold their collectives too, which has not been tried.
 
     Raises:
         UserError: gpu.cuda_graph is true and the device is not CUDA.
     """
     if gpu.cuda_graph and device.type != "cuda":
         raise UserError(f"gpu.cuda_graph=true: the run is on the {device.type}; only a CUDA device captures graphs")
-    return device.type == "cuda" if gpu.cuda_graph is None else gpu.cuda_graph
+    is_usual = device.type == "cuda" and gpu.processes == 1
+    return is_usual if gpu.cuda_graph is None else gpu.cuda_graph
 
 
 def make_optimiser(model: nn.Module, recipe: DatasetConfig) -> torch.optim.SGD:
@@ -155,6 +163,7 @@ class TrainingStep:
         device: the model's device.
         sub_batches: k, a divisor of N.
         label_smoothing: part of the target that is spread over all classes, 0 to 1; the loss that is returned has it.
+        reducer: of the model's gradients; None where no other process trains it.
 
     Raises:
         UserError: see uses_cuda_graph.
@@ -170,7 +179,9 @@ class TrainingStep:
         device: torch.device,
         sub_batches: int = 1,
         label_smoothing: float = 0.0,
+        reducer: GradientReducer | None = None,
     ) -> None:
+        self.reducer = reducer
         self.sub_batches = sub_batches
         self.label_smoothing = label_smoothing
         self.model = model
@@ -222,13 +233,15 @@ class TrainingStep:
 
     def _step(self, inputs: Inputs) -> Tensor:
         self.optimiser.zero_grad(set_to_none=True)
-        result = self._add_gradients(inputs)
-        if self.sub_batches > 1:
-            result = torch.stack([result, *(self._add_gradients(inputs, k) for k in range(1, self.sub_batches))]).sum(0)
+        results = [self._add_gradients(inputs, k) for k in range(self.sub_batches - 1)]
+        with nullcontext() if self.reducer is None else self.reducer.reduced():
+            result = self._add_gradients(inputs, self.sub_batches - 1)
+        if results:
+            result = torch.stack([*results, result]).sum(0)
         self.optimiser.step()
         return result
 
-    def _add_gradients(self, inputs: Inputs, first: int = 0) -> Tensor:
+    def _add_gradients(self, inputs: Inputs, first: int) -> Tensor:
         """Run one sub-batch forward and backward; return its share of the mean loss, and its wrongly classified."""
         if self.sub_batches > 1:
             inputs = tuple(x[first :: self.sub_batches] for x in inputs)

@@ -73,6 +73,16 @@ class World:
         distributed.all_gather(found, padded)
         return [part[: int(count)] for part, count in zip(found, counts, strict=True)]
 
+    def gather_to_first(self, row: Tensor) -> Tensor | None:
+        """Return the row of each process [N, ...] in the first process; None in the others.
+
+        Args:
+            row: on the CPU, of one dtype and shape on all processes.
+        """
+        found = [torch.empty_like(row) for _ in range(self.size)] if self.is_first else None
+        distributed.gather(row, found)
+        return None if found is None else torch.stack(found)
+
     def broadcast(self, value: Value) -> Value:
         """Return the first process's value, which can be pickled."""
         if self.is_alone:

@@ -24,7 +24,9 @@ from runners.errors import Busy, Diverged, OutOfTime
 from runners.run import locked
 from runners.training import budget, loop, signals, turns
 from runners.training.checkpoints import RunFolder, checkpoints
+from runners.training.state import State
 from runners.training.steps import TrainingStep
+from runners.training.stopping import STOPPING_SECONDS, Stopping
 
 CELLS = [
     "dataset=digits", "depth=11", "width=0.25", "dataset.batch_size=4", "gpu=cpu", "gpu.kernels=torch",
@@ -144,8 +146,8 @@ def test_a_budget_stops_them_all_with_checkpoints_and_they_go_on(
 
 
 def test_time_is_kept_for_all_that_are_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(budget, "BEGAN", time.monotonic() - 60 + 1.5 * loop.STOPPING_SECONDS)
-    stopping = loop.Stopping(signals.Stop(), 1)
+    monkeypatch.setattr(budget, "BEGAN", time.monotonic() - 60 + 1.5 * STOPPING_SECONDS)
+    stopping = Stopping(signals.Stop(), 1)
     with stopping.of(Path("one")):
         assert not stopping.is_due()
         with stopping.of(Path("another")):
@@ -160,7 +162,7 @@ def test_a_failed_run_beside_these_is_no_end_of_the_budget(
         (1e9, None, "because another run in this process failed"),
         (1e-9, OutOfTime.exit_code, "budget_minutes=1e-09 are over"),
     ):
-        stopping = loop.Stopping(signals.Stop(), minutes)
+        stopping = Stopping(signals.Stop(), minutes)
         stopping.has_failure = True
         config = replace(configs[0], budget_minutes=minutes)
         assert turns.alone(run_module.cell_in_turns(config, records_failure=True, stopping=stopping)) == code
@@ -218,15 +220,15 @@ def test_what_fails_after_the_first_failure_is_none_of_its_own(
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
         return call(self, inputs, rate=rate)
 
-    def unreadable(unread: list[Tensor], *arguments: Any) -> None:
+    def unreadable(self: State, unread: list[Tensor]) -> None:
         if calls.count(calls[0]) == 3:
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
-        read(unread, *arguments)
+        read(self, unread)
 
-    read = loop._read
+    read = State.read
     with monkeypatch.context() as broken:
         broken.setattr(TrainingStep, "__call__", unusable)
-        broken.setattr(loop, "_read", unreadable)
+        broken.setattr(State, "read", unreadable)
         assert streams.train(configs, [0, 2, 3]) == ({}, 0)
     err = capsys.readouterr().err
     assert err.count("RuntimeError: CUDA error") == 4  # the first with its traceback
