@@ -13,7 +13,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import get_context
+from multiprocessing import forkserver, get_context, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
@@ -27,9 +27,16 @@ IMPORTED_AHEAD = ["runners.cli", "runners.training.network", "runners.training.l
 
 
 def server() -> ForkServerContext:
-    """Return the context of processes that the server forks."""
+    """Start the server, unless it runs, and return the context of the processes that it forks.
+
+    The server has signals blocked: a terminal or Slurm sends them to it too, and it ends with its caller. So have the
+    processes that it forks, which unblock them when they are ready (signals.unblock).
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_AHEAD)
+    resource_tracker.ensure_running()  # the server would start it, and that unblocks signals
+    with signals.blocked():
+        forkserver.ensure_running()
     return context
 
 
@@ -94,6 +101,7 @@ def _received(receiving: Connection) -> tuple[Any, Exception | None] | None:
 def _answer(sending: Connection, began: float, function: Callable[..., Any], arguments: tuple[object, ...]) -> None:
     """Call the function and send its result or exception."""
     os.setsid()  # so that Ctrl-C reaches this process only through the caller
+    signals.unblock()
     signals.end_with_the_parent()
     budget.BEGAN = began
     returned, error = None, None

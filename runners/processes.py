@@ -10,6 +10,7 @@ other.
     anything else                                  the others cannot go on, and are ended; one sentence names the reason
 """
 
+import functools
 import importlib
 import logging
 import os
@@ -226,7 +227,9 @@ def _member(config: Config, notes: Notes, began: float) -> Exception | None:
     """Run the task in one of the processes; return the exception that all end with, and note any other one."""
     rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     budget.BEGAN = began
-    signals.end_with_the_parent()
+    is_running = threading.Lock()
+    is_running.acquire()
+    signals.end_with_the_parent(functools.partial(_end_after, is_running))
     import torch
 
     from runners.training import world
@@ -235,6 +238,7 @@ def _member(config: Config, notes: Notes, began: float) -> Exception | None:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.gpu.processes))
     try:
         with printing.tolerant(), signals.raised(), silence() if is_silent() else nullcontext():
+            signals.unblock()
             if number := notes.begin():
                 raise Terminated(number)
             if restart and not is_silent():
@@ -258,7 +262,15 @@ def _member(config: Config, notes: Notes, began: float) -> Exception | None:
         if exit_code is None:
             stopped.add_note(traceback.format_exc())
         notes.fail(rank, restart, stopped)
+    finally:
+        is_running.release()
     sys.exit(1)
+
+
+def _end_after(is_running: threading.Lock) -> None:
+    """End the process when its task has ended: without its parent, torch elastic would have it wait for ever."""
+    with is_running:
+        os._exit(1)
 
 
 def _reason(config: Config, notes: Notes, restart: int, exit_codes: dict[int, int]) -> Exception:
