@@ -187,26 +187,26 @@ def _launched(config: Config, notes: Notes) -> Exception | None:
         max_restarts=config.gpu.restarts, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1",
     )  # fmt: skip
-    ended: list[Exception | None] = []
+    agreed: list[Exception | None] = []
+    failed: list[Exception] = []
 
     def launch() -> None:
         try:
-            ended.append(api.elastic_launch(settings, _member)(config, notes, budget.BEGAN)[0])
+            agreed.append(api.elastic_launch(settings, _member)(config, notes, budget.BEGAN)[0])
         except errors.ChildFailedError as error:
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            ended.append(_reason(config, notes, config.gpu.restarts, exit_codes))
+            failed.append(_reason(config, notes, config.gpu.restarts, exit_codes))
         except Exception as error:
-            ended.append(Stopped(f"torch elastic could not start the processes: {first_line(error)}"))
+            failed.append(Stopped(f"torch elastic could not start the processes: {first_line(error)}"))
 
     # Outside of the main thread torch elastic handles no signals.
     thread = threading.Thread(target=launch)
     with _quiet(), signals.passed_on(notes.send) as received:
         thread.start()
         thread.join()
-    (reason,) = ended
-    if received and not isinstance(reason, AGREED):  # it came when there was nothing to save
+    if received and (failed or agreed == [None]):  # it came when there was nothing to save
         return Interrupted(f"stopped by {signal.Signals(received[0]).name}", received[0])
-    return reason
+    return failed[0] if failed else agreed[0]
 
 
 @contextmanager
@@ -231,9 +231,11 @@ def _member(config: Config, notes: Notes, began: float) -> Exception | None:
     is_running.acquire()
     signals.end_with_the_parent(functools.partial(_end_after, is_running))
     import torch
+    from tqdm import tqdm
 
     from runners.training import world
 
+    tqdm.set_lock(threading.RLock())  # its usual one is for several processes, and a killed one would leave it behind
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.gpu.processes))
     try:
