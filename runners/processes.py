@@ -15,13 +15,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 from runners import fresh
-from runners.cells import folder_name, task_module
+from runners.cells import folder_name
 from runners.config import Config, GpuConfig
 from runners.errors import Diverged, Interrupted, LostProcess, OutOfTime, Stopped, UserError, classify
 from runners.fresh import Ending
@@ -73,11 +73,12 @@ def silence() -> Iterator[None]:
         yield
 
 
-def run(config: Config) -> None:
+def run(task: Callable[[Config], object], config: Config) -> None:
     """Run the task of a cell, in gpu.processes processes that begin and end with it.
 
     Args:
-        config: checked.
+        task: importable by name.
+        config: its argument, checked.
 
     Raises:
         UserError: this machine has fewer GPUs, or as the task.
@@ -86,11 +87,11 @@ def run(config: Config) -> None:
         Stopped: the reason of the process that failed first; or as the task, if all ended alike.
     """
     if config.gpu.processes == 1:
-        task_module(config.task.name).run(config)
+        task(config)
         return
     _check_gpus(config)
     restart = 0
-    while (reason := _attempt(config, restart)) is not None:
+    while (reason := _attempt(task, config, restart)) is not None:
         if isinstance(reason, UserError | AGREED):
             raise reason
         if restart == config.gpu.restarts:
@@ -125,7 +126,7 @@ def _check_gpus(config: Config) -> None:
         )
 
 
-def _attempt(config: Config, restart: int) -> Exception | None:
+def _attempt(task: Callable[[Config], object], config: Config, restart: int) -> Exception | None:
     """Start all processes once, and return why the task did not come to its end; None if it did."""
     size = config.gpu.processes
     store = importlib.import_module("torch.distributed").TCPStore(
@@ -144,7 +145,7 @@ def _attempt(config: Config, restart: int) -> Exception | None:
         for rank in range(size)
     ]
     endings, received = fresh.call_together(
-        _member, [(of_attempt(config, restart), one) for one in environments], is_failure=_is_failure
+        _member, [(task, of_attempt(config, restart), one) for one in environments], is_failure=_is_failure
     )
     reason = _reason(endings, config.gpu)
     if received and (reason is None or any(map(_is_failure, endings))):  # it came when there was nothing to save
@@ -155,7 +156,7 @@ def _attempt(config: Config, restart: int) -> Exception | None:
     return reason
 
 
-def _member(config: Config, environment: dict[str, str]) -> None:
+def _member(task: Callable[[Config], object], config: Config, environment: dict[str, str]) -> None:
     """Run the task in one of the processes; it sends its exception, a bug's traceback with it."""
     os.environ.update(environment)
     import torch
@@ -166,7 +167,7 @@ def _member(config: Config, environment: dict[str, str]) -> None:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.gpu.processes))
     try:
         with silence() if is_silent() else nullcontext(), world.joined(config.gpu):
-            task_module(config.task.name).run(config)
+            task(config)
     except (UserError, Stopped):
         raise
     except Exception as error:
