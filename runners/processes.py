@@ -1,6 +1,6 @@
 """The processes that train one network together: who starts them, and what becomes of the run when one of them fails.
 
-    blpa-run gpu.processes=8 ...       this process starts them, and again after a failure (gpu.restarts)
+    blpa-run gpu.processes=8 ...       torch elastic starts them, and again after a failure (gpu.restarts)
     torchrun ... -m runners ...        torchrun, or a job of Slurm, started this one: RANK and WORLD_SIZE are set
 
 Process 0 alone reads and writes the files of the run, and prints. runners/training/world.py has what they tell each
@@ -10,25 +10,47 @@ other.
     anything else                                  the others cannot go on, and are ended; one sentence names the reason
 """
 
+import functools
 import importlib
+import logging
 import os
+import pickle
 import signal
 import sys
+import threading
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import replace
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from runners import fresh
+from runners import fresh, printing
 from runners.cells import folder_name
-from runners.config import Config, GpuConfig
-from runners.errors import Diverged, Interrupted, LostProcess, OutOfTime, Stopped, UserError, classify
-from runners.fresh import Ending
-from runners.training import signals
+from runners.config import Config
+from runners.errors import (
+    Diverged,
+    Interrupted,
+    LostProcess,
+    OutOfTime,
+    Stopped,
+    Terminated,
+    UserError,
+    classify,
+    first_line,
+)
+from runners.files import write_whole
+from runners.training import budget, signals
 
-AGREED = Interrupted | OutOfTime | Diverged
+Task = Callable[[Config], object]
+
+AGREED = (Interrupted, OutOfTime, Diverged)
 """How all processes end alike."""
+
+SEEN_SECONDS = 0.5
+"""Time that a process which lost another one leaves torch elastic to see that one's end first, and its exit code."""
 
 
 def launched() -> tuple[int, int] | None:
@@ -73,7 +95,7 @@ def silence() -> Iterator[None]:
         yield
 
 
-def run(task: Callable[[Config], object], config: Config) -> None:
+def run(task: Task, config: Config) -> None:
     """Run the task of a cell, in gpu.processes processes that begin and end with it.
 
     Args:
@@ -90,14 +112,14 @@ def run(task: Callable[[Config], object], config: Config) -> None:
         task(config)
         return
     _check_gpus(config)
-    restart = 0
-    while (reason := _attempt(task, config, restart)) is not None:
-        if isinstance(reason, UserError | AGREED):
-            raise reason
-        if restart == config.gpu.restarts:
-            raise type(reason)(f"{reason}{goes_on(config)}") if type(reason) in (Stopped, LostProcess) else reason
-        restart += 1
-        print(f"{reason}; all begin again (restart {restart} of {config.gpu.restarts})", file=sys.stderr)
+    with TemporaryDirectory(prefix="blpa-run-") as folder:
+        error = _launched(task, config, Notes(Path(folder)))
+    for text in getattr(error, "__notes__", ()):  # a bug's traceback
+        print(text, file=sys.stderr)
+    if type(error) is Stopped or isinstance(error, LostProcess):
+        error = type(error)(f"{error}{goes_on(config)}")
+    if error is not None:
+        raise error
 
 
 def goes_on(config: Config) -> str:
@@ -126,39 +148,91 @@ def _check_gpus(config: Config) -> None:
         )
 
 
-def _attempt(task: Callable[[Config], object], config: Config, restart: int) -> Exception | None:
-    """Start all processes once, and return why the task did not come to its end; None if it did."""
-    size = config.gpu.processes
-    store = importlib.import_module("torch.distributed").TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False
-    )
-    common = {  # what torchrun sets
-        "WORLD_SIZE": size,
-        "LOCAL_WORLD_SIZE": size,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": store.port,
-        "TORCHELASTIC_USE_AGENT_STORE": True,  # this process has the store, and not process 0
-        "TORCHELASTIC_RESTART_COUNT": restart,
-    }
-    environments = [
-        {name: str(value) for name, value in common.items()} | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        for rank in range(size)
-    ]
-    endings, received = fresh.call_together(
-        _member, [(task, of_attempt(config, restart), one) for one in environments], is_failure=_is_failure
-    )
-    reason = _reason(endings, config.gpu)
-    if received and (reason is None or any(map(_is_failure, endings))):  # it came when there was nothing to save
-        signal.raise_signal(received[0])
+@dataclass(frozen=True)
+class Notes:
+    """A folder of what the processes and the one that started them tell each other beside torch elastic."""
+
+    folder: Path
+
+    def begin(self) -> int:
+        """Note that this process heeds signals; return the number of one that came before, or 0.
+
+        The starting process notes a signal before it looks for whom to send it to: so none is lost.
+        """
+        (self.folder / f"heeds-{os.getpid()}").touch()
+        sent = self.folder / "signal"
+        return int(sent.read_text()) if sent.exists() else 0
+
+    def send(self, number: int) -> None:
+        """Send a signal to all processes, also to those that begin later."""
+        write_whole(self.folder / "signal", str(number).encode())
+        for file in self.folder.glob("heeds-*"):
+            with suppress(ProcessLookupError):  # it has ended
+                os.kill(int(file.name.partition("-")[2]), number)
+
+    def fail(self, rank: int, restart: int, error: Exception) -> None:
+        """Note why a process failed."""
+        write_whole(self.folder / f"failed-{restart}-{rank}", pickle.dumps(error))
+
+    def failures(self, restart: int) -> dict[int, Exception]:
+        """Return why processes of a start failed, by rank; one that was killed has told nothing."""
+        files = self.folder.glob(f"failed-{restart}-*")
+        return {int(file.name.rpartition("-")[2]): pickle.loads(file.read_bytes()) for file in files}
+
+
+def _launched(task: Task, config: Config, notes: Notes) -> Exception | None:
+    """Have torch elastic start the processes, and again after a failure; return why the task did not end well."""
+    api = importlib.import_module("torch.distributed.launcher.api")
+    elastic = importlib.import_module("torch.distributed.elastic.multiprocessing")
+    fresh.server()  # from which processes begin at once
+    settings = api.LaunchConfig(
+        min_nodes=1, max_nodes=1, nproc_per_node=config.gpu.processes, start_method="forkserver",
+        max_restarts=config.gpu.restarts, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
+        local_addr="127.0.0.1", logs_specs=elastic.DefaultLogsSpecs(log_dir=str(notes.folder / "logs")),
+    )  # fmt: skip
+    ended: list[Exception | None] = []
+
+    def launch() -> None:
+        try:
+            ended.append(api.elastic_launch(settings, _member)(task, config, notes, budget.BEGAN)[0])
+        except elastic.errors.ChildFailedError as error:
+            exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            ended.append(_reason(config, notes, config.gpu.restarts, exit_codes))
+        except Exception as error:
+            ended.append(Stopped(f"torch elastic could not start the processes: {first_line(error)}"))
+
+    # Outside of the main thread torch elastic handles no signals.
+    thread = threading.Thread(target=launch)
+    with _quiet(), signals.passed_on(notes.send) as received:
+        thread.start()
+        thread.join()
+    (reason,) = ended
+    if received and not isinstance(reason, AGREED):  # it came when there was nothing to save
         return Interrupted(f"stopped by {signal.Signals(received[0]).name}", received[0])
-    for traceback_text in getattr(reason, "__notes__", ()):
-        print(traceback_text, file=sys.stderr)
     return reason
 
 
-def _member(task: Callable[[Config], object], config: Config, environment: dict[str, str]) -> None:
-    """Run the task in one of the processes; it sends its exception, a bug's traceback with it."""
-    os.environ.update(environment)
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch elastic from reporting a failure, of which one sentence is made."""
+    loggers = [logging.getLogger(name) for name in ("torch.distributed.elastic", "torch.multiprocessing.spawn")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _member(task: Task, config: Config, notes: Notes, began: float) -> Exception | None:
+    """Run the task in one of the processes; return the exception that all end with, and note any other one."""
+    rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    budget.BEGAN = began
+    is_running = threading.Lock()
+    is_running.acquire()
+    signals.end_with_the_parent(functools.partial(_end_after, is_running))
     import torch
 
     from runners.training import world
@@ -166,49 +240,67 @@ def _member(task: Callable[[Config], object], config: Config, environment: dict[
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.gpu.processes))
     try:
-        with silence() if is_silent() else nullcontext(), world.joined(config.gpu):
-            task(config)
-    except (UserError, Stopped):
-        raise
+        with printing.tolerant(), signals.raised(), silence() if is_silent() else nullcontext():
+            signals.unblock()
+            if number := notes.begin():
+                raise Terminated(number)
+            if restart and not is_silent():
+                reason = _reason(config, notes, restart - 1, {})
+                print(f"{reason}; all begin again (restart {restart} of {config.gpu.restarts})", file=sys.stderr)
+            with world.joined(config.gpu):
+                task(of_attempt(config, restart))
+        return None
+    except AGREED as error:
+        return error
+    except LostProcess as error:
+        notes.fail(rank, restart, error)
+        time.sleep(SEEN_SECONDS)
+    except (UserError, Stopped) as error:
+        notes.fail(rank, restart, error)
+    except Terminated as end:
+        notes.fail(rank, restart, Interrupted(f"process {rank} was {end}", end.exit_code - 128))
     except Exception as error:
-        exit_code, reason = classify(error)
-        stopped = Stopped(f"process {environment['RANK']} of {config.gpu.processes}: {reason}")
+        exit_code, text = classify(error)
+        stopped = Stopped(f"process {rank} of {config.gpu.processes}: {text}")
         if exit_code is None:
             stopped.add_note(traceback.format_exc())
-        raise stopped from None
+        notes.fail(rank, restart, stopped)
+    finally:
+        is_running.release()
+    sys.exit(1)
 
 
-def _is_failure(ending: Ending) -> bool:
-    """Return whether a process ended other than all would."""
-    return not ending.has_answered or not isinstance(ending.error, AGREED | None)
+def _end_after(is_running: threading.Lock) -> None:
+    """End the process when its task has ended: without its parent, torch elastic would have it wait for ever."""
+    with is_running:
+        os._exit(1)
 
 
-def _reason(endings: list[Ending], gpu: GpuConfig) -> Exception | None:
-    """Return why the processes ended: the first reason that is one's own, and not the end of another one."""
-    failed = [ending for ending in endings if _is_failure(ending)]
-    if not failed:
-        return next(ending.error for ending in endings if ending.number == 0)
-    for ending in failed:
-        if ending.has_answered and not isinstance(ending.error, LostProcess):
-            return ending.error
-        if not ending.has_answered and not ending.was_killed:
-            return _death(f"process {ending.number} of {gpu.processes}", ending.exit_code or 0)
-    for ending in failed:
-        if not ending.has_answered:
-            return LostProcess(
-                f"process {ending.number} of {gpu.processes} did not answer the others for "
-                f"gpu.timeout_minutes={gpu.timeout_minutes:g}"
-            )
-    return failed[0].error
+def _reason(config: Config, notes: Notes, restart: int, exit_codes: dict[int, int]) -> Exception:
+    """Return why processes failed: a reason of one's own, rather than the end of another one.
+
+    Args:
+        config: the run.
+        notes: of the processes.
+        restart: number of the start that failed.
+        exit_codes: what torch elastic knows of them, by rank.
+    """
+    failures = notes.failures(restart)
+    own = [error for _, error in sorted(failures.items()) if not isinstance(error, LostProcess | Interrupted)]
+    if own:
+        return own[0]
+    size, minutes = config.gpu.processes, f"{config.gpu.timeout_minutes:g}"
+    lost = [str(error) for error in failures.values() if isinstance(error, LostProcess)]
+    for rank in sorted(set(range(size)) - failures.keys()):
+        process, exit_code = f"process {rank} of {size}", exit_codes.get(rank, 0)
+        if exit_code < 0:
+            return Stopped(f"{process} was killed by {signal.Signals(-exit_code).name}{_perhaps(-exit_code)}")
+        if any("imed out" in text for text in lost):
+            return LostProcess(f"{process} did not answer the others for gpu.timeout_minutes={minutes}")
+        return Stopped(f"{process} ended without a word{_perhaps(signal.SIGKILL)}")
+    interrupted = [error for error in failures.values() if isinstance(error, Interrupted)]
+    return interrupted[0] if interrupted else failures[0]
 
 
-def _death(process: str, exit_code: int) -> Stopped:
-    """Return what to say of a process that died without an answer."""
-    number = -exit_code if exit_code < 0 else exit_code - 128
-    if number in signals.NUMBERS:  # somebody wants it to end
-        return Interrupted(f"{process} was stopped by {signal.Signals(number).name}", number)
-    if exit_code == -signal.SIGKILL:
-        return Stopped(f"{process} was killed by SIGKILL, perhaps for want of memory")
-    if exit_code < 0:
-        return Stopped(f"{process} was killed by {signal.Signals(number).name}")
-    return Stopped(f"{process} ended without an answer, by exit code {exit_code}")
+def _perhaps(number: int) -> str:
+    return ", perhaps for want of memory" if number == signal.SIGKILL else ""

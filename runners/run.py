@@ -150,7 +150,7 @@ def _run_joined(config: Config, *, records_failure: bool) -> int:
 def _report_own(error: Exception) -> int:
     """Print why a process other than 0 failed, unless process 0 prints it too; return the exit code."""
     exit_code, reason = classify(error)
-    if isinstance(error, processes.AGREED | LostProcess | Busy) or getattr(error, "is_shared", False):
+    if isinstance(error, (*processes.AGREED, LostProcess, Busy)) or getattr(error, "is_shared", False):
         return exit_code or 1
     if exit_code is None:
         traceback.print_exception(error)

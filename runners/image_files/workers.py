@@ -102,7 +102,7 @@ class Workers:
     def _begin(self, function: Callable[..., Result], *job: Any) -> "Future[Result]":
         assert self._executor is not None
         try:
-            with _signals_held_back():  # a process that begins here holds them back for good
+            with signals.blocked():
                 return self._executor.submit(function, *job)
         except BrokenProcessPool as error:
             raise self._stopped() from error
@@ -159,18 +159,6 @@ class _Context(SpawnContext):
     """Starts processes anew, since a fork of a process with threads or CUDA in it is not safe."""
 
     Process = _Process  # type: ignore[assignment]
-
-
-@contextmanager
-def _signals_held_back() -> Iterator[None]:
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals.NUMBERS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin_worker() -> None:

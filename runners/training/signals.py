@@ -132,6 +132,25 @@ def _leave_the_terminal() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Hold signals back; a process that begins here holds them back for good."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, NUMBERS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def unblock() -> None:
+    """Let through the signals that were held back."""
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, NUMBERS)
+
+
 def end_with_the_parent(then: Callable[[], object] = lambda: None) -> None:
     """Have a process of multiprocessing, or of joblib, send itself SIGTERM when its parent ends, however that ends.
 
