@@ -21,14 +21,14 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from runners import fresh, printing
-from runners.cells import folder_name, task_module
+from runners.cells import folder_name
 from runners.config import Config
 from runners.errors import (
     Diverged,
@@ -43,6 +43,8 @@ from runners.errors import (
 )
 from runners.files import write_whole
 from runners.training import budget, signals
+
+Task = Callable[[Config], object]
 
 AGREED = (Interrupted, OutOfTime, Diverged)
 """How all processes end alike."""
@@ -93,11 +95,12 @@ def silence() -> Iterator[None]:
         yield
 
 
-def run(config: Config) -> None:
+def run(task: Task, config: Config) -> None:
     """Run the task of a cell, in gpu.processes processes that begin and end with it.
 
     Args:
-        config: checked.
+        task: importable by name.
+        config: its argument, checked.
 
     Raises:
         UserError: this machine has fewer GPUs, or as the task.
@@ -106,11 +109,11 @@ def run(config: Config) -> None:
         Stopped: the reason of the process that failed first; or as the task, if all ended alike.
     """
     if config.gpu.processes == 1:
-        task_module(config.task.name).run(config)
+        task(config)
         return
     _check_gpus(config)
     with TemporaryDirectory(prefix="blpa-run-") as folder:
-        error = _launched(config, Notes(Path(folder)))
+        error = _launched(task, config, Notes(Path(folder)))
     for text in getattr(error, "__notes__", ()):  # a bug's traceback
         print(text, file=sys.stderr)
     if type(error) is Stopped or isinstance(error, LostProcess):
@@ -177,23 +180,23 @@ class Notes:
         return {int(file.name.rpartition("-")[2]): pickle.loads(file.read_bytes()) for file in files}
 
 
-def _launched(config: Config, notes: Notes) -> Exception | None:
+def _launched(task: Task, config: Config, notes: Notes) -> Exception | None:
     """Have torch elastic start the processes, and again after a failure; return why the task did not end well."""
     api = importlib.import_module("torch.distributed.launcher.api")
-    errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
+    elastic = importlib.import_module("torch.distributed.elastic.multiprocessing")
     fresh.server()  # from which processes begin at once
     settings = api.LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=config.gpu.processes, start_method="forkserver",
         max_restarts=config.gpu.restarts, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
-        local_addr="127.0.0.1",
+        local_addr="127.0.0.1", logs_specs=elastic.DefaultLogsSpecs(log_dir=str(notes.folder / "logs")),
     )  # fmt: skip
     agreed: list[Exception | None] = []
     failed: list[Exception] = []
 
     def launch() -> None:
         try:
-            agreed.append(api.elastic_launch(settings, _member)(config, notes, budget.BEGAN)[0])
-        except errors.ChildFailedError as error:
+            agreed.append(api.elastic_launch(settings, _member)(task, config, notes, budget.BEGAN)[0])
+        except elastic.errors.ChildFailedError as error:
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
             failed.append(_reason(config, notes, config.gpu.restarts, exit_codes))
         except Exception as error:
@@ -223,7 +226,7 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _member(config: Config, notes: Notes, began: float) -> Exception | None:
+def _member(task: Task, config: Config, notes: Notes, began: float) -> Exception | None:
     """Run the task in one of the processes; return the exception that all end with, and note any other one."""
     rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     budget.BEGAN = began
@@ -247,7 +250,7 @@ def _member(config: Config, notes: Notes, began: float) -> Exception | None:
                 reason = _reason(config, notes, restart - 1, {})
                 print(f"{reason}; all begin again (restart {restart} of {config.gpu.restarts})", file=sys.stderr)
             with world.joined(config.gpu):
-                task_module(config.task.name).run(of_attempt(config, restart))
+                task(of_attempt(config, restart))
         return None
     except AGREED as error:
         return error

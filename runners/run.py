@@ -225,10 +225,11 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
     """Run the cell under its lock, as cell_in_turns; a failure is recorded before the lock is released."""
     began = time.monotonic()
     try:
+        task = task_module(config.task.name)
         if stopping is None:
-            processes.run(config)
+            processes.run(task.run, config)
         else:
-            yield from task_module(config.task.name).in_turns(config, stopping)
+            yield from task.in_turns(config, stopping)
     except Exception as error:
         if stopping is not None and not _is_its_own(error, stopping):
             _defer(config, error, stopping)
