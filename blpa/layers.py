@@ -44,7 +44,7 @@ class ResidualSum:
     The next batch norm computes it in its pass over x for the statistics.
 
     Args:
-        x: output of the block, which the sum overwrites.
+        x: output of the block, which the sum overwrites, as in ops.sum_of.
         shortcut: of the same shape; freed when the sum is computed.
     """
 
@@ -65,7 +65,7 @@ class ResidualSum:
     def value(self) -> Tensor:
         """Return the sum."""
         if self._shortcut is not None:
-            self._x, self._shortcut = self._x.add_(self._shortcut), None
+            self._x, self._shortcut = ops.sum_of(self._x, self._shortcut), None
         return self._x
 
     def value_and_statistics(self, gamma: Tensor, beta: Tensor, bn: ops.BatchNorm) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +77,8 @@ class ResidualSum:
         return self._x, statistics
 
 
-def _as_tensor(x: Tensor | ResidualSum) -> Tensor:
+def as_tensor(x: Tensor | ResidualSum) -> Tensor:
+    """Return x, or compute the sum that it is."""
     return x.value() if isinstance(x, ResidualSum) else x
 
 
@@ -148,7 +149,7 @@ class BatchNormReLU(nn.BatchNorm2d):
     def forward(self, x: Tensor | ResidualSum, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """Compute a; `overwrite_x` allows max(y, 0) to overwrite x, for an x that nothing else reads."""
         arguments = self._arguments(x.device, overwrite_x)
-        return Activation(*ops.batch_norm_relu(_as_tensor(x), *arguments, max_pool=self.max_pool))
+        return Activation(*ops.batch_norm_relu(as_tensor(x), *arguments, max_pool=self.max_pool))
 
     def _arguments(self, device: torch.device, overwrite_x: bool) -> tuple[Tensor, Tensor, ops.BatchNorm]:
         """Return gamma, beta and the options of the ops for a call with an x on this device."""
@@ -284,7 +285,7 @@ class Conv2d(nn.Conv2d):
         bn, statistics = batch_norm_relu, None
         check_has_relu(bn)
         if not self._is_one_with(bn):
-            x = _as_tensor(x)
+            x = as_tensor(x)
             return cast(Tensor, self(bn(x))), x
         gamma, beta, options = bn._arguments(x.device, overwrite_x=False)
         if isinstance(x, ResidualSum):
@@ -333,7 +334,7 @@ class StockConv2d(nn.Conv2d):
     def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
         """Return `after` of x, and x for the shortcut."""
         check_has_relu(batch_norm_relu)
-        x = _as_tensor(x)
+        x = as_tensor(x)
         return cast(Tensor, self(batch_norm_relu(x))), x
 
     def add_shortcut(self, out: Tensor, shortcut: Tensor) -> Tensor:
@@ -348,6 +349,11 @@ def check_has_relu(layer: nn.Module) -> None:
             f"layer is a {type(layer).__name__}: must be a BatchNormReLU or StockBatchNormReLU. PyTorch's "
             "convert_sync_batchnorm drops ReLU and codes: apply it to stock layers, and blpa.convert to the result"
         )
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP's hooks are on a module: they find tensors that it returns, not those in a ResidualSum."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
