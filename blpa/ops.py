@@ -34,6 +34,7 @@ from blpa.convolution import Convolution, as_computed
 from blpa.kernels import Kernels, Norm, RunningStats, compute_dtype
 from blpa.kernels.automatic import AUTOMATIC
 from blpa.once import differentiable_once
+from blpa.processes import statistics_of_all
 from blpa.saved import Layout, MaxPool, SavedActivation, new_activation, rows
 from blpa.tracing import changes, is_traced, is_traced_without_gradient
 
@@ -58,6 +59,8 @@ class BatchNorm(NamedTuple):
         kernels: the backend; by default that of the tensor's device.
         counter: int32 [C], zeros, for the backend (see kernels.Kernels); like the running statistics, used by one
             stream at a time. None allocates one per call.
+        group: of processes whose samples share the statistics in training (processes.sharing); each gets the gradient
+            of its own samples, and of gamma and beta its own sums. None takes this process's alone.
     """
 
     codec: Codec | None
@@ -71,6 +74,7 @@ class BatchNorm(NamedTuple):
     forward_from_code: bool = False
     kernels: Kernels = AUTOMATIC
     counter: Tensor | None = None
+    group: Any = None
 
     @property
     def has_constant_stats(self) -> bool:
@@ -95,6 +99,14 @@ class BatchNorm(NamedTuple):
                 data = Norm(*of_data.unbind(0))
             var = var.to(compute_dtype(x.dtype))
             return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, codec=codec, data=data))
+        if self.group is not None:
+            stats = self.kernels.channel_stats(
+                x, gamma, beta, eps=self.eps, codec=None, add=add, counter=self.counter
+            )  # fmt: skip
+            mean, var, all_rows = statistics_of_all(stats[0], stats[1], x.shape[0], self.group)
+            if running_stats is not None:
+                running_stats.update(mean, var, all_rows)
+            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, codec=codec))
         return self.kernels.channel_stats(
             x, gamma, beta, eps=self.eps, codec=codec, running_stats=running_stats, add=add, counter=self.counter
         )
@@ -493,12 +505,14 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
                 "backward pass: trace a network in evaluation, or use torch.compile"
             )
         return
+    if bn.group is not None and is_traced():
+        raise ValueError("sync = True under torch.compile, which cannot wait for other processes: compile without it")
     if not x.is_floating_point() or x.dim() != 4 or not x.numel():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
     for name, vector in (("gamma", gamma), ("beta", beta)):
         if vector.shape != x.shape[1:2]:
             raise ValueError(f"{name} is {list(vector.shape)}: must be [{x.shape[1]}], one value for each channel of x")
-    if bn.training and x.numel() <= x.shape[1]:
+    if bn.training and x.numel() <= x.shape[1] and bn.group is None:  # the others have some too
         raise ValueError(f"x is {list(x.shape)}: training needs more than one value per channel")
     if bn.forward_from_code and bn.codec is None:
         raise ValueError("forward_from_code = True, but codec = None: must have codes to decode")
@@ -525,5 +539,5 @@ def _prepare(
     overwrite = may_overwrite and not saves_x and not is_traced()
     if overwrite and is_recording and channels_last.is_leaf and channels_last.requires_grad:
         raise ValueError("overwrite_x = True, but x is a leaf that requires grad: must be False for it")
-    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), codec, bn.kernels, bn.counter, max_pool)
+    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), codec, bn.kernels, bn.counter, bn.group, max_pool)
     return channels_last, _ForwardPass(bn, layout, overwrite)

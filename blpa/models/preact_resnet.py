@@ -197,7 +197,7 @@ class PreActResNet(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=math.sqrt(1 / module.in_features))
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:
