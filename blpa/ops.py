@@ -100,10 +100,8 @@ class BatchNorm(NamedTuple):
             var = var.to(compute_dtype(x.dtype))
             return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, codec=codec, data=data))
         if self.group is not None:
-            stats = self.kernels.channel_stats(
-                x, gamma, beta, eps=self.eps, codec=None, add=add, counter=self.counter
-            )  # fmt: skip
-            mean, var, all_rows = statistics_of_all(stats[0], stats[1], x.shape[0], self.group)
+            of_own = self.kernels.channel_stats(x, gamma, beta, eps=self.eps, codec=None, add=add, counter=self.counter)
+            mean, var, all_rows = statistics_of_all(of_own[0], of_own[1], x.shape[0], self.group)
             if running_stats is not None:
                 running_stats.update(mean, var, all_rows)
             return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, codec=codec))
@@ -506,7 +504,9 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
             )
         return
     if bn.group is not None and is_traced():
-        raise ValueError("sync = True under torch.compile, which cannot wait for other processes: compile without it")
+        raise ValueError(
+            "sync = True under torch.compile: must be False in several processes, or the network not compiled"
+        )
     if not x.is_floating_point() or x.dim() != 4 or not x.numel():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
     for name, vector in (("gamma", gamma), ("beta", beta)):
