@@ -234,9 +234,11 @@ def _member(task: Task, config: Config, notes: Notes, began: float) -> Exception
     is_running.acquire()
     signals.end_with_the_parent(functools.partial(_end_after, is_running))
     import torch
+    from tqdm import tqdm
 
     from runners.training import world
 
+    tqdm.set_lock(threading.RLock())  # in place of one of multiprocessing, which reports it if the process is killed
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.gpu.processes))
     try:
