@@ -24,6 +24,7 @@ from blpa.codec import Codec
 from blpa.convolution import Convolution, Pair
 from blpa.kernels import Kernels
 from blpa.kernels.automatic import AUTOMATIC
+from blpa.processes import sharing
 from blpa.saved import MaxPool, SavedActivation
 
 FOUR_BITS = Codec(bits=4)
@@ -44,7 +45,7 @@ class ResidualSum:
     The next batch norm computes it in its pass over x for the statistics.
 
     Args:
-        x: output of the block, which the sum overwrites.
+        x: output of the block, which the sum overwrites, as in ops.sum_of.
         shortcut: of the same shape; freed when the sum is computed.
     """
 
@@ -65,7 +66,7 @@ class ResidualSum:
     def value(self) -> Tensor:
         """Return the sum."""
         if self._shortcut is not None:
-            self._x, self._shortcut = self._x.add_(self._shortcut), None
+            self._x, self._shortcut = ops.sum_of(self._x, self._shortcut), None
         return self._x
 
     def value_and_statistics(self, gamma: Tensor, beta: Tensor, bn: ops.BatchNorm) -> tuple[Tensor, Tensor | None]:
@@ -77,7 +78,8 @@ class ResidualSum:
         return self._x, statistics
 
 
-def _as_tensor(x: Tensor | ResidualSum) -> Tensor:
+def as_tensor(x: Tensor | ResidualSum) -> Tensor:
+    """Return x, or compute the sum that it is."""
     return x.value() if isinstance(x, ResidualSum) else x
 
 
@@ -98,6 +100,9 @@ class BatchNormReLU(nn.BatchNorm2d):
         forward_from_code: use the decoded activation in the forward pass too.
         kernels: the backend; by default that of the tensor's device.
         max_pool: of the activation; None does not pool.
+        sync: in training, statistics and the means of the gradient are those of the samples of all processes, if there
+            are several (torch.distributed); each process needs some.
+        process_group: the processes that share them; None is all.
         others: device, dtype and what else nn.BatchNorm2d takes.
     """
 
@@ -113,6 +118,8 @@ class BatchNormReLU(nn.BatchNorm2d):
         forward_from_code: bool = False,
         kernels: Kernels = AUTOMATIC,
         max_pool: MaxPool | None = None,
+        sync: bool = False,
+        process_group: Any = None,
         **others: Any,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, **others)
@@ -120,6 +127,8 @@ class BatchNormReLU(nn.BatchNorm2d):
         self.forward_from_code = forward_from_code
         self.kernels = kernels
         self.max_pool = max_pool
+        self.sync = sync
+        self.process_group = process_group
         self._counter = torch.zeros(num_features, dtype=torch.int32)
 
     @classmethod
@@ -148,7 +157,7 @@ class BatchNormReLU(nn.BatchNorm2d):
     def forward(self, x: Tensor | ResidualSum, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
         """Compute a; `overwrite_x` allows max(y, 0) to overwrite x, for an x that nothing else reads."""
         arguments = self._arguments(x.device, overwrite_x)
-        return Activation(*ops.batch_norm_relu(_as_tensor(x), *arguments, max_pool=self.max_pool))
+        return Activation(*ops.batch_norm_relu(as_tensor(x), *arguments, max_pool=self.max_pool))
 
     def _arguments(self, device: torch.device, overwrite_x: bool) -> tuple[Tensor, Tensor, ops.BatchNorm]:
         """Return gamma, beta and the options of the ops for a call with an x on this device."""
@@ -177,7 +186,14 @@ class BatchNormReLU(nn.BatchNorm2d):
             forward_from_code=self.forward_from_code,
             kernels=self.kernels,
             counter=self._zero_counter(device),
+            group=self._group(device),
         )
+
+    def _group(self, device: torch.device) -> Any:
+        """Return the processes that share the statistics of this call; None on the meta device, which only counts."""
+        if not (self.sync and self.training) or device.type == "meta":
+            return None
+        return sharing(self.process_group)
 
     def _zero_counter(self, device: torch.device) -> Tensor | None:
         """Return zeros for the backend (see kernels.Kernels) on a device.
@@ -194,7 +210,8 @@ class BatchNormReLU(nn.BatchNorm2d):
     def extra_repr(self) -> str:
         """Return the text of the stock module, the codec and the backend."""
         pool = "" if self.max_pool is None else f", max_pool={self.max_pool}"
-        return f"{nn.BatchNorm2d.extra_repr(self)}, codec={self.codec}, kernels={self.kernels.name}{pool}"
+        sync = ", sync=True" if self.sync else ""
+        return f"{nn.BatchNorm2d.extra_repr(self)}, codec={self.codec}, kernels={self.kernels.name}{pool}{sync}"
 
 
 class Conv2d(nn.Conv2d):
@@ -251,11 +268,10 @@ class Conv2d(nn.Conv2d):
         Raises:
             TypeError: the argument is not an Activation, such as a plain tensor.
         """
-        if not isinstance(activation, Activation):
-            raise TypeError(f"activation is a {type(activation).__name__}: must be what a BatchNormReLU returns")
+        _check_is_activation(activation)
         return ops.conv2d(activation.value, activation.saved, self.weight, convolution=self._convolution())
 
-    def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
+    def after(self, batch_norm_relu: nn.Module, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
         """Apply a BatchNormReLU whose output nothing else reads, and this layer, fused (ops.batch_norm_relu_conv2d).
 
         The two are called one after the other if batch_norm_relu is another class or has a max pool, or one of them
@@ -279,12 +295,12 @@ class Conv2d(nn.Conv2d):
         gamma, beta, options = bn._arguments(x.device, overwrite_x)
         return ops.batch_norm_relu_conv2d(x, gamma, beta, self.weight, options, convolution=self._convolution())
 
-    def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
+    def after_with_shortcut(self, batch_norm_relu: nn.Module, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
         """Return `after` of x, and x for the shortcut (ops.batch_norm_relu_conv2d_with_shortcut)."""
         bn, statistics = batch_norm_relu, None
         check_has_relu(bn)
         if not self._is_one_with(bn):
-            x = _as_tensor(x)
+            x = as_tensor(x)
             return cast(Tensor, self(bn(x))), x
         gamma, beta, options = bn._arguments(x.device, overwrite_x=False)
         if isinstance(x, ResidualSum):
@@ -297,7 +313,7 @@ class Conv2d(nn.Conv2d):
         """Return the deferred sum of this layer's output and a shortcut."""
         return ResidualSum(out, shortcut)
 
-    def _is_one_with(self, bn: nn.BatchNorm2d) -> TypeGuard[BatchNormReLU]:
+    def _is_one_with(self, bn: nn.Module) -> TypeGuard[BatchNormReLU]:
         if not isinstance(bn, BatchNormReLU) or bn.max_pool is not None:
             return False
         return _is_plain(bn, BatchNormReLU) and _is_plain(self, Conv2d)
@@ -318,22 +334,41 @@ class StockBatchNormReLU(nn.BatchNorm2d):
         return Activation(a if self.max_pool is None else F.max_pool2d(a, *self.max_pool), None)
 
 
+class StockSyncBatchNormReLU(nn.SyncBatchNorm):
+    """The same, of PyTorch's SyncBatchNorm, which in training with several processes refuses a CPU."""
+
+    max_pool: MaxPool | None = None
+
+    def forward(self, x: Tensor, *, overwrite_x: bool = False) -> Activation:  # type: ignore[override]
+        """Compute a; x is saved for the backward pass, so never overwritten."""
+        a = F.relu(super().forward(x), inplace=True)
+        return Activation(a if self.max_pool is None else F.max_pool2d(a, *self.max_pool), None)
+
+
+StockBatchNorm = StockBatchNormReLU | StockSyncBatchNormReLU
+
+
 class StockConv2d(nn.Conv2d):
     """PyTorch's own convolution, which saves its input."""
 
     def forward(self, activation: Activation) -> Tensor:  # type: ignore[override]
-        """Compute out [N, C_out, H_out, W_out]."""
+        """Compute out [N, C_out, H_out, W_out].
+
+        Raises:
+            TypeError: the argument is not an Activation, such as a plain tensor.
+        """
+        _check_is_activation(activation)
         return super().forward(activation.value)
 
-    def after(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
+    def after(self, batch_norm_relu: nn.Module, x: Tensor, *, overwrite_x: bool = False) -> Tensor:
         """Apply a batch norm and ReLU, and this layer."""
         check_has_relu(batch_norm_relu)
         return cast(Tensor, self(batch_norm_relu(x, overwrite_x=overwrite_x)))
 
-    def after_with_shortcut(self, batch_norm_relu: nn.BatchNorm2d, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
+    def after_with_shortcut(self, batch_norm_relu: nn.Module, x: Tensor | ResidualSum) -> tuple[Tensor, Tensor]:
         """Return `after` of x, and x for the shortcut."""
         check_has_relu(batch_norm_relu)
-        x = _as_tensor(x)
+        x = as_tensor(x)
         return cast(Tensor, self(batch_norm_relu(x))), x
 
     def add_shortcut(self, out: Tensor, shortcut: Tensor) -> Tensor:
@@ -341,13 +376,31 @@ class StockConv2d(nn.Conv2d):
         return out.add_(shortcut)
 
 
+_HOW_TO_SYNC = (
+    "PyTorch's convert_sync_batchnorm drops ReLU and codes: use CodedLayers(sync=True), StockLayers(sync=True) or "
+    "BatchNormReLU(..., sync=True) instead"
+)
+
+
 def check_has_relu(layer: nn.Module) -> None:
     """Raise TypeError for a batch norm of PyTorch's in the place of one with ReLU."""
-    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, BatchNormReLU | StockBatchNormReLU):
+    if isinstance(layer, nn.modules.batchnorm._BatchNorm) and not isinstance(layer, BatchNormReLU | StockBatchNorm):
         raise TypeError(
-            f"layer is a {type(layer).__name__}: must be a BatchNormReLU or StockBatchNormReLU. PyTorch's "
-            "convert_sync_batchnorm drops ReLU and codes: apply it to stock layers, and blpa.convert to the result"
+            f"layer is a {type(layer).__name__}: must be a BatchNormReLU or StockBatchNormReLU. {_HOW_TO_SYNC}"
         )
+
+
+def _check_is_activation(activation: object) -> None:
+    """Raise TypeError for a plain tensor, such as what a batch norm of PyTorch's returns."""
+    if not isinstance(activation, Activation):
+        raise TypeError(
+            f"activation is a {type(activation).__name__}: must be what a BatchNormReLU returns. {_HOW_TO_SYNC}"
+        )
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Return whether FSDP's hooks are on a module: they find tensors that it returns, not those in a ResidualSum."""
+    return any(base.__name__ == "FSDPModule" for base in type(module).__mro__)
 
 
 def _is_plain(module: nn.Module, layer: type[nn.Module]) -> bool:
@@ -375,21 +428,24 @@ class StockLayers:
 
     Args:
         eps: added to the variance; 1e-3 in the paper.
+        sync: statistics of all processes, by PyTorch's SyncBatchNorm.
     """
 
     eps: float = 1e-5
+    sync: bool = False
 
-    def batch_norm_relu(self, channels: int) -> StockBatchNormReLU:
+    def batch_norm_relu(self, channels: int) -> StockBatchNorm:
         """Make a batch norm and ReLU: x -> Activation."""
-        return StockBatchNormReLU(channels, eps=self.eps)
+        layer = StockSyncBatchNormReLU if self.sync else StockBatchNormReLU
+        return layer(channels, eps=self.eps)
 
-    def batch_norm_relu_max_pool(self, channels: int, max_pool: MaxPool) -> StockBatchNormReLU:
+    def batch_norm_relu_max_pool(self, channels: int, max_pool: MaxPool) -> StockBatchNorm:
         """Make a batch norm, ReLU and max pool: x -> Activation."""
         layer = self.batch_norm_relu(channels)
         layer.max_pool = max_pool
         return layer
 
-    def last_batch_norm_relu(self, channels: int) -> StockBatchNormReLU:
+    def last_batch_norm_relu(self, channels: int) -> StockBatchNorm:
         """Make the network's last one, which no convolution reads: x -> Activation."""
         return self.batch_norm_relu(channels)
 
@@ -408,6 +464,7 @@ class CodedLayers:
         kernels: the backend; by default that of the tensor's device.
         eps: added to the variance; 1e-3 in the paper.
         codes_max_pool: a batch norm, ReLU and max pool saves codes too. In the paper it saves its input.
+        sync: statistics of all processes (BatchNormReLU).
     """
 
     codec: Codec | None = FOUR_BITS
@@ -415,12 +472,14 @@ class CodedLayers:
     kernels: Kernels = AUTOMATIC
     eps: float = 1e-5
     codes_max_pool: bool = False
+    sync: bool = False
 
     def batch_norm_relu(self, channels: int) -> BatchNormReLU:
         """Make a batch norm and ReLU: x -> Activation."""
         return BatchNormReLU(
-            channels, eps=self.eps, codec=self.codec, forward_from_code=self.forward_from_code, kernels=self.kernels
-        )
+            channels, eps=self.eps, codec=self.codec, forward_from_code=self.forward_from_code, kernels=self.kernels,
+            sync=self.sync,
+        )  # fmt: skip
 
     def batch_norm_relu_max_pool(self, channels: int, max_pool: MaxPool) -> BatchNormReLU:
         """Make a batch norm, ReLU and max pool: x -> Activation."""

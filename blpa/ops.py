@@ -34,6 +34,7 @@ from blpa.convolution import Convolution, as_computed
 from blpa.kernels import Kernels, Norm, RunningStats, compute_dtype
 from blpa.kernels.automatic import AUTOMATIC
 from blpa.once import differentiable_once
+from blpa.processes import statistics_of_all
 from blpa.saved import Layout, MaxPool, SavedActivation, new_activation, rows
 from blpa.tracing import changes, is_traced, is_traced_without_gradient
 
@@ -51,12 +52,15 @@ class BatchNorm(NamedTuple):
         training: normalise by the statistics of x, else by the running statistics.
         momentum: weight of the new value in the running statistics.
         eps: added to the variance.
-        overwrite_x: a may overwrite x, since nothing else reads x. It does not if x is saved or had to be copied.
+        overwrite_x: a may overwrite x, since nothing else reads x. It does not if x is saved or had to be copied, or is
+            a view and gradients are recorded (see _is_recorded_view).
         forward_from_code: use the decoded a in the forward pass too; gradients are as without: the paper's naive
             baseline.
         kernels: the backend; by default that of the tensor's device.
         counter: int32 [C], zeros, for the backend (see kernels.Kernels); like the running statistics, used by one
             stream at a time. None allocates one per call.
+        group: of processes whose samples share the statistics in training (processes.sharing); each gets the gradient
+            of its own samples, and of gamma and beta its own sums. None takes this process's alone.
     """
 
     codec: Codec | None
@@ -70,6 +74,7 @@ class BatchNorm(NamedTuple):
     forward_from_code: bool = False
     kernels: Kernels = AUTOMATIC
     counter: Tensor | None = None
+    group: Any = None
 
     @property
     def has_constant_stats(self) -> bool:
@@ -94,6 +99,12 @@ class BatchNorm(NamedTuple):
                 data = Norm(*of_data.unbind(0))
             var = var.to(compute_dtype(x.dtype))
             return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, codec=codec, data=data))
+        if self.group is not None:
+            of_own = self.kernels.channel_stats(x, gamma, beta, eps=self.eps, codec=None, add=add, counter=self.counter)
+            mean, var, all_rows = statistics_of_all(of_own[0], of_own[1], x.shape[0], self.group)
+            if running_stats is not None:
+                running_stats.update(mean, var, all_rows)
+            return torch.stack(Norm.of(mean, var, gamma, beta, eps=self.eps, codec=codec))
         return self.kernels.channel_stats(
             x, gamma, beta, eps=self.eps, codec=codec, running_stats=running_stats, add=add, counter=self.counter
         )
@@ -395,7 +406,7 @@ def add_shortcut(
     """Add a shortcut to x, in place, and compute the statistics of the sum in the same pass.
 
     Args:
-        x: [N, C, H, W], overwritten.
+        x: [N, C, H, W], overwritten as in sum_of.
         shortcut: of the same shape.
         gamma: scale [C] of the batch norm that reads the sum next; beta and bn are its too.
         beta: shift [C].
@@ -403,7 +414,7 @@ def add_shortcut(
 
     Returns:
         x + shortcut, and the argument `statistics` of batch_norm_relu_conv2d_with_shortcut, None if not computed here:
-        no gradient is recorded, the statistics are constant, or memory is not channels-last.
+        no gradient is recorded, the statistics are constant, memory is not channels-last, or x may not be overwritten.
 
     Raises:
         ValueError: as for batch_norm_relu.
@@ -413,10 +424,10 @@ def add_shortcut(
     _check(x, gamma, beta, bn)
     if is_traced():
         return x + shortcut, None
-    is_alike = (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype)
+    is_alike = (shortcut.shape, shortcut.dtype) == (x.shape, x.dtype) and not _is_recorded_view(x)
     in_rows = all(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, shortcut))
     if not (is_alike and in_rows and _is_recording(x, shortcut, gamma, beta)) or bn.has_constant_stats:
-        return x.add_(shortcut), None
+        return sum_of(x, shortcut), None
     return cast(tuple[Tensor, Tensor], _AddShortcut.apply(x, shortcut, gamma, beta, bn))
 
 
@@ -462,6 +473,21 @@ def batch_norm_relu_conv2d_with_shortcut(
     return cast(Tensor, out), cast(Tensor, x_again)
 
 
+def sum_of(x: Tensor, shortcut: Tensor) -> Tensor:
+    """Return x + shortcut, written over x unless autograd forbids that."""
+    return x + shortcut if _is_recorded_view(x) else x.add_(shortcut)
+
+
+def _is_recorded_view(x: Tensor) -> bool:
+    """Return whether x is a view in a graph: the functions that made it may not allow it to be changed.
+
+    Such are what FSDP's and full backward hooks pass on to a module.
+    """
+    if is_traced():
+        return False
+    return torch.is_grad_enabled() and x.requires_grad and x._is_view()
+
+
 def _is_recording(*tensors: Tensor) -> bool:
     """Return whether a backward pass may follow; never that of a network exported for evaluation."""
     is_wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
@@ -477,12 +503,16 @@ def _check(x: Tensor, gamma: Tensor, beta: Tensor, bn: BatchNorm) -> None:
                 "backward pass: trace a network in evaluation, or use torch.compile"
             )
         return
+    if bn.group is not None and is_traced():
+        raise ValueError(
+            "sync = True under torch.compile: must be False in several processes, or the network not compiled"
+        )
     if not x.is_floating_point() or x.dim() != 4 or not x.numel():
         raise ValueError(f"x is {x.dtype} {list(x.shape)}: must be floating point [N, C, H, W], none of them 0")
     for name, vector in (("gamma", gamma), ("beta", beta)):
         if vector.shape != x.shape[1:2]:
             raise ValueError(f"{name} is {list(vector.shape)}: must be [{x.shape[1]}], one value for each channel of x")
-    if bn.training and x.numel() <= x.shape[1]:
+    if bn.training and x.numel() <= x.shape[1] and bn.group is None:  # the others have some too
         raise ValueError(f"x is {list(x.shape)}: training needs more than one value per channel")
     if bn.forward_from_code and bn.codec is None:
         raise ValueError("forward_from_code = True, but codec = None: must have codes to decode")
@@ -505,9 +535,9 @@ def _prepare(
     channels_last = x.contiguous(memory_format=torch.channels_last)
     codec = bn.codec if is_recording or bn.forward_from_code else None
     saves_x = is_recording and codec is None
-    overwrite = (bn.overwrite_x or channels_last is not x) and not saves_x and not is_traced()
-    owner = channels_last._base if channels_last._base is not None else channels_last
-    if overwrite and is_recording and owner.is_leaf and owner.requires_grad:
+    may_overwrite = channels_last is not x or (bn.overwrite_x and not _is_recorded_view(x))
+    overwrite = may_overwrite and not saves_x and not is_traced()
+    if overwrite and is_recording and channels_last.is_leaf and channels_last.requires_grad:
         raise ValueError("overwrite_x = True, but x is a leaf that requires grad: must be False for it")
-    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), codec, bn.kernels, bn.counter, max_pool)
+    layout = Layout(x.shape, x.dtype, (gamma.dtype, beta.dtype), codec, bn.kernels, bn.counter, bn.group, max_pool)
     return channels_last, _ForwardPass(bn, layout, overwrite)

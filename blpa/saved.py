@@ -11,6 +11,7 @@ Where a max pool follows the ReLU, a third tensor has the place of each maximum 
 pooled activation and both gradients follow from the three.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from blpa.codec import Codec
 from blpa.kernels import Kernels
 from blpa.kernels.library import OPERATIONS
+from blpa.processes import means_of_all
 from blpa.tracing import Changes, is_traced
 
 Slices = tuple[slice, ...]
@@ -90,6 +92,8 @@ class Layout(NamedTuple):
     kernels: Kernels
     counter: Tensor | None
     """See Kernels."""
+    group: Any
+    """Of processes whose samples share the statistics (blpa/processes.py); None if these are of this one's alone."""
     max_pool: MaxPool | None
 
 
@@ -158,6 +162,9 @@ class SavedActivation:
         grad_rows = dx_rows
         if is_traced() or not (overwrite_grad or channels_last is not grad):
             dx, dx_rows = new_activation(grad.shape, grad.dtype, grad.device)
+        means = None
+        if self.layout.group is not None and not constant_stats:
+            means = functools.partial(means_of_all, rows=grad_rows.shape[0], group=self.layout.group)
         dbeta, dgamma = self.layout.kernels.backward(
             grad_rows,
             self._rows,
@@ -167,6 +174,7 @@ class SavedActivation:
             out=dx_rows,
             add=None if add is None else rows(add.contiguous(memory_format=torch.channels_last)),
             counter=self.layout.counter,
+            means=means,
         ).unbind(0)
         gamma_dtype, beta_dtype = self.layout.parameter_dtypes
         return dx, dgamma.to(gamma_dtype), dbeta.to(beta_dtype)

@@ -26,6 +26,7 @@ from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_st
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from runners import fresh, printing
 from runners.cells import folder_name
@@ -44,7 +45,7 @@ from runners.errors import (
 from runners.files import write_whole
 from runners.training import budget, signals
 
-Task = Callable[[Config], object]
+Task = Callable[[Config], Any]
 
 AGREED = (Interrupted, OutOfTime, Diverged)
 """How all processes end alike."""
@@ -95,12 +96,15 @@ def silence() -> Iterator[None]:
         yield
 
 
-def run(task: Task, config: Config) -> None:
+def run(task: Task, config: Config) -> list[Any]:
     """Run the task of a cell, in gpu.processes processes that begin and end with it.
 
     Args:
         task: importable by name.
         config: its argument, checked.
+
+    Returns:
+        What the task returned in each process, by rank.
 
     Raises:
         UserError: this machine has fewer GPUs, or as the task.
@@ -109,17 +113,17 @@ def run(task: Task, config: Config) -> None:
         Stopped: the reason of the process that failed first; or as the task, if all ended alike.
     """
     if config.gpu.processes == 1:
-        task(config)
-        return
+        return [task(config)]
     _check_gpus(config)
     with TemporaryDirectory(prefix="blpa-run-") as folder:
-        error = _launched(task, config, Notes(Path(folder)))
+        returned, error = _launched(task, config, Notes(Path(folder)))
     for text in getattr(error, "__notes__", ()):  # a bug's traceback
         print(text, file=sys.stderr)
     if type(error) is Stopped or isinstance(error, LostProcess):
         error = type(error)(f"{error}{goes_on(config)}")
     if error is not None:
         raise error
+    return returned
 
 
 def goes_on(config: Config) -> str:
@@ -180,8 +184,12 @@ class Notes:
         return {int(file.name.rpartition("-")[2]): pickle.loads(file.read_bytes()) for file in files}
 
 
-def _launched(task: Task, config: Config, notes: Notes) -> Exception | None:
-    """Have torch elastic start the processes, and again after a failure; return why the task did not end well."""
+def _launched(task: Task, config: Config, notes: Notes) -> tuple[list[Any], Exception | None]:
+    """Have torch elastic start the processes, and again after a failure.
+
+    Returns:
+        What the task returned in each process; and why it did not end well, if so.
+    """
     api = importlib.import_module("torch.distributed.launcher.api")
     elastic = importlib.import_module("torch.distributed.elastic.multiprocessing")
     fresh.server()  # from which processes begin at once
@@ -190,26 +198,27 @@ def _launched(task: Task, config: Config, notes: Notes) -> Exception | None:
         max_restarts=config.gpu.restarts, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="127.0.0.1:0",
         local_addr="127.0.0.1", logs_specs=elastic.DefaultLogsSpecs(log_dir=str(notes.folder / "logs")),
     )  # fmt: skip
-    ended: list[Exception | None] = []
+    ended: dict[int, tuple[Any, Exception | None]] = {}
+    failed: list[Exception] = []
 
     def launch() -> None:
         try:
-            ended.append(api.elastic_launch(settings, _member)(task, config, notes, budget.BEGAN)[0])
+            ended.update(api.elastic_launch(settings, _member)(task, config, notes, budget.BEGAN))
         except elastic.errors.ChildFailedError as error:
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            ended.append(_reason(config, notes, config.gpu.restarts, exit_codes))
+            failed.append(_reason(config, notes, config.gpu.restarts, exit_codes))
         except Exception as error:
-            ended.append(Stopped(f"torch elastic could not start the processes: {first_line(error)}"))
+            failed.append(Stopped(f"torch elastic could not start the processes: {first_line(error)}"))
 
     # Outside of the main thread torch elastic handles no signals.
     thread = threading.Thread(target=launch)
     with _quiet(), signals.passed_on(notes.send) as received:
         thread.start()
         thread.join()
-    (reason,) = ended
-    if received and not isinstance(reason, AGREED):  # it came when there was nothing to save
-        return Interrupted(f"stopped by {signal.Signals(received[0]).name}", received[0])
-    return reason
+    error = failed[0] if failed else ended[0][1]
+    if received and (failed or error is None):  # it came when there was nothing to save
+        error = Interrupted(f"stopped by {signal.Signals(received[0]).name}", received[0])
+    return [returned for _, (returned, _) in sorted(ended.items())], error
 
 
 @contextmanager
@@ -226,8 +235,12 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _member(task: Task, config: Config, notes: Notes, began: float) -> Exception | None:
-    """Run the task in one of the processes; return the exception that all end with, and note any other one."""
+def _member(task: Task, config: Config, notes: Notes, began: float) -> tuple[Any, Exception | None]:
+    """Run the task in one of the processes.
+
+    Returns:
+        What it returned, and the exception that all end with alike; any other one is noted.
+    """
     rank, restart = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     budget.BEGAN = began
     is_running = threading.Lock()
@@ -238,7 +251,7 @@ def _member(task: Task, config: Config, notes: Notes, began: float) -> Exception
 
     from runners.training import world
 
-    tqdm.set_lock(threading.RLock())  # in place of one of multiprocessing, which reports it if the process is killed
+    tqdm.set_lock(threading.RLock())  # its usual one is for several processes, and a killed one would leave it behind
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // config.gpu.processes))
     try:
@@ -250,10 +263,9 @@ def _member(task: Task, config: Config, notes: Notes, began: float) -> Exception
                 reason = _reason(config, notes, restart - 1, {})
                 print(f"{reason}; all begin again (restart {restart} of {config.gpu.restarts})", file=sys.stderr)
             with world.joined(config.gpu):
-                task(of_attempt(config, restart))
-        return None
+                return task(of_attempt(config, restart)), None
     except AGREED as error:
-        return error
+        return None, error
     except LostProcess as error:
         notes.fail(rank, restart, error)
         time.sleep(SEEN_SECONDS)

@@ -226,7 +226,9 @@ def _alone_in_turns(config: Config, *, records_failure: bool, stopping: "Stoppin
     began = time.monotonic()
     try:
         task = task_module(config.task.name)
-        if stopping is None:
+        if hasattr(task, "STARTS_PROCESSES"):
+            task.run(config)
+        elif stopping is None:
             processes.run(task.run, config)
         else:
             yield from task.in_turns(config, stopping)

@@ -261,6 +261,20 @@ def assert_backward_is_the_references(
     assert ((actual - expected).abs() <= bound + rounding + 4 * torch.finfo(sums.dtype).eps * scale(i, x_hat)).all()
 
 
+def assert_the_means_of_others_reach_dx(kernels: Kernels, i: KernelInputs, codec: Codec | None) -> None:
+    """Given between the two parts of backward, which have the bits of the whole where the means are the same."""
+    results = []
+    for constant_stats, means in (
+        (False, None), (False, lambda sums: sums * (1 / len(i.x))), (True, None), (False, torch.zeros_like),
+    ):  # fmt: skip
+        out = torch.empty_like(i.grad)
+        options = {"constant_stats": constant_stats, "out": out, "add": i.x.flip(0).contiguous(), "means": means}
+        results.append((kernels.backward(i.grad, i.saved, i.vectors, codec=codec, **options), out))
+    assert all(torch.equal(sums, results[0][0]) for sums, _ in results)
+    assert torch.equal(results[0][1], results[1][1])
+    assert torch.equal(results[2][1], results[3][1])
+
+
 def scale(i: KernelInputs, x_hat: Tensor) -> Tensor:
     """The sizes of what dX is the difference of."""
     dbeta, dgamma = i.grad.abs().mean(0), (i.grad * x_hat).abs().mean(0)

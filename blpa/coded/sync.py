@@ -1,7 +1,7 @@
 """SyncBatchNorm that saves codes: a batch norm whose statistics and gradient means are those of all processes' samples.
 
     forward     all-gather of rows, mean, variance, low, high and 1 / deviation      [P, 1 + 5 C]
-    backward    all-reduce of sum dY and sum dY x_hat~                               [2, C]
+    backward    all-reduce of rows, sum dY and sum dY x_hat~                         [1 + 2 C]
 
 PyTorch's own calls an autograd function directly, which no mode sees: so this is a forward of the module, and `convert`
 puts it in the place of PyTorch's. On a GPU the output comes from the very operations that PyTorch's calls. On a CPU,
@@ -14,8 +14,9 @@ the codes that one process with all samples would save, and get its gradients.
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
+from blpa import processes
 from blpa.coded.mode import Coding, current_mode, is_recording
 from blpa.coded.norms import Means, Statistics, coded_norm
 from blpa.coded.tensors import Layout, is_worth_a_code
@@ -27,7 +28,7 @@ class CodedSyncBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise by the statistics of all processes."""
-        group = _group(self)
+        group = processes.sharing(self.process_group) if self.training else None
         if group is None or input.is_meta:  # or counted, not computed
             return super(nn.SyncBatchNorm, self).forward(input)  # it calls F.batch_norm, which has a coded version
         coding = current_mode()
@@ -36,14 +37,6 @@ class CodedSyncBatchNorm(nn.SyncBatchNorm):
         self._check_input_dim(input)
         self._check_non_zero_input_channels(input)
         return _sync_batch_norm(coding, self, input, group)
-
-
-def _group(module: nn.SyncBatchNorm) -> Any:
-    """Return the processes that share statistics; None if each has its own, as PyTorch decides."""
-    if not (module.training and distributed.is_available() and distributed.is_initialized()):
-        return None
-    group = module.process_group or distributed.group.WORLD
-    return group if distributed.get_world_size(group) > 1 else None
 
 
 def _momentum(module: nn.SyncBatchNorm) -> float:
@@ -78,19 +71,14 @@ class _Gathered(NamedTuple):
             if not x.is_cpu:
                 mean, rstd = torch.batch_norm_stats(_dense(x), eps)
             own = torch.cat((own.new_full((1,), x.numel() // channels), mean, var, low, high, rstd))
-        gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor  # PyTorch 2.11
-        found = own.new_empty(distributed.get_world_size(group) * own.numel())
-        gather(found, own, group)
-        found = found.view(-1, own.numel())
+        found = processes.gathered(own, group)
         if not (x.is_cuda and torch.cuda.is_current_stream_capturing()):  # the selection waits for the device
             found = found[found[:, 0] >= 1]
         return _Gathered(*found.split([1, *[channels] * 5], 1))
 
     def stats(self) -> Tensor:
-        """Return mean, biased variance, low and high [4, C] of all, by the parallel axis theorem."""
-        weight = self.rows / self.rows.sum()
-        mean = (weight * self.mean).sum(0)
-        var = (weight * (self.var + (self.mean - mean).square())).sum(0)
+        """Return mean, biased variance, low and high [4, C] of all."""
+        mean, var = processes.combined(self.rows, self.mean, self.var)
         return torch.stack((mean, var, self.low.amin(0), self.high.amax(0)))
 
 
@@ -117,12 +105,8 @@ def _sync_batch_norm(coding: Coding, module: nn.SyncBatchNorm, input: Tensor, gr
     def normalise(x: Tensor, layout: Layout) -> Statistics:
         return Statistics(mean.unsqueeze(0), rstd.unsqueeze(0), stats, are_of_x=True)
 
-    def all_means(sums: Tensor) -> Tensor:
-        sums = sums.clone()
-        distributed.all_reduce(sums, group=group)
-        return sums / total
-
-    means = Means(of_all=all_means)
+    rows = input.numel() // input.shape[1]
+    means = Means(of_all=lambda sums: processes.means_of_all(sums, rows, group))
     return coded_norm(coding, layout, input, module.weight, module.bias, call, normalise, means)
 
 

@@ -7,7 +7,7 @@ An activation [N, C, H, W] in channels-last memory is the matrix x [M, C], M = N
     normalise_rectify_encode  x_hat = (x - mean) rstd, y = gamma x_hat + beta;  a = max(y, 0), and the code of x_hat
     decode                    a~ = max(gamma x_hat~ + beta, 0) where relu_mask, else 0
     backward                  dY = dA relu_mask;  dbeta = sum dY, dgamma = sum dY x_hat~
-                              dX = gamma rstd (dY - dbeta / M - x_hat~ dgamma / M)
+                              dX = gamma rstd (dY - mean(dY) - x_hat~ mean(dY x_hat~)),  the means are the sums / M
 
     pointwise_weight_grad     dW = G^T a~ of a 1x1 convolution, if a backend can compute it without writing a~
 
@@ -19,6 +19,7 @@ torch.compile (compiled.py); `triton` is written by hand for CUDA (triton_ops.py
 every dtype of the activation.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -94,6 +95,14 @@ class RunningStats(NamedTuple):
     batches: Tensor | None = None
     """Number of batches so far, int64 []."""
 
+    def update(self, mean: Tensor, var: Tensor, rows: int | Tensor) -> None:
+        """Move by a batch of so many rows, with this mean and biased variance [C]; count it."""
+        unbiased = var * (rows / (rows - 1))
+        self.mean.lerp_(mean.to(self.mean.dtype), self.momentum)
+        self.var.lerp_(unbiased.to(self.var.dtype), self.momentum)
+        if self.batches is not None:
+            self.batches.add_(1)
+
 
 class Kernels(Protocol):
     """The contract of a backend.
@@ -161,6 +170,7 @@ class Kernels(Protocol):
         out: Tensor,
         add: Tensor | None = None,
         counter: Tensor | None = None,
+        means: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """Write dX to `out`, which may be grad = dA, and return dbeta and dgamma.
 
@@ -173,9 +183,11 @@ class Kernels(Protocol):
             out: [M, C].
             add: another gradient of x [M, C], which is added to dX.
             counter: see the class.
+            means: maps the two sums to the means that dX takes, [2, C], contiguous, where the statistics are of more
+                rows than these; it is called between the sums and dX. None divides by M.
 
         Returns:
-            [2, C], in the dtype of the vectors.
+            The two sums [2, C], in the dtype of the vectors.
         """
 
     def pointwise_weight_grad(

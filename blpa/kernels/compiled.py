@@ -1,4 +1,4 @@
-"""The reference's four bodies compiled by torch.compile, to C++ for a CPU and Triton for a GPU: backend `inductor`.
+"""The reference's bodies compiled by torch.compile, to C++ for a CPU and Triton for a GPU: backend `inductor`.
 
 A compiled body is one loop over memory: eager PyTorch writes a dozen temporaries, which here stay in registers. Shapes
 are dynamic, so a body is compiled once per codec and dtype for all layers, and again for rows that do not divide evenly

@@ -105,6 +105,41 @@ def decode(out: Sequence[Tensor], saved: Tensor, vectors: Tensor, codec: Codec |
         out_block.copy_(where_positive(sign, y).clamp_min_(0))
 
 
+def gradient_sums(grad: Sequence[Tensor], saved: Tensor, sums: Tensor, vectors: Tensor, codec: Codec | None) -> None:
+    """Write dbeta and dgamma to sums [2, C]."""
+    norm = Norm(*vectors.unbind(0))
+    parts = []
+    for k, grad_block in enumerate(grad):
+        x_hat, sign = recover(saved, k, grad_block.shape[0], norm, codec)
+        dy = where_positive(sign, grad_block.to(sums.dtype))
+        parts.append(torch.stack([column_sum(dy), column_sum(x_hat.mul_(dy))]))
+        del x_hat, sign, dy  # before the next block allocates its own
+    sums.copy_(total(parts))
+
+
+def input_grad(
+    grad: Sequence[Tensor],
+    out: Sequence[Tensor] | None,
+    saved: Tensor,
+    means: Tensor,
+    vectors: Tensor,
+    add: Sequence[Tensor] | None,
+    codec: Codec | None,
+    constant_stats: bool,
+) -> None:
+    """Write dX to out, or over grad where out is None, from the means of dY and dY x_hat~ [2, C]."""
+    norm = Norm(*vectors.unbind(0))
+    mean_dy, mean_dy_x_hat = means
+    scale = norm.gamma * norm.rstd
+    for k, (grad_block, out_block) in enumerate(zip(grad, grad if out is None else out, strict=True)):
+        x_hat, sign = recover(saved, k, grad_block.shape[0], norm, codec)
+        dx = where_positive(sign, grad_block.to(means.dtype))
+        if not constant_stats:
+            dx.sub_(mean_dy).sub_(x_hat.mul_(mean_dy_x_hat))
+        dx.mul_(scale)
+        out_block.copy_(dx if add is None else dx.add_(add[k]))
+
+
 def backward(
     grad: Sequence[Tensor],
     out: Sequence[Tensor] | None,
@@ -115,25 +150,11 @@ def backward(
     codec: Codec | None,
     constant_stats: bool,
 ) -> None:
-    """Write dbeta and dgamma to sums [2, C], and dX to out, or over grad where out is None."""
-    norm = Norm(*vectors.unbind(0))
-    parts = []
-    for k, grad_block in enumerate(grad):
-        x_hat, sign = recover(saved, k, grad_block.shape[0], norm, codec)
-        dy = where_positive(sign, grad_block.to(sums.dtype))
-        parts.append(torch.stack([column_sum(dy), column_sum(x_hat.mul_(dy))]))
-        del x_hat, sign, dy  # before the next block allocates its own
-    sums.copy_(total(parts))
+    """Do both; the means are over the rows of grad."""
+    gradient_sums(grad, saved, sums, vectors, codec)
     # Multiply by 1 / M: a division per element would cost time.
-    mean_dy, mean_dy_x_hat = sums * (1 / sum(block.shape[0] for block in grad))
-    scale = norm.gamma * norm.rstd
-    for k, (grad_block, out_block) in enumerate(zip(grad, grad if out is None else out, strict=True)):
-        x_hat, sign = recover(saved, k, grad_block.shape[0], norm, codec)
-        dx = where_positive(sign, grad_block.to(sums.dtype))
-        if not constant_stats:
-            dx.sub_(mean_dy).sub_(x_hat.mul_(mean_dy_x_hat))
-        dx.mul_(scale)
-        out_block.copy_(dx if add is None else dx.add_(add[k]))
+    means = sums * (1 / sum(block.shape[0] for block in grad))
+    input_grad(grad, out, saved, means, vectors, add, codec, constant_stats)
 
 
 class RowBlockKernels:
@@ -189,11 +210,7 @@ class RowBlockKernels:
         self._run(channel_stats, [x.detach()], vectors, gamma.detach(), beta.detach(), constants=(eps, codec))
         if running_stats:
             mean, var = vectors[:2]
-            unbiased = var * (x.shape[0] / (x.shape[0] - 1))
-            running_stats.mean.lerp_(mean.to(running_stats.mean.dtype), running_stats.momentum)
-            running_stats.var.lerp_(unbiased.to(running_stats.var.dtype), running_stats.momentum)
-            if running_stats.batches is not None:
-                running_stats.batches.add_(1)
+            running_stats.update(mean, var, x.shape[0])
         return vectors
 
     def normalise_rectify_encode(
@@ -220,15 +237,19 @@ class RowBlockKernels:
         out: Tensor,
         add: Tensor | None = None,
         counter: Tensor | None = None,
+        means: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """See Kernels."""
         sums = vectors.new_empty(2, grad.shape[1])
+        grad_blocks = self._blocks(grad, codec)
         out_blocks = None if out is grad else self._blocks(out, codec)
         add_blocks = None if add is None else self._blocks(add, codec)
         constants = codec, constant_stats
-        self._run(
-            backward, self._blocks(grad, codec), out_blocks, saved, sums, vectors, add_blocks, constants=constants
-        )
+        if means is None:
+            self._run(backward, grad_blocks, out_blocks, saved, sums, vectors, add_blocks, constants=constants)
+        else:
+            self._run(gradient_sums, grad_blocks, saved, sums, vectors, constants=(codec,))
+            self._run(input_grad, grad_blocks, out_blocks, saved, means(sums), vectors, add_blocks, constants=constants)
         return sums
 
     def pointwise_weight_grad(

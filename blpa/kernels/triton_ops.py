@@ -22,6 +22,8 @@ The offset of a tile needs 64 bits; offsets within a tile fit in 32.
 Each kernel is an operation of torch.library, one node for torch.compile and torch.export.
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -415,12 +417,9 @@ def decode(saved: Tensor, vectors: Tensor, out: Tensor, bits: int) -> None:
     _launch(_decode, grid, out, saved, vectors, *sizes, **constants)
 
 
-@torch.library.custom_op("blpa::backward", mutates_args=("out", "sums"))
-def backward(
-    grad: Tensor, saved: Tensor, vectors: Tensor, counter: Tensor | None, out: Tensor, sums: Tensor, add: Tensor | None,
-    bits: int, constant_stats: bool,
-) -> None:  # fmt: skip
-    """Write dX, plus `add` if given, to `out`, and dbeta, dgamma and both divided by M to `sums` [4, C]."""
+def _launch_gradient_sums(
+    grad: Tensor, saved: Tensor, vectors: Tensor, counter: Tensor | None, sums: Tensor, bits: int
+) -> None:
     (tiles, across), sizes, constants = _tiles(grad, bits, SUM_TILE_ELEMENTS)
     steps, programs = _division(tiles, across, LANE_ROWS // constants["BLOCKS"])
     partial = sums.new_empty(programs, 2, grad.shape[1])
@@ -428,11 +427,44 @@ def backward(
         _gradient_sums, (programs, across), grad, saved, vectors, partial, _zeros(counter, grad), sums, *sizes, steps,
         programs, **constants, **SUM_OPTIONS,
     )  # fmt: skip
+
+
+def _launch_input_gradient(
+    grad: Tensor, saved: Tensor, vectors: Tensor, means: Tensor, out: Tensor, add: Tensor | None, bits: int,
+    constant_stats: bool,
+) -> None:  # fmt: skip
     grid, sizes, constants = _tiles(grad, bits)
     _launch(
-        _input_gradient, grid, grad, out, saved, vectors, sums[2:], grad if add is None else add, *sizes, **constants,
+        _input_gradient, grid, grad, out, saved, vectors, means, grad if add is None else add, *sizes, **constants,
         CONSTANT_STATS=constant_stats, ADDS=add is not None,
     )  # fmt: skip
+
+
+@torch.library.custom_op("blpa::backward", mutates_args=("out", "sums"))
+def backward(
+    grad: Tensor, saved: Tensor, vectors: Tensor, counter: Tensor | None, out: Tensor, sums: Tensor, add: Tensor | None,
+    bits: int, constant_stats: bool,
+) -> None:  # fmt: skip
+    """Write dX, plus `add` if given, to `out`, and dbeta, dgamma and both divided by M to `sums` [4, C]."""
+    _launch_gradient_sums(grad, saved, vectors, counter, sums, bits)
+    _launch_input_gradient(grad, saved, vectors, sums[2:], out, add, bits, constant_stats)
+
+
+@torch.library.custom_op("blpa::gradient_sums", mutates_args=("sums",))
+def gradient_sums(
+    grad: Tensor, saved: Tensor, vectors: Tensor, counter: Tensor | None, sums: Tensor, bits: int
+) -> None:
+    """Write dbeta, dgamma and both divided by M to `sums` [4, C]: the first half of backward."""
+    _launch_gradient_sums(grad, saved, vectors, counter, sums, bits)
+
+
+@torch.library.custom_op("blpa::input_grad", mutates_args=("out",))
+def input_grad(
+    grad: Tensor, saved: Tensor, vectors: Tensor, means: Tensor, out: Tensor, add: Tensor | None, bits: int,
+    constant_stats: bool,
+) -> None:  # fmt: skip
+    """Write dX, plus `add` if given, to `out`, from the means [2, C]: the second half of backward."""
+    _launch_input_gradient(grad, saved, vectors, means, out, add, bits, constant_stats)
 
 
 def _tiles(
@@ -467,7 +499,10 @@ def _product_tiles(grad: Tensor, channels: int, bits: int) -> tuple[tuple[int, i
     return (rows, channels, triton.cdiv(rows, blocks), outputs), constants
 
 
-for operation in (channel_stats, add_channel_stats, normalise_rectify_encode, decode, backward, pointwise_weight_grad):
+for operation in (
+    channel_stats, add_channel_stats, normalise_rectify_encode, decode, backward, gradient_sums, input_grad,
+    pointwise_weight_grad,
+):  # fmt: skip
     operation.register_fake(lambda *args: None)  # they only write to their arguments
 
 
@@ -529,11 +564,17 @@ class TritonKernels:
         out: Tensor,
         add: Tensor | None = None,
         counter: Tensor | None = None,
+        means: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
         """See Kernels."""
         _check_dtype(grad)
         sums = vectors.new_empty(4, grad.shape[1])
-        backward(grad, saved, vectors, counter, out, sums, add, codec.bits if codec else 0, constant_stats)
+        bits = codec.bits if codec else 0
+        if means is None:
+            backward(grad, saved, vectors, counter, out, sums, add, bits, constant_stats)
+        else:
+            gradient_sums(grad, saved, vectors, counter, sums, bits)
+            input_grad(grad, saved, vectors, means(sums[:2]), out, add, bits, constant_stats)
         return sums[:2]
 
     def pointwise_weight_grad(

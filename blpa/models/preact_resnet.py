@@ -20,7 +20,7 @@ from typing import NamedTuple, cast
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from blpa.layers import Activation, Layers, ResidualSum, check_has_relu
+from blpa.layers import Activation, Layers, ResidualSum, as_tensor, check_has_relu, is_sharded
 from blpa.ops import average_pool
 from blpa.saved import MaxPool
 
@@ -101,7 +101,10 @@ class Bottleneck(nn.Module):
         self.shortcut_from_activation = shortcut_from_activation or max_pool is not None
 
     def forward(self, x: Tensor | ResidualSum) -> Tensor | ResidualSum:
-        """Compute [N, 4 c, H / stride, W / stride] from [N, C, H, W]; coded layers defer the sum to the next block."""
+        """Compute [N, 4 c, H / stride, W / stride] from [N, C, H, W].
+
+        Coded layers defer the sum to the next block, unless FSDP shards this one.
+        """
         # Rebinding names frees memory: no name here outlives the last use of its tensor.
         if self.shortcut_from_activation:
             activation: Activation = self.bn1(x, overwrite_x=True)
@@ -113,7 +116,8 @@ class Bottleneck(nn.Module):
             shortcut = self.shortcut(x)
         out = self.conv2.after(self.bn2, out, overwrite_x=True)
         out = self.conv3.after(self.bn3, out, overwrite_x=True)
-        return self.conv3.add_shortcut(out, shortcut)  # no layer saves its output, so the sum overwrites it
+        total = self.conv3.add_shortcut(out, shortcut)  # no layer saves its output, so the sum overwrites it
+        return as_tensor(total) if is_sharded(self) else total
 
     def shortcut(self, x: Tensor) -> Tensor:
         """Pool x and add zero channels, to the shape of the block's output."""
@@ -193,7 +197,7 @@ class PreActResNet(nn.Module):
             elif isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=math.sqrt(1 / module.in_features))
                 nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.reset_parameters()
 
     def forward(self, images: Tensor) -> Tensor:

@@ -11,5 +11,6 @@ and, if needed,
     folder(config)      folder under results/runs that the task writes; a task without one makes no records of its own
     settings_of(config) settings that decide its numbers and have no column of a record
     NEEDS_NO_GPU = True       the task counts and needs no GPU
+    STARTS_PROCESSES = True   it is not run in each of several processes, but starts them itself (gpu.processes)
     in_turns(config, stopping)   run, but yield to other runs after each step
 """

@@ -9,6 +9,9 @@ context, and for the prediction also convolution workspaces and rounded-up block
 
 The allocator reserves more memory than is in use, by an amount that depends on the kind of its segments (segments.py).
 Every mode is searched with both kinds, the second starting from the first one's result. The larger batch counts.
+
+With several processes the batch is that of all of them, a multiple of their number: what fits beside the gradients that
+they exchange is measured, never predicted.
 """
 
 import functools
@@ -24,12 +27,12 @@ from tqdm import tqdm
 
 from blpa import kernels, memory
 from blpa.memory import GIB, MIB, TrainingBytes
-from runners import fresh, provenance, records
-from runners.cells import card_name, command, gpu_changes
+from runners import fresh, processes, provenance, records
+from runners.cells import PROCESSES, card_name, command, gpu_changes
 from runners.config import PUBLISHED, Config
 from runners.errors import Stopped, UserError, first_line, is_out_of_memory, may_be_out_of_memory, missing_memory
 from runners.records import Record
-from runners.training import network, segments, steps
+from runners.training import network, segments, steps, world
 from runners.training.network import META
 from runners.training.offloading import host_bytes_left
 from runners.training.steps import EAGER_STEPS
@@ -43,6 +46,9 @@ VERIFYING_STEPS = 20
 
 LARGEST_INDEX = 2**31
 """Elements of a tensor from which on libraries with 32-bit indices fail."""
+
+STARTS_PROCESSES = True
+"""It has several processes for each probe, not around the search."""
 
 Probe = Callable[[int, int], bool]
 """(batch, steps) -> whether that many training steps fit."""
@@ -58,7 +64,9 @@ class Settings:
 
 
 def check(config: Config) -> None:
-    """Check that the resolution is a fraction of a batch."""
+    """Check that the resolution is a fraction of a batch, and that this process starts others."""
+    if processes.launched():
+        raise UserError("task=max-batch starts processes of its own: give gpu.processes=N, without torchrun or srun")
     if not 0 < config.task.resolution < 1:
         raise UserError(f"task.resolution={config.task.resolution} is not allowed: it is above 0 and less than 1")
 
@@ -79,7 +87,8 @@ def run(config: Config) -> list[Record]:
         GPU, an earlier prediction in the results is not counted again: its record keeps its date and commit.
 
     Raises:
-        UserError: there is neither a memory budget nor a GPU, or the results folder cannot be written.
+        UserError: there is neither a memory budget nor a GPU, or the results folder cannot be written; or the batch of
+            several processes was asked for without GPUs.
         CardIsTaken: other processes use so much of the GPU's memory that the budget cannot be reached.
         NotMemory: a step failed for another reason than lack of memory.
     """
@@ -87,38 +96,58 @@ def run(config: Config) -> list[Record]:
     device = network.device(config)
     chosen = kernels.choose(config.gpu.kernels, device, elements=0)  # nothing is computed but on a GPU
     is_cuda = device.type == "cuda"
+    count = config.gpu.processes
+    if count > 1 and not is_cuda:
+        raise UserError(f"gpu.processes={count}: the largest batch of several GPUs is measured, and here are none")
     free, card = fresh.call(torch.cuda.mem_get_info) if is_cuda else (0, 0)
     cell = network.on_card(config, card)
     assert cell.gpu.memory_gib is not None
     limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
 
-    earlier = earlier_prediction(config, cell) if is_cuda and config.resume else None
-    prediction = earlier or predict(config, cell, limit)
-    batch = int(prediction.value)
-    found = [prediction]
-    if earlier is None:
-        lines = [describe(cell, batch, limit, network.training_bytes(cell, max(batch, 1)))]
+    if count > 1:
+        found, lines, begin = [], [], _counted(_alone(cell), limit)
     else:
-        budget = f"{cell.gpu.memory_gib:g} GiB"
-        lines = [f"{_network(cell)}: largest batch {batch} in {budget} (predicted, {prediction.date})"]
+        prediction, line = _prediction(config, cell, limit, is_cuda=is_cuda)
+        found, lines, begin = [prediction], [line], int(prediction.value)
     if is_cuda and limit > card:
-        print(f"not measured: this card has {card / GIB:.4g} GiB", file=sys.stderr)
+        too_small = f"not measured: this card has {card / GIB:.4g} GiB"
+        if count > 1:
+            raise UserError(f"gpu.memory_gib={cell.gpu.memory_gib:g} is {too_small}")
+        print(too_small, file=sys.stderr)
     elif is_cuda:
         _check_free(free, limit, cell)
         kind, fits, fails = segments.KINDS[0], 0, 1
         if limit > 0:
             probes = {kind: _probe_on(cell, limit, kind) for kind in segments.KINDS}
-            begin = min(batch, _host_batch(cell))
-            kind, fits, fails = better(probes, begin, config.task.resolution)
+            kind, fits, fails = better(probes, min(begin, _host_batch(cell)), config.task.resolution)
+        where = f"{cell.gpu.memory_gib:g} GiB{f' of each of {count} GPUs' if count > 1 else ''}"
         lines.append(
-            f"{_network(cell)}: largest batch {fits} in {cell.gpu.memory_gib:g} GiB (measured, {kind} segments); "
-            f"{fails} does not fit"
+            f"{_network(cell)}: largest batch {count * fits} in {where} (measured, {kind} segments); "
+            f"{count * fails} does not fit"
         )
-        found.append(_record(cell, fits, fails - 1, provenance.source(config, device, chosen.name), segments=kind))
+        source = provenance.source(config, device, chosen.name)
+        found.append(_record(cell, count * fits, count * fails - 1, source, segments=kind))
     records.write(found, run_dir)
     print(*lines, sep="\n")
     remark_on_data(config, int(found[-1].value))
     return found
+
+
+def _prediction(config: Config, cell: Config, limit: int, *, is_cuda: bool) -> tuple[Record, str]:
+    """Return the prediction, an earlier one where there is a GPU, and describe it."""
+    earlier = earlier_prediction(config, cell) if is_cuda and config.resume else None
+    if earlier is not None:
+        budget = f"{cell.gpu.memory_gib:g} GiB"
+        text = f"{_network(cell)}: largest batch {int(earlier.value)} in {budget} (predicted, {earlier.date})"
+        return earlier, text
+    found = predict(config, cell, limit)
+    batch = int(found.value)
+    return found, describe(cell, batch, limit, network.training_bytes(cell, max(batch, 1)))
+
+
+def _alone(config: Config) -> Config:
+    """Return the run in one process."""
+    return replace(config, gpu=replace(config.gpu, processes=1, sync_batch_norm=False))
 
 
 def _record(config: Config, fits: int, high: int, source: dict[str, object], *, segments: str = "") -> Record:
@@ -146,7 +175,7 @@ def settings_of(config: Config) -> dict[str, Any]:
     """
     gpu = config.gpu
     budget = {"memory_gib": gpu.memory_gib, "allowance_mib": gpu.allowance_mib}
-    return budget | gpu_changes(config, "cuda_graph")
+    return budget | gpu_changes(config, "cuda_graph", *PROCESSES)
 
 
 def predict(config: Config, cell: Config, limit: int) -> Record:
@@ -157,6 +186,13 @@ def predict(config: Config, cell: Config, limit: int) -> Record:
         cell: the same run, with its budget as a number.
         limit: available bytes.
     """
+    batch = _counted(cell, limit)
+    used = kernels.choose(cell.gpu.kernels, META).name
+    return _record(cell, batch, batch, provenance.source(config, META, used))
+
+
+def _counted(cell: Config, limit: int) -> int:
+    """Count the largest batch of one process whose training takes no more than `limit` bytes."""
     with tqdm(desc="counting a training step", unit=" counts") as progress:
 
         def total_bytes(batch: int) -> int:
@@ -165,9 +201,7 @@ def predict(config: Config, cell: Config, limit: int) -> Record:
             progress.update()
             return total
 
-        batch = memory.largest_batch(total_bytes, limit)
-    used = kernels.choose(cell.gpu.kernels, META).name
-    return _record(cell, batch, batch, provenance.source(config, META, used))
+        return memory.largest_batch(total_bytes, limit)
 
 
 def _host_batch(cell: Config) -> int:
@@ -264,11 +298,21 @@ def search(probe: Probe, predicted: int, resolution: float = 0.01) -> tuple[int,
 
 
 def _probe_on(config: Config, limit: int, kind: str) -> Probe:
-    """Make the probe of one kind of segments: it runs in a fresh process and prints its result on stderr."""
+    """Make the probe of one kind of segments: it runs in fresh processes and prints its result on stderr.
+
+    Its batch is that of each process.
+    """
 
     def run_steps(batch: int, steps: int) -> int | None:
-        reserved: int | None = fresh.call(fits_in, config, batch, steps, limit, kind)
-        return reserved
+        if config.gpu.processes == 1:
+            reserved: int | None = fresh.call(fits_in, config, batch, steps, limit, kind)
+            return reserved
+        task = functools.partial(_fits_in_each, batch=batch, count=steps, limit=limit, kind=kind)
+        try:
+            reserved_in_each: list[int] = processes.run(task, config)
+        except NoMemory:
+            return None
+        return max(reserved_in_each)
 
     def probe(batch: int, steps: int) -> bool:
         try:
@@ -281,6 +325,10 @@ def _probe_on(config: Config, limit: int, kind: str) -> Probe:
         return reserved is not None
 
     return probe
+
+
+class NoMemory(Stopped):
+    """A step of one of several processes ran out of memory."""
 
 
 class Unclear(Stopped):
@@ -327,12 +375,20 @@ def _check_free(free: int, limit: int, config: Config) -> None:
         raise CardIsTaken(f"{free / GIB:.4g} GiB of the GPU are free: too little to measure {limit / GIB:.4g}")
 
 
+def _fits_in_each(config: Config, *, batch: int, count: int, limit: int, kind: str) -> int:
+    """Call fits_in in one of several processes; what it lacks ends all."""
+    reserved = fits_in(config, batch, count, limit, kind)
+    if reserved is None:
+        raise NoMemory(f"batch {batch} does not fit process {world.current().rank}")
+    return reserved
+
+
 def fits_in(config: Config, batch: int, count: int, limit: int, kind: str) -> int | None:
     """Run training steps on the GPU within a memory limit, in a process that has not used the GPU yet.
 
     Args:
         config: the run.
-        batch: samples per step.
+        batch: samples per step of each process.
         count: number of steps.
         limit: bytes that the allocator may reserve.
         kind: kind of its segments.
@@ -350,7 +406,8 @@ def fits_in(config: Config, batch: int, count: int, limit: int, kind: str) -> in
     torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     steps.configure_torch(network.used(config.gpu, device))
     try:
-        step = network.training_step(config, batch, kernels.choose(config.gpu.kernels, device), device)
+        whole = batch * world.current().size
+        step = network.training_step(config, whole, kernels.choose(config.gpu.kernels, device), device)
         for _ in range(count):
             step()
         torch.cuda.synchronize()

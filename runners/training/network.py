@@ -73,6 +73,13 @@ def device(config: Config) -> torch.device:
     steps.uses_cuda_graph(gpu, found)
     if config.task.name != "max-batch":  # it predicts without a GPU
         _check_offload(found, config)
+    if (
+        config.gpu.sync_batch_norm
+        and config.gpu.processes > 1
+        and found.type == "cpu"
+        and config.mode.layers != "coded"
+    ):
+        raise UserError(f"gpu.sync_batch_norm=true with mode={config.mode.name}: PyTorch's SyncBatchNorm needs a GPU")
     return found
 
 
@@ -115,24 +122,26 @@ def codec(mode: ModeConfig) -> Codec | None:
     return None if mode.bits is None else Codec(mode.bits, mode.clip)
 
 
-def layers(mode: ModeConfig, kernels: Kernels) -> Layers:
+def layers(mode: ModeConfig, kernels: Kernels, *, sync: bool = False) -> Layers:
     """Make the layer factory of a mode.
 
     Args:
         mode: the mode.
         kernels: backend of coded layers.
+        sync: take the statistics of all processes.
 
     Raises:
         ValueError: as `codec`.
     """
     if mode.layers != "coded":
-        return StockLayers(eps=EPS)
+        return StockLayers(eps=EPS, sync=sync)
     return CodedLayers(
         codec=codec(mode),
         forward_from_code=mode.forward_from_code,
         kernels=kernels,
         eps=EPS,
         codes_max_pool=mode.codes_max_pool,
+        sync=sync,
     )
 
 
@@ -142,7 +151,7 @@ def build(config: Config, kernels: Kernels) -> PreActResNet:
     torch.manual_seed(config.seed)
     network = PreActResNet(
         config.depth,
-        layers=layers(mode, kernels),
+        layers=layers(mode, kernels, sync=config.gpu.sync_batch_norm),
         classes=config.dataset.classes,
         image_channels=config.dataset.image_channels,
         width=config.width * mode.width_factor,

@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from runners.config import GpuConfig
 from runners.errors import Busy, LostProcess, UserError, classify, first_line
@@ -169,10 +171,12 @@ def joined(gpu: GpuConfig) -> Iterator[World]:
     on_cuda = gpu.device != "cpu" and torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(_gpu_of(int(os.environ["LOCAL_RANK"])))
+    backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(minutes=gpu.timeout_minutes)
     with _lost_processes():
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timeout=timedelta(minutes=gpu.timeout_minutes)
-        )
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        # torch elastic keeps its store when it restarts processes: there would be the addresses of those that ended.
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
             yield current()
         finally:

@@ -12,6 +12,7 @@ from support import (
     EPS,
     assert_backward_is_the_references,
     assert_stats_are_accurate,
+    assert_the_means_of_others_reach_dx,
     kernel_inputs,
     recovered,
 )
@@ -84,6 +85,12 @@ def test_backward(shape: tuple[int, int], codec: Codec | None, constant_stats: b
     options = {"codec": codec, "constant_stats": constant_stats, "out": out}
     REFERENCE.backward(i.grad, i.saved, i.vectors, **options, add=i.x)
     assert_same(out, dx + i.x)
+
+
+@all_codecs
+def test_backward_takes_the_means_of_others(codec: Codec | None) -> None:
+    for shape, dtype in (((130, 5), torch.float64), ((3, 2), torch.bfloat16)):
+        assert_the_means_of_others_reach_dx(REFERENCE, kernel_inputs(shape, codec, dtype), codec)
 
 
 @all_codecs
@@ -314,6 +321,23 @@ def test_one_compiled_body_serves_every_number_of_rows(bits: int, monkeypatch: p
         REFERENCE.decode(saved, vectors, codec=codec, out=expected)
         assert torch.equal(out, expected)
     assert len(variants) == 1
+
+
+def test_both_parts_of_backward_can_be_compiled_and_the_whole_is_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def fuse(body: Callable[..., None], _: object, *constants: object) -> Callable[..., None]:
+        calls.append(body.__name__)
+        return traced(body, *constants, backend="eager", monkeypatch=monkeypatch)
+
+    i, kernels = kernel_inputs((64, 5), Codec(8), torch.float32), RowBlockKernels("traced", fuse=fuse)
+    results = []
+    for means in (None, lambda sums: sums * (1 / 64)):
+        out = torch.empty_like(i.grad)
+        options: dict[str, Any] = {"codec": Codec(8), "constant_stats": False, "out": out, "means": means}
+        results.append((out, kernels.backward(i.grad, i.saved, i.vectors, **options)))
+    assert all(map(torch.equal, *results))
+    assert calls == ["backward", "gradient_sums", "input_grad"]
 
 
 def test_a_body_can_be_compiled_for_the_first_time_on_a_sum_made_in_place(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from blpa.layers import (
     StockConv2d,
     StockLayers,
 )
+from blpa.saved import MaxPool
 
 BATCH_NORMS: dict[str, Callable[..., nn.BatchNorm2d]] = {
     "coded": lambda channels, **others: BatchNormReLU(channels, codec=Codec(4), **others),
@@ -68,7 +70,7 @@ def test_batch_norm_goes_through_training_and_evaluation_as_stock(kind: str, mom
 
 
 def test_a_tensor_is_no_activation() -> None:
-    with pytest.raises(TypeError, match=r"^activation is a Tensor: must be what a BatchNormReLU returns$"):
+    with pytest.raises(TypeError, match=r"^activation is a Tensor: must be what a BatchNormReLU returns\. "):
         Conv2d(4, 2, 3)(images().float())
 
 
@@ -81,6 +83,32 @@ def test_convolution_is_stock(layer: type[nn.Conv2d], options: dict[str, int]) -
     expected = F.conv2d(activation.value, conv.weight, **options)
     assert torch.equal(conv(activation), expected)
     assert torch.equal(conv(Activation(activation.value, None)), expected)
+
+
+@pytest.mark.parametrize("codec", [Codec(4), None], ids=str)
+def test_one_process_synchronises_with_nobody(codec: Codec | None) -> None:
+    results = []
+    for sync in (False, True):
+        torch.manual_seed(0)
+        bn, conv = BatchNormReLU(4, codec=codec, sync=sync).double(), Conv2d(4, 2, 3).double()
+        x = images().requires_grad_()
+        for out in (conv.after(bn, x), conv.after(bn.eval(), x)):
+            out.square().sum().backward()
+        assert x.grad is not None
+        results.append([out, x.grad, *(parameter.grad for parameter in bn.parameters()), *bn.buffers()])
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("layers", [StockLayers(sync=True), CodedLayers(sync=True, codes_max_pool=True)])
+def test_every_batch_norm_that_a_factory_makes_synchronises(layers: Layers) -> None:
+    for make in (
+        lambda factory: factory.batch_norm_relu(4), lambda factory: factory.last_batch_norm_relu(4),
+        lambda factory: factory.batch_norm_relu_max_pool(4, MaxPool(2, 2, 0)),
+    ):  # fmt: skip
+        bn, own = make(layers).double(), make(replace(layers, sync=False)).double()
+        assert bn.sync if isinstance(bn, BatchNormReLU) else isinstance(bn, nn.SyncBatchNorm)
+        assert bn.state_dict().keys() == own.state_dict().keys()
+        assert torch.equal(bn(images()).value, own(images()).value)
 
 
 def test_stock_layers_keep_nothing_of_ours() -> None:

@@ -658,9 +658,43 @@ def test_input_may_change_before_the_backward_pass_where_codes_are_saved() -> No
 def test_leaf_is_not_overwritten() -> None:
     i, w = inputs(), weights((2, 4, 3, 3))
     for op, others in ((batch_norm_relu, []), (batch_norm_relu_conv2d, w)):
-        for x in (i.x, i.x[:2]):
-            with pytest.raises(ValueError, match=r"overwrite_x = True, but x is a leaf that requires grad"):
-                op(x, i.gamma, i.beta, *others, BatchNorm(codec=Codec(4), overwrite_x=True))
+        with pytest.raises(ValueError, match=r"overwrite_x = True, but x is a leaf that requires grad"):
+            op(i.x, i.gamma, i.beta, *others, BatchNorm(codec=Codec(4), overwrite_x=True))
+
+
+class _SameX(torch.autograd.Function):
+    """Returns x itself, a view that autograd lets nobody overwrite, as hooks of modules do."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+@pytest.mark.parametrize("view", [_SameX.apply, lambda x: x[:2]], ids=["of a function", "of some images"])
+def test_a_view_is_not_overwritten(view: Callable[[Tensor], Tensor]) -> None:
+    i, (w,) = inputs(), weights((2, 4, 3, 3))
+    base = i.x.clone()
+    results = []
+    for overwrite in (False, True):
+        bn = BatchNorm(codec=Codec(4), overwrite_x=overwrite)
+        in_two_steps = conv2d(*batch_norm_relu(view(base), i.gamma, i.beta, bn), w)
+        for out in (in_two_steps, batch_norm_relu_conv2d(view(base), i.gamma, i.beta, w, bn)):
+            results.append([out, *torch.autograd.grad(out.square().sum(), (*i.leaves, w))])
+        assert torch.equal(base, i.x)
+    assert all(all(map(torch.equal, others, results[0])) for others in results[1:])
+
+
+def test_a_sum_does_not_overwrite_a_view() -> None:
+    i = inputs()
+    base = i.x.clone()
+    total, statistics = add_shortcut(_SameX.apply(base), i.x, i.gamma, i.beta, BatchNorm(codec=Codec(4)))
+    assert statistics is None
+    assert torch.equal(total, 2 * i.x)
+    assert torch.equal(base, i.x)
 
 
 @both_ways

@@ -1,4 +1,4 @@
-"""Converted networks in several processes, and with activations that other parts of PyTorch offload."""
+"""Networks in several processes, and converted ones with activations that other parts of PyTorch offload."""
 
 import copy
 import subprocess
@@ -19,9 +19,12 @@ import blpa
 IMAGES = torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(2))
 
 
-@pytest.mark.parametrize("check", ["sync", "fsdp", "ddp"])
-def test_two_processes(tmp_path: Path, check: str) -> None:
-    script = Path(__file__).with_name("two_processes.py")
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [("two_processes", "sync"), ("two_processes", "fsdp"), ("two_processes", "ddp"), ("layers_in_processes", "layers")],
+)
+def test_two_processes(tmp_path: Path, name: str, check: str) -> None:
+    script = Path(__file__).with_name(f"{name}.py")
     runs = [
         subprocess.Popen(
             [sys.executable, "-W", "error", script, tmp_path / "store", str(rank), check], stderr=subprocess.PIPE

@@ -12,6 +12,7 @@ from support import (
     KernelInputs,
     assert_backward_is_the_references,
     assert_stats_are_accurate,
+    assert_the_means_of_others_reach_dx,
     kernel_inputs,
 )
 from torch import Tensor
@@ -120,6 +121,12 @@ def test_backward_of_small_tiles_is_the_references(codec: Codec | None, constant
     for shape in SHAPES_OF_SMALL_TILES:
         i = kernel_inputs(shape, codec, torch.float32)
         assert_backward_is_the_references(TRITON, i, codec, constant_stats, adds=constant_stats)
+
+
+@all_codecs
+@all_dtypes
+def test_backward_takes_the_means_of_others(codec: Codec | None, dtype: torch.dtype) -> None:
+    assert_the_means_of_others_reach_dx(TRITON, on_device(kernel_inputs((67, 5), codec, dtype)), codec)
 
 
 @all_codecs

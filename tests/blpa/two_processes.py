@@ -174,10 +174,10 @@ def order_of_calls(rank: int) -> None:
 # ---- sharded networks
 
 
-def by_halves(net: nn.Module) -> Iterator[Tensor]:
+def by_halves(net: nn.Module, images: Tensor = IMAGES) -> Iterator[Tensor]:
     """Mean of two gradients."""
     grads = []
-    for half in IMAGES.chunk(2):
+    for half in images.chunk(2):
         one = copy.deepcopy(net)
         backward(one, half)
         grads.append([whole(parameter) for parameter in one.parameters()])
@@ -286,13 +286,18 @@ def ddp(rank: int) -> None:
         assert torch.equal(whole(parameter), 2 * expected)
 
 
-if __name__ == "__main__":
+def run(checks: dict[str, Callable[[int], None]]) -> None:
+    """Run the check that the command line names, in a group of two."""
     _, store, number, check = sys.argv
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method="file://" + store, rank=int(number), world_size=2, timeout=timedelta(minutes=2)
     )
-    {"sync": sync, "fsdp": fsdp, "ddp": ddp}[check](int(number))
+    checks[check](int(number))
     dist.destroy_process_group()
     sys.stderr.flush()
     os._exit(0)  # all checks have passed; PyTorch's threads may still run, and it sometimes aborts at its own exit
+
+
+if __name__ == "__main__":
+    run({"sync": sync, "fsdp": fsdp, "ddp": ddp})

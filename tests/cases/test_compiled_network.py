@@ -234,8 +234,29 @@ def whole(layers: CodedLayers | StockLayers) -> PreActResNet:
 def test_torch_converted_the_batch_norms_of_a_network_for_several_processes(layers: Any, made_by: Any) -> None:
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(made_by(layers))
     x = torch.randn(4, 3 if made_by is whole else 16, 8, 8)
-    with pytest.raises(TypeError, match=r"^layer is a SyncBatchNorm: must be a BatchNormReLU or StockBatchNormReLU"):
+    wanted = r"^layer is a SyncBatchNorm: must be a BatchNormReLU or StockBatchNormReLU\. .* use CodedLayers\(sync=True"
+    with pytest.raises(TypeError, match=wanted):
         converted(x)
+
+
+@pytest.mark.parametrize("layers", [CodedLayers(), StockLayers()])
+def test_torch_converted_a_batch_norm_that_is_called_by_itself(layers: Any) -> None:
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(
+        nn.Sequential(layers.batch_norm_relu(4), layers.conv2d(4, 2, 3))
+    )
+    wanted = r"^activation is a Tensor: must be what a BatchNormReLU returns\. .* use CodedLayers\(sync=True"
+    with pytest.raises(TypeError, match=wanted):
+        converted(torch.randn(2, 4, 5, 5))
+
+
+def test_a_network_that_synchronises_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = network(CodedLayers(sync=True), Unit)
+    x = torch.randn(4, 16, 8, 8)
+    compiled(ours)(x)  # in one process
+    torch.compiler.reset()
+    monkeypatch.setattr("blpa.layers.sharing", lambda process_group: "two processes")
+    with pytest.raises(Exception, match=r"sync = True under torch.compile: must be False in several processes"):
+        compiled(ours)(x)
 
 
 def test_a_batch_norm_of_torch_stood_before_a_convolution() -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
+from support import make, refusal
 
 from runners import cli, compose, fresh, records
 from runners.config import Config
@@ -496,3 +497,36 @@ def test_a_card_that_others_are_on_is_refused(
     on_a_card(monkeypatch, 2**30, 2**33, Card(100))
     assert cli.main(["task=max-batch", "gpu.memory_gib=8", "run=a", *TINY]) == 1
     assert "1 GiB of the GPU are free: too little to measure 7.5" in capsys.readouterr().err
+
+
+def test_the_batch_of_several_gpus_is_measured_and_never_predicted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["task=max-batch", "gpu.memory_gib=0.6", "gpu.processes=4", "run=a", *TINY]
+    assert "gpu.processes=4: the largest batch of several GPUs is measured, and here are none" in refusal(
+        arguments, capsys
+    )
+    on_a_card(monkeypatch, 2**40, 2**40, Card(100))
+    assert cli.main(arguments) == 0
+    (measured,) = record_of("a-max-batch-0.6gib-auto")
+    assert (measured.predicted, measured.value, measured.high) == (False, 400, 403)
+    assert measured.settings["gpu.processes"] == 4
+    out = capsys.readouterr().out
+    assert "largest batch 400 in 0.6 GiB of each of 4 GPUs (measured, expandable segments); 404 does not fit" in out
+    on_a_card(monkeypatch, 2**29, 2**29, Card(100))
+    assert "gpu.memory_gib=0.6 is not measured: this card has 0.5 GiB" in refusal(arguments, capsys)
+
+
+def test_a_probe_of_several_processes_fits_where_it_fits_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make(task="max-batch", gpu__processes=2)
+    reserved: list[int | None] = [10, 20]
+
+    def run(task: Callable[[Config], int], config: Config) -> list[int]:
+        return [task(config) for _ in range(config.gpu.processes)]
+
+    monkeypatch.setattr(max_batch.processes, "run", run)
+    monkeypatch.setattr(max_batch, "fits_in", lambda *_: reserved.pop())
+    probe = max_batch._probe_on(config, 2**31, segments.USUAL)
+    assert probe(3, 1)
+    reserved = [10, None]
+    assert not probe(3, 1)
