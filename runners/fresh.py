@@ -13,7 +13,14 @@ import sys
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from multiprocessing import forkserver, get_context, resource_tracker
+from multiprocessing import (
+    forkserver,
+    get_all_start_methods,
+    get_context,
+    get_start_method,
+    resource_tracker,
+    set_start_method,
+)
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from typing import Any
@@ -32,6 +39,8 @@ def server() -> ForkServerContext:
     The server has signals blocked: a terminal or Slurm sends them to it too, and it ends with its caller. So have the
     processes that it forks, which unblock them when they are ready (signals.unblock).
     """
+    if get_start_method() not in get_all_start_methods():  # joblib's, in its workers: processes would look for it
+        set_start_method("forkserver", force=True)
     context = get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_AHEAD)
     resource_tracker.ensure_running()  # the server would start it, and that unblocks signals

@@ -1,5 +1,6 @@
 """runners/fresh.py: what a process of its own answers, how it dies, and that it hears signals."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from joblib.externals.loky.backend.context import LokyContext
 
 from runners import fresh
 from runners.errors import Interrupted, Stopped
@@ -102,3 +104,8 @@ def test_calls_are_made_within_calls_and_end_with_their_caller(tmp_path: Path) -
     with pytest.raises(Stopped, match="by exit code -9"):
         fresh.call(call_within, told)
     assert told.read_text() == "SIGTERM"
+
+
+def test_a_worker_of_joblib_calls_functions_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multiprocessing.context._default_context, "_actual_context", LokyContext())  # as in a worker
+    assert fresh.call(os.getpid) != os.getpid()
