@@ -310,7 +310,7 @@ class Conv2d(nn.Conv2d):
         )
 
     def add_shortcut(self, out: Tensor, shortcut: Tensor) -> ResidualSum:
-        """Return the deferred sum of this layer's output and a shortcut."""
+        """Return the deferred sum of this layer's output and a shortcut; a block that FSDP shards returns its value."""
         return ResidualSum(out, shortcut)
 
     def _is_one_with(self, bn: nn.Module) -> TypeGuard[BatchNormReLU]:

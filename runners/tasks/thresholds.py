@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from blpa.codec import Codec
 from blpa.kernels.reference import REFERENCE
@@ -26,6 +26,7 @@ from runners.records import Record
 from runners.reporting import figures
 from runners.reporting.pages import aligned
 from runners.training import network, weights
+from runners.training.averages import BATCH_NORMS
 from runners.training.network import META
 
 LIMIT, BIN = 6.0, 0.125
@@ -144,5 +145,5 @@ def _batch_norms(config: Config) -> list[tuple[Tensor, Tensor]]:
     """Return gamma and beta of every batch norm, from the first to the last."""
     model = network.build(network.exact(config), REFERENCE)
     weights.load_weights(model, Path(str(config.task.checkpoint)))
-    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    norms = [module for module in model.modules() if isinstance(module, BATCH_NORMS)]
     return [(norm.weight.detach(), norm.bias.detach()) for norm in norms]

@@ -94,7 +94,7 @@ class Evaluation:
         found = torch.stack(sums).cpu() if sums else torch.zeros(0, columns, dtype=torch.float64)
         rows = torch.cat([found, torch.tensor(counts, dtype=torch.float64)[:, None]], dim=1)
         total = torch.zeros(columns + 1, dtype=torch.float64)
-        for batches in itertools.zip_longest(*self.world.gather(rows)):
+        for batches in itertools.zip_longest(*self.world.gather_uneven(rows)):
             for row in batches:
                 total += 0 if row is None else row
         loss, *errors = (total[:-1] / total[-1]).tolist()

@@ -150,7 +150,7 @@ def in_turns(
     evaluate = Evaluation(step, data.test, recipe, averages)
     unread: list[Tensor] = []
     stops = False
-    meeting = progress.iteration + 1
+    meeting, step_seconds = progress.iteration + 1, READ_EVERY_SECONDS
     rows = slice(here.rank, None, here.size)
     drawn = data.train.inputs(recipe, seed=config.seed, start=progress.iteration + 1, rows=rows)
     clock, waited = time.perf_counter(), data.train.seconds_waited or 0.0
@@ -168,7 +168,9 @@ def in_turns(
             if here.is_alone:
                 is_due = len(unread) == READ_EVERY_ITERATIONS or time.perf_counter() - clock > READ_EVERY_SECONDS
             pauses = evaluates or saves or is_due
-            stops = (here.is_alone or pauses) and stopping.agree(here) and not is_last
+            if here.is_alone or pauses:
+                is_over, steps = stopping.agree(here, steps_to_meeting(step_seconds))
+                stops, meeting = is_over and not is_last, iteration + steps
             if not (pauses or stops):
                 continue
 
@@ -200,8 +202,6 @@ def in_turns(
                     break
             clock, waited = time.perf_counter(), data.train.seconds_waited or 0.0
             stopping.seconds[run_dir] = max(stopping.seconds[run_dir], step_seconds + clock - paused)
-            if not here.is_alone:
-                meeting = iteration + here.broadcast(steps_to_meeting(step_seconds))
     received = stopping.signal.received
     if stops or received is not None:  # checked after the loop: a signal after the last step counts too
         where = f"at iteration {progress.iteration} of {recipe.iterations}"

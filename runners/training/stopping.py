@@ -44,14 +44,24 @@ class Stopping:
             self.is_out_of_time = True
         return self.is_out_of_time or self.has_failure or self.signal.received is not None
 
-    def agree(self, here: World) -> bool:
-        """Return whether the runs of any process must stop, and take over its reason."""
+    def agree(self, here: World, steps: int) -> tuple[bool, int]:
+        """Agree with the other processes on whether to stop, and after how many steps to agree again.
+
+        Args:
+            here: the processes. All take over the reason of one that stops.
+            steps: proposed; the first process decides.
+
+        Returns:
+            Whether the runs must stop, and after how many steps to call this again.
+        """
         is_due = self.is_due()
         if here.is_alone:
-            return is_due
+            return is_due, steps
         number = 0 if self.signal.received is None else self.signal.received
-        *due, out_of_time, received = here.largest(is_due, self.is_out_of_time, number)
+        due, out_of_time, received, steps = here.largest(
+            is_due, self.is_out_of_time, number, steps if here.is_first else 0
+        )
         self.is_out_of_time = bool(out_of_time)
         if received and self.signal.received is None:
             self.signal.received = Signals(received)
-        return bool(due[0])
+        return bool(due), steps

@@ -52,28 +52,27 @@ class World:
 
     def largest(self, *values: int) -> list[int]:
         """Return the largest of the processes' values, one by one."""
-        if self.is_alone:
-            return list(values)
-        found = torch.tensor(values)
-        distributed.all_reduce(found, distributed.ReduceOp.MAX)
-        return found.tolist()
+        found: list[int] = torch.stack(self.gather(torch.tensor(values))).amax(0).tolist()
+        return found
 
     def gather(self, rows: Tensor) -> list[Tensor]:
-        """Return the rows [n, ...] of each process, by rank; their number may differ.
+        """Return the rows of each process, by rank.
 
         Args:
-            rows: on the CPU, of one dtype and, but for the first dimension, one shape on all processes.
+            rows: on the CPU, of one dtype and shape on all processes.
         """
         if self.is_alone:
             return [rows]
-        counts = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
-        distributed.all_gather(counts, torch.tensor([len(rows)]))
-        longest = int(max(counts))
-        padded = rows.new_zeros(longest, *rows.shape[1:])
+        found = [torch.empty_like(rows) for _ in range(self.size)]
+        distributed.all_gather(found, rows)
+        return found
+
+    def gather_uneven(self, rows: Tensor) -> list[Tensor]:
+        """Return the rows [n, ...] of each process, by rank; their number may differ."""
+        counts = [int(count) for count in self.gather(torch.tensor(len(rows)))]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        found = [torch.empty_like(padded) for _ in range(self.size)]
-        distributed.all_gather(found, padded)
-        return [part[: int(count)] for part, count in zip(found, counts, strict=True)]
+        return [part[:count] for part, count in zip(self.gather(padded), counts, strict=True)]
 
     def gather_to_first(self, row: Tensor) -> Tensor | None:
         """Return the row of each process [N, ...] in the first process; None in the others.

@@ -294,6 +294,7 @@ def run(checks: dict[str, Callable[[int], None]]) -> None:
         "gloo", init_method="file://" + store, rank=int(number), world_size=2, timeout=timedelta(minutes=2)
     )
     checks[check](int(number))
+    dist.barrier()  # a process that ends closes what the other may still read from
     dist.destroy_process_group()
     sys.stderr.flush()
     os._exit(0)  # all checks have passed; PyTorch's threads may still run, and it sometimes aborts at its own exit

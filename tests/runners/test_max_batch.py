@@ -513,8 +513,8 @@ def test_the_batch_of_several_gpus_is_measured_and_never_predicted(
     assert measured.settings["gpu.processes"] == 4
     out = capsys.readouterr().out
     assert "largest batch 400 in 0.6 GiB of each of 4 GPUs (measured, expandable segments); 404 does not fit" in out
-    on_a_card(monkeypatch, 2**29, 2**29, Card(100))
-    assert "gpu.memory_gib=0.6 is not measured: this card has 0.5 GiB" in refusal(arguments, capsys)
+    on_a_card(monkeypatch, 2**25, 2**25, Card(100))
+    assert "gpu.memory_gib=0.6 is not measured: this card has 0.03125 GiB" in refusal(arguments, capsys)
 
 
 def test_a_probe_of_several_processes_fits_where_it_fits_all(monkeypatch: pytest.MonkeyPatch) -> None:
