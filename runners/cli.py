@@ -5,7 +5,7 @@ usage: blpa-run [-m] [--cfg job] [--config-dir FOLDER] [group=option ...] [key=v
   blpa-run mode=4bit depth=1001                     train one network (CIFAR-10 unless dataset= says otherwise)
   blpa-run mode=exact,4bit depth=164,254 -m         train every combination
   blpa-run dataset=imagenet depth=152               ImageNet, or other image files (dataset.root=/path)
-  blpa-run gpu.processes=8 depth=1001               one network on eight GPUs, as torchrun would start it
+  blpa-run gpu.processes=8 depth=1001               train one network on eight GPUs; torchrun -m runners does too
   blpa-run experiment=demo -m                       the paper's five modes on digits, in minutes on a CPU
   blpa-run experiment=table1 seed=0 -m              the paper's table of errors, one seed
   blpa-run task=max-batch gpu=gtx1080ti depth=488   the largest batch that fits a card

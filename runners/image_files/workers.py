@@ -32,9 +32,12 @@ MOST_WORKERS = 16
 
 
 def usual_workers() -> int:
-    """Return the number of cores that this process may use, at most MOST_WORKERS."""
+    """Return the number of cores that this process may use, at most MOST_WORKERS; processes of one machine share them.
+
+    LOCAL_WORLD_SIZE is how many of the processes that train together are here, as torch elastic sets it.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(cores, MOST_WORKERS)
+    return max(1, min(cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")), MOST_WORKERS))
 
 
 class Workers:
