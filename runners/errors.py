@@ -77,6 +77,9 @@ class Busy(Stopped):
 class LostProcess(Stopped):
     """Another of the processes that train together ended or hangs: what it says is the reason, not this."""
 
+    has_waited = False
+    """Whether the other one did not answer in time."""
+
 
 class Diverged(Stopped):
     """The loss or the weights are no longer finite: a retry would diverge again."""

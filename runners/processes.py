@@ -266,10 +266,14 @@ def _member(task: Task, config: Config, notes: Notes, began: float) -> tuple[Any
                 return task(of_attempt(config, restart)), None
     except AGREED as error:
         return None, error
+    except UserError as error:
+        if error.is_shared:
+            return None, error
+        notes.fail(rank, restart, error)
     except LostProcess as error:
         notes.fail(rank, restart, error)
         time.sleep(SEEN_SECONDS)
-    except (UserError, Stopped) as error:
+    except Stopped as error:
         notes.fail(rank, restart, error)
     except Terminated as end:
         notes.fail(rank, restart, Interrupted(f"process {rank} was {end}", end.exit_code - 128))
@@ -304,12 +308,12 @@ def _reason(config: Config, notes: Notes, restart: int, exit_codes: dict[int, in
     if own:
         return own[0]
     size, minutes = config.gpu.processes, f"{config.gpu.timeout_minutes:g}"
-    lost = [str(error) for error in failures.values() if isinstance(error, LostProcess)]
+    waited = [error for error in failures.values() if isinstance(error, LostProcess) and error.has_waited]
     for rank in sorted(set(range(size)) - failures.keys()):
         process, exit_code = f"process {rank} of {size}", exit_codes.get(rank, 0)
         if exit_code < 0:
             return Stopped(f"{process} was killed by {signal.Signals(-exit_code).name}{_perhaps(-exit_code)}")
-        if any("imed out" in text for text in lost):
+        if waited:
             return LostProcess(f"{process} did not answer the others for gpu.timeout_minutes={minutes}")
         return Stopped(f"{process} ended without a word{_perhaps(signal.SIGKILL)}")
     interrupted = [error for error in failures.values() if isinstance(error, Interrupted)]

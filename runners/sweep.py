@@ -12,6 +12,7 @@ has locked.
 
 import importlib
 import itertools
+import os
 import signal
 import sys
 import time
@@ -169,6 +170,7 @@ def _join_the_job() -> None:
         # CUDA_VISIBLE_DEVICES stays as Slurm sets it. What is set already is of the command that submitted the job.
         environment = importlib.import_module("submitit.helpers").TorchDistributedEnvironment()
         environment.export(set_cuda_visible_devices=False, overwrite=True)
+        del os.environ["LOCAL_WORLD_SIZE"]  # Slurm has divided the cores among the tasks already
 
 
 def _exit_code(job: JobReturn) -> int:

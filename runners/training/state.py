@@ -130,7 +130,7 @@ class State:
 
         Raises:
             Diverged: a weight is not finite, in all processes.
-            CannotWrite: as RunFolder.save; in the other processes Stopped.
+            CannotWrite: as RunFolder.save; in the other processes LostProcess.
             Stopped: the processes have different weights.
         """
         after = f"after iteration {self.progress.iteration}"

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from runners.config import GpuConfig
-from runners.errors import Busy, LostProcess, UserError, classify, first_line
+from runners.errors import Busy, LostProcess, UserError, classify
 
 Value = TypeVar("Value")
 
@@ -171,7 +171,7 @@ def joined(gpu: GpuConfig) -> Iterator[World]:
     if on_cuda:
         torch.cuda.set_device(_gpu_of(int(os.environ["LOCAL_RANK"])))
     backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(minutes=gpu.timeout_minutes)
-    with _lost_processes():
+    with _lost_processes(gpu):
         store, rank, size = next(rendezvous("env://", timeout=timeout))
         # torch elastic keeps its store when it restarts processes: there would be the addresses of those that ended.
         store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -191,14 +191,18 @@ def _gpu_of(local_rank: int) -> int:
 
 
 @contextmanager
-def _lost_processes() -> Iterator[None]:
+def _lost_processes(gpu: GpuConfig) -> Iterator[None]:
     """Make a LostProcess of an error of a collective."""
     try:
         yield
     except RuntimeError as error:
         if not is_of_collective(error):
             raise
-        raise LostProcess(f"another process ended or did not answer ({first_line(error)})") from error
+        lost = LostProcess("another process ended")
+        if "imed out" in str(error) or "imeout" in str(error):
+            lost = LostProcess(f"another process did not answer for gpu.timeout_minutes={gpu.timeout_minutes:g}")
+            lost.has_waited = True
+        raise lost from error
 
 
 def is_of_collective(error: BaseException) -> bool:
