@@ -154,7 +154,7 @@ class GpuConfig:
     kernels: str = "auto"
     """Backend of the kernel functions: auto, torch, inductor or triton (CUDA only)."""
     cuda_graph: bool | None = None
-    """Capture a training step as a CUDA graph and replay it; null does so on every CUDA device."""
+    """Capture a training step as a CUDA graph and replay it; null does so on CUDA, in a run of one process."""
     deterministic: bool = True
     """Refuse operations whose result can differ between runs."""
     memory_gib: float | None = None
