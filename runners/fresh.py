@@ -36,15 +36,17 @@ IMPORTED_AHEAD = ["runners.cli", "runners.training.network", "runners.training.l
 def server() -> ForkServerContext:
     """Start the server, unless it runs, and return the context of the processes that it forks.
 
-    The server has signals blocked: a terminal or Slurm sends them to it too, and it ends with its caller. So have the
-    processes that it forks, which unblock them when they are ready (signals.unblock).
+    The server has signals blocked: a terminal or Slurm sends them to it too, and it ends with its caller. So has the
+    tracker of multiprocessing's resources, and have the processes that it forks, which unblock them when they are ready
+    (signals.unblock).
     """
     if get_start_method() not in get_all_start_methods():  # joblib's, in its workers: processes would look for it
         set_start_method("forkserver", force=True)
     context = get_context("forkserver")
     context.set_forkserver_preload(IMPORTED_AHEAD)
-    resource_tracker.ensure_running()  # the server would start it, and that unblocks signals
     with signals.blocked():
+        resource_tracker.ensure_running()
+    with signals.blocked():  # again: starting the tracker unblocks some
         forkserver.ensure_running()
     return context
 
