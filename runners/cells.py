@@ -26,7 +26,7 @@ IGNORED = {
 }  # fmt: skip
 """Settings that do not affect the result: folders, worker processes, checkpoints, restarts, and labels in tables."""
 
-PROCESSES = ("processes", "sync_batch_norm")
+PROCESSES = ("processes", "sync_batch_norm", "from_other_processes")
 """Settings of the GPU group for several processes that train together."""
 
 

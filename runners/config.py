@@ -167,6 +167,9 @@ class GpuConfig:
     sync_batch_norm: bool = False
     """Whether batch norm takes the statistics of all processes' samples. Each takes those of its own otherwise, as the
     authors' code does."""
+    from_other_processes: bool = False
+    """Go on from a checkpoint that another number of processes wrote: iterations have the same images as without, the
+    result other bits."""
     restarts: int = 0
     """Times that the processes begin again, from the last checkpoint, after one of them failed."""
     timeout_minutes: float = 10.0

@@ -54,7 +54,12 @@ class RunningAverages:
         return None if self.world.is_alone else self.world.gather_to_first(torch.cat(self._own()).cpu())
 
     def load(self, of_all: Tensor) -> None:
-        """Take this process's own averages from what `of_all` returned."""
+        """Take this process's own averages from what `of_all` returned.
+
+        Those of another number of processes are left: all begin with the means, which the network has.
+        """
+        if len(of_all) != self.world.size:
+            return
         own = self._own()
         for average, saved in zip(own, of_all[self.world.rank].split([len(one) for one in own]), strict=True):
             average.copy_(saved)

@@ -14,7 +14,7 @@ import csv
 import io
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from runners.files import write_whole
 from runners.records import FILES
 from runners.training import torch_files
 from runners.training.torch_files import Damaged, NotLoaded, Unreadable
+
+PROCESSES = "gpu.processes"
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest, and one to fall back on."""
@@ -62,14 +64,23 @@ class RunFolder:
         path: the folder, created if missing; half-written files of a killed process are removed.
         configuration: settings that decide the run's result, written into its checkpoints.
         keep_every: keep every checkpoint whose iteration is a multiple of this; None keeps only the last two.
+        may_differ: settings in which a checkpoint that is read may differ.
 
     Raises:
         CannotWrite: the folder cannot be created.
     """
 
-    def __init__(self, path: Path, configuration: dict[str, Any], *, keep_every: int | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        configuration: dict[str, Any],
+        *,
+        keep_every: int | None = None,
+        may_differ: Collection[str] = (),
+    ) -> None:
         self.path = path
         self.configuration = configuration
+        self.may_differ = may_differ
         self.keep_every = keep_every
         self.known_good: list[Path] = []
         """Undamaged checkpoints, written or read by this process, the newest last."""
@@ -151,10 +162,12 @@ class RunFolder:
     def _check_configuration(self, file: Path, there: dict[str, Any]) -> None:
         here = self.configuration
         there = {key: _default(key) for key in here} | there
-        different = [key for key in {**here, **there} if here.get(key) != there.get(key)]
+        different = [key for key in {**here, **there} if here.get(key) != there.get(key) and key not in self.may_differ]
         if different:
             values = ", ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in different)
             advice = "give resume=false to start anew, or another folder by run="
+            if different == [PROCESSES]:
+                advice += ", or gpu.from_other_processes=true to go on, with other bits"
             raise UserError(f"{file} belongs to another configuration: {values}; {advice}")
 
     def _write(self, file: Path, content: bytes | memoryview) -> None:

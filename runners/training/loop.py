@@ -28,7 +28,7 @@ from runners import records
 from runners.config import Config, DatasetConfig
 from runners.data import ImageData
 from runners.errors import Deferred, Interrupted, OutOfTime
-from runners.training import signals, turns, world
+from runners.training import checkpoints, signals, turns, world
 from runners.training.averages import RunningAverages
 from runners.training.checkpoints import NoFolder, RunFolder, deciding_fields
 from runners.training.evaluation import Evaluation
@@ -120,8 +120,11 @@ def in_turns(
     listings = {"training images": data.train.listing, "test images": data.test.listing}
     deciding = deciding_fields(config) | {name: listing for name, listing in listings.items() if listing is not None}
     here.check_same(deciding)
+    may_differ = [checkpoints.PROCESSES] if config.gpu.from_other_processes else []
     with here.together():
-        folder = RunFolder(run_dir, deciding, keep_every=task.keep_every) if here.is_first else NoFolder()
+        folder: RunFolder | NoFolder = NoFolder()
+        if here.is_first:
+            folder = RunFolder(run_dir, deciding, keep_every=task.keep_every, may_differ=may_differ)
         if not config.resume:
             folder.remove_checkpoints()
     state = State(folder, model, optimiser, averages)

@@ -184,6 +184,28 @@ def stopped_and_resumed(size: int) -> None:
         assert torch.equal(last_checkpoint(FOLDER / parts)["averages"], last_checkpoint(whole)["averages"])
 
 
+def continued_by_four() -> None:
+    """The run of three goes on: the images stay, and all begin with the mean of the three's averages."""
+    given = config(iterations=9, schedule=[[1.0, 0.1]])
+    given.gpu = replace(given.gpu, processes=dist.get_world_size())
+    words = (
+        "gpu.processes is 3 there and 4 here; give resume=false to start anew, or another folder by run=, or gpu.from_"
+    )
+    raised(lambda: train("three", coded(), given), UserError, words)
+    given.gpu = replace(given.gpu, from_other_processes=True)
+    assert train("three", coded(), given).iterations == 9
+    if RANK == 0:
+        assert len(last_checkpoint(FOLDER / "three")["averages"]) == 4
+
+
+def begun_by_three() -> None:
+    given = config(iterations=9, schedule=[[1.0, 0.1]])
+    given.gpu = replace(given.gpu, processes=3)
+    model = coded()
+    stops_at(model, step=2)
+    raised(lambda: train("three", model, given), Interrupted, "stopped by SIGTERM")
+
+
 def stops_at(model: nn.Module, *, step: int) -> None:
     """The last process gets a signal during a step of its training."""
     calls = iter(range(1, 100))
@@ -239,8 +261,10 @@ if __name__ == "__main__":
     if RANK < 3:
         with group(3):
             stopped_and_resumed(3)
+            begun_by_three()
     with group(4):
         stopped_and_resumed(4)
+        continued_by_four()
         evaluation_is_that_of_one(evaluated_alone)
         averages_are_means()
         one_diverges()
