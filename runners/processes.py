@@ -309,7 +309,7 @@ def _reason(config: Config, notes: Notes, restart: int, exit_codes: dict[int, in
         return own[0]
     size, minutes = config.gpu.processes, f"{config.gpu.timeout_minutes:g}"
     waited = [error for error in failures.values() if isinstance(error, LostProcess) and error.has_waited]
-    for rank in sorted(set(range(size)) - failures.keys()):
+    for rank in sorted(set(range(size)) - failures.keys(), key=lambda rank: (rank not in exit_codes, rank)):
         process, exit_code = f"process {rank} of {size}", exit_codes.get(rank, 0)
         if exit_code < 0:
             return Stopped(f"{process} was killed by {signal.Signals(-exit_code).name}{_perhaps(-exit_code)}")

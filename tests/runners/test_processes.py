@@ -115,6 +115,7 @@ LATE.has_waited = True
     [
         ({0: LOST, 1: UserError("no such data")}, {0: 1}, UserError("no such data")),
         ({0: LOST}, {1: -signal.SIGSEGV}, Stopped("process 1 of 2 was killed by SIGSEGV")),
+        ({}, {1: -signal.SIGKILL}, Stopped("process 1 of 2 was killed by SIGKILL, perhaps for want of memory")),
         ({1: LOST}, {1: 1}, Stopped("process 0 of 2 ended without a word, perhaps for want of memory")),
         ({0: LATE}, {0: 1}, LostProcess("process 1 of 2 did not answer the others for gpu.timeout_minutes=0.5")),
         ({0: LOST, 1: Interrupted("stopped", signal.SIGTERM)}, {0: 1}, Interrupted("stopped", signal.SIGTERM)),
