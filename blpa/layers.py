@@ -394,7 +394,8 @@ def _check_is_activation(activation: object) -> None:
     """Raise TypeError for a plain tensor, such as what a batch norm of PyTorch's returns."""
     if not isinstance(activation, Activation):
         raise TypeError(
-            f"activation is a {type(activation).__name__}: must be what a BatchNormReLU returns. {_HOW_TO_SYNC}"
+            f"activation is a {type(activation).__name__}: must be what a BatchNormReLU returns; a first convolution "
+            f"is an nn.Conv2d. {_HOW_TO_SYNC}"
         )
 
 

@@ -155,6 +155,8 @@ def _convolution_backward(
         if dw is None:
             dw = convolution.weight_grad(grad, saved.decode(grad.dtype), weight)
         dw = dw.view(weight.shape).to(ctx.weight_dtype)
+        if not is_traced() and dw.is_contiguous() and weight.is_contiguous():
+            dw = dw.as_strided(weight.shape, weight.stride())  # of 1x1 only: others may write the same memory otherwise
     if wants_da:
         da = convolution.input_grad(grad, weight, saved.shape).to(layout.dtype)
     return saved, da, dw

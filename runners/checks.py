@@ -146,6 +146,8 @@ def _check_processes(config: Config) -> None:
     if gpu.sync_batch_norm and config.mode.layers == "compiled":
         raise UserError("gpu.sync_batch_norm=true is not allowed with compiled layers: choose another mode")
     if gpu.processes == 1:
+        if gpu.sync_batch_norm:
+            raise UserError("gpu.sync_batch_norm=true needs gpu.processes of at least 2: one process has all samples")
         return
     if task not in TASKS_IN_PROCESSES:
         allowed = ", ".join(TASKS_IN_PROCESSES)

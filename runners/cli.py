@@ -87,6 +87,8 @@ def _answer(arguments: list[str], output: printing.Output) -> int:
                 f"-m is not allowed in WORLD_SIZE={launched[1]} processes: a sweep begins in one process, and each of "
                 "its cells in several (gpu.processes, or hydra/launcher=submitit_slurm)"
             )
+        if processes.is_silent() and (given.help or given.info or given.cfg):
+            return 0  # process 0 prints it
         overrides = [*given.overrides]
         if any(text.lstrip("+~").startswith("config_dir=") for text in overrides):
             raise UserError("config_dir= is not allowed: give the folder by --config-dir")

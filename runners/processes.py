@@ -14,7 +14,6 @@ import functools
 import importlib
 import logging
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -22,8 +21,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -32,6 +30,7 @@ from runners import fresh, printing
 from runners.cells import folder_name
 from runners.config import Config
 from runners.errors import (
+    CannotWrite,
     Diverged,
     Interrupted,
     LostProcess,
@@ -42,13 +41,16 @@ from runners.errors import (
     classify,
     first_line,
 )
-from runners.files import write_whole
+from runners.process_notes import Notes
 from runners.training import budget, signals
 
 Task = Callable[[Config], Any]
 
 AGREED = (Interrupted, OutOfTime, Diverged)
 """How all processes end alike."""
+
+FINAL = (UserError, CannotWrite, Interrupted)
+"""Reasons of a failure that another start would not mend."""
 
 SEEN_SECONDS = 0.5
 """Time that a process which lost another one leaves torch elastic to see that one's end first, and its exit code."""
@@ -86,7 +88,8 @@ def number(given: int) -> int:
 
 def is_silent() -> bool:
     """Return whether process 0 prints what this one would say too."""
-    return os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
+    is_joined = {"MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK"} <= os.environ.keys()  # and not in a shell with leftovers
+    return is_joined and os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0"
 
 
 @contextmanager
@@ -127,17 +130,14 @@ def run(task: Task, config: Config) -> list[Any]:
 
 
 def goes_on(config: Config) -> str:
-    """Return what to do after a failure, as the end of a sentence; empty where there is no checkpoint."""
+    """Return what is left after a failure, as the end of a sentence; empty for tasks without checkpoints."""
     from runners.training.checkpoints import checkpoints
 
     run_dir = Path(config.results) / "runs" / str(folder_name(config))
     found = checkpoints(run_dir) if run_dir.is_dir() else []
-    return f"; started again, the run goes on from {found[-1]}" if found else ""
-
-
-def of_attempt(config: Config, restart: int) -> Config:
-    """Return the configuration of a restart: it goes on, also where the run began anew by resume=false."""
-    return replace(config, resume=True) if restart else config
+    if config.task.name != "train":
+        return ""
+    return f"; started again, the run goes on from {found[-1]}" if found else "; there is no checkpoint yet"
 
 
 def _check_gpus(config: Config) -> None:
@@ -150,38 +150,6 @@ def _check_gpus(config: Config) -> None:
             f"gpu.processes={config.gpu.processes}: this machine has {count} GPU{'s' if count > 1 else ''}; on several "
             "machines torchrun or Slurm start the processes (runners/README.md)"
         )
-
-
-@dataclass(frozen=True)
-class Notes:
-    """A folder of what the processes and the one that started them tell each other beside torch elastic."""
-
-    folder: Path
-
-    def begin(self) -> int:
-        """Note that this process heeds signals; return the number of one that came before, or 0.
-
-        The starting process notes a signal before it looks for whom to send it to: so none is lost.
-        """
-        (self.folder / f"heeds-{os.getpid()}").touch()
-        sent = self.folder / "signal"
-        return int(sent.read_text()) if sent.exists() else 0
-
-    def send(self, number: int) -> None:
-        """Send a signal to all processes, also to those that begin later."""
-        write_whole(self.folder / "signal", str(number).encode())
-        for file in self.folder.glob("heeds-*"):
-            with suppress(ProcessLookupError):  # it has ended
-                os.kill(int(file.name.partition("-")[2]), number)
-
-    def fail(self, rank: int, restart: int, error: Exception) -> None:
-        """Note why a process failed."""
-        write_whole(self.folder / f"failed-{restart}-{rank}", pickle.dumps(error))
-
-    def failures(self, restart: int) -> dict[int, Exception]:
-        """Return why processes of a start failed, by rank; one that was killed has told nothing."""
-        files = self.folder.glob(f"failed-{restart}-*")
-        return {int(file.name.rpartition("-")[2]): pickle.loads(file.read_bytes()) for file in files}
 
 
 def _launched(task: Task, config: Config, notes: Notes) -> tuple[list[Any], Exception | None]:
@@ -216,7 +184,8 @@ def _launched(task: Task, config: Config, notes: Notes) -> tuple[list[Any], Exce
         thread.start()
         thread.join()
     error = failed[0] if failed else ended[0][1]
-    if received and (failed or error is None):  # it came when there was nothing to save
+    is_of_beginning = bool(failed) and isinstance(error, LostProcess | Interrupted)
+    if received and (error is None or is_of_beginning):  # there was nothing to stop yet
         error = Interrupted(f"stopped by {signal.Signals(received[0]).name}", received[0])
     return [returned for _, (returned, _) in sorted(ended.items())], error
 
@@ -259,11 +228,13 @@ def _member(task: Task, config: Config, notes: Notes, began: float) -> tuple[Any
             signals.unblock()
             if number := notes.begin():
                 raise Terminated(number)
-            if restart and not is_silent():
+            if restart:  # torch elastic starts all again, whatever the reason
                 reason = _reason(config, notes, restart - 1, {})
+                if isinstance(reason, FINAL):
+                    return None, reason
                 print(f"{reason}; all begin again (restart {restart} of {config.gpu.restarts})", file=sys.stderr)
             with world.joined(config.gpu):
-                return task(of_attempt(config, restart)), None
+                return task(config), None
     except AGREED as error:
         return None, error
     except UserError as error:
@@ -276,10 +247,10 @@ def _member(task: Task, config: Config, notes: Notes, began: float) -> tuple[Any
     except Stopped as error:
         notes.fail(rank, restart, error)
     except Terminated as end:
-        notes.fail(rank, restart, Interrupted(f"process {rank} was {end}", end.exit_code - 128))
+        notes.fail(rank, restart, Interrupted(f"rank {rank} of {config.gpu.processes} was {end}", end.exit_code - 128))
     except Exception as error:
         exit_code, text = classify(error)
-        stopped = Stopped(f"process {rank} of {config.gpu.processes}: {text}")
+        stopped = Stopped(f"rank {rank} of {config.gpu.processes}: {text.removesuffix(': ')}")
         if exit_code is None:
             stopped.add_note(traceback.format_exc())
         notes.fail(rank, restart, stopped)
@@ -304,13 +275,16 @@ def _reason(config: Config, notes: Notes, restart: int, exit_codes: dict[int, in
         exit_codes: what torch elastic knows of them, by rank.
     """
     failures = notes.failures(restart)
-    own = [error for _, error in sorted(failures.items()) if not isinstance(error, LostProcess | Interrupted)]
+    own = [error for error in failures.values() if not isinstance(error, LostProcess | Interrupted)]
     if own:
         return own[0]
     size, minutes = config.gpu.processes, f"{config.gpu.timeout_minutes:g}"
     waited = [error for error in failures.values() if isinstance(error, LostProcess) and error.has_waited]
     for rank in sorted(set(range(size)) - failures.keys(), key=lambda rank: (rank not in exit_codes, rank)):
-        process, exit_code = f"process {rank} of {size}", exit_codes.get(rank, 0)
+        process, exit_code = f"rank {rank} of {size}", exit_codes.get(rank, 0)
+        if exit_code == -signal.SIGABRT:  # so NCCL ends a process that waits too long
+            why = f"an error of PyTorch's own, or no answer of another one for gpu.timeout_minutes={minutes}"
+            return Stopped(f"{process} was ended by SIGABRT: {why}")
         if exit_code < 0:
             return Stopped(f"{process} was killed by {signal.Signals(-exit_code).name}{_perhaps(-exit_code)}")
         if waited:

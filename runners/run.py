@@ -5,7 +5,6 @@ of its process.
 """
 
 import importlib
-import os
 import sys
 import time
 import traceback
@@ -122,7 +121,6 @@ def _run_joined(config: Config, *, records_failure: bool) -> int:
     world = importlib.import_module("runners.training.world")
     folder = folder_name(config)
     run_dir = Path(config.results) / "runs" / str(folder)
-    config = processes.of_attempt(config, int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")))
     is_silent, began = processes.is_silent(), time.monotonic()
     with ExitStack() as lock:  # a failure is recorded before the lock is released
         try:
@@ -155,7 +153,7 @@ def _report_own(error: Exception) -> int:
     if exit_code is None:
         traceback.print_exception(error)
     rank, size = processes.launched() or (0, 1)
-    return report_error(f"process {rank} of {size}: {reason}", exit_code or 1)
+    return report_error(f"rank {rank} of {size}: {reason}", exit_code or 1)
 
 
 def run_cell_of_sweep(config: Config) -> int:

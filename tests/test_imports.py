@@ -27,7 +27,7 @@ LIBRARY = (
 
 FRONT = {
     "runners", "runners.cli", "runners.__main__", "runners.help", "runners.config", "runners.checks", "runners.compose",
-    "runners.cells", "runners.processes",
+    "runners.cells", "runners.processes", "runners.process_notes",
     "runners.sweep", "runners.run", "runners.errors", "runners.files", "runners.locks", "runners.option_files",
     "runners.reading", "runners.records", "runners.printing", "runners.streams", "runners.fresh", "runners.texts",
     "runners.workers", "runners.yaml_files", "runners.training", "runners.training.budget", "runners.training.signals",

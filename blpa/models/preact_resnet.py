@@ -129,6 +129,15 @@ class Bottleneck(nn.Module):
         return x
 
 
+class Blocks(nn.Sequential):
+    """Blocks, one after the other, that return a tensor if FSDP shards them as one."""
+
+    def forward(self, x: Tensor) -> Tensor | ResidualSum:  # type: ignore[override]
+        """Compute the output of the last block."""
+        out: Tensor | ResidualSum = super().forward(x)  # type: ignore[no-untyped-call]
+        return as_tensor(out) if is_sharded(self) else out
+
+
 class PreActResNet(nn.Module):
     """The network of the paper's tables.
 
@@ -184,7 +193,7 @@ class PreActResNet(nn.Module):
                 )
                 blocks.append(block)
                 in_channels = EXPANSION * channels
-        self.blocks = nn.Sequential(*blocks)
+        self.blocks: nn.Sequential = Blocks(*blocks)
         self.bn = layers.last_batch_norm_relu(in_channels)
         self.classifier = nn.Linear(in_channels, classes)
         self.reset_parameters()

@@ -14,7 +14,7 @@ import pandas as pd
 
 from runners.records import COLUMNS, GROUP, Record, as_row, canonical
 from runners.reporting import paper
-from runners.reporting.labels import Labels, settings_text
+from runners.reporting.labels import PROCESSES, Labels, settings_text
 from runners.reporting.pages import Page, Section, failure
 
 Group = tuple[Any, ...]
@@ -151,8 +151,8 @@ def page(cells: pd.DataFrame, labels: Labels) -> Page:
     for group, frame in (ran_too | groups).items():
         width = f" ({group[2]:g}x)" if group[2] != 1 else ""
         title = f"{labels.images(str(group[0]))}, depth {group[1]}{width}, {group[3]:,} iterations, {group[5]}"
-        if processes := json.loads(str(group[-1])).get("gpu.processes"):
-            title += f", {processes} processes"
+        processes = {key: value for key, value in json.loads(str(group[-1])).items() if key in PROCESSES}
+        title = ", ".join(filter(None, [title, settings_text(processes)]))
         sections.append(Section(title, _own_rows(group, frame, labels), [_notes(group, frame, labels)]))
     ran = cells[cells["n"] > 0]
     if len(ran):

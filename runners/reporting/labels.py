@@ -63,6 +63,10 @@ def _options(group: str, config_dir: str | None) -> dict[str, Any]:
     return {values["name"]: values for values in found}
 
 
+PROCESSES = ("gpu.processes", "gpu.sync_batch_norm")
+"""Settings for several processes, which are in titles."""
+
+
 def settings_text(settings: Settings) -> str:
     """Write a record's settings for people: 11 GiB less 512 MiB gpu.deterministic=false. Nothing reads it back."""
     rest = dict(settings)
@@ -81,7 +85,8 @@ def settings_text(settings: Settings) -> str:
         size = rest.pop("kernel_size")
         parts.append(f"BN-ReLU-conv {size}x{size} {rest.pop('in_channels', '?')} to {rest.pop('out_channels', '?')}")
     if "gpu.processes" in rest:
-        parts.append(f"{rest.pop('gpu.processes')} processes")
+        together = ", statistics of all" if rest.pop("gpu.sync_batch_norm", False) else ""
+        parts.append(f"{rest.pop('gpu.processes')} processes{together}")
     for name, value in sorted(rest.items()):
         parts.append(f"{name}={str(value).lower() if isinstance(value, bool) else value}")
     return " ".join(parts)

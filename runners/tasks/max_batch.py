@@ -98,7 +98,7 @@ def run(config: Config) -> list[Record]:
     is_cuda = device.type == "cuda"
     count = config.gpu.processes
     if count > 1 and not is_cuda:
-        raise UserError(f"gpu.processes={count}: the largest batch of several GPUs is measured, and here are none")
+        raise UserError(f"gpu.processes={count}: this machine has no GPU, and the batch of several is never predicted")
     free, card = fresh.call(torch.cuda.mem_get_info) if is_cuda else (0, 0)
     cell = network.on_card(config, card)
     assert cell.gpu.memory_gib is not None
@@ -309,7 +309,8 @@ def _probe_on(config: Config, limit: int, kind: str) -> Probe:
             return reserved
         task = functools.partial(_fits_in_each, batch=batch, count=steps, limit=limit, kind=kind)
         try:
-            reserved_in_each: list[int] = processes.run(task, config)
+            once = replace(config, gpu=replace(config.gpu, restarts=0))
+            reserved_in_each: list[int] = processes.run(task, once)
         except NoMemory:
             return None
         return max(reserved_in_each)

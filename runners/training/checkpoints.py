@@ -190,9 +190,6 @@ class NoFolder:
     def newest(self) -> None:
         """Read nothing."""
 
-    def remove_checkpoints(self) -> None:
-        """Remove nothing."""
-
     def write_metrics(self, header: Sequence[str], rows: Iterable[Sequence[float]]) -> None:
         """Write nothing."""
 

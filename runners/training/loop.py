@@ -125,8 +125,9 @@ def in_turns(
         folder: RunFolder | NoFolder = NoFolder()
         if here.is_first:
             folder = RunFolder(run_dir, deciding, keep_every=task.keep_every, may_differ=may_differ)
-        if not config.resume:
-            folder.remove_checkpoints()
+            if not (config.resume or here.has_noted("begun anew")):
+                folder.remove_checkpoints()
+                here.note("begun anew")
     state = State(folder, model, optimiser, averages)
     state.resume(recipe.iterations)
     progress = state.progress

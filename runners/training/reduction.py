@@ -28,7 +28,8 @@ class GradientReducer:
     """Gives every parameter of a network, on each process, the mean of the processes' gradients.
 
     Args:
-        model: the same network on all processes; its parameters keep their device, dtype and memory format.
+        model: the same network on all processes; its parameters keep their device, dtype and memory format. The same
+            parameters have gradients on all.
     """
 
     def __init__(self, model: nn.Module) -> None:

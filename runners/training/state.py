@@ -137,13 +137,13 @@ class State:
         with self.averages.means():
             weights = self.model.state_dict()
         momentum = self.optimiser.state_dict()
+        if not self.world.is_alone and len(set(self.world.all_values(sum_of_bits(self.model)))) > 1:
+            raise Stopped(f"the processes have different weights {after}; {self.last_checkpoint}")
         values = [*weights.values(), *(value for state in momentum["state"].values() for value in state.values())]
         if not torch.stack([value.isfinite().all() for value in values if isinstance(value, Tensor)]).all():
             raise Diverged(f"a weight is not finite {after}; {self.last_checkpoint}")
         state: dict[str, Any] = {"progress": asdict(self.progress), "model": weights, "optimiser": momentum}
         if not self.world.is_alone:
-            if len(set(self.world.all_values(sum_of_bits(self.model)))) > 1:
-                raise Stopped(f"the processes have different weights {after}; {self.last_checkpoint}")
             state["averages"] = self.averages.of_all()
         with self.world.together():
             self.folder.save(self.progress.iteration, state)

@@ -1,5 +1,6 @@
 """When the training runs of a process stop: after a signal, at the end of the budget, or after a failed run."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,5 +64,5 @@ class Stopping:
         )
         self.is_out_of_time = bool(out_of_time)
         if received and self.signal.received is None:
-            self.signal.received = Signals(received)
+            self.signal.received, self.signal.at = Signals(received), time.monotonic()  # its own will follow
         return bool(due), steps

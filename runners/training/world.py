@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from runners.config import GpuConfig
@@ -29,6 +29,9 @@ Value = TypeVar("Value")
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets."""
+
+_kept: list[Store] = []
+"""The store of the launcher, while this process has joined others: torch elastic's outlives them."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,15 @@ class World:
         distributed.all_gather_object(values, value)
         return values
 
+    def note(self, name: str) -> None:
+        """Note something for the processes that torch elastic starts after a failure of these."""
+        if _kept:
+            _kept[-1].set(name, "noted")
+
+    def has_noted(self, name: str) -> bool:
+        """Return whether these processes, or those that failed before them, have noted it."""
+        return bool(_kept) and bool(_kept[-1].check([name]))
+
     @contextmanager
     def together(self) -> Iterator[None]:
         """Raise the error of the first process that has one, in all of them.
@@ -134,17 +146,19 @@ class World:
         for rank, others in enumerate(self.all_values(dict(values))):
             for name, value in values.items():
                 if others.get(name) != value:
-                    raise UserError(
-                        f"{name} is {value} in process {self.rank} and {others.get(name)} in process {rank}: all "
-                        "machines need the same versions and data"
+                    error = UserError(
+                        f"{name} is {value} on rank {self.rank} and {others.get(name)} on rank {rank}: all "
+                        "machines need the same settings and data"
                     )
+                    error.is_shared = True
+                    raise error
 
 
 def _described(error: Exception, rank: int) -> Exception:
     """Return an error that another process can raise in its place."""
     if isinstance(error, UserError | Busy):
         return type(error)(str(error))
-    return LostProcess(f"process {rank}: {classify(error)[1]}")
+    return LostProcess(f"rank {rank}: {classify(error)[1]}")
 
 
 def current() -> World:
@@ -166,19 +180,21 @@ def joined(gpu: GpuConfig) -> Iterator[World]:
         LostProcess: another process ended, or did not answer in time.
     """
     if missing := [name for name in VARIABLES if name not in os.environ]:
-        raise UserError(f"RANK and WORLD_SIZE are set, but not {', '.join(missing)}: a launcher sets {VARIABLES}")
+        raise UserError(f"{', '.join(missing)} is not set: a launcher sets {', '.join(VARIABLES)}")
     on_cuda = gpu.device != "cpu" and torch.cuda.is_available()
     if on_cuda:
         torch.cuda.set_device(_gpu_of(int(os.environ["LOCAL_RANK"])))
     backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(minutes=gpu.timeout_minutes)
     with _lost_processes(gpu):
-        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        kept, rank, size = next(rendezvous("env://", timeout=timeout))
+        _kept.append(kept)
         # torch elastic keeps its store when it restarts processes: there would be the addresses of those that ended.
-        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", kept)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
             yield current()
         finally:
+            _kept.clear()
             distributed.destroy_process_group()
 
 

@@ -70,7 +70,7 @@ def test_batch_norm_goes_through_training_and_evaluation_as_stock(kind: str, mom
 
 
 def test_a_tensor_is_no_activation() -> None:
-    with pytest.raises(TypeError, match=r"^activation is a Tensor: must be what a BatchNormReLU returns\. "):
+    with pytest.raises(TypeError, match=r"^activation is a Tensor: must be what a BatchNormReLU returns; "):
         Conv2d(4, 2, 3)(images().float())
 
 

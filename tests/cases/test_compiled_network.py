@@ -244,7 +244,7 @@ def test_torch_converted_a_batch_norm_that_is_called_by_itself(layers: Any) -> N
     converted = nn.SyncBatchNorm.convert_sync_batchnorm(
         nn.Sequential(layers.batch_norm_relu(4), layers.conv2d(4, 2, 3))
     )
-    wanted = r"^activation is a Tensor: must be what a BatchNormReLU returns\. .* use CodedLayers\(sync=True"
+    wanted = r"^activation is a Tensor: must be what a BatchNormReLU returns; .* use CodedLayers\(sync=True"
     with pytest.raises(TypeError, match=wanted):
         converted(torch.randn(2, 4, 5, 5))
 

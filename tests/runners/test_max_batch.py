@@ -503,7 +503,7 @@ def test_the_batch_of_several_gpus_is_measured_and_never_predicted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["task=max-batch", "gpu.memory_gib=0.6", "gpu.processes=4", "run=a", *TINY]
-    assert "gpu.processes=4: the largest batch of several GPUs is measured, and here are none" in refusal(
+    assert "gpu.processes=4: this machine has no GPU, and the batch of several is never predicted" in refusal(
         arguments, capsys
     )
     on_a_card(monkeypatch, 2**40, 2**40, Card(100))

@@ -5,8 +5,9 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from support import TINY, TinyNet, assert_same_end, last_checkpoint, refusal, ti
 
 from runners import cli, fresh, processes, records, run, sweep
 from runners.config import Config
-from runners.errors import Busy, Interrupted, LostProcess, Stopped, UserError
-from runners.training import world
+from runners.errors import Busy, CannotWrite, Interrupted, LostProcess, Stopped, UserError
+from runners.training import signals, world
+from runners.training.stopping import Stopping
 
 
 @pytest.fixture
@@ -47,10 +49,22 @@ def tiny_training(config: Config) -> None:
     train(TinyNet({6: act} if pid else {}), folder(config), config)
 
 
+def killed_before(config: Config) -> None:
+    """Train, but in the first attempt kill process 1 before that."""
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+    train(TinyNet(), folder(config), config)
+
+
 def failing(config: Config) -> None:
     """Fail in the process of a rank, or in all."""
     which, _, how = config.dataset.root.partition(" ")
-    errors = {"user": UserError("no such data"), "memory": RuntimeError("CUDA out of memory. x"), "bug": KeyError()}
+    errors = {
+        "full": CannotWrite("cannot write x"),
+        "user": UserError("no such data"),
+        "memory": RuntimeError("CUDA out of memory. x"),
+        "bug": KeyError(),
+    }
     here = world.current()
     with here.together():
         if which in ("all", str(here.rank)):
@@ -63,7 +77,7 @@ def failing(config: Config) -> None:
 def test_a_process_that_is_killed_ends_the_run_with_a_sentence_or_all_begin_again(config: Config) -> None:
     killed = acting(config, "SIGKILL to 0")
     killed_by = "(was killed by SIGKILL|ended without a word)"  # as torch elastic sees its end first, or process 0's
-    sentence = f"process 1 of 2 {killed_by}, perhaps for want of memory; started again, the run goes on from "
+    sentence = f"rank 1 of 2 {killed_by}, perhaps for want of memory; started again, the run goes on from "
     with pytest.raises(Stopped, match=rf"^{sentence}.*/checkpoint-4-\w+\.pt$"):
         processes.run(tiny_training, killed)
     again = replace(killed, resume=False, gpu=replace(killed.gpu, restarts=1))
@@ -71,6 +85,47 @@ def test_a_process_that_is_killed_ends_the_run_with_a_sentence_or_all_begin_agai
     never = replace(acting(config, ""), run="never-killed")
     processes.run(tiny_training, never)
     assert_same_end(folder(config), folder(never))
+
+
+def test_a_run_that_begins_anew_does_so_though_it_is_killed_at_once(config: Config) -> None:
+    processes.run(tiny_training, config)
+    before = last_checkpoint(folder(config))["progress"]["seconds"]
+    processes.run(killed_before, replace(config, resume=False, gpu=replace(config.gpu, restarts=1)))
+    assert last_checkpoint(folder(config))["progress"]["seconds"] != before
+
+
+@pytest.mark.parametrize("what", ["1 user", "0 full"])
+def test_what_another_start_would_not_mend_is_not_tried_again(
+    what: str, config: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises((UserError, CannotWrite), match=r"no such data|cannot write x"):
+        processes.run(failing, acting(replace(config, gpu=replace(config.gpu, restarts=3)), what))
+    assert "begin again" not in capfd.readouterr().err
+
+
+def test_a_reason_of_its_own_is_told_although_a_signal_came(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextmanager
+    def received(send: object) -> Iterator[list[int]]:
+        yield [signal.SIGTERM]
+
+    monkeypatch.setattr(signals, "passed_on", received)
+    with pytest.raises(Stopped, match="cannot write x"):
+        processes.run(failing, acting(config, "0 full"))
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$"):
+        processes.run(failing, acting(config, "nobody"))
+
+
+def test_a_signal_that_another_process_received_is_not_the_first_of_two() -> None:
+    """One's own comes a little later, and is the same."""
+
+    class Two(world.World):
+        def largest(self, *values: int) -> list[int]:
+            return [1, 0, signal.SIGTERM, 1]
+
+    with signals.deferred() as stop:
+        assert Stopping(stop, None).agree(Two(1, 2), 1) == (True, 1)
+        assert stop.received == signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @pytest.mark.parametrize("to", ["the launcher", "a process"])
@@ -91,8 +146,8 @@ def test_a_signal_to_any_process_stops_all_at_one_iteration(to: str, config: Con
     [
         ("1 user", UserError, "no such data"),
         ("all user", UserError, "no such data"),
-        ("0 memory", Stopped, "process 0 of 2: does not fit: CUDA out of memory. x"),
-        ("1 bug", Stopped, "process 1 of 2: KeyError: "),
+        ("0 memory", Stopped, "rank 0 of 2: does not fit: CUDA out of memory. x; there is no checkpoint yet"),
+        ("1 bug", Stopped, "rank 1 of 2: KeyError; there is no checkpoint yet"),
     ],
     ids=str,
 )
@@ -114,10 +169,10 @@ LATE.has_waited = True
     ("failures", "exit_codes", "reason"),
     [
         ({0: LOST, 1: UserError("no such data")}, {0: 1}, UserError("no such data")),
-        ({0: LOST}, {1: -signal.SIGSEGV}, Stopped("process 1 of 2 was killed by SIGSEGV")),
-        ({}, {1: -signal.SIGKILL}, Stopped("process 1 of 2 was killed by SIGKILL, perhaps for want of memory")),
-        ({1: LOST}, {1: 1}, Stopped("process 0 of 2 ended without a word, perhaps for want of memory")),
-        ({0: LATE}, {0: 1}, LostProcess("process 1 of 2 did not answer the others for gpu.timeout_minutes=0.5")),
+        ({0: LOST}, {1: -signal.SIGSEGV}, Stopped("rank 1 of 2 was killed by SIGSEGV")),
+        ({}, {1: -signal.SIGKILL}, Stopped("rank 1 of 2 was killed by SIGKILL, perhaps for want of memory")),
+        ({1: LOST}, {1: 1}, Stopped("rank 0 of 2 ended without a word, perhaps for want of memory")),
+        ({0: LATE}, {0: 1}, LostProcess("rank 1 of 2 did not answer the others for gpu.timeout_minutes=0.5")),
         ({0: LOST, 1: Interrupted("stopped", signal.SIGTERM)}, {0: 1}, Interrupted("stopped", signal.SIGTERM)),
         ({0: LOST, 1: LOST}, {0: 1}, LOST),
     ],
@@ -188,9 +243,9 @@ def test_processes_of_another_launcher_are_joined_and_one_of_them_writes_and_pri
     assert "another process is working on" in printed
     assert second == (Busy.exit_code, "")
     (first, printed), second = joined([*arguments, "resume=false", "dataset.root=1"])
-    assert second == (1, "blpa-run: error: process 1 of 2: does not fit: CUDA out of memory. x\n")
+    assert second == (1, "blpa-run: error: rank 1 of 2: does not fit: CUDA out of memory. x\n")
     assert (first, printed.splitlines()[-1]) == (
-        1, "blpa-run: error: process 1: does not fit: CUDA out of memory. x; started again, the run goes on from "
+        1, "blpa-run: error: rank 1: does not fit: CUDA out of memory. x; started again, the run goes on from "
         f"{next(run_dir.glob('checkpoint-*'))}"
     )  # fmt: skip
 
@@ -208,11 +263,14 @@ def test_processes_of_another_launcher_are_joined_and_one_of_them_writes_and_pri
 def test_mistakes_are_printed_by_one_of_the_processes(
     arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "here", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("RANK", "0")
     assert refusal(arguments, capsys).startswith(f"blpa-run: error: {message}")
     monkeypatch.setenv("RANK", "1")
     assert refusal(arguments, capsys) == ""
+    monkeypatch.delenv("MASTER_ADDR")  # left over in a shell
+    assert refusal(arguments, capsys).startswith(f"blpa-run: error: {message}")
 
 
 def test_a_rank_is_the_number_of_a_process(monkeypatch: pytest.MonkeyPatch) -> None:
