@@ -1,9 +1,10 @@
-"""What test_several_processes.py runs in each of four processes: python several_processes.py FOLDER RANK."""
+"""What test_several_processes.py runs in each of four processes."""
 
 import math
 import os
 import signal
-import sys
+import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,20 +23,25 @@ from blpa.kernels.reference import REFERENCE
 from runners.config import Config
 from runners.data import ImageData
 from runners.errors import Diverged, Interrupted, Stopped, UserError
-from runners.training import loop, steps, world
+from runners.training import loop, signals, steps, world
 from runners.training.averages import RunningAverages
 from runners.training.evaluation import Evaluated, Evaluation
 from runners.training.reduction import GradientReducer
 from runners.training.steps import TrainingStep
 
-FOLDER, RANK = Path(sys.argv[1]), int(sys.argv[2])
+
+class Here:
+    """This process."""
+
+    folder: Path
+    rank: int
 
 
 @contextmanager
 def group(size: int) -> Iterator[None]:
     """The first `size` processes form a group; the others pass on to the next."""
     dist.init_process_group(
-        "gloo", init_method=f"file://{FOLDER}/store{size}", rank=RANK, world_size=size,
+        "gloo", init_method=f"file://{Here.folder}/store{size}", rank=Here.rank, world_size=size,
         timeout=timedelta(seconds=20),
     )  # fmt: skip
     try:
@@ -66,7 +72,7 @@ def config(**recipe: Any) -> Config:
 
 
 def train(name: str, model: nn.Module, given: Config | None = None, data: ImageData | None = None) -> loop.Outcome:
-    return loop.train(model, data or tiny_data(), given or config(), device=CPU, run_dir=FOLDER / name)
+    return loop.train(model, data or tiny_data(), given or config(), device=CPU, run_dir=Here.folder / name)
 
 
 def raised(call: Callable[[], object], kind: type[Exception], words: str) -> str:
@@ -92,11 +98,11 @@ def same_weights(one: Path, other: Path) -> None:
 
 
 def one_is_no_group() -> None:
-    if RANK == 0:
+    if Here.rank == 0:
         train("alone", coded())
         with group(1):
             train("one", coded())
-        assert_same_end(FOLDER / "one", FOLDER / "alone")
+        assert_same_end(Here.folder / "one", Here.folder / "alone")
         train("halves", coded(), config(sub_batches=2))
 
 
@@ -106,9 +112,9 @@ def one_is_no_group() -> None:
 def two_are_two_sub_batches() -> None:
     """Each half is normalised by its own statistics. Halving is exact, and a sum of two has one order."""
     outcome = train("two", coded())
-    if RANK == 0:
-        same_weights(FOLDER / "two", FOLDER / "halves")
-        rows = (FOLDER / "two" / "metrics.csv").read_text().splitlines()
+    if Here.rank == 0:
+        same_weights(Here.folder / "two", Here.folder / "halves")
+        rows = (Here.folder / "two" / "metrics.csv").read_text().splitlines()
         assert len(rows) == 4
     assert outcome.iterations == 6
 
@@ -117,8 +123,8 @@ def gradient_is_the_mean() -> None:
     """Of the gradients that each process has alone, to the bit; of two sub-batches each, of the four quarters'."""
     data, recipe = tiny_data(), config().dataset
     _, (draws,) = next(data.train.inputs(recipe, seed=0))
-    _, (own,) = next(data.train.inputs(recipe, seed=0, rows=slice(RANK, None, 2)))
-    assert torch.equal(own, draws[RANK::2])
+    _, (own,) = next(data.train.inputs(recipe, seed=0, rows=slice(Here.rank, None, 2)))
+    assert torch.equal(own, draws[Here.rank :: 2])
 
     def gradients(rows: Tensor, model: nn.Module) -> list[Tensor | None]:
         images, labels = data.train.batch((rows,), recipe)
@@ -143,20 +149,20 @@ def processes_share_a_refusal() -> None:
 
     def fails() -> None:
         with here.together():
-            if RANK == 1:
+            if Here.rank == 1:
                 raise UserError("dataset.root=nowhere: there is no such folder")
 
     raised(fails, UserError, "dataset.root=nowhere: there is no such folder")
-    values = {"depth": 11, "training images": f"listing {RANK}"}
+    values = {"depth": 11, "training images": f"listing {Here.rank}"}
     raised(lambda: here.check_same(values), UserError, "training images is listing ")
-    rows = torch.full((RANK + 1, 2), float(RANK))
+    rows = torch.full((Here.rank + 1, 2), float(Here.rank))
     assert [found.tolist() for found in here.gather_uneven(rows)] == [[[0.0, 0.0]], [[1.0, 1.0]] * 2]
-    assert here.largest(RANK, -RANK) == [1, 0]
+    assert here.largest(Here.rank, -Here.rank) == [1, 0]
 
 
 def different_weights_are_noticed() -> None:
     def changes(net: TinyNet) -> None:
-        if RANK == 1:
+        if Here.rank == 1:
             net.conv.weight.data[0, 0, 0, 0] += 1e-6
 
     raised(lambda: train("different", TinyNet({2: changes})), Stopped, "the processes have different weights after")
@@ -167,21 +173,21 @@ def different_weights_are_noticed() -> None:
 
 def stopped_and_resumed(size: int) -> None:
     """Equal to the bit to a run that was never stopped; a signal to one process stops all at one iteration."""
-    whole, parts = FOLDER / f"whole{size}", f"parts{size}"
+    whole, parts = Here.folder / f"whole{size}", f"parts{size}"
     train(whole.name, coded())
     model = coded()
     stops_at(model, step=2)
     message = raised(lambda: train(parts, model), Interrupted, "stopped by SIGTERM at iteration ")
     where = {text.partition(";")[0] for text in world.current().all_values(message)}
     assert where in ({"stopped by SIGTERM at iteration 2 of 6"}, {"stopped by SIGTERM at iteration 3 of 6"}), where
-    if RANK == 0:
-        averages = last_checkpoint(FOLDER / parts)["averages"]
+    if Here.rank == 0:
+        averages = last_checkpoint(Here.folder / parts)["averages"]
         assert len(averages) == size
         assert not torch.equal(averages[0], averages[1])
     train(parts, coded())
-    if RANK == 0:
-        assert_same_end(FOLDER / parts, whole)
-        assert torch.equal(last_checkpoint(FOLDER / parts)["averages"], last_checkpoint(whole)["averages"])
+    if Here.rank == 0:
+        assert_same_end(Here.folder / parts, whole)
+        assert torch.equal(last_checkpoint(Here.folder / parts)["averages"], last_checkpoint(whole)["averages"])
 
 
 def continued_by_four() -> None:
@@ -194,8 +200,8 @@ def continued_by_four() -> None:
     raised(lambda: train("three", coded(), given), UserError, words)
     given.gpu = replace(given.gpu, from_other_processes=True)
     assert train("three", coded(), given).iterations == 9
-    if RANK == 0:
-        assert len(last_checkpoint(FOLDER / "three")["averages"]) == 4
+    if Here.rank == 0:
+        assert len(last_checkpoint(Here.folder / "three")["averages"]) == 4
 
 
 def begun_by_three() -> None:
@@ -211,7 +217,7 @@ def stops_at(model: nn.Module, *, step: int) -> None:
     calls = iter(range(1, 100))
 
     def signal_once(*_: Any) -> None:
-        if model.training and next(calls) == step and dist.get_world_size() - 1 == RANK:
+        if model.training and next(calls) == step and dist.get_world_size() - 1 == Here.rank:
             os.kill(os.getpid(), signal.SIGTERM)
 
     model.register_forward_pre_hook(signal_once)
@@ -234,31 +240,45 @@ def evaluation_is_that_of_one(alone: list[Evaluated]) -> None:
 def averages_are_means() -> None:
     model = coded()
     averages = RunningAverages(model, world.current())
-    model.bn.running_mean.fill_(RANK)
+    model.bn.running_mean.fill_(Here.rank)
     with averages.means():
         assert (model.bn.running_mean == 1.5).all()
         assert (model.bn.running_var == 1).all()
-    assert (model.bn.running_mean == RANK).all()
+    assert (model.bn.running_mean == Here.rank).all()
 
 
 def one_diverges() -> None:
     def spoils(net: TinyNet) -> None:
-        net.scale = math.nan if RANK == 2 else 1.0
+        net.scale = math.nan if Here.rank == 2 else 1.0
 
     raised(lambda: train("diverged", TinyNet({2: spoils})), Diverged, "the loss is nan at iteration 2; there is no")
 
 
-if __name__ == "__main__":
+def run(folder: Path, rank: int) -> None:
+    """All checks, in the process of a rank; a failure is in a file of the folder."""
+    Here.folder, Here.rank = folder, rank
+    signals.unblock()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            checks(rank)
+    except BaseException:
+        (folder / f"failed-{rank}").write_text(traceback.format_exc())
+        os._exit(1)
+    os._exit(0)  # all checks have passed; PyTorch's threads may still run, and it sometimes aborts at its own exit
+
+
+def checks(rank: int) -> None:
     torch.set_num_threads(1)
     one_is_no_group()
-    if RANK < 2:
+    if rank < 2:
         with group(2):
             two_are_two_sub_batches()
             gradient_is_the_mean()
             processes_share_a_refusal()
             different_weights_are_noticed()
     evaluated_alone = [evaluated(coded(), config(**recipe)) for recipe in RECIPES]
-    if RANK < 3:
+    if rank < 3:
         with group(3):
             stopped_and_resumed(3)
             begun_by_three()
@@ -268,5 +288,3 @@ if __name__ == "__main__":
         evaluation_is_that_of_one(evaluated_alone)
         averages_are_means()
         one_diverges()
-    sys.stderr.flush()
-    os._exit(0)  # all checks have passed; PyTorch's threads may still run, and it sometimes aborts at its own exit

@@ -1,31 +1,26 @@
 """Several processes that train one network, by gloo on a CPU: the same images, bits and decisions as one."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import several_processes
 import torch
 from torch import nn
 
 from blpa import PreActResNet, StockLayers
+from runners import fresh
 from runners.training.reduction import BUCKET_BYTES, grouped
-
-TESTS = Path(__file__).parent.parent
 
 
 def test_four_processes(tmp_path: Path) -> None:
-    script = Path(__file__).with_name("several_processes.py")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", script, tmp_path, str(rank)], stderr=subprocess.PIPE, env=environment
-        )
-        for rank in range(4)
-    ]
-    errors = [run.communicate()[1].decode() for run in runs]
-    assert [run.returncode for run in runs] == [0] * 4, "\n".join(errors)
+    context = fresh.server()  # from which they begin at once
+    runs = [context.Process(target=several_processes.run, args=(tmp_path, rank)) for rank in range(4)]
+    for one in runs:
+        one.start()
+    for one in runs:
+        one.join()
+    failures = [file.read_text() for file in sorted(tmp_path.glob("failed-*"))]
+    assert [one.exitcode for one in runs] == [0] * 4, "\n".join(failures)
 
 
 @pytest.mark.parametrize(("depth", "architecture"), [(1001, "cifar"), (152, "imagenet")])
