@@ -20,7 +20,7 @@ from blpa import processes
 from blpa.coded.mode import Coding, current_mode, is_recording
 from blpa.coded.norms import Means, Statistics, coded_norm
 from blpa.coded.tensors import Layout, is_worth_a_code
-from blpa.kernels import compute_dtype
+from blpa.kernels import RunningStats, compute_dtype
 
 
 class CodedSyncBatchNorm(nn.SyncBatchNorm):
@@ -93,7 +93,8 @@ def _sync_batch_norm(coding: Coding, module: nn.SyncBatchNorm, input: Tensor, gr
 
     def call(x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:
         if x.is_cpu:
-            _update(running, stats, total, momentum)
+            if running[0] is not None and running[1] is not None:
+                RunningStats(running[0], running[1], momentum).update(stats[0], stats[1], total)
             return _normalised(x, mean, rstd, gamma, beta)
         count = gathered.rows.view(-1)
         count = count if running[0] is None else count.to(running[0].dtype)
@@ -115,13 +116,6 @@ def _dense(x: Tensor) -> Tensor:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     is_channels_last = x.dim() in formats and x.is_contiguous(memory_format=formats[x.dim()])
     return x if is_channels_last else x.contiguous()
-
-
-def _update(running: tuple[Tensor | None, Tensor | None], stats: Tensor, total: Tensor, momentum: float) -> None:
-    """Update running mean and variance, the unbiased one."""
-    for average, value in zip(running, (stats[0], stats[1] * (total / (total - 1))), strict=True):
-        if average is not None:
-            average.mul_(1 - momentum).add_(value.to(average.dtype), alpha=momentum)
 
 
 def _normalised(x: Tensor, mean: Tensor, rstd: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Tensor:

@@ -96,7 +96,7 @@ class RunningStats(NamedTuple):
     """Number of batches so far, int64 []."""
 
     def update(self, mean: Tensor, var: Tensor, rows: int | Tensor) -> None:
-        """Move by a batch of so many rows, with this mean and biased variance [C]; count it."""
+        """Update with a batch of `rows` rows, whose mean and biased variance [C] are given, and count it."""
         unbiased = var * (rows / (rows - 1))
         self.mean.lerp_(mean.to(self.mean.dtype), self.momentum)
         self.var.lerp_(unbiased.to(self.var.dtype), self.momentum)

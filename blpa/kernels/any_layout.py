@@ -273,9 +273,7 @@ def batch_norm_vectors(
     stats = channel_stats(x, order)
     mean, var, *_ = stats
     if running is not None:
-        count = order.outer * order.inner
-        running.mean.lerp_(mean, running.momentum)
-        running.var.lerp_(var * (count / (count - 1)), running.momentum)
+        running.update(mean, var, order.outer * order.inner)
     rstd = (var + eps).rsqrt()
     return grid_vectors(stats, gamma, beta, mean, rstd, codec, rounded_to_zero), mean, rstd
 

@@ -14,7 +14,7 @@ import pandas as pd
 
 from runners.records import COLUMNS, GROUP, Record, as_row, canonical
 from runners.reporting import paper
-from runners.reporting.labels import PROCESSES, Labels, settings_text
+from runners.reporting.labels import IN_TITLES, Labels, settings_text
 from runners.reporting.pages import Page, Section, failure
 
 Group = tuple[Any, ...]
@@ -151,8 +151,8 @@ def page(cells: pd.DataFrame, labels: Labels) -> Page:
     for group, frame in (ran_too | groups).items():
         width = f" ({group[2]:g}x)" if group[2] != 1 else ""
         title = f"{labels.images(str(group[0]))}, depth {group[1]}{width}, {group[3]:,} iterations, {group[5]}"
-        processes = {key: value for key, value in json.loads(str(group[-1])).items() if key in PROCESSES}
-        title = ", ".join(filter(None, [title, settings_text(processes)]))
+        in_title = {key: value for key, value in json.loads(str(group[-1])).items() if key in IN_TITLES}
+        title = ", ".join(filter(None, [title, settings_text(in_title)]))
         sections.append(Section(title, _own_rows(group, frame, labels), [_notes(group, frame, labels)]))
     ran = cells[cells["n"] > 0]
     if len(ran):

@@ -63,8 +63,8 @@ def _options(group: str, config_dir: str | None) -> dict[str, Any]:
     return {values["name"]: values for values in found}
 
 
-PROCESSES = ("gpu.processes", "gpu.sync_batch_norm")
-"""Settings for several processes, which are in titles."""
+IN_TITLES = ("gpu.processes", "gpu.sync_batch_norm")
+"""Settings that titles of tables name."""
 
 
 def settings_text(settings: Settings) -> str:

@@ -29,7 +29,7 @@ from runners.records import FILES
 from runners.training import torch_files
 from runners.training.torch_files import Damaged, NotLoaded, Unreadable
 
-PROCESSES = "gpu.processes"
+NUMBER_OF_PROCESSES = "gpu.processes"
 
 KEPT = 2
 """Checkpoints that stay on disk: the newest, and one to fall back on."""
@@ -166,7 +166,7 @@ class RunFolder:
         if different:
             values = ", ".join(f"{key} is {there.get(key)} there and {here.get(key)} here" for key in different)
             advice = "give resume=false to start anew, or another folder by run="
-            if different == [PROCESSES]:
+            if different == [NUMBER_OF_PROCESSES]:
                 advice += ", or gpu.from_other_processes=true to go on, with other bits"
             raise UserError(f"{file} belongs to another configuration: {values}; {advice}")
 

@@ -120,7 +120,7 @@ def in_turns(
     listings = {"training images": data.train.listing, "test images": data.test.listing}
     deciding = deciding_fields(config) | {name: listing for name, listing in listings.items() if listing is not None}
     here.check_same(deciding)
-    may_differ = [checkpoints.PROCESSES] if config.gpu.from_other_processes else []
+    may_differ = [checkpoints.NUMBER_OF_PROCESSES] if config.gpu.from_other_processes else []
     with here.together():
         folder: RunFolder | NoFolder = NoFolder()
         if here.is_first:

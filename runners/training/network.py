@@ -73,12 +73,7 @@ def device(config: Config) -> torch.device:
     steps.uses_cuda_graph(gpu, found)
     if config.task.name != "max-batch":  # it predicts without a GPU
         _check_offload(found, config)
-    if (
-        config.gpu.sync_batch_norm
-        and config.gpu.processes > 1
-        and found.type == "cpu"
-        and config.mode.layers != "coded"
-    ):
+    if gpu.sync_batch_norm and found.type == "cpu" and config.mode.layers != "coded":
         raise UserError(f"gpu.sync_batch_norm=true with mode={config.mode.name}: PyTorch's SyncBatchNorm needs a GPU")
     return found
 
