@@ -105,7 +105,7 @@ def run(config: Config) -> list[Record]:
     limit = int(cell.gpu.memory_gib * GIB) - config.gpu.allowance_mib * MIB
 
     if count > 1:
-        found, lines, begin = [], [], _counted(_alone(cell), limit)
+        found, lines, begin = [], [], _counted(cell, limit)
     else:
         prediction, line = _prediction(config, cell, limit, is_cuda=is_cuda)
         found, lines, begin = [prediction], [line], int(prediction.value)
@@ -143,11 +143,6 @@ def _prediction(config: Config, cell: Config, limit: int, *, is_cuda: bool) -> t
     found = predict(config, cell, limit)
     batch = int(found.value)
     return found, describe(cell, batch, limit, network.training_bytes(cell, max(batch, 1)))
-
-
-def _alone(config: Config) -> Config:
-    """Return the run in one process."""
-    return replace(config, gpu=replace(config.gpu, processes=1, sync_batch_norm=False))
 
 
 def _record(config: Config, fits: int, high: int, source: dict[str, object], *, segments: str = "") -> Record:

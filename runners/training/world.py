@@ -30,8 +30,8 @@ Value = TypeVar("Value")
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that a launcher sets."""
 
-_kept: list[Store] = []
-"""The store of the launcher, while this process has joined others: torch elastic's outlives them."""
+_launchers_store: list[Store] = []
+"""One, while this process has joined others; torch elastic's outlives them."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class World:
 
     def note(self, name: str) -> None:
         """Note something for the processes that torch elastic starts after a failure of these."""
-        if _kept:
-            _kept[-1].set(name, "noted")
+        if _launchers_store:
+            _launchers_store[-1].set(name, "noted")
 
     def has_noted(self, name: str) -> bool:
         """Return whether these processes, or those that failed before them, have noted it."""
-        return bool(_kept) and bool(_kept[-1].check([name]))
+        return bool(_launchers_store) and bool(_launchers_store[-1].check([name]))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -186,15 +186,15 @@ def joined(gpu: GpuConfig) -> Iterator[World]:
         torch.cuda.set_device(_gpu_of(int(os.environ["LOCAL_RANK"])))
     backend, timeout = "cpu:gloo,cuda:nccl" if on_cuda else "gloo", timedelta(minutes=gpu.timeout_minutes)
     with _lost_processes(gpu):
-        kept, rank, size = next(rendezvous("env://", timeout=timeout))
-        _kept.append(kept)
+        store, rank, size = next(rendezvous("env://", timeout=timeout))
+        _launchers_store.append(store)
         # torch elastic keeps its store when it restarts processes: there would be the addresses of those that ended.
-        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", kept)
+        store = PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
         try:
             yield current()
         finally:
-            _kept.clear()
+            _launchers_store.clear()
             distributed.destroy_process_group()
 
 
